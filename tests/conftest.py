@@ -8,24 +8,28 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+
+COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan", "white", "black")
+
+
+def write_folder(root: Path, counts: dict[str, int], size: int = 32) -> Path:
+    """Write images of the classes under `root`; the class is the colour of a square on grey."""
+    for index, (label, count) in enumerate(counts.items()):
+        (root / label).mkdir(parents=True)
+        for number in range(count):
+            stream = random.Random(f"{label}/{number}")
+            shade = stream.randrange(60, 200)
+            image = Image.new("RGB", (size, size), (shade, shade, shade))
+            x, y = (stream.randrange(size // 2) for _ in range(2))
+            image.paste(COLOURS[index % 8], (x, y, x + size // 2, y + size // 2))
+            image.putpixel((number % size, number // size % size), (number % 256, 9, 9))  # unique
+            image.save(root / label / f"{label}_{number:03}.jpg", quality=95)
+    return root
 
 
 @pytest.fixture
 def make_folder(tmp_path: Path) -> Callable[..., Path]:
     """`make_folder({"cat": 12, "dog": 5})` writes 12 + 5 JPEGs, all different, and returns SRC."""
-
-    def make(counts: dict[str, int], name: str = "src", size: int = 32) -> Path:
-        root = tmp_path / name
-        for index, (label, count) in enumerate(counts.items()):
-            (root / label).mkdir(parents=True)
-            for number in range(count):
-                stream = random.Random(f"{label}/{number}")
-                image = Image.new("RGB", (size, size), tuple(stream.choices(range(256), k=3)))
-                # The class is the place of a white square on the random background.
-                place = (index % 4 * size // 4, index // 4 * size // 4)
-                image.paste("white", (*place, place[0] + size // 4, place[1] + size // 4))
-                image.save(root / label / f"{label}_{number:03}.jpg", quality=95)
-        return root
-
-    return make
+    return lambda counts, name="src", size=32: write_folder(tmp_path / name, counts, size)

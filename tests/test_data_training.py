@@ -1,0 +1,667 @@
+"""What `data_training.py` promises, on tiny images, random weights and a CPU."""
+
+import csv
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_folder
+from PIL import Image
+from torchvision import models
+
+import data_training as training
+
+SCRIPT = Path(training.__file__)
+TINY = ["--arch", "resnet18", "--image-size", "32", "--batch-size", "16", "--device", "cpu"]
+torch.set_num_threads(1)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights_file(path: Path, size: int = 7, classes: list[str] | None = None) -> Path:
+    """A "pretrained" ResNet-18 with a head of `size` classes, named or not."""
+    torch.manual_seed(1)
+    state = models.resnet18(num_classes=size).state_dict()
+    torch.save({"state_dict": state, "classes": classes} if classes else state, path)
+    return path
+
+
+# ---------------------------------------------------------------------- sampling, by hand
+
+
+def test_an_image_weighs_one_over_the_images_of_its_class() -> None:
+    weights = training.sample_weights(torch.tensor([0, 1, 0, 0, 1, 2, 0]))
+    assert weights.dtype == torch.float64
+    assert weights.tolist() == [0.25, 0.5, 0.25, 0.25, 0.5, 1.0, 0.25]
+
+
+def test_classes_are_drawn_equally_often_however_many_images_they_have() -> None:
+    labels = torch.arange(8).repeat_interleave(torch.tensor([600, 300, 150, 75, 40, 20, 10, 5]))
+    weights = training.sample_weights(labels)
+    drawn = torch.cat([training.draw_images(weights, 3, epoch) for epoch in range(10)])
+    assert len(drawn) == 10 * 1200
+    observed = torch.bincount(labels[drawn], minlength=8).double()
+    chi_square = ((observed - 1500) ** 2 / 1500).sum().item()
+    assert chi_square < 24.32  # 0.1 % of uniform draws exceed it, 7 degrees of freedom
+
+
+def test_a_draw_depends_on_seed_and_epoch_alone() -> None:
+    weights = training.sample_weights(torch.tensor([0] * 90 + [1] * 10))
+    first = training.draw_images(weights, 0, 1)
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    assert torch.equal(training.draw_images(weights, 0, 1), first)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(training.draw_images(weights, 0, 2), first)
+    assert not torch.equal(training.draw_images(weights, 1, 1), first)
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size", "sizes"),
+    [(10, 4, [4, 3, 3]), (9, 4, [3, 3, 3]), (8, 4, [4, 4]), (5, 8, [5]), (17, 16, [9, 8])],
+)
+def test_batches_differ_by_one_image_at_most(
+    images: int, batch_size: int, sizes: list[int]
+) -> None:
+    batches = training.Batches(torch.arange(images), batch_size)
+    batches.assign(torch.arange(images) * 2, training.seeded("augment", 0, 1))
+    cut = list(batches)
+    assert [len(batch) for batch in cut] == sizes and len(batches) == len(sizes)
+    assert [index for batch in cut for index, _ in batch] == list(range(0, 2 * images, 2))
+    assert len({seed for batch in cut for _, seed in batch}) == images
+
+
+# ------------------------------------------------------------------------- split, by hand
+
+
+def split(counts: list[int], fraction: float = 0.2, seed: int = 0) -> tuple[list[int], list[int]]:
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    parts = training.split_images(labels, [str(i) for i in range(len(labels))], fraction, seed)
+    assert sorted(torch.cat(parts).tolist()) == list(range(len(labels)))
+    return tuple(torch.bincount(labels[part], minlength=len(counts)).tolist() for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("counts", "fraction", "validation"),
+    [
+        ([10, 5, 100], 0.2, [2, 1, 20]),
+        ([1, 2, 3, 4], 0.2, [0, 1, 1, 1]),
+        ([1, 2, 3, 4], 0.99, [0, 1, 2, 3]),
+        ([14, 252], 0.2, [3, 50]),
+    ],
+)
+def test_each_class_gives_its_part_and_keeps_a_training_image(
+    counts: list[int], fraction: float, validation: list[int]
+) -> None:
+    train, val = split(counts, fraction)
+    assert val == validation
+    assert train == [count - part for count, part in zip(counts, validation, strict=True)]
+
+
+def test_the_split_depends_on_the_seed() -> None:
+    labels, digests = torch.zeros(50, dtype=torch.int64), [str(i) for i in range(50)]
+    first = training.split_images(labels, digests, 0.2, 0)[1]
+    assert torch.equal(training.split_images(labels, digests, 0.2, 0)[1], first)
+    assert not torch.equal(training.split_images(labels, digests, 0.2, 1)[1], first)
+
+
+def test_no_copy_of_a_training_image_is_validated() -> None:
+    for seed in range(30):
+        stream = random.Random(seed)
+        labels = torch.tensor([stream.randrange(3) for _ in range(60)] + [0, 1, 2])
+        digests = [str(stream.randrange(25)) for _ in range(63)]
+        train, val = training.split_images(labels, digests, 0.3, seed)
+        assert not {digests[i] for i in train} & {digests[i] for i in val}
+        assert set(labels[train].tolist()) == {0, 1, 2}
+
+
+def test_a_class_of_copies_of_one_image_is_for_training_alone() -> None:
+    train, val = training.split_images(
+        torch.tensor([0, 0, 0, 1, 1]), ["a", "a", "a", "b", "c"], 0.5, 0
+    )
+    assert train[:3].tolist() == [0, 1, 2] and len(val) == 1 and val[0] >= 3
+
+
+# ---------------------------------------------------------------------- measures, by hand
+
+
+def test_measures_of_a_hand_worked_confusion_matrix_with_an_empty_group() -> None:
+    targets = torch.tensor([0] * 10 + [1] * 4 + [2] * 2)
+    predicted = torch.tensor([0] * 8 + [1, 2] + [1, 1, 1, 0] + [0, 2])
+    confusion = training.confusion_matrix(targets, predicted, 4)
+    assert confusion.tolist() == [[8, 1, 1, 0], [1, 3, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
+    recall = training.recall_by_class(confusion)
+    assert recall[:3].tolist() == [0.8, 0.75, 0.5] and recall[3].isnan()
+    result = training.measure(confusion, torch.tensor([101, 100, 20, 500]))
+    assert result.accuracy == 12 / 16
+    assert result.balanced_accuracy == pytest.approx((0.8 + 0.75 + 0.5) / 3)
+    assert result.many == 0.8  # the class that nobody was asked about does not count
+    assert result.medium == pytest.approx((0.75 + 0.5) / 2)
+    assert math.isnan(result.few)
+
+
+def test_nineteen_training_images_are_few() -> None:
+    confusion = torch.tensor([[1, 1], [0, 4]])
+    assert training.measure(confusion, torch.tensor([19, 20]))[2:] == pytest.approx(
+        (math.nan, 1.0, 0.5), nan_ok=True
+    )
+
+
+class Answers(torch.nn.Module):
+    """A network whose logits are its input."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs
+
+
+def test_the_validation_loss_is_averaged_over_images_not_over_batches() -> None:
+    sure, unsure = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+    zero = torch.zeros(1, dtype=torch.int64)
+    batches = [(sure.repeat(3, 1), zero.repeat(3)), (unsure, zero)]
+    result = training.evaluate(Answers(), batches, training.Compute(torch.device("cpu"), None))
+    assert result.loss == pytest.approx((3 * math.log(1 + math.exp(-2)) + math.log(2)) / 4)
+    assert result.predicted.tolist() == [0, 0, 0, 0]
+    assert result.probability.tolist() == pytest.approx([1 / (1 + math.exp(-2))] * 3 + [0.5])
+
+
+@pytest.mark.parametrize(
+    ("top", "expected"),
+    [(1.0, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (252, [0, 50, 100, 150, 200, 250]), (0.3, 7)],
+)
+def test_ticks_are_round_numbers(top: float, expected: list[float] | int) -> None:
+    found = training.ticks(top)
+    if isinstance(expected, int):
+        assert len(found) == expected
+    else:
+        assert found == pytest.approx(expected)
+
+
+# -------------------------------------------------------------------------- reading images
+
+QUARTERS = np.zeros((40, 60, 3), np.uint8)
+QUARTERS[:20, :30], QUARTERS[:20, 30:], QUARTERS[20:, :30] = (200, 40, 40), (40, 200, 40), 90
+GREY = np.asarray(Image.fromarray(QUARTERS).convert("L"))
+
+
+def corners(image: torch.Tensor) -> list[list[int]]:
+    """The colours a little inside the four corners, clockwise from the upper left."""
+    height, width = image.shape[1:]
+    places = [(6, 6), (6, width - 7), (height - 7, width - 7), (height - 7, 6)]
+    return [image[:, y, x].tolist() for y, x in places]
+
+
+def write_modes(folder: Path) -> dict[str, Path]:
+    """The same picture in every mode and format that matters."""
+    picture, grey = Image.fromarray(QUARTERS), Image.fromarray(GREY)
+    sixteen = Image.fromarray(GREY.astype(np.uint16) * 257)
+    images = {
+        **{"rgb.jpg": picture, "rgb.png": picture, "rgb.webp": picture, "rgb.bmp": picture},
+        **{"rgb.tif": picture, "rgb.ppm": picture, "cmyk.jpg": picture.convert("CMYK")},
+        **{"rgba.png": picture.convert("RGBA"), "palette.png": picture.quantize(8)},
+        **{"grey.jpg": grey, "grey.png": grey, "grey_alpha.png": grey.convert("LA")},
+        **{"grey16.png": sixteen, "grey16.tif": sixteen, "grey16.pgm": sixteen},
+    }
+    for name, image in images.items():
+        image.save(folder / name, **({"quality": 100} if name.endswith(("jpg", "webp")) else {}))
+    picture.save(folder / "a_png.jpg", "PNG")
+    return {path.name: path for path in folder.iterdir()}
+
+
+def test_every_mode_and_format_comes_out_as_rgb(tmp_path: Path) -> None:
+    paths = write_modes(tmp_path)
+    assert len(paths) == 16
+    for name, path in paths.items():
+        image = training.read_image(str(path))
+        assert image.dtype == torch.uint8 and image.shape == (3, 40, 60), name
+        expected = GREY[..., None].repeat(3, 2) if "grey" in name else QUARTERS
+        wanted = corners(torch.from_numpy(expected).permute(2, 0, 1))
+        tolerance = 12 if name == "cmyk.jpg" else 4
+        difference = np.abs(np.array(corners(image)) - np.array(wanted)).max()
+        assert difference <= tolerance, (name, corners(image), wanted)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize(
+    ("orientation", "undo"),
+    [(3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_90), (2, 0)],
+)
+def test_images_come_out_upright(tmp_path: Path, suffix: str, orientation: int, undo: int) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    stored = Image.fromarray(QUARTERS).transpose(undo)  # turned back by the orientation
+    stored.save(tmp_path / f"x.{suffix}", exif=exif, **({"quality": 95} if suffix != "tif" else {}))
+    image = training.read_image(str(tmp_path / f"x.{suffix}"))
+    wanted = corners(torch.from_numpy(QUARTERS).permute(2, 0, 1))
+    assert np.abs(np.array(corners(image)) - np.array(wanted)).max() < 25
+
+
+def test_an_augmentation_depends_on_its_seed_alone(make_folder: Callable[..., Path]) -> None:
+    data = training.load_data(make_folder({"a": 6, "b": 6}), True, 0.2, 0)
+    crops = training.Images(data, training.train_transform(24))
+    first = crops[(3, 77)][0]
+    torch.manual_seed(5)
+    crops[(4, 1)]
+    assert torch.equal(crops[(3, 77)][0], first)
+    assert not torch.equal(crops[(3, 78)][0], first)
+    batches = training.Batches(data.train, 4)
+    batches.assign(data.train.repeat(2), training.seeded("augment", 0, 1))
+    loaded = []
+    for workers in (0, 2):
+        args = training.parse_args(["x", "--workers", str(workers), "--device", "cpu"])
+        loaded.append([images for images, _ in training.make_loader(crops, batches, args)])
+    assert all(torch.equal(a, b) for a, b in zip(*loaded, strict=True))
+
+
+def test_images_are_normalised_by_the_statistics_of_imagenet() -> None:
+    pixels = torch.tensor([0, 128, 255], dtype=torch.uint8).reshape(1, 3, 1, 1)
+    result = training.to_input(pixels, torch.device("cpu")).flatten().tolist()
+    expected = [(0 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225]
+    assert result == pytest.approx(expected, abs=1e-5)
+
+
+# --------------------------------------------------------------------------------- weights
+
+
+def test_a_head_of_another_size_is_dropped_and_the_rest_kept(tmp_path: Path) -> None:
+    path = weights_file(tmp_path / "w.pth", 7)
+    state, named = training.load_weights("resnet18", str(path))
+    model, said = training.build_model("resnet18", ["a", "b"], state, named)
+    assert model.fc.weight.shape == (2, 512) and "head of 7 classes dropped" in said
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in state.items() if not k.startswith("fc."))
+
+
+@pytest.mark.parametrize(
+    ("recorded", "kept"), [(["a", "b"], True), (["a", "c"], False), (None, True)]
+)
+def test_a_head_stays_where_size_and_known_classes_agree(
+    tmp_path: Path, recorded: list[str] | None, kept: bool
+) -> None:
+    path = weights_file(tmp_path / "w.pth", 2, recorded)
+    state, named = training.load_weights("resnet18", str(path))
+    model, said = training.build_model("resnet18", ["a", "b"], state, named)
+    assert torch.equal(model.fc.weight, state["fc.weight"]) is kept
+    assert ("head kept" in said) is kept
+
+
+def test_half_precision_and_wrapped_weights_load(tmp_path: Path) -> None:
+    state = models.resnet18(num_classes=3).state_dict()
+    torch.save({"model": {f"module.{k}": v.half() for k, v in state.items()}}, tmp_path / "w.pth")
+    loaded, _ = training.load_weights("resnet18", str(tmp_path / "w.pth"))
+    model, _ = training.build_model("resnet18", ["a", "b"], loaded, [])
+    assert model.conv1.weight.dtype == torch.float32
+    assert torch.equal(model.conv1.weight, state["conv1.weight"].half().float())
+
+
+def test_a_failed_download_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_network(*args: object, **kwargs: object) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr("torch.hub.urlopen", no_network)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    (tmp_path / "out" / "a").mkdir(parents=True)
+    status = training.main([str(tmp_path / "out"), "--arch", "resnet18", "--weights", "DEFAULT"])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert status == 2
+    address = models.ResNet18_Weights.DEFAULT.url
+    for part in (address, str(tmp_path / "cache"), "--weights PATH", "--weights none"):
+        assert part in error
+
+
+# ------------------------------------------------------------------------------ whole runs
+
+SIZES = {"ape": 44, "bee": 30, "cat": 22, "dog": 12}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("data") / "src", SIZES)
+
+
+@pytest.fixture(scope="module")
+def scratch_run(folder: Path) -> Path:
+    """A run from random weights."""
+    output = folder.parent / "scratch"
+    command = [str(folder), "--weights", "none", "--epochs", "4", "--output", str(output), *TINY]
+    assert training.main(command) == 0
+    return output
+
+
+def test_a_run_beats_chance_clearly(scratch_run: Path) -> None:
+    last = rows_of(scratch_run / "history.csv")[-1]
+    assert float(last["balanced_accuracy"]) > 0.8  # chance: 0.25
+    assert float(last["train_loss"]) < 1.0  # log(4) = 1.39 at the start
+
+
+def test_the_history_has_a_row_an_epoch_and_shows_what_the_sampler_did(scratch_run: Path) -> None:
+    history = rows_of(scratch_run / "history.csv")
+    assert list(history[0]) == [
+        *("epoch", "phase", "train_loss", "val_loss", "accuracy", "balanced_accuracy", "many"),
+        *("medium", "few", "fewest_draws", "most_draws", "distinct_images", "learning_rate"),
+        *("images_per_second", "data_wait", "seconds"),
+    ]
+    assert [row["epoch"] for row in history] == [str(epoch) for epoch in range(1, 5)]
+    assert {row["phase"] for row in history} == {"full"}
+    data = training.load_data(scratch_run.parent / "src", True, 0.2, 0)
+    drawn = training.draw_images(training.sample_weights(data.labels[data.train]), 0, 3)
+    counts = Counter(data.labels[data.train][drawn].tolist()).values()
+    assert int(history[2]["fewest_draws"]) == min(counts)
+    assert int(history[2]["most_draws"]) == max(counts)
+    distinct = len(set(drawn.tolist())) / len(drawn)
+    assert float(history[2]["distinct_images"]) == pytest.approx(distinct, abs=1e-5)
+
+
+def test_reports_agree_with_each_other(scratch_run: Path) -> None:
+    predictions = rows_of(scratch_run / "predictions.csv")
+    classes = rows_of(scratch_run / "classes.csv")
+    last = rows_of(scratch_run / "history.csv")[-1]
+    assert list(predictions[0]) == ["path", "class", "predicted", "probability"]
+    assert list(classes[0]) == ["class", "train_images", "val_images", "draws", "recall"]
+    assert [int(row["val_images"]) for row in classes] == [9, 6, 4, 2]
+    assert [int(row["train_images"]) for row in classes] == [35, 24, 18, 10]
+    assert sum(int(row["draws"]) for row in classes) == 4 * (35 + 24 + 18 + 10)
+    right = Counter(row["class"] for row in predictions if row["class"] == row["predicted"])
+    for row in classes:
+        recall = right[row["class"]] / int(row["val_images"])
+        assert float(row["recall"]) == pytest.approx(recall, abs=1e-5)
+    balanced = sum(float(row["recall"]) for row in classes) / 4
+    assert float(last["balanced_accuracy"]) == pytest.approx(balanced, abs=1e-5)
+    assert float(last["accuracy"]) == pytest.approx(right.total() / 21, abs=1e-5)
+    for row in predictions:
+        assert (scratch_run.parent / "src" / row["path"]).is_file()
+        assert row["path"].startswith(row["class"] + "/")
+
+
+def test_the_run_folder_holds_what_is_promised_and_nothing_else(scratch_run: Path) -> None:
+    assert sorted(path.name for path in scratch_run.iterdir()) == [
+        *("best.pt", "classes.csv", "classes.png", "config.json", "curves.png", "history.csv"),
+        *("last.pt", "predictions.csv"),
+    ]
+    config = json.loads((scratch_run / "config.json").read_text())
+    assert config["classes"] == list(SIZES) and config["train_images"] == [35, 24, 18, 10]
+    assert config["settings"]["epochs"] == 4 and config["settings"]["device"] == "cpu"
+    assert config["versions"]["torch"] == torch.__version__
+    for name in ("curves.png", "classes.png"):
+        colours = Image.open(scratch_run / name).convert("RGB").getcolors(2**20)
+        shares = {colour: count for count, colour in colours}
+        assert shares[(0x2F, 0x6F, 0xB0)] > 1000 and shares[(0xD9, 0x82, 0x2B)] > 1000
+
+
+def test_a_checkpoint_alone_gives_the_predictions_again(scratch_run: Path, folder: Path) -> None:
+    output = scratch_run.parent / "again"
+    command = [str(folder), "--epochs", "0", "--weights", str(scratch_run / "last.pt")]
+    assert training.main([*command, "--output", str(output), *TINY]) == 0
+    for name in ("predictions.csv",):
+        assert (output / name).read_text() == (scratch_run / name).read_text()
+    history = rows_of(output / "history.csv")
+    assert [row["phase"] for row in history] == ["given"] and history[0]["train_loss"] == "nan"
+    content = torch.load(scratch_run / "best.pt", weights_only=True)
+    model = models.get_model(content["arch"], num_classes=len(content["classes"]))
+    model.load_state_dict(content["state_dict"])
+    assert content["image_size"] == 32
+
+
+def test_the_same_settings_give_the_same_run(scratch_run: Path, folder: Path) -> None:
+    runs = []
+    for name, seed in (("one", "4"), ("two", "4"), ("three", "5")):
+        output = folder.parent / name
+        command = [str(folder), "--weights", "none", "--epochs", "1", "--seed", seed, *TINY]
+        assert training.main([*command, "--output", str(output)]) == 0
+        history = rows_of(output / "history.csv")
+        times = ("images_per_second", "data_wait", "seconds")
+        runs.append([{k: v for k, v in row.items() if k not in times} for row in history])
+    assert runs[0] == runs[1] != runs[2]
+    assert (folder.parent / "one/predictions.csv").read_bytes() == (
+        folder.parent / "two/predictions.csv"
+    ).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def pretrained_runs(folder: Path) -> tuple[dict, dict, dict]:
+    """The weights given, after the head alone, and after everything was trained."""
+    path = weights_file(folder.parent / "pretrained.pth")
+    states = [torch.load(path, weights_only=True)]
+    for name, frozen in (("head", "2"), ("full", "1")):
+        output = folder.parent / name
+        command = [str(folder), "--weights", str(path), "--epochs", "2", "--frozen-epochs", frozen]
+        assert training.main([*command, "--output", str(output), *TINY]) == 0
+        states.append(torch.load(output / "last.pt", weights_only=True)["state_dict"])
+    return tuple(states)
+
+
+def test_the_frozen_phase_trains_the_head_alone(pretrained_runs: tuple[dict, ...]) -> None:
+    given, head, _ = pretrained_runs
+    for name, value in given.items():
+        if not name.startswith("fc."):
+            assert torch.equal(head[name], value), name
+    assert head["fc.weight"].abs().sum() > 0
+
+
+def test_full_fine_tuning_moves_every_weight_but_no_batchnorm_statistics(
+    pretrained_runs: tuple[dict, ...],
+) -> None:
+    given, head, full = pretrained_runs
+    for name, value in given.items():
+        if "running" in name or "tracked" in name:
+            assert torch.equal(full[name], value), name
+        elif not name.startswith("fc."):
+            assert not torch.equal(full[name], value), name
+
+
+def test_the_features_are_what_the_network_sees_in_evaluation(folder: Path) -> None:
+    torch.manual_seed(0)
+    model = models.resnet18(num_classes=4)
+    data = training.load_data(folder, True, 0.2, 0)
+    images = training.Images(data, training.eval_transform(32))
+    inputs = torch.stack([images[(index, 0)][0] for index in range(6)])
+    compute = training.Compute(torch.device("cpu"), None)
+    features = training.extract_features(model, [(inputs, None)], compute)
+    expected = model.eval()(training.to_input(inputs, compute.device))
+    assert torch.allclose(model.fc(features), expected, atol=1e-4)
+
+
+def test_the_result_of_full_fine_tuning_is_the_average_from_the_start_on(folder: Path) -> None:
+    args = training.parse_args([str(folder), "--epochs", "1", "--frozen-epochs", "0", *TINY])
+    args.steps = 2
+    compute = training.Compute(torch.device("cpu"), None)
+    torch.manual_seed(0)
+    model = models.resnet18(num_classes=2)
+    phase = training.full_phase(args, model, compute)
+    seen = []
+
+    def batches() -> Iterator[list[torch.Tensor]]:
+        for _ in range(2):
+            seen.append(model.conv1.weight.detach().clone())  # before the step
+            yield [torch.randint(256, (2, 3, 32, 32)).byte(), torch.tensor([0, 1])]
+
+    training.train_epoch(phase, batches(), 0.1, compute)
+    seen.append(model.conv1.weight.detach().clone())
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+    mean = torch.stack(seen).mean(0)
+    assert torch.allclose(phase.evaluated.conv1.weight, mean, atol=1e-7)
+
+
+def test_a_frozen_phase_costs_one_pass_over_the_images(folder: Path, tmp_path: Path) -> None:
+    output, path = tmp_path / "run", weights_file(tmp_path / "w.pth")
+    calls: Counter[tuple[str, str]] = Counter()
+    sys.setprofile(lambda frame, event, _: calls.update([(frame.f_code.co_name, event)]))
+    try:
+        command = [str(folder), "--weights", str(path), "--epochs", "3", "--frozen-epochs", "3"]
+        assert training.main([*command, "--no-check", "--output", str(output), *TINY]) == 0
+    finally:
+        sys.setprofile(None)
+    assert calls["read_image", "call"] == sum(SIZES.values())
+
+
+def test_unreadable_images_are_named_left_out_and_counted(
+    make_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_folder({"ape": 9, "bee": 9})
+    whole = (root / "ape/ape_000.jpg").read_bytes()
+    (root / "ape/ape_000.jpg").write_bytes(whole[: len(whole) // 2])
+    (root / "bee/bee_001.jpg").write_text("no image")
+    (root / "bee/bee_002.jpg").write_bytes(b"")
+    output = root.parent / "run"
+    command = [str(root), "--weights", "none", "--epochs", "1", "--output", str(output), *TINY]
+    assert training.main(command) == 0
+    out, err = capsys.readouterr()
+    for name in ("ape_000.jpg", "bee_001.jpg", "bee_002.jpg"):
+        assert sum(line.startswith("warning: ") and name in line for line in err.splitlines()) == 1
+    assert "3 unreadable left out" in out
+    assert len(json.loads((output / "config.json").read_text())["left_out"]) == 3
+    assert [row["train_images"] for row in rows_of(output / "classes.csv")] == ["6", "6"]
+
+
+def test_byte_identical_images_never_stand_on_both_sides(
+    make_folder: Callable[..., Path],
+) -> None:
+    root = make_folder({"ape": 20, "bee": 20})
+    for number in range(15):
+        content = (root / f"ape/ape_{number:03}.jpg").read_bytes()
+        (root / f"ape/copy_{number:03}.jpg").write_bytes(content)
+        (root / f"bee/copy_{number:03}.jpg").write_bytes(content if number < 5 else b"x" + content)
+    data = training.load_data(root, True, 0.3, 0)
+    sides = [{Path(data.paths[i]).read_bytes() for i in part} for part in (data.train, data.val)]
+    assert sides[1] and not sides[0] & sides[1]
+
+
+# ----------------------------------------------------------------------------- user errors
+
+
+def test_weights_that_would_run_code_are_refused_and_never_run(
+    make_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[object, ...]:
+            return Path.touch, (trap,)
+
+    root = make_folder({"ape": 3, "bee": 3})
+    trap = root.parent / "trapped"
+    torch.save({"fc.weight": Trap()}, root.parent / "w.pth")
+    assert training.main([str(root), "--weights", str(root.parent / "w.pth"), *TINY]) == 2
+    assert not trap.exists()
+    assert "w.pth: more than weights in it" in capsys.readouterr().err
+
+
+ERRORS = {
+    "no such folder": (["{src}/none", "--weights", "none"], "none: no such folder"),
+    "one class": (["{src}/one", "--weights", "none"], "fewer than two classes"),
+    "empty class": (["{src}/hollow", "--weights", "none"], "hollow"),
+    "only broken images": (["{src}/broken", "--weights", "none"], "broken/bee: no image of this"),
+    "one image a class": (["{src}/single", "--weights", "none"], "nothing to validate on"),
+    "epochs below 0": (["{src}/good", "--epochs", "-1"], "--epochs"),
+    "epochs in words": (["{src}/good", "--epochs", "ten"], "--epochs"),
+    "fraction of 1": (["{src}/good", "--val-fraction", "1"], "--val-fraction"),
+    "fraction of 0": (["{src}/good", "--val-fraction", "0"], "--val-fraction"),
+    "smoothing of 1": (["{src}/good", "--label-smoothing", "1"], "--label-smoothing"),
+    "learning rate of 0": (["{src}/good", "--lr", "0"], "--lr"),
+    "not a number": (["{src}/good", "--lr", "nan"], "--lr"),
+    "batches of 0": (["{src}/good", "--batch-size", "0"], "--batch-size"),
+    "unknown flag": (["{src}/good", "--nonsense"], "--nonsense"),
+    "no folder": ([], "OUT"),
+    "unknown architecture": (["{src}/good", "--arch", "vgg16"], "choose from resnet"),
+    "no such weights": (["{src}/good", "--weights", "none.pth"], "none.pth: no such file"),
+    "weights that are a text": (["{src}/good", "--weights", "{src}/text.pth"], "text.pth"),
+    "weights of another network": (
+        ["{src}/good", "--weights", "{src}/other.pth"],
+        "not of a resnet18",
+    ),
+    "weights without tensors": (["{src}/good", "--weights", "{src}/words.pth"], "words.pth"),
+    "no such device": (["{src}/good", "--device", "abacus"], "--device abacus"),
+    "device not there": (["{src}/good", "--device", "cuda:77"], "--device cuda:77"),
+    "more frozen epochs than epochs": (
+        ["{src}/good", "--epochs", "1", "--frozen-epochs", "2"],
+        "--frozen-epochs 2",
+    ),
+    "run already there": (["{src}/good", "--output", "{src}/taken"], "already holds a run"),
+    "output is a file": (["{src}/good", "--output", "{src}/text.pth"], "a file"),
+    "output among the classes": (["{src}/good", "--output", "{src}/good/run"], "would be a class"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_bad_input_gets_one_line_and_status_2(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "good", {"ape": 3, "bee": 3})
+    write_folder(tmp_path / "one", {"ape": 3})
+    write_folder(tmp_path / "single", {"ape": 1, "bee": 1})
+    write_folder(tmp_path / "hollow", {"ape": 3, "bee": 0})
+    write_folder(tmp_path / "broken", {"ape": 3, "bee": 1})
+    (tmp_path / "broken/bee/bee_000.jpg").write_text("broken")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/config.json").write_text("{}")
+    (tmp_path / "text.pth").write_text("no weights")
+    torch.save({"a": "b"}, tmp_path / "words.pth")
+    torch.save({"fc.bias": torch.zeros(3)}, tmp_path / "other.pth")
+    before = sorted(tmp_path.rglob("*"))
+    command, expected = ERRORS[case]
+    arguments = [each.format(src=tmp_path) for each in command]
+    tiny = [] if "--arch" in command else ["--arch", "resnet18"]
+    with pytest.raises(SystemExit) as stop:
+        raise SystemExit(training.main([*arguments, *tiny]))
+    lines = capfd.readouterr().err.replace("\r", "\n").splitlines()
+    lines = [line for line in lines if line.strip() and "checking: " not in line]
+    assert stop.value.code == 2
+    warnings = [line for line in lines if line.startswith("warning: ")]
+    assert len(lines) - len(warnings) == 1, lines
+    assert lines[-1].startswith("data_training.py: error: ") and expected in lines[-1]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_diverging_run_says_so_in_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(folder), "--weights", "none", "--epochs", "2", "--lr", "1e30"]
+    assert training.main([*command, "--output", str(tmp_path / "run"), *TINY]) == 2
+    assert "--lr: the loss became" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_running_out_of_memory_names_a_smaller_batch(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", full)  # what a full GPU raises
+    command = [str(folder), "--weights", "none", "--epochs", "1", "--output", str(tmp_path / "run")]
+    assert training.main([*command, *TINY]) == 2
+    assert "--batch-size 16: out of memory on cpu; try 8" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_keeps_its_finished_epochs(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    command = [str(folder), "--weights", "none", "--epochs", "500", "--output", str(output), *TINY]
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *command],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("  2/500"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in error.splitlines()[-1] and "Traceback" not in error
+    assert len(rows_of(output / "history.csv")) >= 1
+    assert torch.load(output / "last.pt", weights_only=True)["epoch"] >= 1
+    assert not list(output.glob(".*"))
