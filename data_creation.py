@@ -80,29 +80,39 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
-def scan_classes(src: Path) -> tuple[dict[str, list[str]], int]:
-    """The sorted image paths of each class, and the number of other files and hidden entries."""
+class Scan(NamedTuple):
+    """What SRC holds."""
+
+    classes: dict[str, list[str]]  # the sorted image paths of each class
+    left_out: int  # other files and hidden entries
+    folders: set[tuple[int, int]]  # device and inode of every folder looked into
+
+
+def scan_classes(src: Path) -> Scan:
+    """The classes and images of SRC; raises `DataError` for links that lead nowhere or back."""
     if not src.is_dir():
         raise DataError(f"{src}: not a folder; pass the folder that holds the class folders")
     visible = (entry for entry in src.iterdir() if not entry.name.startswith("."))
-    classes: dict[str, list[str]] = {entry.name: [] for entry in visible if entry.is_dir()}
+    scan = Scan({entry.name: [] for entry in visible if entry.is_dir()}, 0, set())
     left_out = 0
-    for path, is_image in walk_files(str(src)):
+    for path, is_image in walk_files(str(src), (), scan.folders):
         relative = path.removeprefix(str(src)).replace(os.sep, "/").lstrip("/")
         name, _, image = relative.partition("/")
         if is_image and image:
-            classes[name].append(image)
+            scan.classes[name].append(image)
         else:
             left_out += 1
-    # Directory order differs between machines: sort before anything random.
-    return {name: sorted(images) for name, images in classes.items()}, left_out
+    for images in scan.classes.values():
+        images.sort()  # directory order differs between machines: sort before anything random
+    return scan._replace(left_out=left_out)
 
 
-def walk_files(folder: str, above: frozenset = frozenset()) -> Iterator[tuple[str, bool]]:
+def walk_files(folder: str, above: tuple, folders: set) -> Iterator[tuple[str, bool]]:
     """Every file or hidden entry below `folder`, links followed, and whether it is an image."""
-    info = os.stat(folder)
-    if (info.st_dev, info.st_ino) in above:
+    here = identity(folder)
+    if here in above:
         raise DataError(f"{folder}: this link leads back to a folder above it; remove it")
+    folders.add(here)
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
@@ -110,12 +120,18 @@ def walk_files(folder: str, above: frozenset = frozenset()) -> Iterator[tuple[st
             elif entry.is_symlink() and not os.path.exists(entry.path):
                 raise DataError(f"{entry.path}: this link leads nowhere; mend or remove it")
             elif entry.is_dir():
-                yield from walk_files(entry.path, above | {(info.st_dev, info.st_ino)})
+                yield from walk_files(entry.path, (*above, here), folders)
             else:
                 is_image = entry.name.lower().endswith(IMAGE_EXTENSIONS)
                 if is_image and not entry.is_file():
                     raise DataError(f"{entry.path}: named like an image, but no file; remove it")
                 yield entry.path, is_image
+
+
+def identity(path: str | Path) -> tuple[int, int]:
+    """What tells a folder whatever its name: links lead to it, and file systems ignore case."""
+    info = os.stat(path)
+    return info.st_dev, info.st_ino
 
 
 def check_classes(src: Path, classes: dict[str, list[str]]) -> None:
@@ -132,21 +148,22 @@ def check_classes(src: Path, classes: dict[str, list[str]]) -> None:
         raise DataError(f"{src / name}: a class without images; remove the folder or fill it")
 
 
-def check_places(src: Path, classes: dict[str, list[str]], out: Path, files: list[Path]) -> None:
+def check_places(src: Path, scan: Scan, out: Path, files: list[Path]) -> None:
     """Raise `DataError` unless OUT and the further `files` can be written without harm to SRC."""
-    sources = [src, *(src / name for name in classes)]
     for path in (out, *files):
-        existing = [place for place in (path, *path.parents) if place.exists()]
-        # By identity, not by name: class folders may be links, and file systems ignore case.
-        if any(place.samefile(source) for place in existing for source in sources):
+        existing = (place for place in (path, *path.parents) if place.exists())
+        if any(identity(place) in scan.folders for place in existing):
             raise DataError(f"{path}: this is SRC or inside it, which is only read; name another")
-    if out.exists() and any(place.samefile(out) for place in src.parents):
+    if out.exists() and identity(out) in map(identity, src.parents):
         raise DataError(f"{out}: SRC is inside this folder; name another OUT")
     if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
         raise DataError(f"{out}: exists and is not an empty folder; remove it or name another OUT")
+    if out.is_mount():
+        raise DataError(f"{out}: a mount point, which cannot be replaced; name a folder inside it")
     for path in files:
-        if path.is_dir() or path.is_relative_to(out) or not path.parent.is_dir():
-            raise DataError(f"{path}: not a file outside OUT in an existing folder; name another")
+        usable = path.parent.is_dir() and not path.is_dir() and not path.is_relative_to(out)
+        if not usable or files.count(path) > 1:
+            raise DataError(f"{path}: not a file of its own in a folder outside OUT; name another")
 
 
 def staircase(counts: list[int], step: int) -> list[int]:
@@ -305,11 +322,11 @@ def main(argv: list[str] | None = None) -> int:
     src, out = Path(os.path.realpath(args.src)), Path(os.path.realpath(args.out))
     manifest, plot = (path and Path(os.path.realpath(path)) for path in (args.manifest, args.plot))
     try:
-        classes, left_out = scan_classes(src)
-        check_classes(src, classes)
-        check_places(src, classes, out, [path for path in (manifest, plot) if path])
-        ranked = rank_classes(classes, args.step, args.seed)
-        print(format_report(ranked, left_out), flush=True)
+        scan = scan_classes(src)
+        check_classes(src, scan.classes)
+        check_places(src, scan, out, [path for path in (manifest, plot) if path])
+        ranked = rank_classes(scan.classes, args.step, args.seed)
+        print(format_report(ranked, scan.left_out), flush=True)
         if manifest:
             write_file(manifest, format_manifest(ranked))
         if plot:
@@ -327,5 +344,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a batch system's stop cleans up too
     sys.exit(main())

@@ -26,6 +26,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -37,7 +38,7 @@ import PIL
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel
@@ -248,6 +249,8 @@ def check_images(paths: list[str]) -> tuple[list[str], list[str]]:
             with Image.open(io.BytesIO(content)) as image:
                 image.draft("RGB", (1, 1))  # JPEG: every byte is decoded, to an eighth of the size
                 image.load()
+        except UnidentifiedImageError:
+            return "", "not an image"
         except Exception as error:  # Pillow raises nearly anything on a broken file
             return "", str(error) or type(error).__name__
         return hashlib.sha256(content).hexdigest(), ""
@@ -274,11 +277,14 @@ def read_image(path: str) -> Tensor:
             image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
             if image.dtype == torch.uint8:
                 return image
-    with Image.open(io.BytesIO(content)) as picture:
-        upright = ImageOps.exif_transpose(picture)
-        if upright.mode.startswith("I"):  # 16 bits, which `convert` would clip instead of scale
-            upright = Image.fromarray((np.asarray(upright).clip(0, 65535) // 257).astype(np.uint8))
-        return v2.functional.pil_to_tensor(upright.convert("RGB"))
+    try:
+        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    except Exception as error:  # Pillow raises nearly anything on a broken file
+        reason = f"cannot be decoded ({type(error).__name__}); remove it, or drop --no-check"
+        raise DataError(f"{path}: {reason}") from None
+    if picture.mode.startswith("I"):  # 16 bits, which `convert` would clip instead of scale
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
+    return v2.functional.pil_to_tensor(picture.convert("RGB"))
 
 
 def split_images(
@@ -307,12 +313,13 @@ def split_images(
     return (~in_val).nonzero().flatten(), in_val.nonzero().flatten()
 
 
+@dataclass(frozen=True)
 class Images(Dataset[tuple[Tensor, int]]):
     """Images by (index, seed): the same pair gives the same augmentation in any process."""
 
-    def __init__(self, data: Data, transform: nn.Module) -> None:
-        """Keep the paths; nothing is read yet."""
-        self.paths, self.labels, self.transform = data.paths, data.labels, transform
+    paths: list[str]
+    labels: Tensor
+    transform: nn.Module
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
         """The image as (3, size, size) uint8, and its label."""
@@ -321,12 +328,12 @@ class Images(Dataset[tuple[Tensor, int]]):
         return self.transform(read_image(self.paths[index])), int(self.labels[index])
 
 
+@dataclass(frozen=True)
 class Features(Dataset[tuple[Tensor, int]]):
-    """Rows of (N, D) `features` by (index, seed), without augmentation."""
+    """Rows of a table by (index, seed), without augmentation."""
 
-    def __init__(self, features: Tensor, labels: Tensor) -> None:
-        """Keep the tables."""
-        self.features, self.labels = features, labels
+    features: Tensor  # (N, D)
+    labels: Tensor
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
         """The features of an image, and its label."""
@@ -362,6 +369,16 @@ def draw_images(weights: Tensor, seed: int, epoch: int) -> Tensor:
     generator = seeded("draw", seed, epoch)
     sampler = WeightedRandomSampler(weights.tolist(), len(weights), generator=generator)
     return torch.tensor(list(sampler))
+
+
+def count_draws(data: Data, drawn: Tensor) -> dict[str, float]:
+    """What a draw of images did: fewest and most of a class, and the part of the images seen."""
+    counts = data.counts(drawn)
+    return {
+        "fewest_draws": int(counts.min()),
+        "most_draws": int(counts.max()),
+        "distinct_images": len(drawn.unique()) / len(data.train),
+    }
 
 
 class Batches(Sampler[list[tuple[int, int]]]):
@@ -513,16 +530,20 @@ class Phase(NamedTuple):
     scaler: torch.amp.GradScaler
 
 
-def head_phase(args: argparse.Namespace, model: models.ResNet, compute: Compute) -> Phase:
-    """The head alone, to be trained on features."""
+def head_phase(
+    args: argparse.Namespace, model: models.ResNet, steps: int, compute: Compute
+) -> Phase:
+    """The head alone, to be trained on features, with `steps` batches an epoch."""
     group = {"params": list(model.fc.parameters()), "lr": args.lr}
     optimizer = torch.optim.SGD([group], momentum=0.9, weight_decay=args.weight_decay)
-    steps = args.frozen_epochs * args.steps
-    return Phase("head", model.fc, model.fc, None, *schedule(optimizer, steps, compute))
+    parts = schedule(optimizer, args.frozen_epochs * steps, compute)
+    return Phase("head", model.fc, model.fc, None, *parts)
 
 
-def full_phase(args: argparse.Namespace, model: models.ResNet, compute: Compute) -> Phase:
-    """Everything, to be trained on images.
+def full_phase(
+    args: argparse.Namespace, model: models.ResNet, steps: int, compute: Compute
+) -> Phase:
+    """Everything, to be trained on images, with `steps` batches an epoch.
 
     A pretrained backbone goes gently: small steps, its BatchNorm statistics kept, and as the result
     the average of the weights from the start on (Izmailov et al. 2018, arXiv:1803.05407).
@@ -537,8 +558,7 @@ def full_phase(args: argparse.Namespace, model: models.ResNet, compute: Compute)
     if average:
         average.update_parameters(model)
     evaluated = average.module if average else model
-    steps = (args.epochs - args.frozen_epochs) * args.steps
-    parts = schedule(optimizer, steps, compute)
+    parts = schedule(optimizer, (args.epochs - args.frozen_epochs) * steps, compute)
     return Phase("full", model.train(not gentle), evaluated, average, *parts)
 
 
@@ -836,6 +856,29 @@ def start_run(args: argparse.Namespace, compute: Compute, data: Data, origin: st
     )
 
 
+def begin_phase(
+    full: bool,
+    args: argparse.Namespace,
+    model: models.ResNet,
+    data: Data,
+    batches: tuple[Batches, Batches],
+    waits: list[float],
+    compute: Compute,
+) -> tuple[Phase, list[DataLoader]]:
+    """A phase, and the loaders of its batches for training and for validation."""
+    drawn, held_out = batches
+    images = Images(data.paths, data.labels, eval_transform(args.image_size))
+    if full:
+        crops = Images(data.paths, data.labels, train_transform(args.image_size))
+        loaders = [make_loader(crops, drawn, args), make_loader(images, held_out, args)]
+        return full_phase(args, model, len(drawn), compute), loaders
+    everything = Batches(torch.arange(len(data.labels)), args.batch_size)
+    inputs = timed(make_loader(images, everything, args), "features", waits)
+    table = Features(extract_features(model, inputs, compute), data.labels)
+    loaders = [DataLoader(table, batch_sampler=each) for each in batches]
+    return head_phase(args, model, len(drawn), compute), loaders
+
+
 def run(args: argparse.Namespace) -> None:
     """Train and evaluate as `args` say, and fill the run folder."""
     compute = pick_compute(args.device, getattr(args, "amp", None))
@@ -848,49 +891,36 @@ def run(args: argparse.Namespace) -> None:
     model.to(compute.device, memory_format=torch.channels_last)
     start_run(args, compute, data, origin)
 
-    crops = Images(data, train_transform(args.image_size))
-    images = Images(data, eval_transform(args.image_size))
-    drawn, held_out = (Batches(part, args.batch_size) for part in (data.train, data.val))
-    args.steps = len(drawn)
+    batches = Batches(data.train, args.batch_size), Batches(data.val, args.batch_size)
     weights = sample_weights(data.labels[data.train])
     draws = torch.zeros(len(data.classes), dtype=torch.int64)
     history: list[dict[str, Any]] = []
     for epoch in range(min(1, args.epochs), args.epochs + 1):
-        started, train_loss, chosen = time.perf_counter(), math.nan, data.train[:0]
+        started = time.perf_counter()
         waits: list[float] = []
-        if epoch == 1 and args.frozen_epochs:
-            everything = Batches(torch.arange(len(data.labels)), args.batch_size)
-            batches = timed(make_loader(images, everything, args), "features", waits)
-            table = Features(extract_features(model, batches, compute), data.labels)
-            loaders = [DataLoader(table, batch_sampler=each) for each in (drawn, held_out)]
-            phase = head_phase(args, model, compute)
-        elif epoch in (0, args.frozen_epochs + 1):
-            loaders = [make_loader(crops, drawn, args), make_loader(images, held_out, args)]
-            phase = full_phase(args, model, compute)
+        if epoch in (0, 1, args.frozen_epochs + 1):
+            full = epoch != 1 or args.frozen_epochs == 0
+            phase, loaders = begin_phase(full, args, model, data, batches, waits, compute)
+        loss, chosen = math.nan, data.train[:0]
         if epoch:
             chosen = data.train[draw_images(weights, args.seed, epoch)]
-            drawn.assign(chosen, seeded("augment", args.seed, epoch))
-            batches = timed(loaders[0], f"training, {phase.name}", waits)
-            train_loss = train_epoch(phase, batches, args.label_smoothing, compute)
-        seconds, counts = time.perf_counter() - started, data.counts(chosen)
+            batches[0].assign(chosen, seeded("augment", args.seed, epoch))
+            inputs = timed(loaders[0], f"training, {phase.name}", waits)
+            loss = train_epoch(phase, inputs, args.label_smoothing, compute)
+        seconds = time.perf_counter() - started
         last = evaluate(phase.evaluated, timed(loaders[1], "validation", []), compute)
         confusion = confusion_matrix(last.targets, last.predicted, len(data.classes))
-        row = {
-            "epoch": epoch,
-            "phase": phase.name if epoch else "given",
-            "train_loss": train_loss,
-            "val_loss": last.loss,
-            **measure(confusion, data.counts(data.train))._asdict(),
-            "fewest_draws": counts.min().item(),
-            "most_draws": counts.max().item(),
-            "distinct_images": len(chosen.unique()) / len(data.train),
+        measures = measure(confusion, data.counts(data.train))
+        row = {"epoch": epoch, "phase": phase.name if epoch else "given", "train_loss": loss}
+        row |= {"val_loss": last.loss, **measures._asdict()}
+        row |= count_draws(data, chosen) | {
             "learning_rate": phase.scheduler.get_last_lr()[0],
             "images_per_second": len(chosen) / seconds,
             "data_wait": sum(waits) / seconds,
             "seconds": time.perf_counter() - started,
         }
         history.append(row)
-        draws += counts
+        draws += data.counts(chosen)
         print(format_epoch(row, args.epochs), flush=True)
         result = model if phase.name == "head" else phase.evaluated
         save_model(args.output / "last.pt", args, data, result, epoch)
@@ -920,4 +950,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.exit(main())

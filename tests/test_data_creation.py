@@ -1,0 +1,429 @@
+"""data_creation.py: the rule against hand-worked numbers; OUT whole or not at all."""
+
+import csv
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import data_creation
+from data_creation import DataError, choose_images, printable, rank_classes, staircase, ticks
+
+posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX links, signals or limits")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="only there are names any bytes")
+
+# Images of the 120 classes of the official Stanford Dogs, as size or size*classes.
+DOGS = """252 239 232 219 218*3 214 213 210 209 206 202*3 200*2 197*2 196*4 195*2 192 188*2 187*2
+    186 185*2 184 183 182*3 181 180 179 178 175 172*4 171*2 170 169*4 168 167 164*2 161 160 159*5
+    158*2 157*4 156*4 155*6 154*4 153*5 152*8 151*7 150*13 149 148"""
+
+
+@pytest.fixture(autouse=True)
+def inside_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "sync", lambda: None, raising=False)  # slow on a busy disk
+
+
+@pytest.fixture
+def src(make_folder):
+    return make_folder({"cat": 8, "dog": 7, "emu": 7, "fox": 1})  # keeps 8, 6, 4, 1
+
+
+def classes_of(**counts):
+    return {name: [f"{number:03}.jpg" for number in range(n)] for name, n in counts.items()}
+
+
+def kept_of(classes, step=2, seed=0):
+    return {each.name: each.kept for each in rank_classes(classes, step, seed)}
+
+
+def build(plan):
+    """Make every `folder/`, `file` (holding its name), `link->target` and `fifo|` of `plan`."""
+    for item in plan.split():
+        name, _, target = item.partition("->")
+        path = Path(name.rstrip("|"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if target:
+            path.symlink_to(Path(target).absolute())
+        elif name.endswith("|"):
+            os.mkfifo(path)
+        elif name.endswith("/"):
+            path.mkdir(exist_ok=True)
+        else:
+            path.write_text(name)
+
+
+def tree(root="."):
+    """Everything below `root`: bytes and time of change of a file, None for all else."""
+    found = {path.relative_to(root).as_posix(): path for path in Path(root).rglob("*")}
+    state = {name: path.is_file() and path.stat().st_mtime_ns for name, path in found.items()}
+    return {name: (found[name].read_bytes(), at) if at else None for name, at in state.items()}
+
+
+def files(root):
+    return {name: entry[0] for name, entry in tree(root).items() if entry}
+
+
+def run(line):
+    """The exit status of the script for this command line, in this process."""
+    try:
+        return data_creation.main(line.split())
+    except SystemExit as stop:
+        return stop.code
+
+
+def start(line, **options):
+    command = [sys.executable, data_creation.__file__, *line.split()]
+    return subprocess.Popen(command, stdout=-1, stderr=-1, encoding="utf-8", **options)
+
+
+def test_a_class_keeps_what_it_has_up_to_the_cap_of_its_rank():
+    for counts, step, kept in (
+        ([252, 247, 246, 245, 244, 243, 242], 2, [252, 247, 246, 245, 244, 242, 240]),
+        ([252, 252, 252], 2, [252, 250, 248]),
+        ([10, 3, 3, 3], 3, [10, 3, 3, 1]),
+        ([4, 4, 2], 0, [4, 4, 2]),
+        ([1], 99, [1]),
+    ):
+        classes = classes_of(**{f"c{rank}": count for rank, count in enumerate(counts)})
+        assert [len(images) for images in kept_of(classes, step).values()] == kept
+
+
+def test_too_large_a_step_names_the_rank_and_the_largest_step_that_fits():
+    for counts, step, rank, fits, caps in (
+        ([10, 9, 8, 7], 4, 3, 3, [10, 7, 4, 1]),  # 10, 6, 2, -2
+        ([8, 8, 8], 8, 1, 3, [8, 5, 2]),  # 8, 0
+        ([3, 2, 2, 1, 1], 1, 3, 0, [3, 3, 3, 3, 3]),  # 3, 2, 1, 0
+    ):
+        with pytest.raises(DataError, match=f"--step {step}: .* at rank {rank} of 0 ") as error:
+            staircase(counts, step)
+        assert str(error.value).endswith(f"largest step that fits is {fits}")
+        assert staircase(counts, fits) == caps
+        with pytest.raises(DataError):
+            staircase(counts, fits + 1)
+
+
+def test_stanford_dogs_keep_15417_of_20580_images():
+    pairs = [item.partition("*") for item in DOGS.split()]
+    counts = [int(size) for size, _, times in pairs for _ in range(int(times or 1))]
+    assert (len(counts), sum(counts)) == (120, 20580)
+    kept = kept_of(classes_of(**{f"dog{rank}": count for rank, count in enumerate(counts)}))
+    sizes = [len(images) for images in kept.values()]
+    assert (sum(sizes), sizes[0], sizes[-1]) == (15417, 252, 14)
+    assert (max(sizes), min(sizes)) == (252, 14)
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=150)
+@given(
+    counts=st.dictionaries(st.text("abAB~é", max_size=3), st.integers(1, 15), min_size=1),
+    step=st.integers(0, 5),
+    seed=st.integers(-5, 5),
+)
+def test_the_rule_holds_for_any_counts_and_steps(counts, step, seed):
+    classes, names = classes_of(**counts), sorted(counts)
+    names.sort(key=counts.get, reverse=True)  # stable: ties stay in the order of their names
+    caps = [counts[names[0]] - step * rank for rank in range(len(names))]
+    if caps[-1] < 1:
+        with pytest.raises(DataError):
+            rank_classes(classes, step, seed)
+        return
+    ranked = rank_classes(classes, step, seed)
+    assert [(each.name, each.cap) for each in ranked] == list(zip(names, caps, strict=True))
+    for name, images, cap, kept in ranked:
+        assert len(kept) == min(counts[name], cap)
+        assert kept == sorted(set(kept) & set(images)) and images == classes[name]
+
+
+def test_a_steeper_step_keeps_a_subset():
+    draws = [kept_of(classes_of(a=40, b=40, c=38), step) for step in range(20)]
+    for gentle, steep in zip(draws[:-1], draws[1:], strict=True):
+        assert set(steep["b"]) < set(gentle["b"]) and set(steep["c"]) <= set(gentle["c"])
+
+
+def test_a_class_keeps_the_same_images_whatever_the_others_hold():
+    kept = kept_of(classes_of(a=20, b=19, c=18))["c"]
+    assert len(kept) == 16
+    assert kept_of(classes_of(a=20, b=18, c=18, d=3))["c"] == kept  # b lost one, d is new
+    others = {"x": [f"{number}.png" for number in range(20)], "0": ["0.bmp"] * 19}
+    assert kept_of(others | classes_of(c=18))["c"] == kept
+
+
+def test_the_draw_is_fair_and_depends_on_class_and_seed_alone():
+    images = classes_of(a=20)["a"]
+    assert choose_images(images[:10], 4, "cat", 0) == ["002.jpg", "004.jpg", "006.jpg", "009.jpg"]
+    assert choose_images(images[:10], 4, "cat", 1) == ["003.jpg", "005.jpg", "006.jpg", "007.jpg"]
+    assert len({tuple(choose_images(images, 10, c, seed)) for c in "ab" for seed in range(9)}) == 18
+    times = Counter(name for seed in range(400) for name in choose_images(images, 5, "a", seed))
+    assert len(times) == 20  # each is kept 100 times of 400 on average, give or take 9
+    assert min(times.values()) > 60 and max(times.values()) < 140
+
+
+def test_ticks_and_printable_names_by_hand():
+    for top, numbers in ((0, [0]), (3, [0, 1, 2, 3]), (8, [0, 2, 4, 6, 8]), (99, range(0, 99, 20))):
+        assert list(ticks(top)) == list(numbers)
+    assert printable("café, 犬") == "café, 犬"
+    assert printable("a\nb\x1b[0m\udce9") == r"a\nb\x1b[0m\udce9"
+
+
+def test_out_holds_the_kept_images_under_their_names_and_nothing_else(capsys):
+    build("src/a/1.jpg src/a/2.JPEG src/a/sub/deep/3.Png src/b/1.webp src/b/sub/1.tif")
+    build("src/b/notes.txt src/a/.4.jpg src/.git/5.jpg src/top.jpg src/a/.sub/6.jpg")
+    assert run("src out --step 1") == 0
+    names = ["a/1.jpg", "a/2.JPEG", "a/sub/deep/3.Png", "b/1.webp", "b/sub/1.tif"]
+    assert files("out") == {name: f"src/{name}".encode() for name in names}
+    assert set(os.listdir("out")) == {"a", "b"} and set(os.listdir()) == {"src", "out"}
+    assert "left out 5 other files or hidden entries" in capsys.readouterr().out
+
+
+def test_out_is_a_copy_in_a_new_or_empty_folder_and_src_is_unchanged(src, monkeypatch):
+    before = tree(src)
+    build("empty/")
+    flushed = []
+    monkeypatch.setattr(os, "sync", lambda: flushed.append(list(Path("new").rglob("*.jpg"))))
+    assert run("src empty") == run("src new/parents/out") == 0
+    assert flushed == [[], []]  # both times before OUT was there
+    assert tree(src) == before
+    kept = files("empty")
+    assert kept == files("new/parents/out") and kept.items() < files(src).items()
+    assert Counter(name[:3] for name in kept) == {"cat": 8, "dog": 6, "emu": 4, "fox": 1}
+    assert all(path.stat().st_nlink == 1 for path in src.rglob("*.jpg"))
+
+
+def test_the_order_of_the_folders_on_disk_does_not_matter(src, monkeypatch):
+    def in_order(folder, backwards, scandir=os.scandir):
+        with scandir(folder) as entries:
+            return nullcontext(sorted(entries, key=lambda each: each.name, reverse=backwards))
+
+    for name, backwards in (("out1", False), ("out2", True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "scandir", partial(in_order, backwards=backwards))
+            assert run(f"src {name}") == 0
+    assert files("out1") == files("out2")
+
+
+@posix
+def test_links_in_src_are_followed_and_copied_as_files():
+    build("far/dogs/1.jpg far/cat.jpg src/a/1.jpg src/a/2.jpg->far/cat.jpg")
+    build("src/a/sub->far/dogs src/b->far/dogs")
+    assert run("src out --step 1") == 0
+    dog = b"far/dogs/1.jpg"
+    copied = {"a/1.jpg": b"src/a/1.jpg", "a/2.jpg": b"far/cat.jpg", "a/sub/1.jpg": dog}
+    assert files("out") == copied | {"b/1.jpg": dog}
+    assert not any(path.is_symlink() for path in Path("out").rglob("*"))
+
+
+@posix
+def test_link_gives_the_file_behind_each_name_or_a_copy_where_refused(monkeypatch):
+    def refuse_far(source, target, link=os.link):
+        if "cat.jpg" in source:
+            raise OSError(18, "Invalid cross-device link")
+        link(source, target)
+
+    build("far/cat.jpg src/a/1.jpg src/a/2.jpg->far/cat.jpg src/b/1.jpg")
+    assert run("src out1 --link --step 1") == 0
+    monkeypatch.setattr(os, "link", refuse_far)
+    assert run("src out2 --link --step 1") == 0
+    inodes = {name: os.stat(f"src/{name}").st_ino for name in ("a/1.jpg", "a/2.jpg", "b/1.jpg")}
+    assert inodes == {name: os.lstat(f"out1/{name}").st_ino for name in inodes}
+    assert files("out2") == files("src") and os.lstat("out2/a/2.jpg").st_ino != inodes["a/2.jpg"]
+    assert os.lstat("out2/b/1.jpg").st_ino == inodes["b/1.jpg"]
+
+
+def test_the_report_has_a_row_for_each_rank_and_a_closing_line(src, capsys):
+    before = tree()
+    assert run("src out --dry-run") == 0
+    assert tree() == before
+    report = capsys.readouterr().out
+    assert [" ".join(line.split()) for line in report.splitlines()] == [
+        "rank class images cap kept removed",
+        "0 cat 8 8 8 0",
+        "1 dog 7 6 6 1",
+        "2 emu 7 4 4 3",
+        "3 fox 1 2 1 0",
+        "kept 19 of 23 images in 4 classes: largest 8, smallest 1, imbalance ratio 8.0; "
+        "left out 0 other files or hidden entries",
+    ]
+    assert run("src out") == 0
+    assert capsys.readouterr().out == f"{report}written to out\n"
+
+
+def read_manifest():
+    text = Path("table.csv").read_bytes().decode(errors="surrogateescape")
+    return list(csv.reader(io.StringIO(text, newline="")))
+
+
+def test_manifest_lists_every_image_and_marks_those_in_out(src):
+    build("table.csv")  # is replaced
+    assert run("src out --manifest table.csv") == 0
+    head, *rows = read_manifest()
+    assert head == ["path", "class", "rank", "kept"]
+    assert [path for path, *_ in rows] == sorted(files(src))
+    ranks = {"cat": "0", "dog": "1", "emu": "2", "fox": "3"}
+    assert all((path[:3], ranks[path[:3]]) == (name, rank) for path, name, rank, _ in rows)
+    assert [path for path, *_, kept in rows if kept == "1"] == sorted(files("out"))
+    assert sum(kept == "0" for *_, kept in rows) == 4
+    assert set(os.listdir()) == {"src", "out", "table.csv"}
+
+
+@linux
+def test_odd_names_survive_in_out_report_and_manifest(capsys):
+    image, names = os.fsdecode(b"caf\xe9 \xff,.jpg"), ['a, "b"\nc', os.fsdecode(b"d\xe9g")]
+    for name in names:
+        Path("src", name).mkdir(parents=True)
+        Path("src", name, image).write_bytes(b"image")
+    assert run("src out --step 0 --manifest table.csv") == 0
+    assert files("out") == files("src") and len(files("out")) == 2
+    rows = [[f"{name}/{image}", name, str(rank), "1"] for rank, name in enumerate(names)]
+    assert read_manifest()[1:] == rows
+    lines = capsys.readouterr().out.splitlines()
+    assert r'a, "b"\nc ' in lines[1] and r"d\udce9g " in lines[2] and len(lines) == 5
+
+
+def test_plot_draws_the_kept_in_blue_before_the_rest_in_grey(src):
+    assert run("src out --dry-run --plot plot.png") == 0
+    blue, grey, white = (47, 111, 176), (201, 206, 214), (255, 255, 255)
+    with Image.open("plot.png") as image:
+        assert (image.format, image.size) == ("PNG", (1600, 900))
+        # Bars end at 800; 8 images begin at 110, 7 at 196, 6 at 283, 4 at 455 and 1 at 714.
+        for x, expected in {
+            273: {105: white, 115: blue, 790: blue},
+            450: {700: white},
+            630: {191: white, 201: grey, 278: grey, 288: blue, 790: blue},
+            988: {191: white, 201: grey, 450: grey, 460: blue, 790: blue},
+            1346: {705: white, 720: blue},
+        }.items():
+            assert {y: image.getpixel((x, y)) for y in expected} == expected
+
+
+@posix
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)])
+def test_a_stopped_copy_leaves_no_out_and_a_rerun_works(name, status):
+    build("src/a/0.jpg src/b/0.jpg")
+    for number in range(1, 3000):
+        os.link("src/a/0.jpg", f"src/a/{number}.jpg")
+    # Tests run in the background may have been told to ignore SIGINT, and would pass it on.
+    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with start("src out", preexec_fn=default) as process:
+        until = time.monotonic() + 30
+        while not list(Path().glob(".data_creation-*/a")) and time.monotonic() < until:
+            time.sleep(0.001)
+        process.send_signal(getattr(signal, name))
+        stderr = process.communicate(timeout=30)[1]
+    assert process.returncode == status and "Traceback" not in stderr
+    assert ("\ndata_creation.py: interrupted; nothing was" in stderr) == (name == "SIGINT")
+    assert not os.path.exists("out")
+    assert os.listdir() == ["src"] or name == "SIGKILL"
+    assert run("src out --link") == 0
+    assert len(files("out")) == 3001
+
+
+@posix
+def test_failed_copy_leaves_no_output():
+    import resource
+
+    build("src/a/1.jpg src/a/2.jpg src/a/3.jpg src/b/big.jpg")
+    Path("src/b/big.jpg").write_bytes(bytes(300_000))
+    before = tree()
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    with start("src out", preexec_fn=limit) as process:
+        *progress, message = process.communicate(timeout=30)[1].splitlines()
+    assert process.returncode == 2 and tree() == before
+    assert message.startswith("data_creation.py: error: ") and "big.jpg" in message
+    assert all(line.startswith("copying: ") or not line for line in progress)
+
+
+def test_a_full_disk_is_told_before_anything_is_written(src, capsys, monkeypatch):
+    little = shutil.disk_usage(".")._replace(free=99)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: little)
+    before = tree()
+    assert run("src out") == 2 and tree() == before
+    message = capsys.readouterr().err
+    assert message.startswith(f"data_creation.py: error: {src.parent / 'out'}: ")
+    assert message.endswith("\n") and message.count("\n") == 1 and "MB free" in message
+    assert run("src out --link") == 0  # needs no room
+
+
+def test_the_script_repeats_itself_and_shows_its_progress(src):
+    for name, seed in (("out1", 7), ("out2", 7), ("out3", 8)):
+        with start(f"src {name} --seed {seed}") as process:
+            stdout, stderr = process.communicate(timeout=30)
+        assert process.returncode == 0 and "19/19" in stderr
+        assert stdout.startswith("rank ") and stdout.endswith(f"\nwritten to {name}\n")
+    assert files("out1") == files("out2") and set(files("out2")) != set(files("out3"))
+
+
+def test_the_script_starts_without_its_heavy_libraries():
+    program = (
+        "import sys, data_creation as d\ntry: d.main(['--help'])\nfinally: print(*sys.modules)"
+    )
+    command, folder = [sys.executable, "-c", program], Path(data_creation.__file__).parent
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    usage, loaded = done.stdout.rstrip().rsplit("\n", 1)
+    assert done.returncode == 0 and "--manifest" in usage and "argparse" in loaded.split()
+    assert not {"torch", "torchvision", "numpy", "PIL", "tqdm"} & set(loaded.split())
+
+
+# What is wrong | what is there beside SRC | the command line | what the message says (~: here)
+ERRORS = """
+    SRC is missing | src/ | go\x1bne out | ~/go\\x1bne:
+    SRC is a file | file | file out | ~/file:
+    SRC is empty | empty/ | empty out | ~/empty:
+    SRC holds images but no class folders | flat/1.jpg flat/2.jpg | flat out | ~/flat:
+    a class has no images | src/c/readme.txt | src out | ~/src/c:
+    SRC is one level too deep | deep/Im/a/1.jpg deep/Im/b/1.jpg | deep out | ~/deep/Im instead
+    SRC is two levels too deep | dp/i/Im/a/1.jpg dp/i/Im/b/1.jpg | dp out | ~/dp/i/Im instead
+    OUT is not empty | out/old.txt | src out | ~/out:
+    OUT holds a hidden file | out/.old | src out | ~/out:
+    OUT is a file | out | src out | ~/out:
+    OUT is inside SRC | src/ | src src/out | ~/src/out:
+    OUT is inside a class | src/ | src src/a/new/out | ~/src/a/new/out:
+    OUT is inside a class behind a link | far/1.jpg src/c->far | src far/out | ~/far/out:
+    OUT is SRC | src/ | src src | ~/src:
+    OUT is a link to SRC | way->src | src way | ~/src:
+    SRC is inside OUT | box/in/a/1.jpg box/in/b/1.jpg | box/in box | ~/box: SRC is inside
+    an image is a dangling link | src/a/x.jpg->gone | src out | ~/src/a/x.jpg:
+    a class is a dangling link | src/c->gone | src out | ~/src/c:
+    a link leads back up | src/a/up->src | src out | ~/src/a/up:
+    a link leads to itself | src/a/x.jpg->src/a/x.jpg | src out | ~/src/a/x.jpg:
+    an image is a pipe | src/a/x.jpg| | src out | ~/src/a/x.jpg:
+    the manifest is inside SRC | src/ | src out --manifest src/t.csv | ~/src/t.csv:
+    the manifest is inside OUT | out/ | src out --manifest out/t.csv | ~/out/t.csv:
+    the manifest is in a missing folder | src/ | src out --manifest gone/t.csv | ~/gone/t.csv:
+    the manifest is a folder | old/ | src out --manifest old | ~/old:
+    the plot is inside SRC | src/ | src out --plot src/a/p.png | ~/src/a/p.png:
+    the step is negative | src/ | src out --step -1 | argument --step:
+    the step is no number | src/ | src out --step two | argument --step:
+    the step is too large | src/ | src out --step 3 | --step 3:
+    the seed is no number | src/ | src out --seed x | argument --seed:
+    a flag is unknown | src/ | src out --ha\x1brd | arguments: --ha\\x1brd;
+    OUT is not given | src/ | src | required: OUT;
+"""
+CASES = [[cell.strip() for cell in row.split(" | ")] for row in ERRORS.strip().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("plan", "line", "named"), [pytest.param(*case, id=name) for name, *case in CASES]
+)
+def test_bad_input_is_told_in_one_line_and_writes_nothing(plan, line, named, tmp_path, capsys):
+    if os.name != "posix" and any(sign in plan for sign in ("->", "|")):
+        pytest.skip("needs POSIX links")
+    build("src/a/1.jpg src/a/2.jpg src/a/3.jpg src/b/1.jpg " + plan)
+    before = tree()
+    assert run(line) == 2
+    assert tree() == before  # no OUT, no `.data_creation-*`, SRC as it was
+    stdout, stderr = capsys.readouterr()
+    assert stdout == "" and stderr.count("\n") == 1 and stderr.endswith("\n")
+    assert stderr.startswith("data_creation.py: error: ")
+    assert named.replace("~", str(tmp_path)).replace("/", os.sep) in stderr
