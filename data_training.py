@@ -24,6 +24,7 @@ import platform
 import random
 import sys
 import time
+from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, WeightedRandomSampler
 from torchvision import models
 from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_image
+from torchvision.models import ResNet
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -76,7 +78,7 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {printable(message)}; see --help\n")
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> Namespace:
     """The settings on the command line, each in its range; `None` stands for "auto"."""
     parser = OneLineParser(
         prog="data_training.py",
@@ -137,7 +139,7 @@ def auto_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: None if text == "auto" else parse(text)
 
 
-def check_settings(args: argparse.Namespace) -> None:
+def check_settings(args: Namespace) -> None:
     """Fill in what "auto" means; raise `DataError` where settings do not go together."""
     known = models.list_models(models, include=["resnet*", "resnext*", "wide_resnet*"])
     if args.arch not in known:
@@ -340,15 +342,10 @@ class Features(Dataset[tuple[Tensor, int]]):
         return self.features[item[0]], int(self.labels[item[0]])
 
 
-def train_transform(size: int) -> nn.Module:
-    """A random crop, at random mirrored."""
-    crop = v2.RandomResizedCrop(size, CROP_SCALE, antialias=True)
-    return v2.Compose([crop, v2.RandomHorizontalFlip()])
-
-
-def eval_transform(size: int) -> nn.Module:
-    """The central square."""
-    return v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+def transforms(size: int) -> tuple[nn.Module, nn.Module]:
+    """For training a random crop, at random mirrored; for evaluation the central square."""
+    crop, resize = v2.RandomResizedCrop(size, CROP_SCALE), v2.Resize(size)
+    return v2.Compose([crop, v2.RandomHorizontalFlip()]), v2.Compose([resize, v2.CenterCrop(size)])
 
 
 # -------------------------------------------------------------------------------- sampling
@@ -409,7 +406,10 @@ class Batches(Sampler[list[tuple[int, int]]]):
             yield list(zip(indices.tolist(), seeds.tolist(), strict=True))
 
 
-def make_loader(dataset: Dataset, batches: Batches, args: argparse.Namespace) -> DataLoader:
+BatchPair = tuple[Batches, Batches]  # for training and for validation
+
+
+def make_loader(dataset: Dataset, batches: Batches, args: Namespace) -> DataLoader:
     """A loader of images; its workers live as long as it does."""
     return DataLoader(
         dataset,
@@ -461,7 +461,7 @@ def download(weights: models.WeightsEnum, name: str) -> dict[str, Tensor]:
 
 def build_model(
     arch: str, classes: list[str], state: dict[str, Tensor], named: list[str]
-) -> tuple[models.ResNet, str]:
+) -> tuple[ResNet, str]:
     """The network for `classes`, and in words what became of the weights.
 
     A head in `state` stays if it has the right size and, as far as known, the same classes.
@@ -506,9 +506,7 @@ def to_input(batch: Tensor, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def extract_features(
-    model: models.ResNet, batches: Iterable[list[Tensor]], compute: Compute
-) -> Tensor:
+def extract_features(model: ResNet, batches: Iterable[list[Tensor]], compute: Compute) -> Tensor:
     """What the backbone makes of each image, BatchNorm as in evaluation: (N, D) float32."""
     head, model.fc = model.fc, nn.Identity()
     model.eval()
@@ -519,31 +517,35 @@ def extract_features(
 
 
 class Phase(NamedTuple):
-    """A stretch of epochs with one optimizer: `network` is trained, `evaluated` is the result."""
+    """A stretch of epochs with one optimizer: `network` is trained, `evaluated` is measured."""
 
     name: str
     network: nn.Module
     evaluated: nn.Module
+    result: nn.Module  # the whole network, to be saved
     average: AveragedModel | None  # of the weights of `network` from step to step
+    train: DataLoader
+    val: DataLoader
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
     scaler: torch.amp.GradScaler
 
 
 def head_phase(
-    args: argparse.Namespace, model: models.ResNet, steps: int, compute: Compute
+    args: Namespace, model: ResNet, features: Features, batches: BatchPair, compute: Compute
 ) -> Phase:
-    """The head alone, to be trained on features, with `steps` batches an epoch."""
+    """The head alone, trained on features."""
     group = {"params": list(model.fc.parameters()), "lr": args.lr}
     optimizer = torch.optim.SGD([group], momentum=0.9, weight_decay=args.weight_decay)
-    parts = schedule(optimizer, args.frozen_epochs * steps, compute)
-    return Phase("head", model.fc, model.fc, None, *parts)
+    train, val = (DataLoader(features, batch_sampler=each) for each in batches)
+    parts = schedule(optimizer, args.frozen_epochs * len(batches[0]), compute)
+    return Phase("head", model.fc, model.fc, model, None, train, val, *parts)
 
 
 def full_phase(
-    args: argparse.Namespace, model: models.ResNet, steps: int, compute: Compute
+    args: Namespace, model: ResNet, data: Data, batches: BatchPair, compute: Compute
 ) -> Phase:
-    """Everything, to be trained on images, with `steps` batches an epoch.
+    """Everything, trained on images.
 
     A pretrained backbone goes gently: small steps, its BatchNorm statistics kept, and as the result
     the average of the weights from the start on (Izmailov et al. 2018, arXiv:1803.05407).
@@ -557,9 +559,12 @@ def full_phase(
     average = AveragedModel(model) if gentle else None
     if average:
         average.update_parameters(model)
-    evaluated = average.module if average else model
-    parts = schedule(optimizer, (args.epochs - args.frozen_epochs) * steps, compute)
-    return Phase("full", model.train(not gentle), evaluated, average, *parts)
+    result = average.module if average else model
+    sets = (Images(data.paths, data.labels, each) for each in transforms(args.image_size))
+    train, val = (make_loader(*pair, args) for pair in zip(sets, batches, strict=True))
+    parts = schedule(optimizer, (args.epochs - args.frozen_epochs) * len(batches[0]), compute)
+    network = model.train(not gentle)
+    return Phase("full", network, result, result, average, train, val, *parts)
 
 
 def schedule(
@@ -569,8 +574,8 @@ def schedule(
     peaks = [group["lr"] for group in optimizer.param_groups]
     # With a single step OneCycleLR would divide by zero.
     scheduler = OneCycleLR(optimizer, peaks, max(2, steps), pct_start=0.1, cycle_momentum=False)
-    enabled = compute.amp is torch.float16
-    return optimizer, scheduler, torch.amp.GradScaler(compute.device.type, enabled=enabled)
+    scaled = compute.amp is torch.float16
+    return optimizer, scheduler, torch.amp.GradScaler(compute.device.type, enabled=scaled)
 
 
 def train_epoch(
@@ -664,11 +669,14 @@ def measure(confusion: Tensor, train_images: Tensor) -> Measures:
 def write_file(path: Path, content: bytes) -> None:
     """Write or replace the file as a whole: a reader sees the old one or the new one."""
     partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_table(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
@@ -766,9 +774,7 @@ def write_reports(
     write_chart(output / "classes.png", panels)
 
 
-def save_model(
-    path: Path, args: argparse.Namespace, data: Data, model: nn.Module, epoch: int
-) -> None:
+def save_model(path: Path, args: Namespace, data: Data, model: nn.Module, epoch: int) -> None:
     """Write all that it takes to use the network; `weights_only=True` loads it."""
     content = {
         "arch": args.arch,
@@ -829,7 +835,7 @@ def format_summary(data: Data, history: list[dict[str, Any]], last: Evaluation) 
 # ------------------------------------------------------------------------------------ run
 
 
-def start_run(args: argparse.Namespace, compute: Compute, data: Data, origin: str) -> None:
+def start_run(args: Namespace, compute: Compute, data: Data, origin: str) -> None:
     """Make the run folder with the settings in it, and print what is about to happen."""
     cuda = compute.device.type == "cuda"
     device = torch.cuda.get_device_name(compute.device) if cuda else str(compute.device)
@@ -856,30 +862,7 @@ def start_run(args: argparse.Namespace, compute: Compute, data: Data, origin: st
     )
 
 
-def begin_phase(
-    full: bool,
-    args: argparse.Namespace,
-    model: models.ResNet,
-    data: Data,
-    batches: tuple[Batches, Batches],
-    waits: list[float],
-    compute: Compute,
-) -> tuple[Phase, list[DataLoader]]:
-    """A phase, and the loaders of its batches for training and for validation."""
-    drawn, held_out = batches
-    images = Images(data.paths, data.labels, eval_transform(args.image_size))
-    if full:
-        crops = Images(data.paths, data.labels, train_transform(args.image_size))
-        loaders = [make_loader(crops, drawn, args), make_loader(images, held_out, args)]
-        return full_phase(args, model, len(drawn), compute), loaders
-    everything = Batches(torch.arange(len(data.labels)), args.batch_size)
-    inputs = timed(make_loader(images, everything, args), "features", waits)
-    table = Features(extract_features(model, inputs, compute), data.labels)
-    loaders = [DataLoader(table, batch_sampler=each) for each in batches]
-    return head_phase(args, model, len(drawn), compute), loaders
-
-
-def run(args: argparse.Namespace) -> None:
+def run(args: Namespace) -> None:
     """Train and evaluate as `args` say, and fill the run folder."""
     compute = pick_compute(args.device, getattr(args, "amp", None))
     args.device, args.amp = str(compute.device), compute.amp is not None
@@ -898,17 +881,22 @@ def run(args: argparse.Namespace) -> None:
     for epoch in range(min(1, args.epochs), args.epochs + 1):
         started = time.perf_counter()
         waits: list[float] = []
-        if epoch in (0, 1, args.frozen_epochs + 1):
-            full = epoch != 1 or args.frozen_epochs == 0
-            phase, loaders = begin_phase(full, args, model, data, batches, waits, compute)
+        if epoch == 1 and args.frozen_epochs:
+            images = Images(data.paths, data.labels, transforms(args.image_size)[1])
+            everything = Batches(torch.arange(len(data.labels)), args.batch_size)
+            inputs = timed(make_loader(images, everything, args), "features", waits)
+            features = Features(extract_features(model, inputs, compute), data.labels)
+            phase = head_phase(args, model, features, batches, compute)
+        elif epoch in (0, args.frozen_epochs + 1):
+            phase = full_phase(args, model, data, batches, compute)
         loss, chosen = math.nan, data.train[:0]
         if epoch:
             chosen = data.train[draw_images(weights, args.seed, epoch)]
             batches[0].assign(chosen, seeded("augment", args.seed, epoch))
-            inputs = timed(loaders[0], f"training, {phase.name}", waits)
+            inputs = timed(phase.train, f"training, {phase.name}", waits)
             loss = train_epoch(phase, inputs, args.label_smoothing, compute)
         seconds = time.perf_counter() - started
-        last = evaluate(phase.evaluated, timed(loaders[1], "validation", []), compute)
+        last = evaluate(phase.evaluated, timed(phase.val, "validation", []), compute)
         confusion = confusion_matrix(last.targets, last.predicted, len(data.classes))
         measures = measure(confusion, data.counts(data.train))
         row = {"epoch": epoch, "phase": phase.name if epoch else "given", "train_loss": loss}
@@ -922,10 +910,9 @@ def run(args: argparse.Namespace) -> None:
         history.append(row)
         draws += data.counts(chosen)
         print(format_epoch(row, args.epochs), flush=True)
-        result = model if phase.name == "head" else phase.evaluated
-        save_model(args.output / "last.pt", args, data, result, epoch)
+        save_model(args.output / "last.pt", args, data, phase.result, epoch)
         if row is max(history, key=lambda row: row["balanced_accuracy"]):
-            save_model(args.output / "best.pt", args, data, result, epoch)
+            save_model(args.output / "best.pt", args, data, phase.result, epoch)
         write_reports(args.output, data, history, draws, last)
     print(f"\n{format_summary(data, history, last)}\nresults in {printable(str(args.output))}")
 

@@ -250,7 +250,7 @@ def test_images_come_out_upright(tmp_path: Path, suffix: str, orientation: int, 
 
 def test_an_augmentation_depends_on_its_seed_alone(make_folder: Callable[..., Path]) -> None:
     data = training.load_data(make_folder({"a": 6, "b": 6}), True, 0.2, 0)
-    crops = training.Images(data.paths, data.labels, training.train_transform(24))
+    crops = training.Images(data.paths, data.labels, training.transforms(24)[0])
     first = crops[(3, 77)][0]
     torch.manual_seed(5)
     crops[(4, 1)]
@@ -467,7 +467,7 @@ def test_the_features_are_what_the_network_sees_in_evaluation(folder: Path) -> N
     torch.manual_seed(0)
     model = models.resnet18(num_classes=4)
     data = training.load_data(folder, True, 0.2, 0)
-    images = training.Images(data.paths, data.labels, training.eval_transform(32))
+    images = training.Images(data.paths, data.labels, training.transforms(32)[1])
     inputs = torch.stack([images[(index, 0)][0] for index in range(6)])
     compute = training.Compute(torch.device("cpu"), None)
     features = training.extract_features(model, [(inputs, None)], compute)
@@ -476,11 +476,14 @@ def test_the_features_are_what_the_network_sees_in_evaluation(folder: Path) -> N
 
 
 def test_the_result_of_full_fine_tuning_is_the_average_from_the_start_on(folder: Path) -> None:
-    args = training.parse_args([str(folder), "--epochs", "1", "--frozen-epochs", "0", *TINY])
+    args = training.parse_args([str(folder), "--epochs", "1", "--frozen-epochs", "0"])
+    args.workers = 0
     compute = training.Compute(torch.device("cpu"), None)
     torch.manual_seed(0)
     model = models.resnet18(num_classes=2)
-    phase = training.full_phase(args, model, 2, compute)
+    data = training.load_data(folder, True, 0.2, 0)
+    pair = training.Batches(data.train, 64), training.Batches(data.val, 64)  # two steps an epoch
+    phase = training.full_phase(args, model, data, pair, compute)
     seen = []
 
     def batches() -> Iterator[list[torch.Tensor]]:

@@ -1,0 +1,64 @@
+"""The README's blocks, run as they stand."""
+
+import csv
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def block(name: str) -> str:
+    """The code after the mark `<!-- name -->`."""
+    return re.search(rf"<!-- {name} -->\n```\w+\n(.*?)```", README, re.DOTALL)[1]
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project in which the commands of "Try it" ran, but for the installation."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("data_creation.py", "data_training.py", "tests"):
+        (folder / name).symlink_to(ROOT / name)
+    commands = [line for line in block("try it").splitlines() if line.startswith("python ")]
+    assert len(commands) == 3
+    for command in commands:
+        arguments = [sys.executable, *command.split()[1:]]
+        done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        print(done.stdout)
+    return folder
+
+
+def test_the_first_minute_ends_with_pictures_and_a_network_that_learned(tried: Path) -> None:
+    assert {path.suffix for path in (tried / "runs/sample").iterdir()} >= {".png", ".pt", ".csv"}
+    with open(tried / "runs/sample/history.csv", newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert float(last["balanced_accuracy"]) > 0.5  # chance: 0.08
+
+
+def test_the_snippet_says_what_the_run_predicted(tried: Path) -> None:
+    with open(tried / "runs/sample/predictions.csv", newline="") as file:
+        row = next(csv.DictReader(file))
+    snippet = block("use it").replace("sample/husky/husky_000.jpg", f"sample/{row['path']}")
+    snippet = snippet.replace("best.pt", "last.pt")
+    assert row["path"] in snippet and "last.pt" in snippet
+    done = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=tried, capture_output=True, text=True, check=True
+    )
+    name, probability = done.stdout.split()
+    assert name == row["predicted"]
+    assert float(probability.rstrip("%")) / 100 == pytest.approx(float(row["probability"]), abs=0.1)
+
+
+def test_every_option_the_readme_names_exists() -> None:
+    shown = ""
+    for script in ("data_creation.py", "data_training.py"):
+        command = [sys.executable, str(ROOT / script), "--help"]
+        shown += subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    named = set(re.findall(r"--[a-z][a-z-]+", README)) - {"--help"}
+    assert len(named) > 15
+    assert named <= set(re.findall(r"--[a-z][a-z-]+", shown))
