@@ -224,6 +224,8 @@ def load_data(root: Path, check: bool, fraction: float, seed: int) -> Data:
         raise DataError(f"{root}: {error}; add images or remove the class") from None
     if len(folder.classes) < 2:
         raise DataError(f"{root}: fewer than two classes; pass the folder that holds the classes")
+    if hidden := [name for name in folder.classes if name.startswith(".")]:
+        raise DataError(f"{root / hidden[0]}: hidden, but would count as a class; remove it")
     paths = [path for path, _ in folder.samples]
     digests, problems = check_images(paths) if check else (paths, [""] * len(paths))
     for path, problem in zip(paths, problems, strict=True):

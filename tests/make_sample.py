@@ -30,11 +30,11 @@ def draw_dog(breed: int, stream: random.Random) -> Image.Image:
     background = tuple(stream.randrange(60, 230) for _ in range(3))
     image = Image.new("RGB", (SIZE, SIZE), background)
     draw = ImageDraw.Draw(image)
-    for _ in range(12):  # clutter
+    for _ in range(8):  # clutter
         x, y, r = stream.uniform(0, SIZE), stream.uniform(0, SIZE), stream.uniform(2, 9)
         draw.ellipse([x - r, y - r, x + r, y + r], tuple(stream.randrange(60, 230) for _ in "rgb"))
-    light = stream.uniform(0.75, 1.2)
-    coat = tuple(min(255, int(vary(channel, 22) * light)) for channel in COATS[breed % 4])
+    light = stream.uniform(0.85, 1.12)
+    coat = tuple(min(255, int(vary(channel, 14) * light)) for channel in COATS[breed % 4])
     dark = tuple(channel * 2 // 5 for channel in coat)
     x, y, s = vary(SIZE / 2, 9), vary(SIZE / 2, 7), vary(1.0, 0.2)
     body = [x - 26 * s, y - 4 * s, x + 20 * s, y + 20 * s]
@@ -50,16 +50,16 @@ def draw_dog(breed: int, stream: random.Random) -> Image.Image:
     for side in (-7, 5):
         ear_x, ear_y = head[0] + side * s, head[1] - 8 * s
         if breed // 4 == 0:  # pricked
-            tip = (ear_x + 2 * s, ear_y - 13 * s)
-            draw.polygon([(ear_x - 4 * s, ear_y), tip, (ear_x + 6 * s, ear_y)], dark)
+            tip = (ear_x + 2 * s, ear_y - 20 * s)
+            draw.polygon([(ear_x - 5 * s, ear_y), tip, (ear_x + 7 * s, ear_y)], dark)
         elif breed // 4 == 1:  # hanging
-            draw.ellipse([ear_x - 4 * s, ear_y, ear_x + 4 * s, ear_y + 17 * s], dark)
+            draw.ellipse([ear_x - 5 * s, ear_y, ear_x + 5 * s, ear_y + 24 * s], dark)
         else:  # round
-            draw.ellipse([ear_x - 5 * s, ear_y - 7 * s, ear_x + 5 * s, ear_y + 3 * s], dark)
+            draw.ellipse([ear_x - 7 * s, ear_y - 10 * s, ear_x + 7 * s, ear_y + 4 * s], dark)
     if breed % 2:
         for _ in range(6):
             px, py = x + stream.uniform(-20, 14) * s, y + stream.uniform(0, 14) * s
-            draw.ellipse([px - 3 * s, py - 3 * s, px + 3 * s, py + 3 * s], dark)
+            draw.ellipse([px - 4 * s, py - 4 * s, px + 4 * s, py + 4 * s], dark)
     draw.ellipse([head[0] + 2 * s, head[1] - 4 * s, head[0] + 5 * s, head[1] - 1 * s], "black")
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if stream.random() < 0.5 else image
 

@@ -564,6 +564,7 @@ ERRORS = {
     "no such folder": (["{src}/none", "--weights", "none"], "none: no such folder"),
     "one class": (["{src}/one", "--weights", "none"], "fewer than two classes"),
     "empty class": (["{src}/hollow", "--weights", "none"], "hollow"),
+    "hidden class": (["{src}/veiled", "--weights", "none"], "veiled/.bee: hidden"),
     "only broken images": (["{src}/broken", "--weights", "none"], "broken/bee: no image of this"),
     "one image a class": (["{src}/single", "--weights", "none"], "nothing to validate on"),
     "epochs below 0": (["{src}/good", "--epochs", "-1"], "--epochs"),
@@ -604,6 +605,7 @@ def test_bad_input_gets_one_line_and_status_2(
     write_folder(tmp_path / "good", {"ape": 3, "bee": 3})
     write_folder(tmp_path / "one", {"ape": 3})
     write_folder(tmp_path / "single", {"ape": 1, "bee": 1})
+    write_folder(tmp_path / "veiled", {"ape": 3, ".bee": 3})
     write_folder(tmp_path / "hollow", {"ape": 3, "bee": 0})
     write_folder(tmp_path / "broken", {"ape": 3, "bee": 1})
     (tmp_path / "broken/bee/bee_000.jpg").write_text("broken")
