@@ -180,7 +180,8 @@ class Compute(NamedTuple):
 
 def pick_compute(name: str, amp: bool | None) -> Compute:
     """The device called `name`, "auto" for the best there is; `amp` None: where it helps."""
-    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    best = found or torch.device("cpu")
     try:
         device = torch.empty(0, device=best if name == "auto" else name).device
     except (RuntimeError, AssertionError):  # the latter from builds without that device

@@ -206,17 +206,19 @@ def corners(image: torch.Tensor) -> list[list[int]]:
 def write_modes(folder: Path) -> dict[str, Path]:
     """The same picture in every mode and format that matters."""
     picture, grey = Image.fromarray(QUARTERS), Image.fromarray(GREY)
-    sixteen = Image.fromarray(GREY.astype(np.uint16) * 257)
+    wide = GREY.astype(np.uint16) * 257
+    sixteen = Image.fromarray(wide)
     images = {
         **{"rgb.jpg": picture, "rgb.png": picture, "rgb.webp": picture, "rgb.bmp": picture},
         **{"rgb.tif": picture, "rgb.ppm": picture, "cmyk.jpg": picture.convert("CMYK")},
         **{"rgba.png": picture.convert("RGBA"), "palette.png": picture.quantize(8)},
         **{"grey.jpg": grey, "grey.png": grey, "grey_alpha.png": grey.convert("LA")},
-        **{"grey16.png": sixteen, "grey16.tif": sixteen, "grey16.pgm": sixteen},
+        **{"grey16.png": sixteen, "grey16.tif": sixteen},
     }
     for name, image in images.items():
         image.save(folder / name, **({"quality": 100} if name.endswith(("jpg", "webp")) else {}))
     picture.save(folder / "a_png.jpg", "PNG")
+    (folder / "grey16.pgm").write_bytes(b"P5 60 40 65535\n" + wide.astype(">u2").tobytes())
     return {path.name: path for path in folder.iterdir()}
 
 
