@@ -141,6 +141,8 @@ def auto_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def check_settings(args: Namespace) -> None:
     """Fill in what "auto" means; raise `DataError` where settings do not go together."""
+    if not args.out.is_dir():
+        raise DataError(f"{args.out}: no such folder; pass the folder that holds the class folders")
     known = models.list_models(models, include=["resnet*", "resnext*", "wide_resnet*"])
     if args.arch not in known:
         raise DataError(f"--arch {args.arch}: unknown; choose from {', '.join(known)}")
@@ -217,8 +219,6 @@ class Data(NamedTuple):
 
 def load_data(root: Path, check: bool, fraction: float, seed: int) -> Data:
     """The images of `root`, split; what cannot be decoded is named and left out."""
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; pass the folder that holds the class folders")
     try:
         folder = ImageFolder(root)
     except FileNotFoundError as error:
@@ -241,6 +241,8 @@ def load_data(root: Path, check: bool, fraction: float, seed: int) -> Data:
     train, val = split_images(labels, [digests[index] for index in sound], fraction, seed)
     if not len(val):
         raise DataError(f"{root}: no class has two different images; nothing to validate on")
+    if len(train) > 2**24:
+        raise DataError(f"{root}: over 2^24 training images, more than torch.multinomial can draw")
     broken = [path for path, problem in zip(paths, problems, strict=True) if problem]
     return Data(root, folder.classes, [paths[i] for i in sound], labels, train, val, broken)
 

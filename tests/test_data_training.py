@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 
@@ -126,6 +127,14 @@ def test_no_copy_of_a_training_image_is_validated() -> None:
         train, val = training.split_images(labels, digests, 0.3, seed)
         assert not {digests[i] for i in train} & {digests[i] for i in val}
         assert set(labels[train].tolist()) == {0, 1, 2}
+
+
+def test_an_image_that_stands_in_two_classes_is_for_training_alone() -> None:
+    labels = torch.tensor([0] * 8 + [1] * 8)
+    digests = ["both", *"abcdefg", "both", *"hijklmn"]
+    for seed in range(20):
+        train, val = training.split_images(labels, digests, 0.5, seed)
+        assert {0, 8} <= set(train.tolist()) and len(val) == 8
 
 
 def test_a_class_of_copies_of_one_image_is_for_training_alone() -> None:
@@ -659,8 +668,12 @@ def test_an_interrupted_run_keeps_its_finished_epochs(folder: Path, tmp_path: Pa
     command = [str(folder), "--weights", "none", "--epochs", "500", "--output", str(output), *TINY]
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *command],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests run in the background may have been told to ignore SIGINT, and would pass it on.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     for line in process.stdout:
         if line.startswith("  2/500"):
             break
