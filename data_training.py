@@ -108,7 +108,13 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--frozen-epochs", metavar="N", type=auto_or(whole), default="auto",
         help="first epochs, for the head alone; auto: half, rounded up")  # fmt: skip
     add("--batch-size", metavar="N", type=some, default=64, help="images per step")
-    add("--lr", metavar="X", type=positive, default=0.03, help="peak learning rate of the head")
+    add(
+        "--lr",
+        metavar="X",
+        type=positive,
+        default=0.03,
+        help="peak learning rate of the frozen phase",
+    )
     add("--weight-decay", metavar="X", type=at_least_0, default=0.02, help="for the head")
     add("--label-smoothing", metavar="X", type=below_1, default=0.1,
         help="part of each target that is spread over all classes")  # fmt: skip
@@ -834,6 +840,8 @@ def format_summary(data: Data, history: list[dict[str, Any]], last: Evaluation) 
         if wrong[true, taken]:
             share = f"{wrong[true, taken]:8} of {asked[true]:4}"
             lines.append(f"{share}  {names[true]} taken for {names[taken]}")
+    if data.broken:
+        lines.append(f"unreadable images, left out and listed in config.json: {len(data.broken)}")
     return "\n".join(lines)
 
 

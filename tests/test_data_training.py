@@ -536,6 +536,7 @@ def test_unreadable_images_are_named_left_out_and_counted(
     for name in ("ape_000.jpg", "bee_001.jpg", "bee_002.jpg"):
         assert sum(line.startswith("warning: ") and name in line for line in err.splitlines()) == 1
     assert "3 unreadable left out" in out
+    assert "unreadable images, left out and listed in config.json: 3" in out
     assert len(json.loads((output / "config.json").read_text())["left_out"]) == 3
     assert [row["train_images"] for row in rows_of(output / "classes.csv")] == ["6", "6"]
 
