@@ -235,9 +235,10 @@ def load_data(root: Path, check: bool, fraction: float, seed: int) -> Data:
         raise DataError(f"{root / hidden[0]}: hidden, but would count as a class; remove it")
     paths = [path for path, _ in folder.samples]
     digests, problems = check_images(paths) if check else (paths, [""] * len(paths))
-    for path, problem in zip(paths, problems, strict=True):
-        if problem:
-            print(f"warning: {printable(f'{path}: {problem}')}; left out", file=sys.stderr)
+    broken = [index for index, problem in enumerate(problems) if problem]
+    for index in broken:
+        text = printable(f"{paths[index]}: {problems[index]}")
+        print(f"warning: {text}; left out", file=sys.stderr)
     sound = [index for index, problem in enumerate(problems) if not problem]
     labels = torch.tensor([folder.targets[index] for index in sound], dtype=torch.int64)
     for index, count in enumerate(torch.bincount(labels, minlength=len(folder.classes)).tolist()):
@@ -249,8 +250,15 @@ def load_data(root: Path, check: bool, fraction: float, seed: int) -> Data:
         raise DataError(f"{root}: no class has two different images; nothing to validate on")
     if len(train) > 2**24:
         raise DataError(f"{root}: over 2^24 training images, more than torch.multinomial can draw")
-    broken = [path for path, problem in zip(paths, problems, strict=True) if problem]
-    return Data(root, folder.classes, [paths[i] for i in sound], labels, train, val, broken)
+    return Data(
+        root,
+        folder.classes,
+        [paths[i] for i in sound],
+        labels,
+        train,
+        val,
+        [paths[i] for i in broken],
+    )
 
 
 def check_images(paths: list[str]) -> tuple[list[str], list[str]]:
@@ -753,15 +761,19 @@ def ticks(top: float) -> list[float]:
 
 
 def write_reports(
-    output: Path, data: Data, history: list[dict[str, Any]], draws: Tensor, last: Evaluation
+    output: Path,
+    data: Data,
+    history: list[dict[str, Any]],
+    draws: Tensor,
+    last: Evaluation,
+    recall: Tensor,
 ) -> None:
-    """Write the tables and charts of a run; recall and predictions are those of `last`."""
+    """Write the tables and charts of a run; recall and predictions are the last epoch's."""
     write_table(output / "history.csv", history[0], (row.values() for row in history))
     paths = [Path(data.paths[index]).relative_to(data.root).as_posix() for index in data.val]
     names = ([data.classes[index] for index in part] for part in (last.targets, last.predicted))
     rows = zip(paths, *names, last.probability.tolist(), strict=True)
     write_table(output / "predictions.csv", ("path", "class", "predicted", "probability"), rows)
-    recall = recall_by_class(confusion_matrix(last.targets, last.predicted, len(data.classes)))
     columns = (data.counts(data.train), data.counts(data.val), draws, recall)
     table = list(zip(data.classes, *(column.tolist() for column in columns), strict=True))
     header = ("class", "train_images", "val_images", "draws", "recall")
@@ -785,7 +797,7 @@ def write_reports(
     write_chart(output / "classes.png", panels)
 
 
-def save_model(path: Path, args: Namespace, data: Data, model: nn.Module, epoch: int) -> None:
+def save_model(names: list[str], args: Namespace, data: Data, model: nn.Module, epoch: int) -> None:
     """Write all that it takes to use the network; `weights_only=True` loads it."""
     content = {
         "arch": args.arch,
@@ -796,7 +808,8 @@ def save_model(path: Path, args: Namespace, data: Data, model: nn.Module, epoch:
     }
     stream = io.BytesIO()
     torch.save(content, stream)
-    write_file(path, stream.getvalue())
+    for name in names:
+        write_file(args.output / name, stream.getvalue())
 
 
 HEADER = (
@@ -819,7 +832,7 @@ def format_epoch(row: dict[str, Any], epochs: int) -> str:
     )
 
 
-def format_summary(data: Data, history: list[dict[str, Any]], last: Evaluation) -> str:
+def format_summary(data: Data, history: list[dict[str, Any]], confusion: Tensor) -> str:
     """What to know after a run: last and best epoch, weakest classes, commonest confusions."""
     best = max(history, key=lambda row: row["balanced_accuracy"])
     lines = [
@@ -827,7 +840,6 @@ def format_summary(data: Data, history: list[dict[str, Any]], last: Evaluation) 
         for name, row in (("last", history[-1]), ("best", best))
     ]
     lines[-1] += " (picked on the validation images, so slightly optimistic)"
-    confusion = confusion_matrix(last.targets, last.predicted, len(data.classes))
     recall, asked = recall_by_class(confusion), confusion.sum(1)
     names = [printable(name) for name in data.classes]
     known = [index for index in recall.argsort(stable=True).tolist() if asked[index]]
@@ -923,11 +935,11 @@ def run(args: Namespace) -> None:
         history.append(row)
         draws += data.counts(chosen)
         print(format_epoch(row, args.epochs), flush=True)
-        save_model(args.output / "last.pt", args, data, phase.result, epoch)
-        if row is max(history, key=lambda row: row["balanced_accuracy"]):
-            save_model(args.output / "best.pt", args, data, phase.result, epoch)
-        write_reports(args.output, data, history, draws, last)
-    print(f"\n{format_summary(data, history, last)}\nresults in {printable(str(args.output))}")
+        best = row is max(history, key=lambda row: row["balanced_accuracy"])
+        names = ["last.pt", "best.pt"] if best else ["last.pt"]
+        save_model(names, args, data, phase.result, epoch)
+        write_reports(args.output, data, history, draws, last, recall_by_class(confusion))
+    print(f"\n{format_summary(data, history, confusion)}\nresults in {printable(str(args.output))}")
 
 
 def main(argv: list[str] | None = None) -> int:
