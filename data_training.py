@@ -4,10 +4,11 @@
 
 OUT holds one folder per class; a part of each is kept for validation. Training images are drawn by
 a `WeightedRandomSampler` with weights 1 / (training images of the class), so that every class is
-seen about equally often. The head is trained first, on features that the frozen backbone computes
-once; then everything, gently, and the average of the weights along the way is the result. After
-each epoch a run folder holds the settings, the history, the recall of each class, the predictions,
-the last and the best network, and two charts.
+seen about equally often; `--rebalance` names the alternatives. The head is trained first, on
+features that the frozen backbone computes once; then everything, gently, and the average of the
+weights along the way is the result. After each epoch a run folder holds the settings, the history,
+the recall of each class with its interval, the predictions, the last and the best network, and two
+charts; with `--baseline` also what changed since an earlier run, and how sure that is.
 
 Exit status: 0 done, 2 bad input (one line on stderr says where and what to do), 130 interrupted.
 """
@@ -46,6 +47,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, Sampler, WeightedRandomSampler
 from torchvision import models
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.models import ResNet
 from torchvision.transforms import v2
@@ -60,6 +62,8 @@ CROP_SCALE = (0.5, 1.0)  # part of an image's area that a training crop covers
 HEAD_LR, BACKBONE_LR, SCRATCH_LR = 1 / 300, 1 / 1500, 1 / 30
 CLIP_NORM = 1.0  # longest gradient followed; tiny BatchNorm variances can make it explode
 MANY, FEW = 100, 20  # "many": more training images than that, "few": fewer
+Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
+RESAMPLES = 4000  # of the bootstrap: an end of an interval varies by 4 % of a standard deviation
 BLUE, ORANGE = "#2f6fb0", "#d9822b"
 
 
@@ -91,9 +95,12 @@ def parse_args(argv: list[str] | None) -> Namespace:
     below_1 = number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
     positive = number(float, lambda x: 0 < x < math.inf, "a number above 0")
     at_least_0 = number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
+    power = number(float, lambda x: 0 <= x <= 10, "a number from 0 to 10")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of class folders")
     add = parser.add_argument_group("data").add_argument
     add("--val-fraction", metavar="F", type=inside, default=0.2, help="part kept for validation")
+    add("--source", metavar="SRC", type=Path, default=argparse.SUPPRESS,
+        help="the folder OUT was made from: what OUT left out is validated on as well")  # fmt: skip
     add("--image-size", metavar="PX", type=some, default=224, help="side of the network's input")
     add("--workers", metavar="N", type=auto_or(whole), default="auto",
         help="processes that read images; auto: none on a CPU, else at most 8")  # fmt: skip
@@ -107,25 +114,27 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--epochs", metavar="N", type=whole, default=10, help="0 evaluates the given weights")
     add("--frozen-epochs", metavar="N", type=auto_or(whole), default="auto",
         help="first epochs, for the head alone; auto: half, rounded up")  # fmt: skip
+    add("--rebalance", choices=("sampler", "late", "loss", "none"), default="sampler",
+        help="weighted sampler; the same in the last quarter of each phase only; balanced softmax "
+        "loss; or nothing")  # fmt: skip
+    add("--power", metavar="P", type=power, default=argparse.SUPPRESS,
+        help="the sampler's weights are 1 / count ** P; 0.5: square root (default: 1)")  # fmt: skip
     add("--batch-size", metavar="N", type=some, default=64, help="images per step")
-    add(
-        "--lr",
-        metavar="X",
-        type=positive,
-        default=0.03,
-        help="peak learning rate of the frozen phase",
-    )
-    add("--weight-decay", metavar="X", type=at_least_0, default=0.02, help="for the head")
-    add("--label-smoothing", metavar="X", type=below_1, default=0.1,
+    add("--lr", metavar="X", type=positive, default=0.03,
+        help="peak learning rate of the frozen phase")  # fmt: skip
+    add("--weight-decay", metavar="X", type=at_least_0, default=0.002, help="for the head")
+    add("--label-smoothing", metavar="X", type=below_1, default=0.0,
         help="part of each target that is spread over all classes")  # fmt: skip
     add = parser.add_argument_group("run").add_argument
     add("--output", metavar="DIR", type=auto_or(Path), default="auto",
         help="new folder for the results; auto: runs/DATE-TIME")  # fmt: skip
+    add("--baseline", metavar="RUN", type=Path, default=argparse.SUPPRESS,
+        help="folder of an earlier run on the same validation images, to compare with")  # fmt: skip
     add("--seed", metavar="N", type=int, default=0, help="of split, draws and augmentation")
     add("--device", metavar="NAME", default="auto", help="auto: an accelerator, else cpu")
     add("--amp", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
         help="mixed precision (default: where the hardware gains from it)")  # fmt: skip
-    return parser.parse_args(argv)
+    return parser.parse_args(argv, Namespace(amp=None, source=None, power=None, baseline=None))
 
 
 def number(kind: type, accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
@@ -149,6 +158,14 @@ def check_settings(args: Namespace) -> None:
     """Fill in what "auto" means; raise `DataError` where settings do not go together."""
     if not args.out.is_dir():
         raise DataError(f"{args.out}: no such folder; pass the folder that holds the class folders")
+    if args.source and not args.source.is_dir():
+        raise DataError(f"--source {args.source}: no such folder; pass the SRC that OUT came from")
+    if args.source and args.no_check:
+        raise DataError("--source: needs the check for copies of training images; drop --no-check")
+    if args.power is not None and args.rebalance != "sampler":
+        raise DataError(
+            f"--power: of the sampler's weights; drop it or --rebalance {args.rebalance}"
+        )
     known = models.list_models(models, include=["resnet*", "resnext*", "wide_resnet*"])
     if args.arch not in known:
         raise DataError(f"--arch {args.arch}: unknown; choose from {', '.join(known)}")
@@ -210,12 +227,13 @@ def pick_compute(name: str, amp: bool | None) -> Compute:
 class Data(NamedTuple):
     """N images of C classes, and which of them are for training and for validation."""
 
-    root: Path
     classes: list[str]
     paths: list[str]
+    names: list[str]  # their paths below OUT or SRC: class/file
     labels: Tensor  # (N,) int64
     train: Tensor  # indices, int64
-    val: Tensor
+    val: Tensor  # those of OUT, then those of SRC
+    added: int  # how many of `val` are of SRC
     broken: list[str]  # paths left out
 
     def counts(self, part: Tensor) -> Tensor:
@@ -223,8 +241,44 @@ class Data(NamedTuple):
         return torch.bincount(self.labels[part], minlength=len(self.classes))
 
 
-def load_data(root: Path, check: bool, fraction: float, seed: int) -> Data:
-    """The images of `root`, split; what cannot be decoded is named and left out."""
+def load_data(root: Path, source: Path | None, check: bool, fraction: float, seed: int) -> Data:
+    """The images of `root`, split, and for validation those that only `source` has.
+
+    What cannot be decoded is named and left out, and so is a copy of a training image in `source`.
+    """
+    classes, images = list_images(root)
+    inside = len(images)
+    if source:
+        images += find_left_out(source, classes, {name for _, name, _ in images})
+    paths = [path for path, _, _ in images]
+    digests, problems = check_images(paths) if check else (paths, [""] * len(paths))
+    broken = [path for path, problem in zip(paths, problems, strict=True) if problem]
+    for path, problem in zip(paths, problems, strict=True):
+        if problem:
+            print(f"warning: {printable(f'{path}: {problem}')}; left out", file=sys.stderr)
+    sound = [index for index, problem in enumerate(problems) if not problem]
+    inside = sum(index < inside for index in sound)
+    images, digests = [images[i] for i in sound], [digests[i] for i in sound]
+    labels = torch.tensor([label for _, _, label in images], dtype=torch.int64)
+    for name, count in zip(classes, labels[:inside].bincount(minlength=len(classes)), strict=True):
+        if count == 0:
+            raise DataError(f"{root / name}: no image of this class can be read; mend or remove it")
+    train, val = split_images(labels[:inside], digests[:inside], fraction, seed)
+    if not len(val):
+        raise DataError(f"{root}: no class has two different images; nothing to validate on")
+    if len(train) > 2**24:
+        raise DataError(f"{root}: over 2^24 training images, more than torch.multinomial can draw")
+    trained = {digests[index] for index in train.tolist()}
+    added = [index for index in range(inside, len(sound)) if digests[index] not in trained]
+    if copies := len(sound) - inside - len(added):
+        print(f"warning: {source}: {copies} copies of training images left out", file=sys.stderr)
+    val = torch.cat([val, torch.tensor(added, dtype=torch.int64)])
+    paths, names = [path for path, _, _ in images], [name for _, name, _ in images]
+    return Data(classes, paths, names, labels, train, val, len(added), broken)
+
+
+def list_images(root: Path) -> tuple[list[str], list[tuple[str, str, int]]]:
+    """The classes of `root`, and of each image its path, its name and its label."""
     try:
         folder = ImageFolder(root)
     except FileNotFoundError as error:
@@ -233,32 +287,24 @@ def load_data(root: Path, check: bool, fraction: float, seed: int) -> Data:
         raise DataError(f"{root}: fewer than two classes; pass the folder that holds the classes")
     if hidden := [name for name in folder.classes if name.startswith(".")]:
         raise DataError(f"{root / hidden[0]}: hidden, but would count as a class; remove it")
-    paths = [path for path, _ in folder.samples]
-    digests, problems = check_images(paths) if check else (paths, [""] * len(paths))
-    broken = [index for index, problem in enumerate(problems) if problem]
-    for index in broken:
-        text = printable(f"{paths[index]}: {problems[index]}")
-        print(f"warning: {text}; left out", file=sys.stderr)
-    sound = [index for index, problem in enumerate(problems) if not problem]
-    labels = torch.tensor([folder.targets[index] for index in sound], dtype=torch.int64)
-    for index, count in enumerate(torch.bincount(labels, minlength=len(folder.classes)).tolist()):
-        if count == 0:
-            name = root / folder.classes[index]
-            raise DataError(f"{name}: no image of this class can be read; mend or remove it")
-    train, val = split_images(labels, [digests[index] for index in sound], fraction, seed)
-    if not len(val):
-        raise DataError(f"{root}: no class has two different images; nothing to validate on")
-    if len(train) > 2**24:
-        raise DataError(f"{root}: over 2^24 training images, more than torch.multinomial can draw")
-    return Data(
-        root,
-        folder.classes,
-        [paths[i] for i in sound],
-        labels,
-        train,
-        val,
-        [paths[i] for i in broken],
-    )
+    return folder.classes, [(path, below(root, path), label) for path, label in folder.samples]
+
+
+def below(folder: Path, path: str) -> str:
+    """`path` as seen from `folder`, with `/` on every system."""
+    return path.removeprefix(str(folder)).replace(os.sep, "/").lstrip("/")
+
+
+def find_left_out(source: Path, classes: list[str], there: set[str]) -> list[tuple[str, str, int]]:
+    """Path, name and label of each image of `source` with a name not `there`, hidden ones aside."""
+    folders = [entry.name for entry in source.iterdir() if entry.is_dir() and entry.name[0] != "."]
+    if strange := sorted(set(folders).difference(classes)):
+        found = ", ".join(strange)
+        raise DataError(f"--source {source}: not classes of OUT: {found}; pass the SRC of OUT")
+    labels = {name: label for label, name in enumerate(classes)}
+    samples = make_dataset(source, labels, IMG_EXTENSIONS, allow_empty=True)
+    images = ((path, below(source, path), label) for path, label in samples)
+    return [image for image in images if image[1] not in there and "/." not in image[1]]
 
 
 def check_images(paths: list[str]) -> tuple[list[str], list[str]]:
@@ -370,9 +416,25 @@ def transforms(size: int) -> tuple[nn.Module, nn.Module]:
 # -------------------------------------------------------------------------------- sampling
 
 
-def sample_weights(labels: Tensor) -> Tensor:
-    """A weight for each image, 1 / images of its class: (N,) float64."""
-    return 1 / torch.bincount(labels).double()[labels]
+def sample_weights(labels: Tensor, power: float) -> Tensor:
+    """A weight for each image, 1 / (images of its class) ** power: (N,) float64."""
+    return torch.bincount(labels).double()[labels] ** -power
+
+
+def is_weighted(rebalance: str, epoch: int, first: int, last: int) -> bool:
+    """Whether `epoch` draws by weight, in a phase from epoch `first` to `last`."""
+    if rebalance == "late":  # the last quarter of them (Cao et al. 2019, arXiv:1906.07413)
+        return epoch > last - math.ceil((last - first + 1) / 4)
+    return rebalance == "sampler"
+
+
+def log_prior(train_images: Tensor) -> Tensor:
+    """The logarithm of each class's share of the (C,) training images, for balanced softmax.
+
+    Added to the logits while training, it leaves them to learn the posterior of balanced classes
+    (Ren et al. 2020, arXiv:2007.10740; Menon et al. 2021, arXiv:2007.07314).
+    """
+    return (train_images / train_images.sum()).log()
 
 
 def seeded(purpose: str, seed: int, epoch: int) -> torch.Generator:
@@ -380,9 +442,14 @@ def seeded(purpose: str, seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(random.Random(f"{purpose}/{seed}/{epoch}").getrandbits(63))
 
 
-def draw_images(weights: Tensor, seed: int, epoch: int) -> Tensor:
-    """As many draws as there are weights, with replacement: (N,) int64, places in `weights`."""
+def draw_images(weights: Tensor, weighted: bool, seed: int, epoch: int) -> Tensor:
+    """Places in `weights`, as many as there are, in a random order: (N,) int64.
+
+    Drawn by weight, with replacement, or else each once.
+    """
     generator = seeded("draw", seed, epoch)
+    if not weighted:
+        return torch.randperm(len(weights), generator=generator)
     sampler = WeightedRandomSampler(weights.tolist(), len(weights), generator=generator)
     return torch.tensor(list(sampler))
 
@@ -598,16 +665,24 @@ def schedule(
 
 
 def train_epoch(
-    phase: Phase, batches: Iterable[list[Tensor]], smoothing: float, compute: Compute
+    phase: Phase,
+    batches: Iterable[list[Tensor]],
+    offset: Tensor,
+    smoothing: float,
+    compute: Compute,
 ) -> float:
-    """Train on `batches`; the loss averaged over their images, label smoothing included."""
+    """Train on `batches`; the loss averaged over their images, label smoothing included.
+
+    `offset` is added to the logits: (C,), zeros or the logarithm of the prior.
+    """
+    offset = offset.to(compute.device)
     total, images = torch.zeros((), device=compute.device), 0
     weights = [weight for group in phase.optimizer.param_groups for weight in group["params"]]
     for inputs, targets in batches:
         targets = targets.to(compute.device, non_blocking=True)
         with compute.autocast():
             logits = phase.network(to_input(inputs, compute.device))
-        loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+        loss = F.cross_entropy(logits.float() + offset, targets, label_smoothing=smoothing)
         phase.optimizer.zero_grad()
         phase.scaler.scale(loss).backward()
         phase.scaler.unscale_(phase.optimizer)
@@ -653,7 +728,10 @@ def evaluate(network: nn.Module, batches: Iterable[list[Tensor]], compute: Compu
 
 
 class Measures(NamedTuple):
-    """Parts of the answers that are right, from 0 to 1; NaN where nothing was asked."""
+    """Parts of the answers that are right, from 0 to 1; NaN where nothing was asked.
+
+    Each is a weighted mean of the recall of the classes.
+    """
 
     accuracy: float
     balanced_accuracy: float  # mean recall of the classes
@@ -673,16 +751,110 @@ def recall_by_class(confusion: Tensor) -> Tensor:
     return confusion.diag().double() / confusion.sum(1)
 
 
-def measure(confusion: Tensor, train_images: Tensor) -> Measures:
-    """The measures of a confusion matrix, its groups by the (C,) training images of each class."""
-    recall = recall_by_class(confusion)
-    many, few = train_images > MANY, train_images < FEW
-    groups = (many | True, many, ~many & ~few, few)
-    accuracy = (confusion.diag().sum() / confusion.sum()).item()
-    return Measures(accuracy, *(recall[group].nanmean().item() for group in groups))
+def measure_weights(asked: Tensor, train_images: Tensor) -> Tensor:
+    """What each class's recall counts in each of the `Measures`: (5, C) float64, NaN if nothing.
+
+    By the (C,) images of each class that were asked about, and trained on.
+    """
+    many, few, known = train_images > MANY, train_images < FEW, asked > 0
+    rows = torch.stack([asked, known, known & many, known & ~many & ~few, known & few]).double()
+    return rows / rows.sum(1, keepdim=True)
+
+
+def measure(recall: Tensor, weights: Tensor) -> Measures:
+    """The measures by the recall of each class and its `measure_weights`."""
+    return Measures(*(weights @ recall.nan_to_num()).tolist())
+
+
+def wilson_interval(right: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+    """Ends of the 95 % interval for the part `right / asked`, NaN if none (Wilson 1927)."""
+    part, extra = right / asked, Z**2 / asked
+    centre = (part + extra / 2) / (1 + extra)
+    half = (extra * (part * (1 - part) + extra / 4)).sqrt() / (1 + extra)
+    return centre - half, centre + half
+
+
+def half_width(recall: Tensor, asked: Tensor, weights: Tensor) -> float:
+    """Half the 95 % interval of the measure that gives the classes these (C,) weights.
+
+    Z * sqrt(sum of weight^2 * recall * (1 - recall) / (asked - 1)), the stratified estimate
+    (Cochran 1977, Sampling Techniques, 5.6); a class of one image counts with the most, 1/4.
+    """
+    variance = torch.where(asked > 1, recall * (1 - recall) / (asked - 1), 0.25)
+    return Z * (weights**2 * variance).nansum().sqrt().item()
+
+
+class Comparison(NamedTuple):
+    """A measure of two runs, and the 95 % interval of the difference."""
+
+    measure: str
+    before: float
+    after: float
+    difference: float
+    low: float
+    high: float
+
+
+def compare(
+    targets: Tensor, before: Tensor, after: Tensor, train_images: Tensor, seed: int
+) -> list[Comparison]:
+    """What changed between two runs on the same images, by what they predicted: (M,) int64 each.
+
+    Paired bootstrap within classes: an image is lost, as it was or won, -1, 0 or 1; a measure's
+    difference is a weighted sum of the classes' means. Of n images n - 1 are drawn, which makes the
+    variance of a mean unbiased (Rao and Wu 1988, doi:10.1080/01621459.1988.10478591).
+    """
+    classes = len(train_images)
+    asked = targets.bincount(minlength=classes)
+    weights = measure_weights(asked, train_images)
+    recalls = (
+        recall_by_class(confusion_matrix(targets, predicted, classes))
+        for predicted in (before, after)
+    )
+    old, new = (measure(recall, weights) for recall in recalls)
+    outcome = 1 + (after == targets).long() - (before == targets).long()
+    counts = (3 * targets + outcome).bincount(minlength=3 * classes).reshape(classes, 3).numpy()
+    images = asked.clamp(min=1).numpy()  # a class without images has no weight, but a row
+    draws = np.maximum(images - 1, 1)
+    shares, stream = counts / images[:, None], np.random.default_rng(seed)
+    drawn = stream.multinomial(draws, shares, (RESAMPLES, classes))
+    means = (drawn[..., 2] - drawn[..., 0]) / draws  # (RESAMPLES, C)
+    low, high = np.quantile(means @ weights.numpy().T, (0.025, 0.975), axis=0).tolist()
+    rows = zip(Measures._fields, old, new, low, high, strict=True)
+    return [Comparison(name, x, y, y - x, start, end) for name, x, y, start, end in rows]
 
 
 # -------------------------------------------------------------------------------- records
+
+
+def load_baseline(run: Path, data: Data) -> Tensor:
+    """What the run in the folder `run` predicted for the validation images: (M,) int64."""
+    number_of = {name: number for number, name in enumerate(data.classes)}
+    try:
+        with open(
+            run / "predictions.csv", encoding="utf-8", errors="surrogateescape", newline=""
+        ) as file:
+            theirs = {
+                (row["path"], row["class"]): number_of[row["predicted"]]
+                for row in csv.DictReader(file)
+            }
+    except FileNotFoundError:
+        raise DataError(
+            f"--baseline {run}: no predictions.csv; name the folder of an earlier run"
+        ) from None
+    except (KeyError, csv.Error) as error:
+        raise DataError(
+            f"--baseline {run}: predictions.csv: not of these classes ({error})"
+        ) from None
+    ours = [(data.names[index], data.classes[data.labels[index]]) for index in data.val.tolist()]
+    if other := sorted(theirs.keys() ^ ours):
+        missing = sum(each in theirs for each in other)
+        raise DataError(
+            f"--baseline {run}: validated on other images: {missing} only there and "
+            f"{len(other) - missing} only here, {other[0][0]} for one; run both with the same OUT, "
+            "--source, --val-fraction and --seed"
+        )
+    return torch.tensor([theirs[each] for each in ours])
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -713,7 +885,7 @@ class Panel(NamedTuple):
     title: str
     x_title: str
     first: int
-    series: list[tuple[str, str, list[float]]]  # name, colour, values with NaN for a gap
+    series: dict[str, list[float]]  # values by name, NaN for a gap
     lines: bool
 
 
@@ -722,8 +894,9 @@ def write_chart(path: Path, panels: Sequence[Panel]) -> None:
     picture = Image.new("RGB", (1600, 560 * len(panels)), "white")
     draw, font, left = ImageDraw.Draw(picture), ImageFont.load_default(26), 130
     for row, (title, x_title, first, series, lines) in enumerate(panels):
-        base, places = 560 * row + 460, len(series[0][2])
-        top = max([x for *_, values in series for x in values if math.isfinite(x)], default=0) or 1
+        base, places = 560 * row + 460, max(map(len, series.values()))
+        finite = [x for values in series.values() for x in values if math.isfinite(x)]
+        top = max(finite, default=0) or 1
         pitch, height = 1430 / places, 370 / top
         draw.text((20, base - 430), title, "black", font, "lm")
         draw.text((845, base + 50), x_title, "black", font, "mt")
@@ -733,13 +906,15 @@ def write_chart(path: Path, panels: Sequence[Panel]) -> None:
         for tick in {int(tick) for tick in ticks(places - 1)}:
             middle = left + pitch * (tick + 0.4)
             draw.text((middle, base + 10), str(tick + first), "black", font, "mt")
-        for number, (name, colour, values) in enumerate(series):
+        half = 6.0 if lines else 0.4 * pitch / len(series)
+        for number, (name, values) in enumerate(series.items()):
+            colour = (ORANGE, BLUE)[number - len(series)]  # what is new, or validated, is blue
+            shift = 0.4 * pitch if lines else half * (2 * number + 1)  # bars stand side by side
             dots = [
-                (left + pitch * (place + 0.4), base - height * x)
+                (left + pitch * place + shift, base - height * x)
                 for place, x in enumerate(values)
                 if math.isfinite(x)
             ]
-            half = 6.0 if lines else 0.4 * pitch
             for x, y in dots:
                 box = [x - half, y - half if lines else y, x + half, y + half if lines else base]
                 draw.rectangle(box, colour)
@@ -760,39 +935,44 @@ def ticks(top: float) -> list[float]:
     return [step * number for number in range(math.floor(top / step + 1e-9) + 1)]
 
 
-def write_reports(
+def write_tables(
     output: Path,
     data: Data,
     history: list[dict[str, Any]],
     draws: Tensor,
     last: Evaluation,
-    recall: Tensor,
+    confusion: Tensor,
 ) -> None:
-    """Write the tables and charts of a run; recall and predictions are the last epoch's."""
+    """Write the tables of a run; recall and predictions are the last epoch's."""
     write_table(output / "history.csv", history[0], (row.values() for row in history))
-    paths = [Path(data.paths[index]).relative_to(data.root).as_posix() for index in data.val]
+    paths = [data.names[index] for index in data.val]
     names = ([data.classes[index] for index in part] for part in (last.targets, last.predicted))
     rows = zip(paths, *names, last.probability.tolist(), strict=True)
     write_table(output / "predictions.csv", ("path", "class", "predicted", "probability"), rows)
-    columns = (data.counts(data.train), data.counts(data.val), draws, recall)
-    table = list(zip(data.classes, *(column.tolist() for column in columns), strict=True))
-    header = ("class", "train_images", "val_images", "draws", "recall")
-    write_table(output / "classes.csv", header, table)
+    asked = confusion.sum(1)
+    intervals = wilson_interval(confusion.diag(), asked)
+    columns = (data.counts(data.train), asked, draws, recall_by_class(confusion), *intervals)
+    header = ("class", "train_images", "val_images", "draws", "recall", "low", "high")
+    rows = zip(data.classes, *(column.tolist() for column in columns), strict=True)
+    write_table(output / "classes.csv", header, rows)
 
-    def panel(title: str, **lines: str) -> Panel:
-        series = [
-            (name, colour, [row[key] for row in history])
-            for (name, key), colour in zip(lines.items(), (BLUE, ORANGE), strict=True)
-        ]
-        return Panel(title, "epoch", history[0]["epoch"], series, lines=True)
 
-    losses = panel("loss", training="train_loss", validation="val_loss")
-    shares = panel("accuracy", balanced="balanced_accuracy", plain="accuracy")
+def draw_charts(
+    output: Path, history: list[dict[str, Any]], train_images: Tensor, recalls: dict[str, Tensor]
+) -> None:
+    """Draw the course of the run, and the recall of each class, most training images first."""
+
+    def curves(title: str, **columns: str) -> Panel:
+        values = {name: [row[key] for row in history] for name, key in columns.items()}
+        return Panel(title, "epoch", history[0]["epoch"], values, lines=True)
+
+    losses = curves("loss", training="train_loss", validation="val_loss")
+    shares = curves("accuracy", balanced="balanced_accuracy", plain="accuracy")
     write_chart(output / "curves.png", (losses, shares))
-    table.sort(key=lambda row: (-row[1], row[0]))
-    bars = [("recall", BLUE, [row[4] for row in table])]
-    counts = [("images", ORANGE, [float(row[1]) for row in table])]
+    order = train_images.argsort(descending=True, stable=True)
     rank = "rank of the class, most training images first"
+    bars = {name: recall[order].tolist() for name, recall in recalls.items()}
+    counts = {"images": train_images[order].tolist()}
     panels = Panel("recall", rank, 0, bars, False), Panel("training images", rank, 0, counts, False)
     write_chart(output / "classes.png", panels)
 
@@ -813,7 +993,7 @@ def save_model(names: list[str], args: Namespace, data: Data, model: nn.Module, 
 
 
 HEADER = (
-    "  epoch  phase  train loss  val loss  accuracy  balanced    many  medium     few"
+    "  epoch  phase  train loss  val loss  accuracy      balanced    many  medium     few"
     "  draws/class  distinct  images/s  data wait"
 )
 
@@ -823,13 +1003,30 @@ def format_epoch(row: dict[str, Any], epochs: int) -> str:
     cells = {key: f"{value:.1%}" for key, value in row.items() if isinstance(value, float)}
     cells = {key: "-" if "nan" in cell else cell for key, cell in cells.items()}
     draws = f"{row['fewest_draws']}-{row['most_draws']}"
+    balanced = f"{row['balanced_accuracy']:.1%} ±{100 * row['half_width']:.1f}"
     return (
         f"{row['epoch']:3}/{epochs:<3}  {row['phase']:5}  {row['train_loss']:10.3f}  "
-        f"{row['val_loss']:8.3f}  {cells['accuracy']:>8}  {cells['balanced_accuracy']:>8}  "
+        f"{row['val_loss']:8.3f}  {cells['accuracy']:>8}  {balanced:>12}  "
         f"{cells['many']:>6}  {cells['medium']:>6}  {cells['few']:>6}  "
         f"{draws:>11}  {cells['distinct_images']:>8}  "
         f"{row['images_per_second']:8.1f}  {cells['data_wait']:>9}"
     )
+
+
+def format_comparison(changes: list[Comparison], baseline: Path) -> str:
+    """The table of what changed since the baseline; "undecided" where the interval holds 0."""
+    lines = [
+        f"since {printable(str(baseline))}, last epochs, in points with a 95 % interval:",
+        "measure            before   after  difference    low    high",
+    ]
+    for name, before, after, *difference in changes:
+        if math.isnan(before):
+            continue  # an empty group
+        values = "  ".join(f"{100 * value:+6.1f}" for value in difference)
+        undecided = "  undecided" if difference[1] <= 0 <= difference[2] else ""
+        name = name.replace("_", " ")
+        lines.append(f"{name:17} {before:7.1%} {after:7.1%}      {values}{undecided}")
+    return "\n".join(lines)
 
 
 def format_summary(data: Data, history: list[dict[str, Any]], confusion: Tensor) -> str:
@@ -852,12 +1049,20 @@ def format_summary(data: Data, history: list[dict[str, Any]], confusion: Tensor)
         if wrong[true, taken]:
             share = f"{wrong[true, taken]:8} of {asked[true]:4}"
             lines.append(f"{share}  {names[true]} taken for {names[taken]}")
+    lines.append(f"measured on {describe_val(data)}")
     if data.broken:
         lines.append(f"unreadable images, left out and listed in config.json: {len(data.broken)}")
     return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------ run
+
+
+def describe_val(data: Data) -> str:
+    """How many validation images there are, and where they are from."""
+    if not data.added:
+        return f"{len(data.val)} validation images"
+    return f"{len(data.val) - data.added} validation images of OUT and {data.added} others of SRC"
 
 
 def start_run(args: Namespace, compute: Compute, data: Data, origin: str) -> None:
@@ -874,14 +1079,15 @@ def start_run(args: Namespace, compute: Compute, data: Data, origin: str) -> Non
         "classes": data.classes,
         "train_images": train.tolist(),
         "val_images": val.tolist(),
+        "val_images_of_source": data.added,
         "left_out": data.broken,
     }
     args.output.mkdir(parents=True, exist_ok=True)
     write_file(args.output / "config.json", json.dumps(content, indent=1).encode())
     print(
         f"{len(data.train)} training images in {len(data.classes)} classes of {train.max()} to "
-        f"{train.min()}, imbalance ratio {train.max() / train.min():.1f}; {len(data.val)} "
-        f"validation images; {len(data.broken)} unreadable left out\n"
+        f"{train.min()}, imbalance ratio {train.max() / train.min():.1f}; "
+        f"{describe_val(data)}; {len(data.broken)} unreadable left out\n"
         f"{args.arch}, {origin}; {device}, {content['precision']}\n\n{HEADER}",
         flush=True,
     )
@@ -889,18 +1095,21 @@ def start_run(args: Namespace, compute: Compute, data: Data, origin: str) -> Non
 
 def run(args: Namespace) -> None:
     """Train and evaluate as `args` say, and fill the run folder."""
-    compute = pick_compute(args.device, getattr(args, "amp", None))
+    compute = pick_compute(args.device, args.amp)
     args.device, args.amp = str(compute.device), compute.amp is not None
     check_settings(args)
     state, named = load_weights(args.arch, args.weights)
-    data = load_data(args.out, not args.no_check, args.val_fraction, args.seed)
+    data = load_data(args.out, args.source, not args.no_check, args.val_fraction, args.seed)
+    before = load_baseline(args.baseline, data) if args.baseline else None
     torch.manual_seed(args.seed)
     model, origin = build_model(args.arch, data.classes, state, named)
     model.to(compute.device, memory_format=torch.channels_last)
     start_run(args, compute, data, origin)
 
     batches = Batches(data.train, args.batch_size), Batches(data.val, args.batch_size)
-    weights = sample_weights(data.labels[data.train])
+    train_images = data.counts(data.train)
+    weights = sample_weights(data.labels[data.train], 1.0 if args.power is None else args.power)
+    offset = log_prior(train_images) * (args.rebalance == "loss")
     draws = torch.zeros(len(data.classes), dtype=torch.int64)
     history: list[dict[str, Any]] = []
     for epoch in range(min(1, args.epochs), args.epochs + 1):
@@ -916,17 +1125,21 @@ def run(args: Namespace) -> None:
             phase = full_phase(args, model, data, batches, compute)
         loss, chosen = math.nan, data.train[:0]
         if epoch:
-            chosen = data.train[draw_images(weights, args.seed, epoch)]
+            ends = (1, args.frozen_epochs), (args.frozen_epochs + 1, args.epochs)
+            weighted = is_weighted(args.rebalance, epoch, *ends[epoch > args.frozen_epochs])
+            chosen = data.train[draw_images(weights, weighted, args.seed, epoch)]
             batches[0].assign(chosen, seeded("augment", args.seed, epoch))
             inputs = timed(phase.train, f"training, {phase.name}", waits)
-            loss = train_epoch(phase, inputs, args.label_smoothing, compute)
+            loss = train_epoch(phase, inputs, offset, args.label_smoothing, compute)
         seconds = time.perf_counter() - started
         last = evaluate(phase.evaluated, timed(phase.val, "validation", []), compute)
         confusion = confusion_matrix(last.targets, last.predicted, len(data.classes))
-        measures = measure(confusion, data.counts(data.train))
+        recall, asked = recall_by_class(confusion), confusion.sum(1)
+        shares = measure_weights(asked, train_images)
         row = {"epoch": epoch, "phase": phase.name if epoch else "given", "train_loss": loss}
-        row |= {"val_loss": last.loss, **measures._asdict()}
-        row |= count_draws(data, chosen) | {
+        row |= {"val_loss": last.loss, **measure(recall, shares)._asdict()}
+        row |= {"half_width": half_width(recall, asked, shares[1]), **count_draws(data, chosen)}
+        row |= {
             "learning_rate": phase.scheduler.get_last_lr()[0],
             "images_per_second": len(chosen) / seconds,
             "data_wait": sum(waits) / seconds,
@@ -938,8 +1151,18 @@ def run(args: Namespace) -> None:
         best = row is max(history, key=lambda row: row["balanced_accuracy"])
         names = ["last.pt", "best.pt"] if best else ["last.pt"]
         save_model(names, args, data, phase.result, epoch)
-        write_reports(args.output, data, history, draws, last, recall_by_class(confusion))
-    print(f"\n{format_summary(data, history, confusion)}\nresults in {printable(str(args.output))}")
+        write_tables(args.output, data, history, draws, last, confusion)
+        recalls = {"after": recall}
+        if before is not None:
+            changes = compare(last.targets, before, last.predicted, train_images, args.seed)
+            write_table(args.output / "comparison.csv", Comparison._fields, changes)
+            old = confusion_matrix(last.targets, before, len(data.classes))
+            recalls = {"before": recall_by_class(old), "after": recall}
+        draw_charts(args.output, history, train_images, recalls)
+    print(f"\n{format_summary(data, history, confusion)}")
+    if before is not None:
+        print(format_comparison(changes, args.baseline))
+    print(f"results in {printable(str(args.output))}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,8 @@
 """What `data_training.py` promises, on tiny images, random weights and a CPU."""
 
+import contextlib
 import csv
+import io
 import json
 import math
 import random
@@ -23,6 +25,7 @@ from torchvision import models
 import data_training as training
 
 SCRIPT = Path(training.__file__)
+BLUE, ORANGE = (0x2F, 0x6F, 0xB0), (0xD9, 0x82, 0x2B)
 TINY = ["--arch", "resnet18", "--image-size", "32", "--batch-size", "16", "--device", "cpu"]
 torch.set_num_threads(1)
 
@@ -44,15 +47,42 @@ def weights_file(path: Path, size: int = 7, classes: list[str] | None = None) ->
 
 
 def test_an_image_weighs_one_over_the_images_of_its_class() -> None:
-    weights = training.sample_weights(torch.tensor([0, 1, 0, 0, 1, 2, 0]))
+    weights = training.sample_weights(torch.tensor([0, 1, 0, 0, 1, 2, 0]), 1.0)
     assert weights.dtype == torch.float64
     assert weights.tolist() == [0.25, 0.5, 0.25, 0.25, 0.5, 1.0, 0.25]
 
 
+def test_the_power_softens_the_weights_from_inverse_frequency_to_uniform() -> None:
+    labels = torch.tensor([0, 1, 1, 1, 1])
+    assert training.sample_weights(labels, 0.5).tolist() == [1.0, 0.5, 0.5, 0.5, 0.5]
+    assert training.sample_weights(labels, 0.0).tolist() == [1.0] * 5
+
+
+def test_unweighted_draws_take_each_image_once_in_another_order_each_epoch() -> None:
+    weights = training.sample_weights(torch.tensor([0] * 90 + [1] * 10), 1.0)
+    first, second = (training.draw_images(weights, False, 0, epoch) for epoch in (1, 2))
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(100))
+    assert not torch.equal(first, second) and first.tolist() != list(range(100))
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "weighted"),
+    [(1, 4, [4]), (1, 8, [7, 8]), (1, 5, [4, 5]), (6, 9, [9]), (3, 3, [3]), (1, 2, [2])],
+)
+def test_late_switches_to_the_sampler_in_the_last_quarter_of_a_phase(
+    first: int, last: int, weighted: list[int]
+) -> None:
+    epochs = range(first, last + 1)
+    assert [e for e in epochs if training.is_weighted("late", e, first, last)] == weighted
+    assert all(training.is_weighted("sampler", epoch, first, last) for epoch in epochs)
+    assert not any(training.is_weighted("loss", epoch, first, last) for epoch in epochs)
+    assert not any(training.is_weighted("none", epoch, first, last) for epoch in epochs)
+
+
 def test_classes_are_drawn_equally_often_however_many_images_they_have() -> None:
     labels = torch.arange(8).repeat_interleave(torch.tensor([600, 300, 150, 75, 40, 20, 10, 5]))
-    weights = training.sample_weights(labels)
-    drawn = torch.cat([training.draw_images(weights, 3, epoch) for epoch in range(10)])
+    weights = training.sample_weights(labels, 1.0)
+    drawn = torch.cat([training.draw_images(weights, True, 3, epoch) for epoch in range(10)])
     assert len(drawn) == 10 * 1200
     observed = torch.bincount(labels[drawn], minlength=8).double()
     chi_square = ((observed - 1500) ** 2 / 1500).sum().item()
@@ -60,14 +90,14 @@ def test_classes_are_drawn_equally_often_however_many_images_they_have() -> None
 
 
 def test_a_draw_depends_on_seed_and_epoch_alone() -> None:
-    weights = training.sample_weights(torch.tensor([0] * 90 + [1] * 10))
-    first = training.draw_images(weights, 0, 1)
+    weights = training.sample_weights(torch.tensor([0] * 90 + [1] * 10), 1.0)
+    first = training.draw_images(weights, True, 0, 1)
     torch.manual_seed(99)
     before = torch.get_rng_state()
-    assert torch.equal(training.draw_images(weights, 0, 1), first)
+    assert torch.equal(training.draw_images(weights, True, 0, 1), first)
     assert torch.equal(torch.get_rng_state(), before)
-    assert not torch.equal(training.draw_images(weights, 0, 2), first)
-    assert not torch.equal(training.draw_images(weights, 1, 1), first)
+    assert not torch.equal(training.draw_images(weights, True, 0, 2), first)
+    assert not torch.equal(training.draw_images(weights, True, 1, 1), first)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +184,8 @@ def test_measures_of_a_hand_worked_confusion_matrix_with_an_empty_group() -> Non
     assert confusion.tolist() == [[8, 1, 1, 0], [1, 3, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
     recall = training.recall_by_class(confusion)
     assert recall[:3].tolist() == [0.8, 0.75, 0.5] and recall[3].isnan()
-    result = training.measure(confusion, torch.tensor([101, 100, 20, 500]))
+    weights = training.measure_weights(confusion.sum(1), torch.tensor([101, 100, 20, 500]))
+    result = training.measure(recall, weights)
     assert result.accuracy == 12 / 16
     assert result.balanced_accuracy == pytest.approx((0.8 + 0.75 + 0.5) / 3)
     assert result.many == 0.8  # the class that nobody was asked about does not count
@@ -163,10 +194,106 @@ def test_measures_of_a_hand_worked_confusion_matrix_with_an_empty_group() -> Non
 
 
 def test_nineteen_training_images_are_few() -> None:
-    confusion = torch.tensor([[1, 1], [0, 4]])
-    assert training.measure(confusion, torch.tensor([19, 20]))[2:] == pytest.approx(
-        (math.nan, 1.0, 0.5), nan_ok=True
-    )
+    weights = training.measure_weights(torch.tensor([2, 4]), torch.tensor([19, 20]))
+    recall = torch.tensor([0.5, 1.0], dtype=torch.float64)
+    assert training.measure(recall, weights)[2:] == pytest.approx((math.nan, 1, 0.5), nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("right", "asked", "low", "high"),  # Newcombe 1998, Statistics in Medicine 17, table I
+    [
+        *((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605)),
+        *((0, 20, 0.0000, 0.1611), (1, 29, 0.0061, 0.1718)),
+    ],
+)
+def test_the_wilson_interval_is_the_published_one(
+    right: int, asked: int, low: float, high: float
+) -> None:
+    ends = training.wilson_interval(torch.tensor([right]), torch.tensor([asked]))
+    assert [end.item() for end in ends] == pytest.approx([low, high], abs=5e-5)
+
+
+def test_the_half_width_by_hand() -> None:
+    recall = torch.tensor([1 / 3, 0.9, 1.0, math.nan], dtype=torch.float64)
+    asked, weights = torch.tensor([3, 10, 1, 0]), torch.tensor([1 / 3, 1 / 3, 1 / 3, 0])
+    variance = (2 / 9 / 2 + 0.09 / 9 + 1 / 4) / 9  # of a single image nothing is known
+    assert training.half_width(recall, asked, weights) == pytest.approx(1.96 * variance**0.5, 1e-4)
+
+
+def test_the_half_width_is_that_of_a_bootstrap_within_classes() -> None:
+    stream = torch.Generator().manual_seed(0)
+    asked, recall = torch.tensor([60, 80, 200, 40, 120]), torch.tensor([0.2, 0.5, 0.85, 0.95, 0.7])
+    means = []
+    for size, part in zip(asked.tolist(), recall.tolist(), strict=True):
+        right = (torch.arange(size) < round(size * part)).double()
+        means.append(right[torch.randint(size, (20000, size), generator=stream)].mean(1))
+    low, high = torch.stack(means).mean(0).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    half = training.half_width(recall.double(), asked, torch.full((5,), 0.2).double())
+    assert half == pytest.approx((high - low) / 2, rel=0.04)
+
+
+def test_the_half_width_covers_the_truth_as_often_as_it_says() -> None:
+    stream = torch.Generator().manual_seed(0)
+    asked = torch.arange(40) % 20 + 2  # 2 to 21 images a class
+    truth = torch.rand(40, generator=stream).double() * 0.6 + 0.3
+    weights, covered = torch.full((40,), 1 / 40).double(), 0
+    for _ in range(2000):
+        recall = torch.binomial(asked.double(), truth, generator=stream) / asked
+        half = training.half_width(recall, asked, weights)
+        covered += bool((recall.mean() - truth.mean()).abs() <= half)
+    assert 0.93 < covered / 2000 < 0.97
+
+
+def two_runs(stream: torch.Generator, sizes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """True classes of images, and what two runs predict that agree often: class -1 is wrong.
+
+    Both are right with probability 0.4, the second alone with 0.2, the first alone with 0.1.
+    """
+    targets = torch.arange(len(sizes)).repeat_interleave(sizes)
+    fate = torch.rand(len(targets), generator=stream)
+    wrong = (targets + 1) % len(sizes)
+    before = torch.where((fate < 0.4) | (fate >= 0.9), targets, wrong)
+    return targets, before, torch.where(fate < 0.6, targets, wrong)
+
+
+def test_the_interval_of_a_difference_is_the_closed_form_where_there_is_one() -> None:
+    sizes = torch.tensor([300, 150, 90])
+    targets, before, after = two_runs(torch.Generator().manual_seed(1), sizes)
+    change = (after == targets).double() - (before == targets).double()
+    parts = change.split(sizes.tolist())
+    errors = torch.stack([part.var() / len(part) for part in parts])  # unbiased
+    shares = {"accuracy": sizes.double() / 540, "balanced_accuracy": torch.ones(3).double() / 3}
+    rows = training.compare(targets, before, after, torch.tensor([300, 50, 5]), 0)
+    assert rows == training.compare(targets, before, after, torch.tensor([300, 50, 5]), 0)
+    assert [row[0] for row in rows] == ["accuracy", "balanced_accuracy", "many", "medium", "few"]
+    for group, part in zip(("many", "medium", "few"), torch.eye(3), strict=True):
+        shares[group] = part
+    for name, _, _, difference, low, high in rows:
+        share = shares[name].double()
+        mean = sum(weight * part.mean() for weight, part in zip(share, parts, strict=True)).item()
+        half = 1.96 * (share**2 * errors).sum().sqrt().item()
+        assert difference == pytest.approx(mean, abs=1e-12), name
+        assert [low, high] == pytest.approx([mean - half, mean + half], abs=0.12 * half), name
+
+
+def test_the_interval_of_a_difference_covers_the_truth_as_often_as_it_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(training, "RESAMPLES", 1000)
+    stream = torch.Generator().manual_seed(2)
+    sizes, covered = torch.arange(24) % 12 * 4 + 3, 0  # 3 to 47 images a class
+    for seed in range(400):
+        targets, before, after = two_runs(stream, sizes)
+        *_, low, high = training.compare(targets, before, after, sizes, seed)[1]
+        covered += low <= 0.1 <= high  # 0.2 newly right less 0.1 newly wrong
+    assert 0.92 < covered / 400 < 0.98
+
+
+def test_identical_runs_differ_by_exactly_0_and_an_empty_group_by_nothing() -> None:
+    targets, before, _ = two_runs(torch.Generator().manual_seed(3), torch.tensor([9, 1, 30]))
+    rows = training.compare(targets, before, before, torch.tensor([50, 30, 20, 500]), 0)
+    assert [row[3:] for row in rows[:2]] == [(0.0, 0.0, 0.0)] * 2
+    assert all(math.isnan(number) for number in rows[2][1:])  # "many": no image of that class
 
 
 class Answers(torch.nn.Module):
@@ -184,6 +311,45 @@ def test_the_validation_loss_is_averaged_over_images_not_over_batches() -> None:
     assert result.loss == pytest.approx((3 * math.log(1 + math.exp(-2)) + math.log(2)) / 4)
     assert result.predicted.tolist() == [0, 0, 0, 0]
     assert result.probability.tolist() == pytest.approx([1 / (1 + math.exp(-2))] * 3 + [0.5])
+
+
+def fit(
+    network: torch.nn.Module,
+    batches: list[tuple[torch.Tensor, torch.Tensor]],
+    offset: torch.Tensor,
+    lr: float,
+) -> float:
+    """The loss of `train_epoch` by plain gradient descent."""
+    compute = training.Compute(torch.device("cpu"), None)
+    optimizer = torch.optim.SGD(network.parameters(), lr)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    loaders = (batches, batches, optimizer, scheduler, scaler)
+    phase = training.Phase("head", network, network, network, None, *loaders)
+    return training.train_epoch(phase, batches, offset, 0.0, compute)
+
+
+def test_balanced_softmax_by_hand() -> None:
+    network = torch.nn.Linear(1, 2, bias=False)
+    torch.nn.init.zeros_(network.weight)
+    offset = training.log_prior(torch.tensor([3, 1]))  # equal logits: the prior alone
+    for label, loss in ((0, math.log(4 / 3)), (1, math.log(4))):
+        assert fit(
+            network, [(torch.ones(1, 1), torch.tensor([label]))], offset, 0.0
+        ) == pytest.approx(loss)
+
+
+def test_the_optimum_of_balanced_softmax_is_the_posterior_of_balanced_classes() -> None:
+    counts = torch.tensor([[48, 24, 8], [2, 8, 10]])  # of 80 and 20 images, by what they look like
+    seen = counts / counts.sum(1, keepdim=True)
+    posterior = (seen / seen.sum(0)).T  # if both classes were as frequent
+    images = torch.eye(3).repeat(2, 1).repeat_interleave(counts.flatten(), 0)
+    labels = torch.arange(2).repeat_interleave(counts.sum(1))
+    network = torch.nn.Linear(3, 2, bias=False)
+    fit(network, [(images, labels)] * 1000, training.log_prior(counts.sum(1)), 0.5)
+    assert torch.allclose(network(torch.eye(3)).softmax(1), posterior, atol=1e-3)
+    fit(network, [(images, labels)] * 1000, torch.zeros(2), 0.5)
+    assert torch.allclose(network(torch.eye(3)).softmax(1), (counts / counts.sum(0)).T, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +426,7 @@ def test_images_come_out_upright(tmp_path: Path, suffix: str, orientation: int, 
 
 
 def test_an_augmentation_depends_on_its_seed_alone(make_folder: Callable[..., Path]) -> None:
-    data = training.load_data(make_folder({"a": 6, "b": 6}), True, 0.2, 0)
+    data = training.load_data(make_folder({"a": 6, "b": 6}), None, True, 0.2, 0)
     crops = training.Images(data.paths, data.labels, training.transforms(24)[0])
     first = crops[(3, 77)][0]
     torch.manual_seed(5)
@@ -363,13 +529,14 @@ def test_the_history_has_a_row_an_epoch_and_shows_what_the_sampler_did(scratch_r
     history = rows_of(scratch_run / "history.csv")
     assert list(history[0]) == [
         *("epoch", "phase", "train_loss", "val_loss", "accuracy", "balanced_accuracy", "many"),
-        *("medium", "few", "fewest_draws", "most_draws", "distinct_images", "learning_rate"),
-        *("images_per_second", "data_wait", "seconds"),
+        *("medium", "few", "half_width", "fewest_draws", "most_draws", "distinct_images"),
+        *("learning_rate", "images_per_second", "data_wait", "seconds"),
     ]
     assert [row["epoch"] for row in history] == [str(epoch) for epoch in range(1, 5)]
     assert {row["phase"] for row in history} == {"full"}
-    data = training.load_data(scratch_run.parent / "src", True, 0.2, 0)
-    drawn = training.draw_images(training.sample_weights(data.labels[data.train]), 0, 3)
+    data = training.load_data(scratch_run.parent / "src", None, True, 0.2, 0)
+    weights = training.sample_weights(data.labels[data.train], 1.0)
+    drawn = training.draw_images(weights, True, 0, 3)
     counts = Counter(data.labels[data.train][drawn].tolist()).values()
     assert int(history[2]["fewest_draws"]) == min(counts)
     assert int(history[2]["most_draws"]) == max(counts)
@@ -382,7 +549,9 @@ def test_reports_agree_with_each_other(scratch_run: Path) -> None:
     classes = rows_of(scratch_run / "classes.csv")
     last = rows_of(scratch_run / "history.csv")[-1]
     assert list(predictions[0]) == ["path", "class", "predicted", "probability"]
-    assert list(classes[0]) == ["class", "train_images", "val_images", "draws", "recall"]
+    assert list(classes[0]) == [
+        *("class", "train_images", "val_images", "draws", "recall", "low", "high")
+    ]
     assert [int(row["val_images"]) for row in classes] == [9, 6, 4, 2]
     assert [int(row["train_images"]) for row in classes] == [35, 24, 18, 10]
     assert sum(int(row["draws"]) for row in classes) == 4 * (35 + 24 + 18 + 10)
@@ -390,6 +559,7 @@ def test_reports_agree_with_each_other(scratch_run: Path) -> None:
     for row in classes:
         recall = right[row["class"]] / int(row["val_images"])
         assert float(row["recall"]) == pytest.approx(recall, abs=1e-5)
+        assert float(row["low"]) <= recall <= float(row["high"])
     balanced = sum(float(row["recall"]) for row in classes) / 4
     assert float(last["balanced_accuracy"]) == pytest.approx(balanced, abs=1e-5)
     assert float(last["accuracy"]) == pytest.approx(right.total() / 21, abs=1e-5)
@@ -410,7 +580,8 @@ def test_the_run_folder_holds_what_is_promised_and_nothing_else(scratch_run: Pat
     for name in ("curves.png", "classes.png"):
         colours = Image.open(scratch_run / name).convert("RGB").getcolors(2**20)
         shares = {colour: count for count, colour in colours}
-        assert shares[(0x2F, 0x6F, 0xB0)] > 1000 and shares[(0xD9, 0x82, 0x2B)] > 1000
+        assert shares[BLUE] > 1000
+        assert (shares.get(ORANGE, 0) > 1000) is (name == "curves.png")
 
 
 def test_a_checkpoint_alone_gives_the_predictions_again(scratch_run: Path, folder: Path) -> None:
@@ -477,7 +648,7 @@ def test_full_fine_tuning_moves_every_weight_but_no_batchnorm_statistics(
 def test_the_features_are_what_the_network_sees_in_evaluation(folder: Path) -> None:
     torch.manual_seed(0)
     model = models.resnet18(num_classes=4)
-    data = training.load_data(folder, True, 0.2, 0)
+    data = training.load_data(folder, None, True, 0.2, 0)
     images = training.Images(data.paths, data.labels, training.transforms(32)[1])
     inputs = torch.stack([images[(index, 0)][0] for index in range(6)])
     compute = training.Compute(torch.device("cpu"), None)
@@ -492,7 +663,7 @@ def test_the_result_of_full_fine_tuning_is_the_average_from_the_start_on(folder:
     compute = training.Compute(torch.device("cpu"), None)
     torch.manual_seed(0)
     model = models.resnet18(num_classes=2)
-    data = training.load_data(folder, True, 0.2, 0)
+    data = training.load_data(folder, None, True, 0.2, 0)
     pair = training.Batches(data.train, 64), training.Batches(data.val, 64)  # two steps an epoch
     phase = training.full_phase(args, model, data, pair, compute)
     seen = []
@@ -502,7 +673,7 @@ def test_the_result_of_full_fine_tuning_is_the_average_from_the_start_on(folder:
             seen.append(model.conv1.weight.detach().clone())  # before the step
             yield [torch.randint(256, (2, 3, 32, 32)).byte(), torch.tensor([0, 1])]
 
-    training.train_epoch(phase, batches(), 0.1, compute)
+    training.train_epoch(phase, batches(), torch.zeros(2), 0.1, compute)
     seen.append(model.conv1.weight.detach().clone())
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
     mean = torch.stack(seen).mean(0)
@@ -550,9 +721,201 @@ def test_byte_identical_images_never_stand_on_both_sides(
         content = (root / f"ape/ape_{number:03}.jpg").read_bytes()
         (root / f"ape/copy_{number:03}.jpg").write_bytes(content)
         (root / f"bee/copy_{number:03}.jpg").write_bytes(content if number < 5 else b"x" + content)
-    data = training.load_data(root, True, 0.3, 0)
+    data = training.load_data(root, None, True, 0.3, 0)
     sides = [{Path(data.paths[i]).read_bytes() for i in part} for part in (data.train, data.val)]
     assert sides[1] and not sides[0] & sides[1]
+
+
+# ------------------------------------------------------------- evaluation on what OUT left out
+
+
+@pytest.fixture
+def left_out(make_folder: Callable[..., Path]) -> tuple[Path, Path]:
+    """SRC with 2 x 20 images, and OUT with 10 of the first class and 5 of the second."""
+    source = make_folder({"ape": 20, "bee": 20})
+    out = source.parent / "out"
+    for name, kept in (("ape", 10), ("bee", 5)):
+        (out / name).mkdir(parents=True)
+        for path in sorted((source / name).iterdir())[:kept]:
+            (out / name / path.name).write_bytes(path.read_bytes())
+    return source, out
+
+
+def test_source_validates_on_what_out_left_out_and_leaves_the_split_alone(
+    left_out: tuple[Path, Path],
+) -> None:
+    source, out = left_out
+    (source / "ape/._ape_000.jpg").write_bytes(b"what macOS writes beside a file")
+    (source / ".cache").mkdir()
+    alone = training.load_data(out, None, True, 0.2, 0)
+    data = training.load_data(out, source, True, 0.2, 0)
+    assert data.added == 25 and len(data.val) == len(alone.val) + 25 and not data.broken
+    names = [[data.names[index] for index in part] for part in (data.train, data.val)]
+    assert names[0] == [alone.names[index] for index in alone.train]
+    assert names[1][:-25] == [alone.names[index] for index in alone.val]
+    below = {path.relative_to(source).as_posix() for path in source.rglob("[ab]*.jpg")}
+    assert set(names[0]) | set(names[1]) == below and len(names[0]) + len(names[1]) == 40
+    for index in data.val[-25:].tolist():
+        assert data.paths[index] == str(source / data.names[index])
+        assert data.names[index].startswith(data.classes[data.labels[index]] + "/")
+
+
+def test_source_never_gives_a_training_image_by_path_or_by_bytes(
+    left_out: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = left_out
+    alone = training.load_data(out, None, True, 0.2, 0)
+    for number, index in enumerate(alone.train.tolist()):
+        content = Path(alone.paths[index]).read_bytes()
+        for name in ("ape", "bee"):  # as another image, once of another class
+            (source / name / f"copy_{number}.jpg").write_bytes(content)
+    first = alone.names[alone.train[0]]
+    other = sorted((source / "bee").iterdir())[12].read_bytes()
+    (source / first).write_bytes(other)  # the same path with other bytes
+    data = training.load_data(out, source, True, 0.2, 0)
+    assert data.added == 25 and "24 copies of training images left out" in capsys.readouterr().err
+    train, val = ([data.paths[index] for index in part] for part in (data.train, data.val))
+    assert not {Path(path).read_bytes() for path in train} & {Path(p).read_bytes() for p in val}
+    names = [data.names[index] for index in torch.cat([data.train, data.val])]
+    assert len(set(names)) == len(names) == 40 and str(source / first) not in val
+
+
+def test_the_summary_says_how_many_images_came_from_where(
+    left_out: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = left_out
+    run, command = out.parent / "run", [str(out), "--epochs", "1", "--weights", "none", *TINY]
+    assert training.main([*command, "--output", str(run), "--source", str(source)]) == 0
+    assert capsys.readouterr().out.count("3 validation images of OUT and 25 others of SRC") == 2
+    assert json.loads((run / "config.json").read_text())["val_images_of_source"] == 25
+    paths = [row["path"] for row in rows_of(run / "predictions.csv")]
+    assert len(set(paths)) == 28
+    for path in paths:
+        assert (source / path).is_file()
+
+
+# -------------------------------------------------------- the alternatives, and what they change
+
+
+@pytest.mark.parametrize("rebalance", ["sampler", "late", "loss", "none"])
+def test_every_way_works_in_both_phases_and_draws_as_it_says(
+    rebalance: str, folder: Path, tmp_path: Path
+) -> None:
+    path, output = weights_file(tmp_path / "w.pth"), tmp_path / "run"
+    command = [str(folder), "--weights", str(path), "--epochs", "4", "--rebalance", rebalance]
+    assert training.main([*command, "--output", str(output), *TINY]) == 0
+    history = rows_of(output / "history.csv")
+    assert [row["phase"] for row in history] == ["head", "head", "full", "full"]
+    every_image_once = [row["distinct_images"] == "1" for row in history]
+    weighted = {"sampler": [1, 1, 1, 1], "late": [0, 1, 0, 1]}.get(rebalance, [0, 0, 0, 0])
+    assert every_image_once == [not each for each in weighted]
+    for row in history:
+        if row["distinct_images"] == "1":
+            assert (row["fewest_draws"], row["most_draws"]) == ("10", "35")
+
+
+def test_balanced_softmax_finds_more_of_the_rare_class(tmp_path: Path) -> None:
+    """Two classes of noise that overlap: without a correction the rare one is never answered."""
+    root, stream = tmp_path / "src", np.random.default_rng(0)
+    for name, count, shade in (("common", 200, 120), ("rare", 20, 130)):
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = stream.normal(shade + stream.normal(0, 15), 5, (8, 8, 3)).clip(0, 255)
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{number}.png")
+    recalls = {}
+    for way in ("none", "loss"):
+        command = [str(root), "--weights", str(weights_file(tmp_path / "w.pth")), *TINY]
+        command += ["--rebalance", way, "--epochs", "4", "--frozen-epochs", "4", "--lr", "0.01"]
+        assert training.main([*command, "--output", str(tmp_path / way)]) == 0
+        recalls[way] = [float(row["recall"]) for row in rows_of(tmp_path / way / "classes.csv")]
+    assert recalls["none"][1] < 0.3 < recalls["loss"][1]
+    assert recalls["none"][0] > recalls["loss"][0]  # no miracle
+
+
+@pytest.fixture(scope="module")
+def compared_run(scratch_run: Path, folder: Path) -> tuple[Path, str]:
+    """A shorter run that is compared with `scratch_run`, and what it printed."""
+    output, printed = folder.parent / "compared", io.StringIO()
+    command = [str(folder), "--weights", "none", "--epochs", "1", "--output", str(output), *TINY]
+    with contextlib.redirect_stdout(printed):
+        assert training.main([*command, "--baseline", str(scratch_run)]) == 0
+    return output, printed.getvalue()
+
+
+def test_a_comparison_has_the_measures_of_both_runs_and_their_difference(
+    compared_run: tuple[Path, str], scratch_run: Path
+) -> None:
+    output, printed = compared_run
+    rows = rows_of(output / "comparison.csv")
+    assert list(rows[0]) == ["measure", "before", "after", "difference", "low", "high"]
+    before, after = (rows_of(run / "history.csv")[-1] for run in (scratch_run, output))
+    assert [row["measure"] for row in rows] == [
+        *("accuracy", "balanced_accuracy", "many", "medium", "few")
+    ]
+    for row in rows:
+        name = row["measure"]
+        assert (row["before"], row["after"]) == (before[name], after[name])
+        if name == "many":
+            assert set(row.values()) == {"many", "nan"} and "\nmany" not in printed
+            continue
+        difference = float(after[name]) - float(before[name])
+        assert float(row["difference"]) == pytest.approx(difference, abs=2e-6)
+        low, high = float(row["low"]), float(row["high"])
+        assert low <= difference <= high
+        line = next(x for x in printed.splitlines() if x.startswith(name.replace("_", " ") + " "))
+        assert ("undecided" in line) is (low <= 0 <= high)
+        assert f"{100 * difference:+.1f}" in line
+    assert float(rows[1]["high"]) < 0  # a quarter of the epochs is worse
+
+
+def test_the_chart_of_classes_shows_the_baseline_beside_the_run(
+    compared_run: tuple[Path, str],
+) -> None:
+    picture = Image.open(compared_run[0] / "classes.png").convert("RGB").crop((130, 80, 1560, 455))
+    colours = {colour: count for count, colour in picture.getcolors(2**20)}
+    assert colours[BLUE] > 1000 and colours[ORANGE] > 1000
+
+
+def test_a_run_compared_with_itself_is_undecided_with_a_difference_of_exactly_0(
+    scratch_run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(folder), "--weights", str(scratch_run / "last.pt"), "--epochs", "0", *TINY]
+    output = tmp_path / "run"
+    assert training.main([*command, "--output", str(output), "--baseline", str(scratch_run)]) == 0
+    rows = [row for row in rows_of(output / "comparison.csv") if row["before"] != "nan"]
+    assert len(rows) == 4
+    assert {row[key] for row in rows for key in ("difference", "low", "high")} == {"0"}
+    assert capsys.readouterr().out.count("undecided") == 4
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda rows: rows[:-2], "0 only there and 2 only here"),
+        (lambda rows: [*rows, "dog/new.jpg,dog,cat,0.5"], "1 only there and 0 only here"),
+        (lambda rows: [*rows[:-1], rows[-1].replace(",dog,", ",cat,", 1)], "1 only there and 1"),
+        (lambda rows: [*rows[:-1], "dog/dog_000.jpg,dog,eel,0.5"], "eel"),
+        (lambda rows: ["no", "table"], "predictions.csv"),
+        (lambda rows: ["\0"], "predictions.csv"),
+    ],
+)
+def test_a_baseline_on_other_images_is_refused_before_anything_is_trained(
+    damage: Callable[[list[str]], list[str]],
+    expected: str,
+    scratch_run: Path,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = (scratch_run / "predictions.csv").read_text().splitlines()
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before/predictions.csv").write_text("\n".join(damage(rows)) + "\n")
+    command = [str(folder), "--weights", "none", "--epochs", "1", *TINY]
+    command += ["--output", str(tmp_path / "run"), "--baseline", str(tmp_path / "before")]
+    assert training.main(command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("data_training.py: error: --baseline ") and expected in error
+    assert not (tmp_path / "run").exists()
 
 
 # ----------------------------------------------------------------------------- user errors
@@ -604,6 +967,20 @@ ERRORS = {
         ["{src}/good", "--epochs", "1", "--frozen-epochs", "2"],
         "--frozen-epochs 2",
     ),
+    "no such source": (["{src}/good", "--source", "{src}/none"], "--source {src}/none: no such"),
+    "source with other classes": (
+        ["{src}/good", "--weights", "none", "--source", "{src}/more"],
+        "not classes of OUT: cat, dog;",
+    ),
+    "source without check": (["{src}/good", "--source", "{src}/more", "--no-check"], "--no-check"),
+    "power of the loss": (["{src}/good", "--rebalance", "loss", "--power", "1"], "--power"),
+    "power when late": (["{src}/good", "--rebalance", "late", "--power", "0.5"], "--power"),
+    "power below 0": (["{src}/good", "--power", "-1"], "--power"),
+    "unknown way to rebalance": (["{src}/good", "--rebalance", "magic"], "--rebalance"),
+    "baseline without predictions": (
+        ["{src}/good", "--weights", "none", "--baseline", "{src}/taken"],
+        "taken: no predictions.csv",
+    ),
     "run already there": (["{src}/good", "--output", "{src}/taken"], "already holds a run"),
     "output is a file": (["{src}/good", "--output", "{src}/text.pth"], "a file"),
     "output among the classes": (["{src}/good", "--output", "{src}/good/run"], "would be a class"),
@@ -616,6 +993,7 @@ def test_bad_input_gets_one_line_and_status_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "good", {"ape": 3, "bee": 3})
+    write_folder(tmp_path / "more", {"ape": 3, "bee": 3, "cat": 3, "dog": 1})
     write_folder(tmp_path / "one", {"ape": 3})
     write_folder(tmp_path / "single", {"ape": 1, "bee": 1})
     write_folder(tmp_path / "veiled", {"ape": 3, ".bee": 3})
@@ -638,7 +1016,10 @@ def test_bad_input_gets_one_line_and_status_2(
     assert stop.value.code == 2
     warnings = [line for line in lines if line.startswith("warning: ")]
     assert len(lines) - len(warnings) == 1, lines
-    assert lines[-1].startswith("data_training.py: error: ") and expected in lines[-1]
+    assert (
+        lines[-1].startswith("data_training.py: error: ")
+        and expected.format(src=tmp_path) in lines[-1]
+    )
     assert sorted(tmp_path.rglob("*")) == before
 
 
