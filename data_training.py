@@ -246,35 +246,30 @@ def load_data(root: Path, source: Path | None, check: bool, fraction: float, see
 
     What cannot be decoded is named and left out, and so is a copy of a training image in `source`.
     """
-    classes, images = list_images(root)
-    inside = len(images)
-    if source:
-        images += find_left_out(source, classes, {name for _, name, _ in images})
-    paths = [path for path, _, _ in images]
-    digests, problems = check_images(paths) if check else (paths, [""] * len(paths))
-    broken = [path for path, problem in zip(paths, problems, strict=True) if problem]
-    for path, problem in zip(paths, problems, strict=True):
-        if problem:
-            print(f"warning: {printable(f'{path}: {problem}')}; left out", file=sys.stderr)
-    sound = [index for index, problem in enumerate(problems) if not problem]
-    inside = sum(index < inside for index in sound)
-    images, digests = [images[i] for i in sound], [digests[i] for i in sound]
-    labels = torch.tensor([label for _, _, label in images], dtype=torch.int64)
-    for name, count in zip(classes, labels[:inside].bincount(minlength=len(classes)), strict=True):
+    classes, ours = list_images(root)
+    others = find_left_out(source, classes, {name for _, name, _ in ours}) if source else []
+    paths = [path for path, _, _ in ours + others]
+    digests = check_images(paths) if check else dict(zip(paths, paths, strict=True))
+    broken = [path for path in paths if path not in digests]
+    ours, others = ([image for image in part if image[0] in digests] for part in (ours, others))
+    labels = torch.tensor([label for _, _, label in ours], dtype=torch.int64)
+    for name, count in zip(classes, labels.bincount(minlength=len(classes)), strict=True):
         if count == 0:
             raise DataError(f"{root / name}: no image of this class can be read; mend or remove it")
-    train, val = split_images(labels[:inside], digests[:inside], fraction, seed)
+    train, val = split_images(labels, [digests[path] for path, _, _ in ours], fraction, seed)
     if not len(val):
         raise DataError(f"{root}: no class has two different images; nothing to validate on")
     if len(train) > 2**24:
         raise DataError(f"{root}: over 2^24 training images, more than torch.multinomial can draw")
-    trained = {digests[index] for index in train.tolist()}
-    added = [index for index in range(inside, len(sound)) if digests[index] not in trained]
-    if copies := len(sound) - inside - len(added):
+    trained = {digests[ours[index][0]] for index in train.tolist()}
+    new = [image for image in others if digests[image[0]] not in trained]
+    if copies := len(others) - len(new):
         print(f"warning: {source}: {copies} copies of training images left out", file=sys.stderr)
-    val = torch.cat([val, torch.tensor(added, dtype=torch.int64)])
+    images = ours + new
     paths, names = [path for path, _, _ in images], [name for _, name, _ in images]
-    return Data(classes, paths, names, labels, train, val, len(added), broken)
+    labels = torch.tensor([label for _, _, label in images], dtype=torch.int64)
+    val = torch.cat([val, torch.arange(len(ours), len(images))])
+    return Data(classes, paths, names, labels, train, val, len(new), broken)
 
 
 def list_images(root: Path) -> tuple[list[str], list[tuple[str, str, int]]]:
@@ -307,8 +302,8 @@ def find_left_out(source: Path, classes: list[str], there: set[str]) -> list[tup
     return [image for image in images if image[1] not in there and "/." not in image[1]]
 
 
-def check_images(paths: list[str]) -> tuple[list[str], list[str]]:
-    """Of each file the SHA-256, and what keeps it from being decoded, "" if nothing does."""
+def check_images(paths: list[str]) -> dict[str, str]:
+    """The SHA-256 of each file that can be decoded; the others are named on stderr."""
 
     def check(path: str) -> tuple[str, str]:
         try:
@@ -322,10 +317,16 @@ def check_images(paths: list[str]) -> tuple[list[str], list[str]]:
             return "", str(error) or type(error).__name__
         return hashlib.sha256(content).hexdigest(), ""
 
+    digests = {}
     with ThreadPool() as pool:  # Pillow and hashlib let other threads run meanwhile
         checked = pool.imap(check, paths, chunksize=16)
-        results = list(tqdm(checked, "checking", len(paths), unit=" images", leave=False))
-    return [digest for digest, _ in results], [problem for _, problem in results]
+        bar = tqdm(checked, "checking", len(paths), unit=" images", leave=False)
+        for path, (digest, problem) in zip(paths, bar, strict=True):
+            if problem:
+                tqdm.write(f"warning: {printable(f'{path}: {problem}')}; left out", sys.stderr)
+            else:
+                digests[path] = digest
+    return digests
 
 
 def read_bytes(path: str) -> bytes:
@@ -653,6 +654,25 @@ def full_phase(
     return Phase("full", network, result, result, average, train, val, *parts)
 
 
+def begin_phase(
+    frozen: bool,
+    args: Namespace,
+    model: ResNet,
+    data: Data,
+    batches: BatchPair,
+    compute: Compute,
+    waits: list[float],
+) -> Phase:
+    """The phase that begins; a frozen backbone computes the features of all images first."""
+    if not frozen:
+        return full_phase(args, model, data, batches, compute)
+    images = Images(data.paths, data.labels, transforms(args.image_size)[1])
+    everything = Batches(torch.arange(len(data.labels)), args.batch_size)
+    inputs = timed(make_loader(images, everything, args), "features", waits)
+    features = Features(extract_features(model, inputs, compute), data.labels)
+    return head_phase(args, model, features, batches, compute)
+
+
 def schedule(
     optimizer: torch.optim.Optimizer, steps: int, compute: Compute
 ) -> tuple[torch.optim.Optimizer, LRScheduler, torch.amp.GradScaler]:
@@ -774,6 +794,14 @@ def wilson_interval(right: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
     return centre - half, centre + half
 
 
+def score(confusion: Tensor, train_images: Tensor) -> dict[str, float]:
+    """The measures of a confusion matrix, and half the 95 % interval of balanced accuracy."""
+    recall, asked = recall_by_class(confusion), confusion.sum(1)
+    weights = measure_weights(asked, train_images)
+    measures = measure(recall, weights)
+    return measures._asdict() | {"half_width": half_width(recall, asked, weights[1])}
+
+
 def half_width(recall: Tensor, asked: Tensor, weights: Tensor) -> float:
     """Half the 95 % interval of the measure that gives the classes these (C,) weights.
 
@@ -784,20 +812,13 @@ def half_width(recall: Tensor, asked: Tensor, weights: Tensor) -> float:
     return Z * (weights**2 * variance).nansum().sqrt().item()
 
 
-class Comparison(NamedTuple):
-    """A measure of two runs, and the 95 % interval of the difference."""
-
-    measure: str
-    before: float
-    after: float
-    difference: float
-    low: float
-    high: float
+Change = tuple[str, float, float, float, float, float]
+CHANGE = ("measure", "before", "after", "difference", "low", "high")  # the last two: 95 % interval
 
 
 def compare(
     targets: Tensor, before: Tensor, after: Tensor, train_images: Tensor, seed: int
-) -> list[Comparison]:
+) -> list[Change]:
     """What changed between two runs on the same images, by what they predicted: (M,) int64 each.
 
     Paired bootstrap within classes: an image is lost, as it was or won, -1, 0 or 1; a measure's
@@ -807,21 +828,18 @@ def compare(
     classes = len(train_images)
     asked = targets.bincount(minlength=classes)
     weights = measure_weights(asked, train_images)
-    recalls = (
-        recall_by_class(confusion_matrix(targets, predicted, classes))
-        for predicted in (before, after)
-    )
-    old, new = (measure(recall, weights) for recall in recalls)
+    confusions = (confusion_matrix(targets, predicted, classes) for predicted in (before, after))
+    old, new = (measure(recall_by_class(confusion), weights) for confusion in confusions)
     outcome = 1 + (after == targets).long() - (before == targets).long()
     counts = (3 * targets + outcome).bincount(minlength=3 * classes).reshape(classes, 3).numpy()
     images = asked.clamp(min=1).numpy()  # a class without images has no weight, but a row
     draws = np.maximum(images - 1, 1)
-    shares, stream = counts / images[:, None], np.random.default_rng(seed)
-    drawn = stream.multinomial(draws, shares, (RESAMPLES, classes))
+    stream = np.random.default_rng(seed)
+    drawn = stream.multinomial(draws, counts / images[:, None], (RESAMPLES, classes))
     means = (drawn[..., 2] - drawn[..., 0]) / draws  # (RESAMPLES, C)
-    low, high = np.quantile(means @ weights.numpy().T, (0.025, 0.975), axis=0).tolist()
-    rows = zip(Measures._fields, old, new, low, high, strict=True)
-    return [Comparison(name, x, y, y - x, start, end) for name, x, y, start, end in rows]
+    ends = np.quantile(means @ weights.numpy().T, (0.025, 0.975), axis=0).tolist()
+    rows = zip(Measures._fields, old, new, *ends, strict=True)
+    return [(name, x, y, y - x, low, high) for name, x, y, low, high in rows]
 
 
 # -------------------------------------------------------------------------------- records
@@ -829,29 +847,23 @@ def compare(
 
 def load_baseline(run: Path, data: Data) -> Tensor:
     """What the run in the folder `run` predicted for the validation images: (M,) int64."""
-    number_of = {name: number for number, name in enumerate(data.classes)}
+    labels = {name: label for label, name in enumerate(data.classes)}
     try:
-        with open(
-            run / "predictions.csv", encoding="utf-8", errors="surrogateescape", newline=""
-        ) as file:
-            theirs = {
-                (row["path"], row["class"]): number_of[row["predicted"]]
-                for row in csv.DictReader(file)
-            }
+        table = (run / "predictions.csv").read_text("utf-8", "surrogateescape")
+        rows = csv.DictReader(io.StringIO(table, newline=""))
+        theirs = {(row["path"], row["class"]): labels[row["predicted"]] for row in rows}
     except FileNotFoundError:
-        raise DataError(
-            f"--baseline {run}: no predictions.csv; name the folder of an earlier run"
-        ) from None
+        text = "no predictions.csv in it; name the folder of an earlier run"
+        raise DataError(f"--baseline {run}: {text}") from None
     except (KeyError, csv.Error) as error:
-        raise DataError(
-            f"--baseline {run}: predictions.csv: not of these classes ({error})"
-        ) from None
+        text = f"predictions.csv: not a table of these classes: {error}"
+        raise DataError(f"--baseline {run}: {text}") from None
     ours = [(data.names[index], data.classes[data.labels[index]]) for index in data.val.tolist()]
     if other := sorted(theirs.keys() ^ ours):
-        missing = sum(each in theirs for each in other)
+        there = sum(each in theirs for each in other)
         raise DataError(
-            f"--baseline {run}: validated on other images: {missing} only there and "
-            f"{len(other) - missing} only here, {other[0][0]} for one; run both with the same OUT, "
+            f"--baseline {run}: validated on other images: {there} only there and "
+            f"{len(other) - there} only here, {other[0][0]} for one; give both runs the same OUT, "
             "--source, --val-fraction and --seed"
         )
     return torch.tensor([theirs[each] for each in ours])
@@ -1013,7 +1025,7 @@ def format_epoch(row: dict[str, Any], epochs: int) -> str:
     )
 
 
-def format_comparison(changes: list[Comparison], baseline: Path) -> str:
+def format_comparison(changes: list[Change], baseline: Path) -> str:
     """The table of what changed since the baseline; "undecided" where the interval holds 0."""
     lines = [
         f"since {printable(str(baseline))}, last epochs, in points with a 95 % interval:",
@@ -1027,6 +1039,13 @@ def format_comparison(changes: list[Comparison], baseline: Path) -> str:
         name = name.replace("_", " ")
         lines.append(f"{name:17} {before:7.1%} {after:7.1%}      {values}{undecided}")
     return "\n".join(lines)
+
+
+def describe_val(data: Data) -> str:
+    """How many validation images there are, and where they are from."""
+    if not data.added:
+        return f"{len(data.val)} validation images"
+    return f"{len(data.val) - data.added} validation images of OUT and {data.added} others of SRC"
 
 
 def format_summary(data: Data, history: list[dict[str, Any]], confusion: Tensor) -> str:
@@ -1056,13 +1075,6 @@ def format_summary(data: Data, history: list[dict[str, Any]], confusion: Tensor)
 
 
 # ------------------------------------------------------------------------------------ run
-
-
-def describe_val(data: Data) -> str:
-    """How many validation images there are, and where they are from."""
-    if not data.added:
-        return f"{len(data.val)} validation images"
-    return f"{len(data.val) - data.added} validation images of OUT and {data.added} others of SRC"
 
 
 def start_run(args: Namespace, compute: Compute, data: Data, origin: str) -> None:
@@ -1110,23 +1122,18 @@ def run(args: Namespace) -> None:
     train_images = data.counts(data.train)
     weights = sample_weights(data.labels[data.train], 1.0 if args.power is None else args.power)
     offset = log_prior(train_images) * (args.rebalance == "loss")
-    draws = torch.zeros(len(data.classes), dtype=torch.int64)
+    draws = torch.zeros_like(train_images)
     history: list[dict[str, Any]] = []
     for epoch in range(min(1, args.epochs), args.epochs + 1):
         started = time.perf_counter()
         waits: list[float] = []
-        if epoch == 1 and args.frozen_epochs:
-            images = Images(data.paths, data.labels, transforms(args.image_size)[1])
-            everything = Batches(torch.arange(len(data.labels)), args.batch_size)
-            inputs = timed(make_loader(images, everything, args), "features", waits)
-            features = Features(extract_features(model, inputs, compute), data.labels)
-            phase = head_phase(args, model, features, batches, compute)
-        elif epoch in (0, args.frozen_epochs + 1):
-            phase = full_phase(args, model, data, batches, compute)
+        frozen = 0 < epoch <= args.frozen_epochs
+        if epoch in (0, 1, args.frozen_epochs + 1):
+            phase = begin_phase(frozen, args, model, data, batches, compute, waits)
         loss, chosen = math.nan, data.train[:0]
         if epoch:
-            ends = (1, args.frozen_epochs), (args.frozen_epochs + 1, args.epochs)
-            weighted = is_weighted(args.rebalance, epoch, *ends[epoch > args.frozen_epochs])
+            ends = (1, args.frozen_epochs) if frozen else (args.frozen_epochs + 1, args.epochs)
+            weighted = is_weighted(args.rebalance, epoch, *ends)
             chosen = data.train[draw_images(weights, weighted, args.seed, epoch)]
             batches[0].assign(chosen, seeded("augment", args.seed, epoch))
             inputs = timed(phase.train, f"training, {phase.name}", waits)
@@ -1134,12 +1141,13 @@ def run(args: Namespace) -> None:
         seconds = time.perf_counter() - started
         last = evaluate(phase.evaluated, timed(phase.val, "validation", []), compute)
         confusion = confusion_matrix(last.targets, last.predicted, len(data.classes))
-        recall, asked = recall_by_class(confusion), confusion.sum(1)
-        shares = measure_weights(asked, train_images)
-        row = {"epoch": epoch, "phase": phase.name if epoch else "given", "train_loss": loss}
-        row |= {"val_loss": last.loss, **measure(recall, shares)._asdict()}
-        row |= {"half_width": half_width(recall, asked, shares[1]), **count_draws(data, chosen)}
-        row |= {
+        row: dict[str, Any] = {
+            "epoch": epoch,
+            "phase": phase.name if epoch else "given",
+            "train_loss": loss,
+            "val_loss": last.loss,
+            **score(confusion, train_images),
+            **count_draws(data, chosen),
             "learning_rate": phase.scheduler.get_last_lr()[0],
             "images_per_second": len(chosen) / seconds,
             "data_wait": sum(waits) / seconds,
@@ -1152,12 +1160,12 @@ def run(args: Namespace) -> None:
         names = ["last.pt", "best.pt"] if best else ["last.pt"]
         save_model(names, args, data, phase.result, epoch)
         write_tables(args.output, data, history, draws, last, confusion)
-        recalls = {"after": recall}
+        recalls = {"after": recall_by_class(confusion)}
         if before is not None:
             changes = compare(last.targets, before, last.predicted, train_images, args.seed)
-            write_table(args.output / "comparison.csv", Comparison._fields, changes)
+            write_table(args.output / "comparison.csv", CHANGE, changes)
             old = confusion_matrix(last.targets, before, len(data.classes))
-            recalls = {"before": recall_by_class(old), "after": recall}
+            recalls = {"before": recall_by_class(old), **recalls}
         draw_charts(args.output, history, train_images, recalls)
     print(f"\n{format_summary(data, history, confusion)}")
     if before is not None:

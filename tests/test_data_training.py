@@ -896,7 +896,6 @@ def test_a_run_compared_with_itself_is_undecided_with_a_difference_of_exactly_0(
         (lambda rows: [*rows[:-1], rows[-1].replace(",dog,", ",cat,", 1)], "1 only there and 1"),
         (lambda rows: [*rows[:-1], "dog/dog_000.jpg,dog,eel,0.5"], "eel"),
         (lambda rows: ["no", "table"], "predictions.csv"),
-        (lambda rows: ["\0"], "predictions.csv"),
     ],
 )
 def test_a_baseline_on_other_images_is_refused_before_anything_is_trained(
