@@ -747,17 +747,9 @@ def evaluate(network: nn.Module, batches: Iterable[list[Tensor]], compute: Compu
 # ------------------------------------------------------------------------------- measures
 
 
-class Measures(NamedTuple):
-    """Parts of the answers that are right, from 0 to 1; NaN where nothing was asked.
-
-    Each is a weighted mean of the recall of the classes.
-    """
-
-    accuracy: float
-    balanced_accuracy: float  # mean recall of the classes
-    many: float  # mean recall of the classes with over 100 training images
-    medium: float  # with 20 to 100
-    few: float  # with under 20
+# The part of the images that is right, and the mean recall of all classes, of those with over 100
+# training images, with 20 to 100 and with under 20; NaN where nothing was asked.
+MEASURES = ("accuracy", "balanced_accuracy", "many", "medium", "few")
 
 
 def confusion_matrix(targets: Tensor, predicted: Tensor, classes: int) -> Tensor:
@@ -772,18 +764,13 @@ def recall_by_class(confusion: Tensor) -> Tensor:
 
 
 def measure_weights(asked: Tensor, train_images: Tensor) -> Tensor:
-    """What each class's recall counts in each of the `Measures`: (5, C) float64, NaN if nothing.
+    """What each class's recall counts in each of `MEASURES`: (5, C) float64, NaN if nothing.
 
     By the (C,) images of each class that were asked about, and trained on.
     """
     many, few, known = train_images > MANY, train_images < FEW, asked > 0
     rows = torch.stack([asked, known, known & many, known & ~many & ~few, known & few]).double()
     return rows / rows.sum(1, keepdim=True)
-
-
-def measure(recall: Tensor, weights: Tensor) -> Measures:
-    """The measures by the recall of each class and its `measure_weights`."""
-    return Measures(*(weights @ recall.nan_to_num()).tolist())
 
 
 def wilson_interval(right: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
@@ -794,12 +781,14 @@ def wilson_interval(right: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
     return centre - half, centre + half
 
 
-def score(confusion: Tensor, train_images: Tensor) -> dict[str, float]:
+def measure(confusion: Tensor, train_images: Tensor) -> dict[str, float]:
     """The measures of a confusion matrix, and half the 95 % interval of balanced accuracy."""
     recall, asked = recall_by_class(confusion), confusion.sum(1)
     weights = measure_weights(asked, train_images)
-    measures = measure(recall, weights)
-    return measures._asdict() | {"half_width": half_width(recall, asked, weights[1])}
+    values = (weights @ recall.nan_to_num()).tolist()
+    return dict(zip(MEASURES, values, strict=True)) | {
+        "half_width": half_width(recall, asked, weights[1])
+    }
 
 
 def half_width(recall: Tensor, asked: Tensor, weights: Tensor) -> float:
@@ -829,7 +818,7 @@ def compare(
     asked = targets.bincount(minlength=classes)
     weights = measure_weights(asked, train_images)
     confusions = (confusion_matrix(targets, predicted, classes) for predicted in (before, after))
-    old, new = (measure(recall_by_class(confusion), weights) for confusion in confusions)
+    old, new = (measure(confusion, train_images) for confusion in confusions)
     outcome = 1 + (after == targets).long() - (before == targets).long()
     counts = (3 * targets + outcome).bincount(minlength=3 * classes).reshape(classes, 3).numpy()
     images = asked.clamp(min=1).numpy()  # a class without images has no weight, but a row
@@ -838,8 +827,8 @@ def compare(
     drawn = stream.multinomial(draws, counts / images[:, None], (RESAMPLES, classes))
     means = (drawn[..., 2] - drawn[..., 0]) / draws  # (RESAMPLES, C)
     ends = np.quantile(means @ weights.numpy().T, (0.025, 0.975), axis=0).tolist()
-    rows = zip(Measures._fields, old, new, *ends, strict=True)
-    return [(name, x, y, y - x, low, high) for name, x, y, low, high in rows]
+    rows = zip(MEASURES, *ends, strict=True)
+    return [(name, old[name], new[name], new[name] - old[name], *end) for name, *end in rows]
 
 
 # -------------------------------------------------------------------------------- records
@@ -1146,7 +1135,7 @@ def run(args: Namespace) -> None:
             "phase": phase.name if epoch else "given",
             "train_loss": loss,
             "val_loss": last.loss,
-            **score(confusion, train_images),
+            **measure(confusion, train_images),
             **count_draws(data, chosen),
             "learning_rate": phase.scheduler.get_last_lr()[0],
             "images_per_second": len(chosen) / seconds,

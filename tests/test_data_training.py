@@ -184,19 +184,19 @@ def test_measures_of_a_hand_worked_confusion_matrix_with_an_empty_group() -> Non
     assert confusion.tolist() == [[8, 1, 1, 0], [1, 3, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
     recall = training.recall_by_class(confusion)
     assert recall[:3].tolist() == [0.8, 0.75, 0.5] and recall[3].isnan()
-    weights = training.measure_weights(confusion.sum(1), torch.tensor([101, 100, 20, 500]))
-    result = training.measure(recall, weights)
-    assert result.accuracy == 12 / 16
-    assert result.balanced_accuracy == pytest.approx((0.8 + 0.75 + 0.5) / 3)
-    assert result.many == 0.8  # the class that nobody was asked about does not count
-    assert result.medium == pytest.approx((0.75 + 0.5) / 2)
-    assert math.isnan(result.few)
+    result = training.measure(confusion, torch.tensor([101, 100, 20, 500]))
+    assert result["accuracy"] == 12 / 16
+    assert result["balanced_accuracy"] == pytest.approx((0.8 + 0.75 + 0.5) / 3)
+    assert result["many"] == 0.8  # the class that nobody was asked about does not count
+    assert result["medium"] == pytest.approx((0.75 + 0.5) / 2)
+    assert math.isnan(result["few"])
+    variance = 0.8 * 0.2 / 9 + 0.75 * 0.25 / 3 + 0.5 * 0.5 / 1
+    assert result["half_width"] == pytest.approx(1.96 * variance**0.5 / 3, rel=1e-4)
 
 
 def test_nineteen_training_images_are_few() -> None:
-    weights = training.measure_weights(torch.tensor([2, 4]), torch.tensor([19, 20]))
-    recall = torch.tensor([0.5, 1.0], dtype=torch.float64)
-    assert training.measure(recall, weights)[2:] == pytest.approx((math.nan, 1, 0.5), nan_ok=True)
+    result = training.measure(torch.tensor([[1, 1], [0, 4]]), torch.tensor([19, 20]))
+    assert math.isnan(result["many"]) and (result["medium"], result["few"]) == (1.0, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -802,12 +802,13 @@ def test_every_way_works_in_both_phases_and_draws_as_it_says(
     rebalance: str, folder: Path, tmp_path: Path
 ) -> None:
     path, output = weights_file(tmp_path / "w.pth"), tmp_path / "run"
-    command = [str(folder), "--weights", str(path), "--epochs", "4", "--rebalance", rebalance]
-    assert training.main([*command, "--output", str(output), *TINY]) == 0
+    command = [str(folder), "--weights", str(path), "--epochs", "5", "--frozen-epochs", "3"]
+    command += ["--rebalance", rebalance, "--output", str(output), *TINY]
+    assert training.main(command) == 0
     history = rows_of(output / "history.csv")
-    assert [row["phase"] for row in history] == ["head", "head", "full", "full"]
+    assert [row["phase"] for row in history] == ["head", "head", "head", "full", "full"]
     every_image_once = [row["distinct_images"] == "1" for row in history]
-    weighted = {"sampler": [1, 1, 1, 1], "late": [0, 1, 0, 1]}.get(rebalance, [0, 0, 0, 0])
+    weighted = {"sampler": [1, 1, 1, 1, 1], "late": [0, 0, 1, 0, 1]}.get(rebalance, [0] * 5)
     assert every_image_once == [not each for each in weighted]
     for row in history:
         if row["distinct_images"] == "1":
