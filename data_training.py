@@ -1,6 +1,7 @@
 """Fine-tune a pretrained ResNet on an imbalanced image folder, balanced by weighted sampling.
 
     python data_training.py OUT --epochs N
+    torchrun --nproc-per-node=K data_training.py OUT --epochs N
 
 OUT holds one folder per class; a part of each is kept for validation. Training images are drawn by
 a `WeightedRandomSampler` with weights 1 / (training images of the class), so that every class is
@@ -10,7 +11,10 @@ weights along the way is the result. After each epoch a run folder holds the set
 the recall of each class with its interval, the predictions, the last and the best network, and two
 charts; with `--baseline` also what changed since an earlier run, and how sure that is.
 
-Exit status: 0 done, 2 bad input (one line on stderr says where and what to do), 130 interrupted.
+A run that was stopped goes on with `--resume` and ends as it would have.
+
+Exit status: 0 done, 2 bad input (one line on stderr says where and what to do), 130 interrupted,
+143 terminated.
 """
 
 import argparse
@@ -23,6 +27,7 @@ import math
 import os
 import platform
 import random
+import signal
 import sys
 import time
 from argparse import Namespace
@@ -38,10 +43,12 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import PIL
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, Sampler, WeightedRandomSampler
@@ -64,6 +71,9 @@ CLIP_NORM = 1.0  # longest gradient followed; tiny BatchNorm variances can make 
 MANY, FEW = 100, 20  # "many": more training images than that, "few": fewer
 Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
 RESAMPLES = 4000  # of the bootstrap: an end of an interval varies by 4 % of a standard deviation
+STATE = "resume.pt"  # in a run folder: all that it takes to go on
+# Settings that may differ when a run goes on: they change where it runs, not what comes out.
+FREE = ("out", "source", "no_check", "workers", "output", "resume", "baseline", "device")
 BLUE, ORANGE = "#2f6fb0", "#d9822b"
 
 
@@ -128,6 +138,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add = parser.add_argument_group("run").add_argument
     add("--output", metavar="DIR", type=auto_or(Path), default="auto",
         help="new folder for the results; auto: runs/DATE-TIME")  # fmt: skip
+    add("--resume", action="store_true", help="go on with the run in --output DIR")
     add("--baseline", metavar="RUN", type=Path, default=argparse.SUPPRESS,
         help="folder of an earlier run on the same validation images, to compare with")  # fmt: skip
     add("--seed", metavar="N", type=int, default=0, help="of split, draws and augmentation")
@@ -178,8 +189,13 @@ def check_settings(args: Namespace) -> None:
     args.output = args.output or Path("runs", f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
     if args.output.exists() and not args.output.is_dir():
         raise DataError(f"--output {args.output}: a file; name a new folder")
-    if (args.output / "config.json").exists():
-        raise DataError(f"--output {args.output}: already holds a run; name a new folder")
+    held = any((args.output / name).exists() for name in (STATE, "config.json"))
+    if held and not args.resume:
+        raise DataError(
+            f"--output {args.output}: already holds a run; name another, or --resume it"
+        )
+    if args.resume and not (args.output / STATE).exists():
+        raise DataError(f"--resume: no run in --output {args.output}; name its folder")
     if args.output.resolve().is_relative_to(args.out.resolve()):
         raise DataError(f"--output {args.output}: would be a class of {args.out}; move it out")
 
@@ -193,14 +209,28 @@ def printable(text: str) -> str:
 
 
 class Compute(NamedTuple):
-    """Where the network runs, and in what precision."""
+    """Where the network runs, in what precision, and which of how many processes this one is."""
 
     device: torch.device
     amp: torch.dtype | None  # of mixed precision; None: float32 alone
+    rank: int = 0
+    world_size: int = 1
 
     def autocast(self) -> torch.autocast:
         """The context of a forward pass."""
         return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
+
+
+def join_processes(name: str, amp: bool | None) -> Compute:
+    """What this process computes on; under torchrun, after it has met the others."""
+    compute = pick_compute(name, amp)
+    if not dist.is_torchelastic_launched():
+        return compute
+    if compute.device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        compute = compute._replace(device=torch.device("cuda", torch.cuda.current_device()))
+    dist.init_process_group("nccl" if compute.device.type == "cuda" else "gloo")
+    return compute._replace(rank=dist.get_rank(), world_size=dist.get_world_size())
 
 
 def pick_compute(name: str, amp: bool | None) -> Compute:
@@ -219,6 +249,25 @@ def pick_compute(name: str, amp: bool | None) -> Compute:
         units: Any = getattr(torch.cpu, "get_capabilities", dict)()
         helps = device.type == "cpu" and bool(units.get("avx512_bf16") or units.get("amx_bf16"))
     return Compute(device, kind if amp or (amp is None and helps) else None)
+
+
+def share(value: Any) -> Any:
+    """What process 0 calls `value`, in every process."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
+def gather(part: Tensor, compute: Compute) -> Tensor:
+    """The rows of all processes, of which process r has every `world_size`-th from r on."""
+    parts = [part] * compute.world_size
+    if dist.is_initialized():
+        dist.all_gather_object(parts, part)
+    whole = part.new_empty(sum(map(len, parts)), *part.shape[1:])
+    for rank, rows in enumerate(parts):
+        whole[rank :: compute.world_size] = rows
+    return whole
 
 
 # ------------------------------------------------------------------------------------ data
@@ -469,28 +518,32 @@ class Batches(Sampler[list[tuple[int, int]]]):
     """Cuts indices into batches of (index, seed) whose sizes differ by one at most.
 
     A last batch of a few images would weigh too much, and one of a single image break BatchNorm.
+    Of each batch a process takes every `world_size`-th image, from its rank on.
     """
 
-    def __init__(self, indices: Tensor, batch_size: int) -> None:
+    def __init__(self, indices: Tensor, batch_size: int, rank: int = 0, world_size: int = 1):
         """Start with `indices` in their order and no seeds, for evaluation."""
         self.indices, self.seeds, self.batch_size = indices, torch.zeros_like(indices), batch_size
+        self.part = slice(rank, None, world_size)
 
     def assign(self, indices: Tensor, generator: torch.Generator) -> None:
         """Take the draws of an epoch, each with a seed for its augmentation."""
-        self.indices, self.seeds = (
-            indices,
-            torch.randint(2**62, (len(indices),), generator=generator),
-        )
+        self.indices = indices
+        self.seeds = torch.randint(2**62, (len(indices),), generator=generator)
 
     def __len__(self) -> int:
         """The number of batches."""
         return math.ceil(len(self.indices) / self.batch_size)
 
+    def sizes(self) -> list[int]:
+        """The number of images in each batch, over all processes."""
+        return [len(part) for part in self.indices.tensor_split(len(self))]
+
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         """The batches in order."""
         parts = (values.tensor_split(len(self)) for values in (self.indices, self.seeds))
         for indices, seeds in zip(*parts, strict=True):
-            yield list(zip(indices.tolist(), seeds.tolist(), strict=True))
+            yield list(zip(indices[self.part].tolist(), seeds[self.part].tolist(), strict=True))
 
 
 BatchPair = tuple[Batches, Batches]  # for training and for validation
@@ -573,10 +626,13 @@ def build_model(
 # ------------------------------------------------------------------------------- training
 
 
-def timed(loader: DataLoader, title: str, waits: list[float]) -> Iterator[list[Tensor]]:
+def timed(
+    loader: DataLoader, title: str, waits: list[float], compute: Compute
+) -> Iterator[list[Tensor]]:
     """The batches of `loader`, with a progress bar; the seconds waited for each go to `waits`."""
     batches = iter(loader)
-    for _ in tqdm(range(len(loader)), title, unit=" batches", leave=False):
+    hidden = compute.rank > 0
+    for _ in tqdm(range(len(loader)), title, unit=" batches", leave=False, disable=hidden):
         asked = time.perf_counter()
         batch = next(batches)
         waits.append(time.perf_counter() - asked)
@@ -604,7 +660,10 @@ def extract_features(model: ResNet, batches: Iterable[list[Tensor]], compute: Co
 
 
 class Phase(NamedTuple):
-    """A stretch of epochs with one optimizer: `network` is trained, `evaluated` is measured."""
+    """A stretch of epochs with one optimizer: `network` is trained, `evaluated` is measured.
+
+    The attributes in `KEPT` have a state to be stored.
+    """
 
     name: str
     network: nn.Module
@@ -625,8 +684,9 @@ def head_phase(
     group = {"params": list(model.fc.parameters()), "lr": args.lr}
     optimizer = torch.optim.SGD([group], momentum=0.9, weight_decay=args.weight_decay)
     train, val = (DataLoader(features, batch_sampler=each) for each in batches)
+    network = spread(model.fc, compute)
     parts = schedule(optimizer, args.frozen_epochs * len(batches[0]), compute)
-    return Phase("head", model.fc, model.fc, model, None, train, val, *parts)
+    return Phase("head", network, model.fc, model, None, train, val, *parts)
 
 
 def full_phase(
@@ -650,8 +710,20 @@ def full_phase(
     sets = (Images(data.paths, data.labels, each) for each in transforms(args.image_size))
     train, val = (make_loader(*pair, args) for pair in zip(sets, batches, strict=True))
     parts = schedule(optimizer, (args.epochs - args.frozen_epochs) * len(batches[0]), compute)
-    network = model.train(not gentle)
+    network = spread(model.train(not gentle), compute)
     return Phase("full", network, result, result, average, train, val, *parts)
+
+
+KEPT = ("optimizer", "scheduler", "scaler", "average")
+
+
+def spread(network: nn.Module, compute: Compute) -> nn.Module:
+    """`network` itself, or with its gradients averaged over the processes after each step."""
+    if compute.world_size == 1:
+        return network
+    if compute.device.type == "cuda":  # PyTorch has no synchronised BatchNorm for CPUs
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return DistributedDataParallel(network)
 
 
 def begin_phase(
@@ -667,9 +739,11 @@ def begin_phase(
     if not frozen:
         return full_phase(args, model, data, batches, compute)
     images = Images(data.paths, data.labels, transforms(args.image_size)[1])
-    everything = Batches(torch.arange(len(data.labels)), args.batch_size)
-    inputs = timed(make_loader(images, everything, args), "features", waits)
-    features = Features(extract_features(model, inputs, compute), data.labels)
+    ours = torch.arange(compute.rank, len(data.labels), compute.world_size)
+    everything = Batches(ours, math.ceil(args.batch_size / compute.world_size))
+    inputs = timed(make_loader(images, everything, args), "features", waits, compute)
+    table = gather(extract_features(model, inputs, compute), compute)
+    features = Features(table, data.labels)
     return head_phase(args, model, features, batches, compute)
 
 
@@ -687,24 +761,27 @@ def schedule(
 def train_epoch(
     phase: Phase,
     batches: Iterable[list[Tensor]],
+    sizes: list[int],
     offset: Tensor,
     smoothing: float,
     compute: Compute,
 ) -> float:
-    """Train on `batches`; the loss averaged over their images, label smoothing included.
+    """Train on `batches`, of `sizes` over all processes; the loss averaged over their images.
 
     `offset` is added to the logits: (C,), zeros or the logarithm of the prior.
     """
     offset = offset.to(compute.device)
-    total, images = torch.zeros((), device=compute.device), 0
+    total = torch.zeros((), device=compute.device)
     weights = [weight for group in phase.optimizer.param_groups for weight in group["params"]]
-    for inputs, targets in batches:
+    for size, (inputs, targets) in zip(sizes, batches, strict=True):
         targets = targets.to(compute.device, non_blocking=True)
         with compute.autocast():
             logits = phase.network(to_input(inputs, compute.device))
         loss = F.cross_entropy(logits.float() + offset, targets, label_smoothing=smoothing)
         phase.optimizer.zero_grad()
-        phase.scaler.scale(loss).backward()
+        # Gradients are averaged over processes, whose parts of a batch may differ by one image.
+        part = len(targets) * compute.world_size / size
+        phase.scaler.scale(loss * part).backward()
         phase.scaler.unscale_(phase.optimizer)
         nn.utils.clip_grad_norm_(weights, CLIP_NORM)
         phase.scaler.step(phase.optimizer)
@@ -713,10 +790,11 @@ def train_epoch(
         if phase.average:
             phase.average.update_parameters(phase.network)
         total += loss.detach() * len(targets)
-        images += len(targets)
+    if dist.is_initialized():
+        dist.all_reduce(total)
     if not total.isfinite():
         raise DataError(f"--lr: the loss became {total.item()}; try a tenth of the learning rate")
-    return total.item() / images
+    return total.item() / sum(sizes)
 
 
 class Evaluation(NamedTuple):
@@ -730,18 +808,22 @@ class Evaluation(NamedTuple):
 
 @torch.inference_mode()
 def evaluate(network: nn.Module, batches: Iterable[list[Tensor]], compute: Compute) -> Evaluation:
-    """What `network` says of the images in `batches`."""
+    """What `network` says of the images in the `batches` of all processes."""
+    if dist.is_initialized():  # the statistics of BatchNorm are each process's own
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
     training = network.training
     network.eval()
     results = []
     for inputs, targets in batches:
         with compute.autocast():
-            logits = network(to_input(inputs, compute.device))
-        results.append((logits.float().cpu(), targets))
+            logits = network(to_input(inputs, compute.device)).float().cpu()
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        results.append((losses, targets, *logits.softmax(1).max(1)))
     network.train(training)
-    logits, targets = (torch.cat(each) for each in zip(*results, strict=True))
-    probability, predicted = logits.softmax(1).max(1)
-    return Evaluation(F.cross_entropy(logits, targets).item(), targets, predicted, probability)
+    columns = (gather(torch.cat(each), compute) for each in zip(*results, strict=True))
+    losses, targets, probability, predicted = columns
+    return Evaluation(losses.mean().item(), targets, predicted, probability)
 
 
 # ------------------------------------------------------------------------------- measures
@@ -834,12 +916,61 @@ def compare(
 # -------------------------------------------------------------------------------- records
 
 
+def write_split(output: Path, data: Data) -> None:
+    """Write which image is in which part, so that a run that goes on need not split again."""
+    part = ["train"] * len(data.paths)
+    for index in data.val.tolist():
+        part[index] = "val"
+    part[len(part) - data.added :] = ["source"] * data.added
+    classes = (data.classes[label] for label in data.labels.tolist())
+    rows = zip(data.names, classes, part, map(os.path.getsize, data.paths), strict=True)
+    write_table(output / "split.csv", ("path", "class", "part", "bytes"), rows)
+
+
+def load_split(output: Path, folders: dict[str, Path], broken: list[str]) -> Data:
+    """The images of the run in `output`; raises `DataError` for one that is gone or has changed.
+
+    `folders` says where the images of each part are.
+    """
+    rows = read_table(output / "split.csv")
+    paths = [os.path.join(folders[row["part"]], row["path"]) for row in rows]
+    for path, row in zip(paths, rows, strict=True):
+        if not os.path.isfile(path):
+            raise DataError(f"{path}: gone since the run began; put it back, or start a new run")
+        if os.path.getsize(path) != int(row["bytes"]):
+            raise DataError(f"{path}: changed since the run began; put it back, or start a new run")
+    classes = list(dict.fromkeys(row["class"] for row in rows))
+    label_of = {name: label for label, name in enumerate(classes)}
+    labels = torch.tensor([label_of[row["class"]] for row in rows])
+    trained = torch.tensor([row["part"] == "train" for row in rows])
+    train, val = trained.nonzero().flatten(), (~trained).nonzero().flatten()
+    added = sum(row["part"] == "source" for row in rows)
+    return Data(classes, paths, [row["path"] for row in rows], labels, train, val, added, broken)
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def check_same(stored: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raise `DataError` where the settings `given` would not continue the run that was `stored`."""
+    other = [
+        f"--{name.replace('_', '-')} {old} (not {given[name]})"
+        for name, old in stored.items()
+        if given[name] != old
+    ]
+    if other:
+        hint = "; the learning rates depend on --epochs" if "epochs" in " ".join(other) else ""
+        raise DataError(f"--resume: the run was started with {', '.join(other)}{hint}")
+
+
 def load_baseline(run: Path, data: Data) -> Tensor:
     """What the run in the folder `run` predicted for the validation images: (M,) int64."""
     labels = {name: label for label, name in enumerate(data.classes)}
     try:
-        table = (run / "predictions.csv").read_text("utf-8", "surrogateescape")
-        rows = csv.DictReader(io.StringIO(table, newline=""))
+        rows = read_table(run / "predictions.csv")
         theirs = {(row["path"], row["class"]): labels[row["predicted"]] for row in rows}
     except FileNotFoundError:
         text = "no predictions.csv in it; name the folder of an earlier run"
@@ -860,7 +991,7 @@ def load_baseline(run: Path, data: Data) -> Tensor:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write or replace the file as a whole: a reader sees the old one or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.partial")  # on the same file system
     try:
         with open(partial, "wb") as file:
             file.write(content)
@@ -987,10 +1118,42 @@ def save_model(names: list[str], args: Namespace, data: Data, model: nn.Module, 
         "epoch": epoch,
         "state_dict": {key: value.cpu() for key, value in model.state_dict().items()},
     }
+    save(content, *(args.output / name for name in names))
+
+
+def save_state(
+    args: Namespace, state: dict[str, Any], model: nn.Module, phase: Phase | None
+) -> None:
+    """Write what a run needs to go on; the last file of an epoch, so that the others are there."""
+    parts = {name: getattr(phase, name) for name in KEPT} if phase else {}
+    parts = {name: part.state_dict() for name, part in parts.items() if part}
+    save(state | {"model": model.state_dict(), "phase": parts}, args.output / STATE)
+
+
+def load_state(args: Namespace) -> dict[str, Any]:
+    """What the run in the folder `--output` needs to go on with the same settings."""
+    try:
+        state = torch.load(args.output / STATE, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # a damaged file raises nearly anything
+        raise DataError(f"--resume: {args.output / STATE}: damaged; start a new run") from None
+    check_same(state["settings"], settings(args))
+    return state
+
+
+def settings(args: Namespace) -> dict[str, Any]:
+    """The settings that decide what comes out of a run."""
+    kept = {name: value for name, value in vars(args).items() if name not in FREE}
+    return kept | {"source": args.source is not None}
+
+
+def save(content: dict[str, Any], *paths: Path) -> None:
+    """Write tensors and plain values to each of the files."""
     stream = io.BytesIO()
     torch.save(content, stream)
-    for name in names:
-        write_file(args.output / name, stream.getvalue())
+    for path in paths:
+        write_file(path, stream.getvalue())
 
 
 HEADER = (
@@ -1066,7 +1229,14 @@ def format_summary(data: Data, history: list[dict[str, Any]], confusion: Tensor)
 # ------------------------------------------------------------------------------------ run
 
 
-def start_run(args: Namespace, compute: Compute, data: Data, origin: str) -> None:
+def start_run(
+    args: Namespace,
+    compute: Compute,
+    data: Data,
+    origin: str,
+    state: dict[str, Any],
+    model: nn.Module,
+) -> None:
     """Make the run folder with the settings in it, and print what is about to happen."""
     cuda = compute.device.type == "cuda"
     device = torch.cuda.get_device_name(compute.device) if cuda else str(compute.device)
@@ -1084,51 +1254,80 @@ def start_run(args: Namespace, compute: Compute, data: Data, origin: str) -> Non
         "left_out": data.broken,
     }
     args.output.mkdir(parents=True, exist_ok=True)
+    if not args.resume:
+        write_split(args.output, data)
+        save_state(args, state, model, None)
     write_file(args.output / "config.json", json.dumps(content, indent=1).encode())
     print(
         f"{len(data.train)} training images in {len(data.classes)} classes of {train.max()} to "
         f"{train.min()}, imbalance ratio {train.max() / train.min():.1f}; "
         f"{describe_val(data)}; {len(data.broken)} unreadable left out\n"
         f"{args.arch}, {origin}; {device}, {content['precision']}\n\n{HEADER}",
+        *(format_epoch(row, args.epochs) for row in state["history"]),
+        sep="\n",
         flush=True,
     )
 
 
+def prepare(args: Namespace) -> tuple[Namespace, Data, Tensor | None, dict[str, Any], list[str]]:
+    """All that is read before the run: settings, images, baseline, state, and its classes."""
+    check_settings(args)
+    if args.resume:
+        state = load_state(args)
+        folders = {"train": args.out, "val": args.out, "source": args.source}
+        data, named = load_split(args.output, folders, state["broken"]), state["classes"]
+    else:
+        weights, named = load_weights(args.arch, args.weights)
+        data = load_data(args.out, args.source, not args.no_check, args.val_fraction, args.seed)
+        state = {"next": min(1, args.epochs), "settings": settings(args), "history": []}
+        state |= {"draws": torch.zeros(len(data.classes), dtype=torch.int64), "model": weights}
+        state |= {"broken": data.broken, "classes": data.classes}
+    before = load_baseline(args.baseline, data) if args.baseline else None
+    return args, data, before, state, named
+
+
 def run(args: Namespace) -> None:
     """Train and evaluate as `args` say, and fill the run folder."""
-    compute = pick_compute(args.device, args.amp)
-    args.device, args.amp = str(compute.device), compute.amp is not None
-    check_settings(args)
-    state, named = load_weights(args.arch, args.weights)
-    data = load_data(args.out, args.source, not args.no_check, args.val_fraction, args.seed)
-    before = load_baseline(args.baseline, data) if args.baseline else None
+    compute = join_processes(args.device, args.amp)
+    args.device, args.amp = compute.device.type, compute.amp is not None
+    args, data, before, state, named = share(prepare(args) if compute.rank == 0 else None)
     torch.manual_seed(args.seed)
-    model, origin = build_model(args.arch, data.classes, state, named)
+    model, origin = build_model(args.arch, data.classes, state["model"], named)
     model.to(compute.device, memory_format=torch.channels_last)
-    start_run(args, compute, data, origin)
+    if compute.rank == 0:
+        start_run(args, compute, data, origin, state, model)
 
-    batches = Batches(data.train, args.batch_size), Batches(data.val, args.batch_size)
+    sizes = args.batch_size, compute.rank, compute.world_size
+    batches = (
+        Batches(data.train, *sizes),
+        Batches(data.val[compute.rank :: compute.world_size], args.batch_size),
+    )
     train_images = data.counts(data.train)
     weights = sample_weights(data.labels[data.train], 1.0 if args.power is None else args.power)
     offset = log_prior(train_images) * (args.rebalance == "loss")
-    draws = torch.zeros_like(train_images)
-    history: list[dict[str, Any]] = []
-    for epoch in range(min(1, args.epochs), args.epochs + 1):
+    history, phase = state["history"], None
+    for epoch in range(state["next"], args.epochs + 1):
         started = time.perf_counter()
         waits: list[float] = []
         frozen = 0 < epoch <= args.frozen_epochs
-        if epoch in (0, 1, args.frozen_epochs + 1):
+        begins = epoch in (0, 1, args.frozen_epochs + 1)
+        if begins or phase is None:
             phase = begin_phase(frozen, args, model, data, batches, compute, waits)
+            for name, part in state["phase"].items() if not begins else ():
+                getattr(phase, name).load_state_dict(part)
         loss, chosen = math.nan, data.train[:0]
         if epoch:
             ends = (1, args.frozen_epochs) if frozen else (args.frozen_epochs + 1, args.epochs)
             weighted = is_weighted(args.rebalance, epoch, *ends)
             chosen = data.train[draw_images(weights, weighted, args.seed, epoch)]
             batches[0].assign(chosen, seeded("augment", args.seed, epoch))
-            inputs = timed(phase.train, f"training, {phase.name}", waits)
-            loss = train_epoch(phase, inputs, offset, args.label_smoothing, compute)
+            inputs = timed(phase.train, f"training, {phase.name}", waits, compute)
+            smoothing = args.label_smoothing
+            loss = train_epoch(phase, inputs, batches[0].sizes(), offset, smoothing, compute)
         seconds = time.perf_counter() - started
-        last = evaluate(phase.evaluated, timed(phase.val, "validation", []), compute)
+        last = evaluate(phase.evaluated, timed(phase.val, "validation", [], compute), compute)
+        if compute.rank:
+            continue  # process 0 reports
         confusion = confusion_matrix(last.targets, last.predicted, len(data.classes))
         row: dict[str, Any] = {
             "epoch": epoch,
@@ -1143,12 +1342,12 @@ def run(args: Namespace) -> None:
             "seconds": time.perf_counter() - started,
         }
         history.append(row)
-        draws += data.counts(chosen)
+        state["draws"] += data.counts(chosen)
         print(format_epoch(row, args.epochs), flush=True)
         best = row is max(history, key=lambda row: row["balanced_accuracy"])
         names = ["last.pt", "best.pt"] if best else ["last.pt"]
         save_model(names, args, data, phase.result, epoch)
-        write_tables(args.output, data, history, draws, last, confusion)
+        write_tables(args.output, data, history, state["draws"], last, confusion)
         recalls = {"after": recall_by_class(confusion)}
         if before is not None:
             changes = compare(last.targets, before, last.predicted, train_images, args.seed)
@@ -1156,10 +1355,14 @@ def run(args: Namespace) -> None:
             old = confusion_matrix(last.targets, before, len(data.classes))
             recalls = {"before": recall_by_class(old), **recalls}
         draw_charts(args.output, history, train_images, recalls)
-    print(f"\n{format_summary(data, history, confusion)}")
-    if before is not None:
-        print(format_comparison(changes, args.baseline))
-    print(f"results in {printable(str(args.output))}")
+        save_state(args, state | {"next": epoch + 1}, model, phase)
+    if compute.rank == 0 and phase:
+        print(f"\n{format_summary(data, history, confusion)}")
+        if before is not None:
+            print(format_comparison(changes, args.baseline))
+        print(f"results in {printable(str(args.output))}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1172,15 +1375,25 @@ def main(argv: list[str] | None = None) -> int:
         message = f"--batch-size {args.batch_size}: out of memory on {args.device}; try {smaller}"
     except (DataError, OSError) as error:
         message = str(error)
-    except KeyboardInterrupt:
-        print("\ndata_training.py: interrupted; finished epochs are saved", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        text = "interrupted before the first checkpoint"
+        if args.output and (args.output / STATE).exists():
+            where = printable(str(args.output))
+            text = f"interrupted; go on with the same command and --output {where} --resume"
+        print(f"\ndata_training.py: {text}", file=sys.stderr)
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
     else:
         return 0
     print(f"data_training.py: error: {printable(message)}", file=sys.stderr)
     return 2
 
 
+def stop(signum: int, _: Any) -> NoReturn:
+    """End as by Ctrl-C."""
+    raise KeyboardInterrupt(signum)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.exit(main())

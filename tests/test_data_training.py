@@ -326,7 +326,8 @@ def fit(
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     loaders = (batches, batches, optimizer, scheduler, scaler)
     phase = training.Phase("head", network, network, network, None, *loaders)
-    return training.train_epoch(phase, batches, offset, 0.0, compute)
+    sizes = [len(targets) for _, targets in batches]
+    return training.train_epoch(phase, batches, sizes, offset, 0.0, compute)
 
 
 def test_balanced_softmax_by_hand() -> None:
@@ -571,7 +572,7 @@ def test_reports_agree_with_each_other(scratch_run: Path) -> None:
 def test_the_run_folder_holds_what_is_promised_and_nothing_else(scratch_run: Path) -> None:
     assert sorted(path.name for path in scratch_run.iterdir()) == [
         *("best.pt", "classes.csv", "classes.png", "config.json", "curves.png", "history.csv"),
-        *("last.pt", "predictions.csv"),
+        *("last.pt", "predictions.csv", "resume.pt", "split.csv"),
     ]
     config = json.loads((scratch_run / "config.json").read_text())
     assert config["classes"] == list(SIZES) and config["train_images"] == [35, 24, 18, 10]
@@ -673,7 +674,7 @@ def test_the_result_of_full_fine_tuning_is_the_average_from_the_start_on(folder:
             seen.append(model.conv1.weight.detach().clone())  # before the step
             yield [torch.randint(256, (2, 3, 32, 32)).byte(), torch.tensor([0, 1])]
 
-    training.train_epoch(phase, batches(), torch.zeros(2), 0.1, compute)
+    training.train_epoch(phase, batches(), [2, 2], torch.zeros(2), 0.1, compute)
     seen.append(model.conv1.weight.detach().clone())
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
     mean = torch.stack(seen).mean(0)
