@@ -1269,7 +1269,9 @@ def start_run(
     )
 
 
-def prepare(args: Namespace) -> tuple[Namespace, Data, Tensor | None, dict[str, Any], list[str]]:
+def prepare(
+    args: Namespace, processes: int
+) -> tuple[Namespace, Data, Tensor | None, dict[str, Any], list[str]]:
     """All that is read before the run: settings, images, baseline, state, and its classes."""
     check_settings(args)
     if args.resume:
@@ -1283,6 +1285,10 @@ def prepare(args: Namespace) -> tuple[Namespace, Data, Tensor | None, dict[str, 
         state |= {"draws": torch.zeros(len(data.classes), dtype=torch.int64), "model": weights}
         state |= {"broken": data.broken, "classes": data.classes}
     before = load_baseline(args.baseline, data) if args.baseline else None
+    smallest = min(len(data.train) // len(Batches(data.train, args.batch_size)), len(data.val))
+    if args.batch_size % processes or smallest < processes:
+        text = f"cannot be divided among {processes} processes; take a multiple, or fewer processes"
+        raise DataError(f"--batch-size {args.batch_size}: {text}")
     return args, data, before, state, named
 
 
@@ -1290,7 +1296,9 @@ def run(args: Namespace) -> None:
     """Train and evaluate as `args` say, and fill the run folder."""
     compute = join_processes(args.device, args.amp)
     args.device, args.amp = compute.device.type, compute.amp is not None
-    args, data, before, state, named = share(prepare(args) if compute.rank == 0 else None)
+    args, data, before, state, named = share(
+        prepare(args, compute.world_size) if compute.rank == 0 else None
+    )
     torch.manual_seed(args.seed)
     model, origin = build_model(args.arch, data.classes, state["model"], named)
     model.to(compute.device, memory_format=torch.channels_last)

@@ -1,12 +1,15 @@
 """One factory for all tests: a class folder of tiny images that a network can tell apart."""
 
+import csv
 import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from torchvision import models
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
@@ -33,3 +36,16 @@ def write_folder(root: Path, counts: dict[str, int], size: int = 32) -> Path:
 def make_folder(tmp_path: Path) -> Callable[..., Path]:
     """`make_folder({"cat": 12, "dog": 5})` writes 12 + 5 JPEGs, all different, and returns SRC."""
     return lambda counts, name="src", size=32: write_folder(tmp_path / name, counts, size)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights_file(path: Path, size: int = 7, classes: list[str] | None = None) -> Path:
+    """A "pretrained" ResNet-18 with a head of `size` classes, named or not."""
+    torch.manual_seed(1)
+    state = models.resnet18(num_classes=size).state_dict()
+    torch.save({"state_dict": state, "classes": classes} if classes else state, path)
+    return path

@@ -1,46 +1,28 @@
 """What `data_training.py` promises, on tiny images, random weights and a CPU."""
 
 import contextlib
-import csv
 import io
 import json
 import math
 import random
-import signal
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_folder
+from conftest import rows_of, weights_file, write_folder
 from PIL import Image
 from torchvision import models
 
 import data_training as training
 
-SCRIPT = Path(training.__file__)
 BLUE, ORANGE = (0x2F, 0x6F, 0xB0), (0xD9, 0x82, 0x2B)
 TINY = ["--arch", "resnet18", "--image-size", "32", "--batch-size", "16", "--device", "cpu"]
 torch.set_num_threads(1)
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def weights_file(path: Path, size: int = 7, classes: list[str] | None = None) -> Path:
-    """A "pretrained" ResNet-18 with a head of `size` classes, named or not."""
-    torch.manual_seed(1)
-    state = models.resnet18(num_classes=size).state_dict()
-    torch.save({"state_dict": state, "classes": classes} if classes else state, path)
-    return path
 
 
 # ---------------------------------------------------------------------- sampling, by hand
@@ -1045,26 +1027,3 @@ def test_running_out_of_memory_names_a_smaller_batch(
     command = [str(folder), "--weights", "none", "--epochs", "1", "--output", str(tmp_path / "run")]
     assert training.main([*command, *TINY]) == 2
     assert "--batch-size 16: out of memory on cpu; try 8" in capsys.readouterr().err
-
-
-def test_an_interrupted_run_keeps_its_finished_epochs(folder: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    command = [str(folder), "--weights", "none", "--epochs", "500", "--output", str(output), *TINY]
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # Tests run in the background may have been told to ignore SIGINT, and would pass it on.
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-    )
-    for line in process.stdout:
-        if line.startswith("  2/500"):
-            break
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "interrupted" in error.splitlines()[-1] and "Traceback" not in error
-    assert len(rows_of(output / "history.csv")) >= 1
-    assert torch.load(output / "last.pt", weights_only=True)["epoch"] >= 1
-    assert not list(output.glob(".*"))

@@ -1,0 +1,381 @@
+"""What `data_training.py` promises of runs that are stopped, moved, or spread over processes."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import rows_of, weights_file, write_folder
+
+import data_training as training
+
+SCRIPT = Path(training.__file__)
+TIMES = ("images_per_second", "data_wait", "seconds")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("data") / "src", {"ape": 30, "bee": 18, "cat": 9})
+
+
+@pytest.fixture(scope="module")
+def settings(folder: Path) -> list[str]:
+    """Two epochs of the head and two of everything."""
+    weights = weights_file(folder.parent / "pretrained.pth")
+    command = [str(folder), "--arch", "resnet18", "--weights", str(weights), "--epochs", "4"]
+    return [*command, "--image-size", "32", "--batch-size", "12", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, settings: list[str]) -> Path:
+    """The run that nothing stops."""
+    output = folder.parent / "whole"
+    assert training.main([*settings, "--output", str(output)]) == 0
+    return output
+
+
+def start(*arguments: str, processes: int = 0) -> subprocess.Popen[str]:
+    """The script in a process of its own, or in several under torchrun."""
+    command = [sys.executable, str(SCRIPT)]
+    if processes:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [*torchrun, f"--nproc-per-node={processes}", str(SCRIPT)]
+    return subprocess.Popen(
+        [*command, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # Tests run in the background may have been told to ignore SIGINT, and would pass it on.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same weights, history but for times, and predictions, to the last bit."""
+    states = [torch.load(run / "last.pt", weights_only=True)["state_dict"] for run in (one, other)]
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        assert torch.equal(states[1][name], value), name
+    histories = [
+        [{k: v for k, v in row.items() if k not in TIMES} for row in rows_of(run / "history.csv")]
+        for run in (one, other)
+    ]
+    assert histories[0] == histories[1]
+    for name in ("predictions.csv", "classes.csv", "split.csv"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    best = [torch.load(run / "best.pt", weights_only=True) for run in (one, other)]
+    assert best[0]["epoch"] == best[1]["epoch"]
+
+
+# ----------------------------------------------------------------------------------- resume
+
+
+def test_a_run_that_is_killed_at_random_moments_ends_as_the_whole_one(
+    settings: list[str], whole: Path, tmp_path: Path
+) -> None:
+    output, stream, kills = tmp_path / "run", random.Random(0), 0
+    while True:
+        resume = ["--resume"] if (output / training.STATE).exists() else []
+        process = start(*settings, "--output", str(output), *resume)
+        try:
+            process.communicate(timeout=stream.uniform(3.0, 8.0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL and kills < 20
+    assert_same_run(whole, output)
+
+
+@pytest.mark.parametrize("finished", [0, 1, 2, 3, 4])
+def test_a_run_goes_on_after_any_epoch(
+    finished: int,
+    settings: list[str],
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stopped while it writes the tables of the next epoch, in either phase."""
+    output, tables = tmp_path / "run", []
+
+    def interrupt(*args: object) -> None:
+        if len(tables) == finished:
+            raise KeyboardInterrupt
+        tables.append(args)
+        write_tables(*args)
+
+    write_tables = training.write_tables
+    monkeypatch.setattr(training, "write_tables", interrupt)
+    status = training.main([*settings, "--output", str(output)])
+    assert status == (130 if finished < 4 else 0)
+    monkeypatch.undo()
+    shutil.move(output, tmp_path / "moved")
+    command = [*settings, "--output", str(tmp_path / "moved"), "--resume"]
+    assert training.main(command) == 0
+    assert_same_run(whole, tmp_path / "moved")
+    assert training.main(command) == 0  # nothing is left to do
+    assert_same_run(whole, tmp_path / "moved")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_says_in_one_line_how_to_go_on(
+    number: int, status: int, settings: list[str], whole: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    process = start(*settings, "--output", str(output))
+    for line in process.stdout:
+        if line.startswith("  3/4"):
+            break
+    process.send_signal(number)
+    sent = time.monotonic()
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == status and time.monotonic() - sent < 10
+    last = error.splitlines()[-1]
+    assert last.startswith("data_training.py: interrupted; ") and "Traceback" not in error
+    assert f"--output {output} --resume" in last
+    assert not list(output.glob(".*"))
+    assert training.main([*settings, "--output", str(output), "--resume"]) == 0
+    assert_same_run(whole, output)
+
+
+def test_scratch_training_goes_on_as_well(folder: Path, tmp_path: Path) -> None:
+    command = [str(folder), "--arch", "resnet18", "--weights", "none", "--image-size", "32"]
+    command += [
+        "--epochs",
+        "2",
+        "--batch-size",
+        "16",
+        "--device",
+        "cpu",
+        "--label-smoothing",
+        "0.1",
+    ]
+    assert training.main([*command, "--output", str(tmp_path / "whole")]) == 0
+    process = start(*command, "--output", str(tmp_path / "run"))
+    for line in process.stdout:
+        if line.startswith("  1/2"):
+            break
+    process.kill()
+    process.communicate()
+    assert training.main([*command, "--output", str(tmp_path / "run"), "--resume"]) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_the_split_is_part_of_the_run(
+    settings: list[str], whole: Path, folder: Path, tmp_path: Path
+) -> None:
+    rows = rows_of(whole / "split.csv")
+    assert list(rows[0]) == ["path", "class", "part", "bytes"] and len(rows) == 57
+    for row in rows:
+        assert (folder / row["path"]).stat().st_size == int(row["bytes"])
+        assert row["path"].startswith(row["class"] + "/")
+    validated = {row["path"] for row in rows_of(whole / "predictions.csv")}
+    assert {row["path"] for row in rows if row["part"] == "val"} == validated
+    data = training.load_split(whole, {"train": folder, "val": folder}, [])
+    fresh = training.load_data(folder, None, True, 0.2, 0)
+    assert torch.equal(data.labels, fresh.labels) and torch.equal(data.val, fresh.val)
+    assert data[:3] == fresh[:3] and torch.equal(data.train, fresh.train)
+
+
+# ------------------------------------------------------------------------------ what is refused
+
+
+@pytest.fixture
+def stopped(settings: list[str], whole: Path, folder: Path, tmp_path: Path) -> list[str]:
+    """The command that would go on with a copy of the run, in a copy of the folder."""
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(folder, tmp_path / "src")
+    return [str(tmp_path / "src"), *settings[1:], "--output", str(tmp_path / "run"), "--resume"]
+
+
+def refusal(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr of a command that ends with status 2 and changes nothing."""
+    output = Path(command[command.index("--output") + 1])
+    before = {path: path.read_bytes() for path in output.glob("*")}
+    assert training.main(command) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("data_training.py: error: ")
+    assert {path: path.read_bytes() for path in output.glob("*")} == before
+    return lines[0]
+
+
+def test_settings_that_change_the_result_are_listed_in_one_error(
+    stopped: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*stopped, "--epochs", "6", "--lr", "0.1", "--seed", "3", "--rebalance", "loss"]
+    error = refusal(command, capsys)
+    for part in ("--epochs 4 (not 6)", "--lr 0.03 (not 0.1)", "--seed 0 (not 3)"):
+        assert part in error
+    assert "--rebalance sampler (not loss)" in error and "depend on --epochs" in error
+    assert "--batch-size" not in error
+    error = refusal([*stopped, "--source", stopped[0]], capsys)
+    assert "--source False (not True)" in error and "--epochs" not in error
+
+
+def test_settings_that_change_nothing_may_differ(stopped: list[str]) -> None:
+    assert training.main([*stopped, "--workers", "1", "--no-check"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (Path.unlink, "gone since the run began"),
+        (lambda path: path.write_bytes(path.read_bytes() + b" "), "changed since the run began"),
+        (lambda path: path.rename(path.with_name("z.jpg")), "gone since the run began"),
+    ],
+)
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_an_image_that_is_gone_or_changed_is_named(
+    part: str,
+    damage: Callable[[Path], object],
+    expected: str,
+    stopped: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = Path(stopped[stopped.index("--output") + 1])
+    name = next(row["path"] for row in rows_of(output / "split.csv") if row["part"] == part)
+    damage(Path(stopped[0], name))
+    error = refusal(stopped, capsys)
+    assert str(Path(stopped[0], name)) in error and expected in error
+
+
+def test_images_that_came_later_change_nothing(
+    stopped: list[str], settings: list[str], whole: Path
+) -> None:
+    write_folder(Path(stopped[0], "ape", "more"), {"new": 3})
+    (Path(stopped[0]) / "dog").mkdir()
+    assert training.main(stopped) == 0
+    assert_same_run(whole, Path(stopped[stopped.index("--output") + 1]))
+
+
+def test_resume_wants_a_run_and_a_new_run_wants_none(
+    stopped: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "already holds a run" in refusal(stopped[:-1], capsys)
+    (tmp_path / "empty").mkdir()
+    command = [*stopped[:-2], str(tmp_path / "empty"), "--resume"]
+    assert "no run in --output" in refusal(command, capsys)
+    output = Path(stopped[-2])
+    content = (output / training.STATE).read_bytes()
+    (output / training.STATE).write_bytes(content[: len(content) // 2])
+    assert "damaged" in refusal(stopped, capsys)
+
+
+# ------------------------------------------------------------------------- several processes
+
+
+@pytest.fixture(scope="module")
+def spread(settings: list[str], folder: Path, whole: Path) -> Path:
+    """The same run on two processes."""
+    output = folder.parent / "spread"
+    process = start(*settings, "--output", str(output), processes=2)
+    printed, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert printed.count("training images in 3 classes") == 1  # only one of them prints
+    return output
+
+
+def test_two_processes_draw_and_split_as_one_does(spread: Path, whole: Path) -> None:
+    assert (spread / "split.csv").read_bytes() == (whole / "split.csv").read_bytes()
+    keys = ("epoch", "phase", "fewest_draws", "most_draws", "distinct_images", "learning_rate")
+    one, two = (rows_of(run / "history.csv") for run in (whole, spread))
+    assert [[row[key] for key in keys] for row in one] == [
+        [row[key] for key in keys] for row in two
+    ]
+    draws = [[row["draws"] for row in rows_of(run / "classes.csv")] for run in (whole, spread)]
+    assert draws[0] == draws[1]
+    for ours, theirs in zip(one, two, strict=True):  # the same run but for rounding
+        assert float(ours["train_loss"]) == pytest.approx(float(theirs["train_loss"]), abs=0.02)
+
+
+def test_two_processes_evaluate_as_one_does(
+    spread: Path, settings: list[str], tmp_path: Path
+) -> None:
+    command = [*settings, "--epochs", "0", "--weights", str(spread / "last.pt")]
+    process = start(*command, "--output", str(tmp_path / "two"), processes=2)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert training.main([*command, "--output", str(tmp_path / "one")]) == 0
+    tables = [rows_of(tmp_path / name / "predictions.csv") for name in ("one", "two")]
+    for ours, theirs, trained in zip(*tables, rows_of(spread / "predictions.csv"), strict=True):
+        for key in ("path", "class", "predicted"):
+            assert ours[key] == theirs[key] == trained[key]
+        assert float(ours["probability"]) == pytest.approx(float(theirs["probability"]), abs=1e-4)
+    measures = [rows_of(tmp_path / name / "history.csv")[0] for name in ("one", "two")]
+    for key in ("accuracy", "balanced_accuracy", "medium", "few", "half_width"):
+        assert measures[0][key] == measures[1][key]
+    assert float(measures[0]["val_loss"]) == pytest.approx(float(measures[1]["val_loss"]), rel=1e-4)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(
+    settings: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    monkeypatch.setattr(training, "write_tables", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+    assert training.main([*settings, "--output", str(output)]) == 130
+    process = start(*settings, "--output", str(output), "--resume", processes=2)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    draws = [[row["draws"] for row in rows_of(run / "classes.csv")] for run in (whole, output)]
+    assert draws[0] == draws[1]
+
+
+def test_a_process_that_dies_takes_the_others_down(settings: list[str], tmp_path: Path) -> None:
+    command = [
+        *settings,
+        "--epochs",
+        "400",
+        "--frozen-epochs",
+        "0",
+        "--output",
+        str(tmp_path / "x"),
+    ]
+    process = start(*command, processes=2)
+    for line in process.stdout:
+        if line.startswith("  1/400"):
+            break
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    )
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_parts_of_the_processes_make_up_what_one_draws_in_order(world_size: int) -> None:
+    def batches(rank: int, world_size: int) -> list[list[tuple[int, int]]]:
+        result = training.Batches(torch.arange(50), 12, rank, world_size)
+        result.assign(torch.arange(50).flip(0), training.seeded("augment", 0, 1))
+        assert result.sizes() == [10] * 5
+        return list(result)
+
+    alone = batches(0, 1)
+    parts = [batches(rank, world_size) for rank in range(world_size)]
+    for step, batch in enumerate(alone):
+        for place, item in enumerate(batch):
+            assert parts[place % world_size][step][place // world_size] == item
+        assert sum(len(part[step]) for part in parts) == len(batch)
+
+
+def test_a_batch_that_does_not_divide_is_refused_in_one_line(
+    settings: list[str], tmp_path: Path
+) -> None:
+    command = [*settings, "--batch-size", "9", "--output", str(tmp_path / "x")]
+    process = start(*command, processes=2)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode != 0
+    lines = [line for line in error.splitlines() if line.startswith("data_training.py: error: ")]
+    assert len(lines) == 1 and "--batch-size 9" in lines[0] and "2 processes" in lines[0]
