@@ -21,10 +21,14 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple, NoReturn
 
 # What `torchvision.datasets.ImageFolder` counts (torchvision.datasets.folder.IMG_EXTENSIONS).
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+SAME_NAME = "another name differs only in case; the disk of OUT cannot hold both"
 
 
 class DataError(Exception):
@@ -216,13 +220,15 @@ def format_report(ranked: list[RankedClass], left_out: int) -> str:
 
 def format_manifest(ranked: list[RankedClass]) -> bytes:
     """A CSV table with a row for every image of SRC; `kept` is 0 or 1."""
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
+    lines: list[str] = []
+    writer = csv.writer(SimpleNamespace(write=lines.append))
     writer.writerow(["path", "class", "rank", "kept"])
     for rank, (name, images, _, kept) in enumerate(ranked):
         chosen = set(kept)
         writer.writerows([f"{name}/{path}", name, rank, int(path in chosen)] for path in images)
-    return table.getvalue().encode(errors="surrogateescape")
+    # With its own line ends the writer quotes a lone carriage return, which "\n" would leave bare.
+    text = "".join(line.removesuffix("\r\n") + "\n" for line in lines)
+    return text.encode(errors="surrogateescape")
 
 
 def draw_staircase(ranked: list[RankedClass]) -> bytes:
@@ -286,6 +292,10 @@ def write_out(src: Path, out: Path, ranked: list[RankedClass], link: bool) -> No
         raise DataError(f"{out}: {sizes}; make room, name another OUT, or try --link")
     try:
         building.mkdir()
+        for name, *_ in ranked:
+            if (building / name).exists():
+                raise DataError(f"{src / name}: {SAME_NAME}")
+            (building / name).mkdir()
         place_files(src, building, kept, link)
         if hasattr(os, "sync"):  # not on Windows
             os.sync()
@@ -306,7 +316,7 @@ def place_files(src: Path, folder: Path, paths: list[str], link: bool) -> None:
         source, target = os.path.join(src, path), os.path.join(folder, path)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         if os.path.lexists(target):
-            raise DataError(f"{source}: another name differs only in case; OUT cannot hold both")
+            raise DataError(f"{source}: {SAME_NAME}")
         if link:
             # link() itself would not follow a symbolic link; where it is refused, copy.
             with contextlib.suppress(OSError):

@@ -38,6 +38,7 @@ from datetime import datetime
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from pickle import UnpicklingError
+from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -381,24 +382,27 @@ def check_images(paths: list[str]) -> dict[str, str]:
 def read_bytes(path: str) -> bytes:
     """The content of a regular file; to open a pipe would wait for ever."""
     if not os.path.isfile(path):
-        raise DataError(f"{path}: not a regular file; remove it")
+        raise DataError(f"{printable(path)}: no regular file; remove it, or drop --no-check")
     return Path(path).read_bytes()
 
 
 def read_image(path: str) -> Tensor:
     """The image upright and in RGB: (3, height, width) uint8."""
     content = read_bytes(path)
-    if content.startswith((b"\xff\xd8", b"\x89PNG")):
-        with contextlib.suppress(RuntimeError):  # some rare files only Pillow reads
-            encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-            image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
-            if image.dtype == torch.uint8:
-                return image
     try:
-        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+        picture: Image.Image = Image.open(
+            io.BytesIO(content)
+        )  # the header: a claim that is too large raises
+        if picture.format in ("JPEG", "PNG"):
+            with contextlib.suppress(RuntimeError):  # some rare files only Pillow reads
+                encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+                image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+                if image.dtype == torch.uint8:
+                    return image
+        picture = ImageOps.exif_transpose(picture)
     except Exception as error:  # Pillow raises nearly anything on a broken file
         reason = f"cannot be decoded ({type(error).__name__}); remove it, or drop --no-check"
-        raise DataError(f"{path}: {reason}") from None
+        raise DataError(f"{printable(path)}: {reason}") from None
     if picture.mode.startswith("I"):  # 16 bits, which `convert` would clip instead of scale
         picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
     return v2.functional.pil_to_tensor(picture.convert("RGB"))
@@ -903,12 +907,13 @@ def compare(
     old, new = (measure(confusion, train_images) for confusion in confusions)
     outcome = 1 + (after == targets).long() - (before == targets).long()
     counts = (3 * targets + outcome).bincount(minlength=3 * classes).reshape(classes, 3).numpy()
-    images = asked.clamp(min=1).numpy()  # a class without images has no weight, but a row
-    draws = np.maximum(images - 1, 1)
-    stream = np.random.default_rng(seed)
-    drawn = stream.multinomial(draws, counts / images[:, None], (RESAMPLES, classes))
-    means = (drawn[..., 2] - drawn[..., 0]) / draws  # (RESAMPLES, C)
-    ends = np.quantile(means @ weights.numpy().T, (0.025, 0.975), axis=0).tolist()
+    stream, differences = np.random.default_rng(seed), np.zeros((RESAMPLES, len(MEASURES)))
+    for label in asked.nonzero().flatten().tolist():
+        images = int(asked[label])
+        draws = max(1, images - 1)
+        drawn = stream.multinomial(draws, counts[label] / images, RESAMPLES)
+        differences += np.outer((drawn[:, 2] - drawn[:, 0]) / draws, weights[:, label])
+    ends = np.quantile(differences, (0.025, 0.975), axis=0).tolist()
     rows = zip(MEASURES, *ends, strict=True)
     return [(name, old[name], new[name], new[name] - old[name], *end) for name, *end in rows]
 
@@ -1004,11 +1009,13 @@ def write_file(path: Path, content: bytes) -> None:
 
 def write_table(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     """Write a CSV file; numbers with six digits."""
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
+    lines: list[str] = []
+    writer = csv.writer(SimpleNamespace(write=lines.append))
     writer.writerow(header)
     writer.writerows([f"{x:.6g}" if isinstance(x, float) else x for x in row] for row in rows)
-    write_file(path, table.getvalue().encode(errors="surrogateescape"))
+    # With its own line ends the writer quotes a lone carriage return, which "\n" would leave bare.
+    text = "".join(line.removesuffix("\r\n") + "\n" for line in lines)
+    write_file(path, text.encode(errors="surrogateescape"))
 
 
 class Panel(NamedTuple):
@@ -1121,13 +1128,11 @@ def save_model(names: list[str], args: Namespace, data: Data, model: nn.Module, 
     save(content, *(args.output / name for name in names))
 
 
-def save_state(
-    args: Namespace, state: dict[str, Any], model: nn.Module, phase: Phase | None
-) -> None:
-    """Write what a run needs to go on; the last file of an epoch, so that the others are there."""
+def save_state(output: Path, state: dict[str, Any], model: nn.Module, phase: Phase | None) -> None:
+    """Write what a run needs to go on."""
     parts = {name: getattr(phase, name) for name in KEPT} if phase else {}
     parts = {name: part.state_dict() for name, part in parts.items() if part}
-    save(state | {"model": model.state_dict(), "phase": parts}, args.output / STATE)
+    save(state | {"model": model.state_dict(), "phase": parts}, output / STATE)
 
 
 def load_state(args: Namespace) -> dict[str, Any]:
@@ -1215,7 +1220,7 @@ def format_summary(data: Data, history: list[dict[str, Any]], confusion: Tensor)
     lines += [f"{recall[index]:8.1%} of {asked[index]:4}  {names[index]}" for index in known[:5]]
     wrong = confusion - confusion.diag().diag()
     lines.append("most frequent confusions, last epoch:")
-    for pair in wrong.flatten().argsort(descending=True, stable=True)[:5].tolist():
+    for pair in wrong.flatten().topk(min(5, wrong.numel())).indices.tolist():
         true, taken = divmod(pair, len(names))
         if wrong[true, taken]:
             share = f"{wrong[true, taken]:8} of {asked[true]:4}"
@@ -1229,15 +1234,41 @@ def format_summary(data: Data, history: list[dict[str, Any]], confusion: Tensor)
 # ------------------------------------------------------------------------------------ run
 
 
-def start_run(
-    args: Namespace,
-    compute: Compute,
-    data: Data,
-    origin: str,
-    state: dict[str, Any],
-    model: nn.Module,
-) -> None:
+class Job(NamedTuple):
+    """What a run starts from."""
+
+    args: Namespace
+    data: Data
+    before: Tensor | None  # what the baseline predicted for the validation images: (M,) int64
+    state: dict[str, Any]  # of the run: next epoch, settings, history, draws, network, optimizer
+    named: list[str]  # the classes of the weights in `state`, if they are known
+
+
+def prepare(args: Namespace, processes: int) -> Job:
+    """Read all there is to read before the network is built, to go on from the run's own folder."""
+    check_settings(args)
+    if args.resume:
+        state = load_state(args)
+        folders = {"train": args.out, "val": args.out, "source": args.source}
+        data = load_split(args.output, folders, state["broken"])
+        named = data.classes
+    else:
+        weights, named = load_weights(args.arch, args.weights)
+        data = load_data(args.out, args.source, not args.no_check, args.val_fraction, args.seed)
+        draws = torch.zeros(len(data.classes), dtype=torch.int64)
+        state = {"next": min(1, args.epochs), "settings": settings(args), "history": []}
+        state |= {"draws": draws, "model": weights, "broken": data.broken}
+    before = load_baseline(args.baseline, data) if args.baseline else None
+    smallest = min(len(data.train) // len(Batches(data.train, args.batch_size)), len(data.val))
+    if args.batch_size % processes or smallest < processes:
+        text = f"cannot be divided among {processes} processes; take a multiple, or fewer processes"
+        raise DataError(f"--batch-size {args.batch_size}: {text}")
+    return Job(args, data, before, state, named)
+
+
+def start_run(job: Job, compute: Compute, model: ResNet, origin: str) -> None:
     """Make the run folder with the settings in it, and print what is about to happen."""
+    args, data = job.args, job.data
     cuda = compute.device.type == "cuda"
     device = torch.cuda.get_device_name(compute.device) if cuda else str(compute.device)
     train, val = data.counts(data.train), data.counts(data.val)
@@ -1246,6 +1277,7 @@ def start_run(
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "versions": {"python": platform.python_version(), **versions},
         "device": device,
+        "processes": compute.world_size,
         "precision": str(compute.amp or torch.float32),
         "classes": data.classes,
         "train_images": train.tolist(),
@@ -1256,64 +1288,64 @@ def start_run(
     args.output.mkdir(parents=True, exist_ok=True)
     if not args.resume:
         write_split(args.output, data)
-        save_state(args, state, model, None)
+        save_state(args.output, job.state, model, None)
     write_file(args.output / "config.json", json.dumps(content, indent=1).encode())
     print(
         f"{len(data.train)} training images in {len(data.classes)} classes of {train.max()} to "
         f"{train.min()}, imbalance ratio {train.max() / train.min():.1f}; "
         f"{describe_val(data)}; {len(data.broken)} unreadable left out\n"
         f"{args.arch}, {origin}; {device}, {content['precision']}\n\n{HEADER}",
-        *(format_epoch(row, args.epochs) for row in state["history"]),
+        *(format_epoch(row, args.epochs) for row in job.state["history"]),
         sep="\n",
         flush=True,
     )
 
 
-def prepare(
-    args: Namespace, processes: int
-) -> tuple[Namespace, Data, Tensor | None, dict[str, Any], list[str]]:
-    """All that is read before the run: settings, images, baseline, state, and its classes."""
-    check_settings(args)
-    if args.resume:
-        state = load_state(args)
-        folders = {"train": args.out, "val": args.out, "source": args.source}
-        data, named = load_split(args.output, folders, state["broken"]), state["classes"]
-    else:
-        weights, named = load_weights(args.arch, args.weights)
-        data = load_data(args.out, args.source, not args.no_check, args.val_fraction, args.seed)
-        state = {"next": min(1, args.epochs), "settings": settings(args), "history": []}
-        state |= {"draws": torch.zeros(len(data.classes), dtype=torch.int64), "model": weights}
-        state |= {"broken": data.broken, "classes": data.classes}
-    before = load_baseline(args.baseline, data) if args.baseline else None
-    smallest = min(len(data.train) // len(Batches(data.train, args.batch_size)), len(data.val))
-    if args.batch_size % processes or smallest < processes:
-        text = f"cannot be divided among {processes} processes; take a multiple, or fewer processes"
-        raise DataError(f"--batch-size {args.batch_size}: {text}")
-    return args, data, before, state, named
+def report(
+    job: Job, model: ResNet, phase: Phase, row: dict[str, Any], last: Evaluation, confusion: Tensor
+) -> list[Change]:
+    """Print and write all there is to say after an epoch; what changed since the baseline.
+
+    The state comes last, so that a run goes on from an epoch of which every file is there.
+    """
+    args, data, before, state, _ = job
+    history, changes = state["history"], []
+    history.append(row)
+    print(format_epoch(row, args.epochs), flush=True)
+    best = row is max(history, key=lambda row: row["balanced_accuracy"])
+    names = ["last.pt", "best.pt"] if best else ["last.pt"]
+    save_model(names, args, data, phase.result, row["epoch"])
+    write_tables(args.output, data, history, state["draws"], last, confusion)
+    recalls = {"after": recall_by_class(confusion)}
+    if before is not None:
+        changes = compare(last.targets, before, last.predicted, data.counts(data.train), args.seed)
+        write_table(args.output / "comparison.csv", CHANGE, changes)
+        old = confusion_matrix(last.targets, before, len(data.classes))
+        recalls = {"before": recall_by_class(old), **recalls}
+    draw_charts(args.output, history, data.counts(data.train), recalls)
+    save_state(args.output, state | {"next": row["epoch"] + 1}, model, phase)
+    return changes
 
 
 def run(args: Namespace) -> None:
     """Train and evaluate as `args` say, and fill the run folder."""
     compute = join_processes(args.device, args.amp)
     args.device, args.amp = compute.device.type, compute.amp is not None
-    args, data, before, state, named = share(
-        prepare(args, compute.world_size) if compute.rank == 0 else None
-    )
+    job = share(prepare(args, compute.world_size) if compute.rank == 0 else None)
+    args, data, _, state, named = job
     torch.manual_seed(args.seed)
     model, origin = build_model(args.arch, data.classes, state["model"], named)
     model.to(compute.device, memory_format=torch.channels_last)
     if compute.rank == 0:
-        start_run(args, compute, data, origin, state, model)
+        start_run(job, compute, model, origin)
 
-    sizes = args.batch_size, compute.rank, compute.world_size
-    batches = (
-        Batches(data.train, *sizes),
-        Batches(data.val[compute.rank :: compute.world_size], args.batch_size),
-    )
-    train_images = data.counts(data.train)
+    ours = data.val[compute.rank :: compute.world_size]
+    train = Batches(data.train, args.batch_size, compute.rank, compute.world_size)
+    batches = train, Batches(ours, args.batch_size)
     weights = sample_weights(data.labels[data.train], 1.0 if args.power is None else args.power)
+    train_images = data.counts(data.train)
     offset = log_prior(train_images) * (args.rebalance == "loss")
-    history, phase = state["history"], None
+    phase = None
     for epoch in range(state["next"], args.epochs + 1):
         started = time.perf_counter()
         waits: list[float] = []
@@ -1321,23 +1353,21 @@ def run(args: Namespace) -> None:
         begins = epoch in (0, 1, args.frozen_epochs + 1)
         if begins or phase is None:
             phase = begin_phase(frozen, args, model, data, batches, compute, waits)
-            for name, part in state["phase"].items() if not begins else ():
+            for name, part in {} if begins else state["phase"].items():
                 getattr(phase, name).load_state_dict(part)
         loss, chosen = math.nan, data.train[:0]
         if epoch:
             ends = (1, args.frozen_epochs) if frozen else (args.frozen_epochs + 1, args.epochs)
             weighted = is_weighted(args.rebalance, epoch, *ends)
             chosen = data.train[draw_images(weights, weighted, args.seed, epoch)]
-            batches[0].assign(chosen, seeded("augment", args.seed, epoch))
+            train.assign(chosen, seeded("augment", args.seed, epoch))
             inputs = timed(phase.train, f"training, {phase.name}", waits, compute)
-            smoothing = args.label_smoothing
-            loss = train_epoch(phase, inputs, batches[0].sizes(), offset, smoothing, compute)
+            loss = train_epoch(phase, inputs, train.sizes(), offset, args.label_smoothing, compute)
         seconds = time.perf_counter() - started
         last = evaluate(phase.evaluated, timed(phase.val, "validation", [], compute), compute)
-        if compute.rank:
-            continue  # process 0 reports
         confusion = confusion_matrix(last.targets, last.predicted, len(data.classes))
-        row: dict[str, Any] = {
+        state["draws"] += data.counts(chosen)
+        row = {
             "epoch": epoch,
             "phase": phase.name if epoch else "given",
             "train_loss": loss,
@@ -1349,24 +1379,11 @@ def run(args: Namespace) -> None:
             "data_wait": sum(waits) / seconds,
             "seconds": time.perf_counter() - started,
         }
-        history.append(row)
-        state["draws"] += data.counts(chosen)
-        print(format_epoch(row, args.epochs), flush=True)
-        best = row is max(history, key=lambda row: row["balanced_accuracy"])
-        names = ["last.pt", "best.pt"] if best else ["last.pt"]
-        save_model(names, args, data, phase.result, epoch)
-        write_tables(args.output, data, history, state["draws"], last, confusion)
-        recalls = {"after": recall_by_class(confusion)}
-        if before is not None:
-            changes = compare(last.targets, before, last.predicted, train_images, args.seed)
-            write_table(args.output / "comparison.csv", CHANGE, changes)
-            old = confusion_matrix(last.targets, before, len(data.classes))
-            recalls = {"before": recall_by_class(old), **recalls}
-        draw_charts(args.output, history, train_images, recalls)
-        save_state(args, state | {"next": epoch + 1}, model, phase)
+        if compute.rank == 0:
+            changes = report(job, model, phase, row, last, confusion)
     if compute.rank == 0 and phase:
-        print(f"\n{format_summary(data, history, confusion)}")
-        if before is not None:
+        print(f"\n{format_summary(data, state['history'], confusion)}")
+        if changes:
             print(format_comparison(changes, args.baseline))
         print(f"results in {printable(str(args.output))}")
     if dist.is_initialized():
@@ -1382,7 +1399,9 @@ def main(argv: list[str] | None = None) -> int:
         smaller = max(1, args.batch_size // 2)
         message = f"--batch-size {args.batch_size}: out of memory on {args.device}; try {smaller}"
     except (DataError, OSError) as error:
-        message = str(error)
+        message = str(error).rstrip()
+        if "Original Traceback" in message:  # from a process that reads images
+            message = message.splitlines()[-1].partition(": ")[2]
     except KeyboardInterrupt as error:
         text = "interrupted before the first checkpoint"
         if args.output and (args.output / STATE).exists():
