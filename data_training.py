@@ -363,6 +363,8 @@ def check_images(paths: list[str]) -> dict[str, str]:
                 image.load()
         except UnidentifiedImageError:
             return "", "not an image"
+        except DataError:
+            return "", "no regular file"
         except Exception as error:  # Pillow raises nearly anything on a broken file
             return "", str(error) or type(error).__name__
         return hashlib.sha256(content).hexdigest(), ""
@@ -1003,6 +1005,9 @@ def write_file(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        text = f"{error.strerror}; what was written before is whole: make room, then --resume"
+        raise DataError(f"{path}: {text}") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -1381,7 +1386,9 @@ def run(args: Namespace) -> None:
         }
         if compute.rank == 0:
             changes = report(job, model, phase, row, last, confusion)
-    if compute.rank == 0 and phase:
+    if not phase and compute.rank == 0:
+        print(f"\nnothing is left to do in {printable(str(args.output))}")
+    elif compute.rank == 0:
         print(f"\n{format_summary(data, state['history'], confusion)}")
         if changes:
             print(format_comparison(changes, args.baseline))

@@ -39,7 +39,7 @@ def make_folder(tmp_path: Path) -> Callable[..., Path]:
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
         return list(csv.DictReader(file))
 
 

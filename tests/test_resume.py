@@ -88,7 +88,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_the_whole_one(
         resume = ["--resume"] if (output / training.STATE).exists() else []
         process = start(*settings, "--output", str(output), *resume)
         try:
-            process.communicate(timeout=stream.uniform(3.0, 8.0))
+            process.communicate(timeout=stream.uniform(4.0, 9.0))
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
@@ -379,3 +379,36 @@ def test_a_batch_that_does_not_divide_is_refused_in_one_line(
     assert process.returncode != 0
     lines = [line for line in error.splitlines() if line.startswith("data_training.py: error: ")]
     assert len(lines) == 1 and "--batch-size 9" in lines[0] and "2 processes" in lines[0]
+
+
+# ------------------------------------------------------------------------------- where there is one
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("amp", ["--amp", "--no-amp"])
+def test_a_gpu_trains_and_goes_on(
+    amp: str, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [*settings, "--device", "cuda", amp, "--output", str(tmp_path / "run")]
+    assert training.main([*command, "--epochs", "4"]) == 0
+    assert len(rows_of(tmp_path / "run/history.csv")) == 4
+    command[-1] = str(tmp_path / "stopped")
+    monkeypatch.setattr(training, "write_tables", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+    assert training.main(command) == 130
+    monkeypatch.undo()
+    assert training.main([*command, "--resume"]) == 0
+    assert len(rows_of(tmp_path / "stopped/history.csv")) == 4
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_draw_as_one_process_does(
+    settings: list[str], whole: Path, tmp_path: Path
+) -> None:
+    command = [*settings, "--device", "cuda", "--output", str(tmp_path / "run")]
+    process = start(*command, processes=2)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    draws = [
+        [row["draws"] for row in rows_of(run / "classes.csv")] for run in (whole, tmp_path / "run")
+    ]
+    assert draws[0] == draws[1]
