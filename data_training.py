@@ -186,7 +186,8 @@ def check_settings(args: Namespace) -> None:
     if args.frozen_epochs > args.epochs:
         raise DataError(f"--frozen-epochs {args.frozen_epochs}: more than --epochs {args.epochs}")
     if args.workers is None:
-        args.workers = 0 if args.device == "cpu" else min(8, os.cpu_count() or 1)
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.workers = 0 if args.device == "cpu" else min(8, max(1, cores))
     args.output = args.output or Path("runs", f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
     if args.output.exists() and not args.output.is_dir():
         raise DataError(f"--output {args.output}: a file; name a new folder")
@@ -942,10 +943,10 @@ def load_split(output: Path, folders: dict[str, Path], broken: list[str]) -> Dat
     rows = read_table(output / "split.csv")
     paths = [os.path.join(folders[row["part"]], row["path"]) for row in rows]
     for path, row in zip(paths, rows, strict=True):
-        if not os.path.isfile(path):
-            raise DataError(f"{path}: gone since the run began; put it back, or start a new run")
-        if os.path.getsize(path) != int(row["bytes"]):
-            raise DataError(f"{path}: changed since the run began; put it back, or start a new run")
+        there = os.path.isfile(path)
+        if not there or os.path.getsize(path) != int(row["bytes"]):
+            what = "changed" if there else "gone"
+            raise DataError(f"{path}: {what} since the run began; put it back, or start a new run")
     classes = list(dict.fromkeys(row["class"] for row in rows))
     label_of = {name: label for label, name in enumerate(classes)}
     labels = torch.tensor([label_of[row["class"]] for row in rows])
@@ -959,18 +960,6 @@ def read_table(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file."""
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def check_same(stored: dict[str, Any], given: dict[str, Any]) -> None:
-    """Raise `DataError` where the settings `given` would not continue the run that was `stored`."""
-    other = [
-        f"--{name.replace('_', '-')} {old} (not {given[name]})"
-        for name, old in stored.items()
-        if given[name] != old
-    ]
-    if other:
-        hint = "; the learning rates depend on --epochs" if "epochs" in " ".join(other) else ""
-        raise DataError(f"--resume: the run was started with {', '.join(other)}{hint}")
 
 
 def load_baseline(run: Path, data: Data) -> Tensor:
@@ -1141,14 +1130,22 @@ def save_state(output: Path, state: dict[str, Any], model: nn.Module, phase: Pha
 
 
 def load_state(args: Namespace) -> dict[str, Any]:
-    """What the run in the folder `--output` needs to go on with the same settings."""
+    """What the run in `--output` needs to go on; raises `DataError` if the settings are others."""
     try:
         state = torch.load(args.output / STATE, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception:  # a damaged file raises nearly anything
         raise DataError(f"--resume: {args.output / STATE}: damaged; start a new run") from None
-    check_same(state["settings"], settings(args))
+    given = settings(args)
+    other = [
+        f"--{name.replace('_', '-')} {old} (not {given[name]})"
+        for name, old in state["settings"].items()
+        if given[name] != old
+    ]
+    if other:
+        hint = "; the learning rates depend on --epochs" if "epochs" in " ".join(other) else ""
+        raise DataError(f"--resume: the run was started with {', '.join(other)}{hint}")
     return state
 
 
@@ -1291,6 +1288,8 @@ def start_run(job: Job, compute: Compute, model: ResNet, origin: str) -> None:
         "left_out": data.broken,
     }
     args.output.mkdir(parents=True, exist_ok=True)
+    for unfinished in args.output.glob(".*.partial"):  # of a run that was killed
+        unfinished.unlink()
     if not args.resume:
         write_split(args.output, data)
         save_state(args.output, job.state, model, None)
@@ -1414,7 +1413,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.output and (args.output / STATE).exists():
             where = printable(str(args.output))
             text = f"interrupted; go on with the same command and --output {where} --resume"
-        print(f"\ndata_training.py: {text}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"\ndata_training.py: {text}", file=sys.stderr)
         return 128 + (error.args[0] if error.args else signal.SIGINT)
     else:
         return 0

@@ -1,5 +1,6 @@
 """What `data_training.py` promises of runs that are stopped, moved, or spread over processes."""
 
+import itertools
 import os
 import random
 import shutil
@@ -97,36 +98,43 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_the_whole_one(
             break
         assert process.returncode == -signal.SIGKILL and kills < 20
     assert_same_run(whole, output)
+    assert not list(output.glob(".*"))
 
 
-@pytest.mark.parametrize("finished", [0, 1, 2, 3, 4])
-def test_a_run_goes_on_after_any_epoch(
-    finished: int,
+@pytest.mark.parametrize("number", [2, 3, 9, 11, 20, 30])
+def test_a_run_goes_on_from_the_middle_of_writing_a_file(
+    number: int,
     settings: list[str],
     whole: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Stopped while it writes the tables of the next epoch, in either phase."""
-    output, tables = tmp_path / "run", []
+    """Stopped in its write of this number, of 3 at the start and 7 or 8 an epoch."""
+    output, numbers = tmp_path / "run", itertools.count(1)
 
-    def interrupt(*args: object) -> None:
-        if len(tables) == finished:
+    def interrupt(_: int) -> None:
+        if next(numbers) == number:
             raise KeyboardInterrupt
-        tables.append(args)
-        write_tables(*args)
 
-    write_tables = training.write_tables
-    monkeypatch.setattr(training, "write_tables", interrupt)
-    status = training.main([*settings, "--output", str(output)])
-    assert status == (130 if finished < 4 else 0)
+    monkeypatch.setattr(os, "fsync", interrupt)
+    assert training.main([*settings, "--output", str(output)]) == 130
     monkeypatch.undo()
-    shutil.move(output, tmp_path / "moved")
-    command = [*settings, "--output", str(tmp_path / "moved"), "--resume"]
-    assert training.main(command) == 0
-    assert_same_run(whole, tmp_path / "moved")
-    assert training.main(command) == 0  # nothing is left to do
-    assert_same_run(whole, tmp_path / "moved")
+    assert not list(output.glob(".*"))
+    resume = ["--resume"] if number > 2 else []  # the second is the first state
+    moved = shutil.move(output, tmp_path / "moved")
+    command = [*settings, "--output", str(moved)]
+    assert training.main([*command, *resume]) == 0
+    assert_same_run(whole, moved)
+
+
+def test_a_finished_run_has_nothing_left_to_do(
+    settings: list[str], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = shutil.copytree(whole, tmp_path / "run")
+    assert training.main([*settings, "--output", str(output), "--resume"]) == 0
+    printed = capsys.readouterr().out
+    assert "nothing is left to do" in printed and "  4/4    full " in printed
+    assert_same_run(whole, output)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
