@@ -72,6 +72,7 @@ CLIP_NORM = 1.0  # longest gradient followed; tiny BatchNorm variances can make 
 MANY, FEW = 100, 20  # "many": more training images than that, "few": fewer
 Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
 RESAMPLES = 4000  # of the bootstrap: an end of an interval varies by 4 % of a standard deviation
+MOST_DRAWN = 2**24  # torch.multinomial takes no more weights
 STATE = "resume.pt"  # in a run folder: all that it takes to go on
 # Settings that may differ when a run goes on: they change where it runs, not what comes out.
 FREE = ("out", "source", "no_check", "workers", "output", "resume", "baseline", "device")
@@ -298,6 +299,8 @@ def load_data(root: Path, source: Path | None, check: bool, fraction: float, see
     What cannot be decoded is named and left out, and so is a copy of a training image in `source`.
     """
     classes, ours = list_images(root)
+    if (1 - fraction) * len(ours) > MOST_DRAWN:
+        raise DataError(f"{root}: over 2^24 training images, more than torch.multinomial can draw")
     others = find_left_out(source, classes, {name for _, name, _ in ours}) if source else []
     paths = [path for path, _, _ in ours + others]
     digests = check_images(paths) if check else dict(zip(paths, paths, strict=True))
@@ -310,8 +313,6 @@ def load_data(root: Path, source: Path | None, check: bool, fraction: float, see
     train, val = split_images(labels, [digests[path] for path, _, _ in ours], fraction, seed)
     if not len(val):
         raise DataError(f"{root}: no class has two different images; nothing to validate on")
-    if len(train) > 2**24:
-        raise DataError(f"{root}: over 2^24 training images, more than torch.multinomial can draw")
     trained = {digests[ours[index][0]] for index in train.tolist()}
     new = [image for image in others if digests[image[0]] not in trained]
     if copies := len(others) - len(new):

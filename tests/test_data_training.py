@@ -419,10 +419,11 @@ def test_an_augmentation_depends_on_its_seed_alone(make_folder: Callable[..., Pa
     batches = training.Batches(data.train, 4)
     batches.assign(data.train.repeat(2), training.seeded("augment", 0, 1))
     loaded = []
-    for workers in (0, 2):
+    for workers in (0, 1, 4):
         args = training.parse_args(["x", "--workers", str(workers), "--device", "cpu"])
         loaded.append([images for images, _ in training.make_loader(crops, batches, args)])
-    assert all(torch.equal(a, b) for a, b in zip(*loaded, strict=True))
+    for each in zip(*loaded, strict=True):
+        assert torch.equal(each[0], each[1]) and torch.equal(each[0], each[2])
 
 
 def test_images_are_normalised_by_the_statistics_of_imagenet() -> None:
@@ -1004,6 +1005,19 @@ def test_bad_input_gets_one_line_and_status_2(
         and expected.format(src=tmp_path) in lines[-1]
     )
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_more_images_than_can_be_drawn_are_refused_before_any_is_read(
+    make_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert training.MOST_DRAWN == 2**24
+    monkeypatch.setattr(training, "MOST_DRAWN", 15)
+    monkeypatch.delattr(training, "read_bytes")
+    root = make_folder({"ape": 10, "bee": 9})  # four fifths of 19 are over 15
+    assert training.main([str(root), "--weights", "none", *TINY]) == 2
+    assert "torch.multinomial" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_diverging_run_says_so_in_one_line(

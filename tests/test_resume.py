@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import rows_of, weights_file, write_folder
+from torch.utils.data import DataLoader
 
 import data_training as training
 
@@ -125,6 +126,34 @@ def test_a_run_goes_on_from_the_middle_of_writing_a_file(
     command = [*settings, "--output", str(moved)]
     assert training.main([*command, *resume]) == 0
     assert_same_run(whole, moved)
+
+
+@pytest.mark.parametrize("number", [2, 4])
+@pytest.mark.parametrize("step", ["training", "validation"])
+def test_a_run_goes_on_from_the_middle_of_an_epoch(
+    step: str,
+    number: int,
+    settings: list[str],
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stopped after half of the batches, in the head phase and in the full one."""
+    output, calls, timed = str(tmp_path / "run"), itertools.count(1), training.timed
+
+    def interrupt(loader: DataLoader, title: str, *rest: object) -> Iterator[list[torch.Tensor]]:
+        batches = list(timed(loader, title, *rest))
+        yield from batches[: len(batches) // 2]
+        if title.startswith(step) and next(calls) == number:
+            raise KeyboardInterrupt
+        yield from batches[len(batches) // 2 :]
+
+    monkeypatch.setattr(training, "timed", interrupt)
+    assert training.main([*settings, "--output", output]) == 130
+    assert len(rows_of(tmp_path / "run/history.csv")) == number - 1
+    monkeypatch.undo()
+    assert training.main([*settings, "--output", output, "--resume"]) == 0
+    assert_same_run(whole, tmp_path / "run")
 
 
 def test_a_finished_run_has_nothing_left_to_do(
@@ -325,6 +354,23 @@ def test_two_processes_evaluate_as_one_does(
     for key in ("accuracy", "balanced_accuracy", "medium", "few", "half_width"):
         assert measures[0][key] == measures[1][key]
     assert float(measures[0]["val_loss"]) == pytest.approx(float(measures[1]["val_loss"]), rel=1e-4)
+
+
+def test_the_statistics_of_batchnorm_are_the_first_process_s_own(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Each process has seen other batches; what is evaluated is what is saved."""
+    command = [str(folder), "--arch", "resnet18", "--image-size", "32", "--device", "cpu"]
+    scratch = [*command, "--weights", "none", "--epochs", "2", "--batch-size", "16"]
+    process = start(*scratch, "--output", str(tmp_path / "two"), processes=2)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    given = [*command, "--weights", str(tmp_path / "two/last.pt"), "--epochs", "0"]
+    assert training.main([*given, "--output", str(tmp_path / "one")]) == 0
+    for one, two in zip(
+        *(rows_of(tmp_path / name / "predictions.csv") for name in ("one", "two")), strict=True
+    ):
+        assert float(one["probability"]) == pytest.approx(float(two["probability"]), abs=1e-4)
 
 
 def test_a_run_goes_on_with_another_number_of_processes(
