@@ -1,9 +1,10 @@
 """One factory for all tests: a class folder of tiny images that a network can tell apart."""
 
 import csv
+import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,15 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 
 COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan", "white", "black")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """Flushing hundreds of megabytes to a busy disk would take most of the time of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        patch.setattr(os, "sync", lambda: None, raising=False)
+        yield
 
 
 def write_folder(root: Path, counts: dict[str, int], size: int = 32) -> Path:

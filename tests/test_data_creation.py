@@ -33,7 +33,6 @@ DOGS = """252 239 232 219 218*3 214 213 210 209 206 202*3 200*2 197*2 196*4 195*
 @pytest.fixture(autouse=True)
 def inside_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "sync", lambda: None, raising=False)  # slow on a busy disk
 
 
 @pytest.fixture

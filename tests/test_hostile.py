@@ -29,11 +29,6 @@ NAMES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sync", lambda: None, raising=False)  # slow on a busy disk
-
-
 def train(folder: Path, *arguments: object) -> int:
     """The exit status of one epoch on a tiny network."""
     return training.main([str(folder), *TINY, "--epochs", "1", *map(str, arguments)])

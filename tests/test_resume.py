@@ -1,5 +1,6 @@
 """What `data_training.py` promises of runs that are stopped, moved, or spread over processes."""
 
+import contextlib
 import itertools
 import os
 import random
@@ -34,7 +35,7 @@ def settings(folder: Path) -> list[str]:
     """Two epochs of the head and two of everything."""
     weights = weights_file(folder.parent / "pretrained.pth")
     command = [str(folder), "--arch", "resnet18", "--weights", str(weights), "--epochs", "4"]
-    return [*command, "--image-size", "32", "--batch-size", "12", "--device", "cpu"]
+    return [*command, "--image-size", "32", "--batch-size", "24", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -90,19 +91,19 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_the_whole_one(
         resume = ["--resume"] if (output / training.STATE).exists() else []
         process = start(*settings, "--output", str(output), *resume)
         try:
-            process.communicate(timeout=stream.uniform(4.0, 9.0))
+            process.communicate(timeout=stream.uniform(4.0, 8.0) if kills < 3 else 60)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
             kills += 1
         if process.returncode == 0:
             break
-        assert process.returncode == -signal.SIGKILL and kills < 20
+        assert process.returncode == -signal.SIGKILL
     assert_same_run(whole, output)
     assert not list(output.glob(".*"))
 
 
-@pytest.mark.parametrize("number", [2, 3, 9, 11, 20, 30])
+@pytest.mark.parametrize("number", [2, 9, 30])
 def test_a_run_goes_on_from_the_middle_of_writing_a_file(
     number: int,
     settings: list[str],
@@ -128,8 +129,7 @@ def test_a_run_goes_on_from_the_middle_of_writing_a_file(
     assert_same_run(whole, moved)
 
 
-@pytest.mark.parametrize("number", [2, 4])
-@pytest.mark.parametrize("step", ["training", "validation"])
+@pytest.mark.parametrize(("step", "number"), [("training", 4), ("validation", 2)])
 def test_a_run_goes_on_from_the_middle_of_an_epoch(
     step: str,
     number: int,
@@ -168,12 +168,12 @@ def test_a_finished_run_has_nothing_left_to_do(
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_says_in_one_line_how_to_go_on(
-    number: int, status: int, settings: list[str], whole: Path, tmp_path: Path
+    number: int, status: int, settings: list[str], tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
     process = start(*settings, "--output", str(output))
     for line in process.stdout:
-        if line.startswith("  3/4"):
+        if line.startswith("  1/4"):
             break
     process.send_signal(number)
     sent = time.monotonic()
@@ -183,11 +183,11 @@ def test_a_stopped_run_says_in_one_line_how_to_go_on(
     assert last.startswith("data_training.py: interrupted; ") and "Traceback" not in error
     assert f"--output {output} --resume" in last
     assert not list(output.glob(".*"))
-    assert training.main([*settings, "--output", str(output), "--resume"]) == 0
-    assert_same_run(whole, output)
 
 
-def test_scratch_training_goes_on_as_well(folder: Path, tmp_path: Path) -> None:
+def test_scratch_training_goes_on_as_well(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = [str(folder), "--arch", "resnet18", "--weights", "none", "--image-size", "32"]
     command += [
         "--epochs",
@@ -200,12 +200,16 @@ def test_scratch_training_goes_on_as_well(folder: Path, tmp_path: Path) -> None:
         "0.1",
     ]
     assert training.main([*command, "--output", str(tmp_path / "whole")]) == 0
-    process = start(*command, "--output", str(tmp_path / "run"))
-    for line in process.stdout:
-        if line.startswith("  1/2"):
-            break
-    process.kill()
-    process.communicate()
+    save_state, calls = training.save_state, itertools.count()
+
+    def interrupt(*args: object) -> None:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        save_state(*args)
+
+    monkeypatch.setattr(training, "save_state", interrupt)
+    assert training.main([*command, "--output", str(tmp_path / "run")]) == 130
+    monkeypatch.undo()
     assert training.main([*command, "--output", str(tmp_path / "run"), "--resume"]) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
@@ -315,9 +319,18 @@ def test_resume_wants_a_run_and_a_new_run_wants_none(
 
 @pytest.fixture(scope="module")
 def spread(settings: list[str], folder: Path, whole: Path) -> Path:
-    """The same run on two processes."""
-    output = folder.parent / "spread"
-    process = start(*settings, "--output", str(output), processes=2)
+    """The same run, the first epoch on one process, the others on two."""
+    output, save_state, calls = folder.parent / "spread", training.save_state, itertools.count()
+
+    def interrupt(*args: object) -> None:
+        save_state(*args)
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "save_state", interrupt)
+        assert training.main([*settings, "--output", str(output)]) == 130
+    process = start(*settings, "--output", str(output), "--resume", processes=2)
     printed, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     assert printed.count("training images in 3 classes") == 1  # only one of them prints
@@ -341,19 +354,15 @@ def test_two_processes_evaluate_as_one_does(
     spread: Path, settings: list[str], tmp_path: Path
 ) -> None:
     command = [*settings, "--epochs", "0", "--weights", str(spread / "last.pt")]
-    process = start(*command, "--output", str(tmp_path / "two"), processes=2)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 0, error
     assert training.main([*command, "--output", str(tmp_path / "one")]) == 0
-    tables = [rows_of(tmp_path / name / "predictions.csv") for name in ("one", "two")]
-    for ours, theirs, trained in zip(*tables, rows_of(spread / "predictions.csv"), strict=True):
-        for key in ("path", "class", "predicted"):
-            assert ours[key] == theirs[key] == trained[key]
-        assert float(ours["probability"]) == pytest.approx(float(theirs["probability"]), abs=1e-4)
-    measures = [rows_of(tmp_path / name / "history.csv")[0] for name in ("one", "two")]
+    tables = [rows_of(run / "predictions.csv") for run in (tmp_path / "one", spread)]
+    for one, two in zip(*tables, strict=True):
+        assert all(one[key] == two[key] for key in ("path", "class", "predicted"))
+        assert float(one["probability"]) == pytest.approx(float(two["probability"]), abs=1e-4)
+    alone, last = (rows_of(run / "history.csv")[-1] for run in (tmp_path / "one", spread))
     for key in ("accuracy", "balanced_accuracy", "medium", "few", "half_width"):
-        assert measures[0][key] == measures[1][key]
-    assert float(measures[0]["val_loss"]) == pytest.approx(float(measures[1]["val_loss"]), rel=1e-4)
+        assert alone[key] == last[key]
+    assert float(alone["val_loss"]) == pytest.approx(float(last["val_loss"]), rel=1e-4)
 
 
 def test_the_statistics_of_batchnorm_are_the_first_process_s_own(
@@ -371,19 +380,6 @@ def test_the_statistics_of_batchnorm_are_the_first_process_s_own(
         *(rows_of(tmp_path / name / "predictions.csv") for name in ("one", "two")), strict=True
     ):
         assert float(one["probability"]) == pytest.approx(float(two["probability"]), abs=1e-4)
-
-
-def test_a_run_goes_on_with_another_number_of_processes(
-    settings: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = tmp_path / "run"
-    monkeypatch.setattr(training, "write_tables", lambda *args: os.kill(os.getpid(), signal.SIGINT))
-    assert training.main([*settings, "--output", str(output)]) == 130
-    process = start(*settings, "--output", str(output), "--resume", processes=2)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 0, error
-    draws = [[row["draws"] for row in rows_of(run / "classes.csv")] for run in (whole, output)]
-    assert draws[0] == draws[1]
 
 
 def test_a_process_that_dies_takes_the_others_down(settings: list[str], tmp_path: Path) -> None:
@@ -424,15 +420,24 @@ def test_the_parts_of_the_processes_make_up_what_one_draws_in_order(world_size: 
         assert sum(len(part[step]) for part in parts) == len(batch)
 
 
-def test_a_batch_that_does_not_divide_is_refused_in_one_line(
-    settings: list[str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("batch_size", "processes", "divides"),
+    [(9, 2, False), (9, 3, True), (4, 4, False), (12, 12, False), (64, 1, True)],
+)
+def test_a_batch_must_divide_among_the_processes(
+    batch_size: int, processes: int, divides: bool, settings: list[str], tmp_path: Path
 ) -> None:
-    command = [*settings, "--batch-size", "9", "--output", str(tmp_path / "x")]
-    process = start(*command, processes=2)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode != 0
-    lines = [line for line in error.splitlines() if line.startswith("data_training.py: error: ")]
-    assert len(lines) == 1 and "--batch-size 9" in lines[0] and "2 processes" in lines[0]
+    """There are 46 images, so batches of 4 have 3 or 4; and 11 to validate on."""
+    command = [*settings, "--batch-size", str(batch_size), "--output", str(tmp_path / "x")]
+    args = training.parse_args(command)
+    with (
+        contextlib.nullcontext()
+        if divides
+        else pytest.raises(
+            training.DataError, match=f"--batch-size {batch_size}: .* {processes} processes"
+        )
+    ):
+        training.prepare(args, processes)
 
 
 # ------------------------------------------------------------------------------- where there is one
