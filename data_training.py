@@ -1393,8 +1393,6 @@ def run(args: Namespace) -> None:
         if changes:
             print(format_comparison(changes, args.baseline))
         print(f"results in {printable(str(args.output))}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1402,6 +1400,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         run(args)
+        if dist.is_initialized():  # only now that `run` holds no network that would still use it
+            dist.destroy_process_group()
     except torch.OutOfMemoryError:
         smaller = max(1, args.batch_size // 2)
         message = f"--batch-size {args.batch_size}: out of memory on {args.device}; try {smaller}"
