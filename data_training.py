@@ -1321,12 +1321,12 @@ def report(
     names = ["last.pt", "best.pt"] if best else ["last.pt"]
     save_model(names, args, data, phase.result, row["epoch"])
     write_tables(args.output, data, history, state["draws"], last, confusion)
-    recalls = {"after": recall_by_class(confusion)}
+    recalls = {"recall": recall_by_class(confusion)}
     if before is not None:
         changes = compare(last.targets, before, last.predicted, data.counts(data.train), args.seed)
         write_table(args.output / "comparison.csv", CHANGE, changes)
         old = confusion_matrix(last.targets, before, len(data.classes))
-        recalls = {"before": recall_by_class(old), **recalls}
+        recalls = {"before": recall_by_class(old), "after": recalls["recall"]}
     draw_charts(args.output, history, data.counts(data.train), recalls)
     save_state(args.output, state | {"next": row["epoch"] + 1}, model, phase)
     return changes
