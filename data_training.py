@@ -986,7 +986,7 @@ def load_baseline(run: Path, data: Data) -> Tensor:
     return torch.tensor([theirs[each] for each in ours])
 
 
-def write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes | memoryview) -> None:
     """Write or replace the file as a whole: a reader sees the old one or the new one."""
     partial = path.with_name(f".{path.name}.partial")  # on the same file system
     try:
@@ -1161,7 +1161,7 @@ def save(content: dict[str, Any], *paths: Path) -> None:
     stream = io.BytesIO()
     torch.save(content, stream)
     for path in paths:
-        write_file(path, stream.getvalue())
+        write_file(path, stream.getbuffer())
 
 
 HEADER = (

@@ -22,7 +22,6 @@ import data_training as training
 
 BLUE, ORANGE = (0x2F, 0x6F, 0xB0), (0xD9, 0x82, 0x2B)
 TINY = ["--arch", "resnet18", "--image-size", "32", "--batch-size", "16", "--device", "cpu"]
-torch.set_num_threads(1)
 
 
 # ---------------------------------------------------------------------- sampling, by hand

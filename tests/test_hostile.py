@@ -21,7 +21,6 @@ import data_training as training
 
 TINY = ["--arch", "resnet18", "--weights", "none", "--image-size", "32", "--device", "cpu"]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="names are any bytes, /proc, mount")
-torch.set_num_threads(1)
 
 NAMES = [
     *("with space", "quo\"te'", "new\nline", "carriage\rreturn", "-dash", os.fsdecode(b"caf\xe9")),

@@ -22,7 +22,6 @@ import data_training as training
 
 SCRIPT = Path(training.__file__)
 TIMES = ("images_per_second", "data_wait", "seconds")
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,6 @@ def start(*arguments: str, processes: int = 0) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         # Tests run in the background may have been told to ignore SIGINT, and would pass it on.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
@@ -189,16 +187,8 @@ def test_scratch_training_goes_on_as_well(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = [str(folder), "--arch", "resnet18", "--weights", "none", "--image-size", "32"]
-    command += [
-        "--epochs",
-        "2",
-        "--batch-size",
-        "16",
-        "--device",
-        "cpu",
-        "--label-smoothing",
-        "0.1",
-    ]
+    command += ["--batch-size", "16", "--device", "cpu", "--label-smoothing", "0.1"]
+    command += ["--epochs", "2"]
     assert training.main([*command, "--output", str(tmp_path / "whole")]) == 0
     save_state, calls = training.save_state, itertools.count()
 
@@ -370,7 +360,7 @@ def test_the_statistics_of_batchnorm_are_the_first_process_s_own(
 ) -> None:
     """Each process has seen other batches; what is evaluated is what is saved."""
     command = [str(folder), "--arch", "resnet18", "--image-size", "32", "--device", "cpu"]
-    scratch = [*command, "--weights", "none", "--epochs", "2", "--batch-size", "16"]
+    scratch = [*command, "--weights", "none", "--epochs", "1", "--batch-size", "16"]
     process = start(*scratch, "--output", str(tmp_path / "two"), processes=2)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
@@ -383,16 +373,8 @@ def test_the_statistics_of_batchnorm_are_the_first_process_s_own(
 
 
 def test_a_process_that_dies_takes_the_others_down(settings: list[str], tmp_path: Path) -> None:
-    command = [
-        *settings,
-        "--epochs",
-        "400",
-        "--frozen-epochs",
-        "0",
-        "--output",
-        str(tmp_path / "x"),
-    ]
-    process = start(*command, processes=2)
+    long = ["--epochs", "400", "--frozen-epochs", "0", "--output", str(tmp_path / "x")]
+    process = start(*settings, *long, processes=2)
     for line in process.stdout:
         if line.startswith("  1/400"):
             break
