@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,6 +82,12 @@ def assert_same_run(one: Path, other: Path) -> None:
 # ----------------------------------------------------------------------------------- resume
 
 
+def assert_goes_on(command: list[str], output: Path, whole: Path) -> None:
+    """The run in `output` goes on and ends as the whole one."""
+    assert training.main([*command, "--output", str(output), "--resume"]) == 0
+    assert_same_run(whole, output)
+
+
 def test_a_run_that_is_killed_at_random_moments_ends_as_the_whole_one(
     settings: list[str], whole: Path, tmp_path: Path
 ) -> None:
@@ -120,11 +127,12 @@ def test_a_run_goes_on_from_the_middle_of_writing_a_file(
     assert training.main([*settings, "--output", str(output)]) == 130
     monkeypatch.undo()
     assert not list(output.glob(".*"))
-    resume = ["--resume"] if number > 2 else []  # the second is the first state
     moved = shutil.move(output, tmp_path / "moved")
-    command = [*settings, "--output", str(moved)]
-    assert training.main([*command, *resume]) == 0
-    assert_same_run(whole, moved)
+    if number == 2:  # there is no state yet, but a table
+        assert training.main([*settings, "--output", str(moved)]) == 0
+        assert_same_run(whole, moved)
+    else:
+        assert_goes_on(settings, moved, whole)
 
 
 @pytest.mark.parametrize(("step", "number"), [("training", 4), ("validation", 2)])
@@ -137,7 +145,7 @@ def test_a_run_goes_on_from_the_middle_of_an_epoch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Stopped after half of the batches, in the head phase and in the full one."""
-    output, calls, timed = str(tmp_path / "run"), itertools.count(1), training.timed
+    output, calls, timed = tmp_path / "run", itertools.count(1), training.timed
 
     def interrupt(loader: DataLoader, title: str, *rest: object) -> Iterator[list[torch.Tensor]]:
         batches = list(timed(loader, title, *rest))
@@ -147,18 +155,19 @@ def test_a_run_goes_on_from_the_middle_of_an_epoch(
         yield from batches[len(batches) // 2 :]
 
     monkeypatch.setattr(training, "timed", interrupt)
-    assert training.main([*settings, "--output", output]) == 130
-    assert len(rows_of(tmp_path / "run/history.csv")) == number - 1
+    assert training.main([*settings, "--output", str(output)]) == 130
+    assert len(rows_of(output / "history.csv")) == number - 1
     monkeypatch.undo()
-    assert training.main([*settings, "--output", output, "--resume"]) == 0
-    assert_same_run(whole, tmp_path / "run")
+    assert_goes_on(settings, output, whole)
 
 
 def test_a_finished_run_has_nothing_left_to_do(
     settings: list[str], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = shutil.copytree(whole, tmp_path / "run")
+    (output / ".last.pt.partial").write_text("of a killed run")
     assert training.main([*settings, "--output", str(output), "--resume"]) == 0
+    assert not list(output.glob(".*"))
     printed = capsys.readouterr().out
     assert "nothing is left to do" in printed and "  4/4    full " in printed
     assert_same_run(whole, output)
@@ -200,8 +209,7 @@ def test_scratch_training_goes_on_as_well(
     monkeypatch.setattr(training, "save_state", interrupt)
     assert training.main([*command, "--output", str(tmp_path / "run")]) == 130
     monkeypatch.undo()
-    assert training.main([*command, "--output", str(tmp_path / "run"), "--resume"]) == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert_goes_on(command, tmp_path / "run", tmp_path / "whole")
 
 
 def test_the_split_is_part_of_the_run(
@@ -304,6 +312,18 @@ def test_resume_wants_a_run_and_a_new_run_wants_none(
     assert "damaged" in refusal(stopped, capsys)
 
 
+def test_a_state_that_would_run_code_is_refused(
+    stopped: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    torch.save({"settings": {}, "trap": Trap()}, Path(stopped[-2]) / training.STATE)
+    assert "damaged" in refusal(stopped, capsys)
+    assert not (tmp_path / "sprung").exists()
+
+
 # ------------------------------------------------------------------------- several processes
 
 
@@ -384,6 +404,31 @@ def test_a_process_that_dies_takes_the_others_down(settings: list[str], tmp_path
     os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode != 0
+
+
+def test_a_step_is_that_of_the_whole_batch_when_parts_differ_in_size() -> None:
+    """Five images over two processes, three and two: the mean of their gradients."""
+    stream = torch.Generator().manual_seed(0)
+    inputs, targets = torch.randn(5, 2, generator=stream) / 10, torch.tensor([0, 1, 1, 0, 1])
+
+    def step(rank: int, world_size: int) -> torch.Tensor:
+        head = torch.nn.Linear(2, 2)
+        for weight in head.parameters():
+            torch.nn.init.zeros_(weight)
+        compute = training.Compute(torch.device("cpu"), None, rank, world_size)
+        optimizer = torch.optim.SGD(head.parameters(), 1.0)
+        phase = SimpleNamespace(
+            network=head,
+            optimizer=optimizer,
+            average=None,
+            scaler=torch.amp.GradScaler("cpu", enabled=False),
+            scheduler=SimpleNamespace(step=lambda: None),
+        )
+        part = [inputs[rank::world_size], targets[rank::world_size]]
+        training.train_epoch(phase, [part], [5], torch.zeros(2), 0.0, compute)
+        return head.weight.detach()
+
+    torch.testing.assert_close((step(0, 2) + step(1, 2)) / 2, step(0, 1))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
