@@ -447,10 +447,11 @@ class Images(Dataset[tuple[Tensor, int]]):
     transform: nn.Module
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
-        """The image as (3, size, size) uint8, and its label."""
+        """The image as (size, size, 3) uint8, and its label."""
         index, seed = item
         torch.default_generator.manual_seed(seed)  # the transforms draw from it
-        return self.transform(read_image(self.paths[index])), int(self.labels[index])
+        image = self.transform(read_image(self.paths[index]))
+        return image.permute(1, 2, 0), int(self.labels[index])
 
 
 @dataclass(frozen=True)
@@ -465,9 +466,26 @@ class Features(Dataset[tuple[Tensor, int]]):
         return self.features[item[0]], int(self.labels[item[0]])
 
 
+class RandomResizedCrop(v2.RandomResizedCrop):
+    """torchvision's, to the same pixels in less time.
+
+    Decoded images have their channels last, but torch does not notice that of a crop with three
+    dimensions, which is only a view: it rearranges all pixels before it resizes them, and again
+    afterwards.
+    """
+
+    def forward(self, image: Tensor) -> Tensor:
+        """A random part of the image, resized."""
+        crop = v2.functional.crop(image, **self.make_params([image]))
+        batch = crop.permute(1, 2, 0)[None].permute(
+            0, 3, 1, 2
+        )  # of one, by its strides channels_last
+        return F.interpolate(batch, self.size, mode="bilinear", antialias=True)[0]
+
+
 def transforms(size: int) -> tuple[nn.Module, nn.Module]:
     """For training a random crop, at random mirrored; for evaluation the central square."""
-    crop, resize = v2.RandomResizedCrop(size, CROP_SCALE), v2.Resize(size)
+    crop, resize = RandomResizedCrop(size, CROP_SCALE), v2.Resize(size)
     return v2.Compose([crop, v2.RandomHorizontalFlip()]), v2.Compose([resize, v2.CenterCrop(size)])
 
 
@@ -648,12 +666,12 @@ def timed(
 
 
 def to_input(batch: Tensor, device: torch.device) -> Tensor:
-    """Images as normalised float32 in channels_last on `device`; features as they are."""
+    """(B, H, W, 3) bytes as normalised (B, 3, H, W) float32 on `device`; features as they are."""
     batch = batch.to(device, non_blocking=True)
     if batch.dtype != torch.uint8:
         return batch
-    batch = batch.contiguous(memory_format=torch.channels_last)
-    return v2.functional.normalize(batch.float(), MEAN, STD, inplace=True)
+    images = batch.permute(0, 3, 1, 2)  # channels_last in memory
+    return v2.functional.normalize(images.float(), MEAN, STD, inplace=True)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ import torch
 from conftest import rows_of, weights_file, write_folder
 from PIL import Image
 from torchvision import models
+from torchvision.transforms import v2
 
 import data_training as training
 
@@ -425,8 +426,18 @@ def test_an_augmentation_depends_on_its_seed_alone(make_folder: Callable[..., Pa
         assert torch.equal(each[0], each[1]) and torch.equal(each[0], each[2])
 
 
+def test_crops_are_those_of_torchvision() -> None:
+    image = torch.arange(40 * 30 * 3).remainder(251).byte().reshape(40, 30, 3).permute(2, 0, 1)
+    ours = training.RandomResizedCrop(16, (0.5, 1.0))
+    theirs = v2.RandomResizedCrop(16, (0.5, 1.0))
+    for seed in range(20):
+        crops = [torch.manual_seed(seed) and crop(image) for crop in (ours, theirs)]
+        assert crops[0].shape == (3, 16, 16)
+        assert (crops[0].int() - crops[1].int()).abs().max() <= 1  # 0 but for some processors
+
+
 def test_images_are_normalised_by_the_statistics_of_imagenet() -> None:
-    pixels = torch.tensor([0, 128, 255], dtype=torch.uint8).reshape(1, 3, 1, 1)
+    pixels = torch.tensor([0, 128, 255], dtype=torch.uint8).reshape(1, 1, 1, 3)
     result = training.to_input(pixels, torch.device("cpu")).flatten().tolist()
     expected = [(0 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225]
     assert result == pytest.approx(expected, abs=1e-5)
@@ -654,7 +665,7 @@ def test_the_result_of_full_fine_tuning_is_the_average_from_the_start_on(folder:
     def batches() -> Iterator[list[torch.Tensor]]:
         for _ in range(2):
             seen.append(model.conv1.weight.detach().clone())  # before the step
-            yield [torch.randint(256, (2, 3, 32, 32)).byte(), torch.tensor([0, 1])]
+            yield [torch.randint(256, (2, 32, 32, 3)).byte(), torch.tensor([0, 1])]
 
     training.train_epoch(phase, batches(), [2, 2], torch.zeros(2), 0.1, compute)
     seen.append(model.conv1.weight.detach().clone())
