@@ -312,16 +312,19 @@ def place_files(src: Path, folder: Path, paths: list[str], link: bool) -> None:
     """Copy or hard-link every path of `src` into `folder`, with a progress bar."""
     from tqdm import tqdm
 
+    folders = {str(folder)}
     for path in tqdm(paths, "linking" if link else "copying", unit=" images"):
         source, target = os.path.join(src, path), os.path.join(folder, path)
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        if os.path.lexists(target):
-            raise DataError(f"{source}: {SAME_NAME}")
+        if (parent := os.path.dirname(target)) not in folders:
+            os.makedirs(parent, exist_ok=True)
+            folders.add(parent)
         if link:
             # link() itself would not follow a symbolic link; where it is refused, copy.
             with contextlib.suppress(OSError):
-                os.link(os.path.realpath(source), target)
+                os.link(os.path.realpath(source) if os.path.islink(source) else source, target)
                 continue
+        if os.path.lexists(target):
+            raise DataError(f"{source}: {SAME_NAME}")
         shutil.copyfile(source, target)
 
 
