@@ -170,7 +170,7 @@ def synchronise(device: torch.device) -> None:
 def bare_step(setting: Setting) -> Figure:
     """Images per second of forward, backward and optimizer, on a batch that is there already."""
     _, compute, phase, _, chosen = prepare(setting)
-    noise = torch.randint(256, (setting.batch_size, 3, 224, 224), dtype=torch.uint8)
+    noise = torch.randint(256, (setting.batch_size, 224, 224, 3), dtype=torch.uint8)
     inputs = training.to_input(noise, compute.device)
     targets = torch.zeros(setting.batch_size, dtype=torch.int64, device=compute.device)
     synchronise(compute.device)
@@ -320,25 +320,25 @@ def race_copying(setting: Setting) -> list[str]:
 
 # ------------------------------------------------------------------------------------ start
 
-FIRST_STEP = """
+FIRST_BATCH = """
 import sys
 sys.path.insert(0, {root!r})
 import data_training
-def one_batch(loader, *_):
-    yield next(iter(loader))
+def first_batch(loader, *_):
+    next(iter(loader))
     sys.exit()
-data_training.timed = one_batch
+data_training.timed = first_batch
 data_training.main({arguments!r})
 """
 
 
 def race_start(setting: Setting) -> list[str]:
-    """Rows: `--help` against bare imports, and the seconds until a first step is done."""
+    """Rows: `--help` against bare imports, and the seconds until a first step begins."""
     python = sys.executable
     with tempfile.TemporaryDirectory() as work:
         arguments = [str(setting.folder), "--arch", setting.arch, "--device", setting.device]
         arguments += ["--weights", "none", "--output", f"{work}/run"]
-        first = FIRST_STEP.format(root=str(ROOT), arguments=arguments)
+        first = FIRST_BATCH.format(root=str(ROOT), arguments=arguments)
         commands = {
             "data_creation.py --help": [python, str(ROOT / "data_creation.py"), "--help"],
             "import argparse": [python, "-c", "import argparse"],
@@ -346,13 +346,13 @@ def race_start(setting: Setting) -> list[str]:
             "import torch, torchvision": [python, "-c", "import torch, torchvision"],
         }
         contenders = [Contender(name, run_command, (each,)) for name, each in commands.items()]
-        started = Contender("first step", run_command, ([python, "-c", first], Path(work, "run")))
+        started = Contender("first batch", run_command, ([python, "-c", first], Path(work, "run")))
         turns = take_turns([*contenders, started], setting.repetitions)
     images = sum(len(files) for _, _, files in os.walk(setting.folder))
     return [
         row("data_creation.py --help / import argparse", *turns[:2], "s", "at most 2"),
         row("data_training.py --help / import torch, torchvision", *turns[2:4], "s", "at most 1.2"),
-        row(f"first step done, {images:,} images", turns[4], None, "s", "15 s for 15,000"),
+        row(f"first step begins, {images:,} images", turns[4], None, "s", "15 s for 15,000"),
     ]
 
 
