@@ -394,9 +394,8 @@ def read_image(path: str) -> Tensor:
     """The image upright and in RGB: (3, height, width) uint8."""
     content = read_bytes(path)
     try:
-        picture: Image.Image = Image.open(
-            io.BytesIO(content)
-        )  # the header: a claim that is too large raises
+        # Reads the header alone, and raises if it claims too many pixels.
+        picture: Image.Image = Image.open(io.BytesIO(content))
         if picture.format in ("JPEG", "PNG"):
             with contextlib.suppress(RuntimeError):  # some rare files only Pillow reads
                 encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
@@ -477,9 +476,8 @@ class RandomResizedCrop(v2.RandomResizedCrop):
     def forward(self, image: Tensor) -> Tensor:
         """A random part of the image, resized."""
         crop = v2.functional.crop(image, **self.make_params([image]))
-        batch = crop.permute(1, 2, 0)[None].permute(
-            0, 3, 1, 2
-        )  # of one, by its strides channels_last
+        rows = crop.permute(1, 2, 0)[None]  # a batch whose strides say that channels are last
+        batch = rows.permute(0, 3, 1, 2)
         return F.interpolate(batch, self.size, mode="bilinear", antialias=True)[0]
 
 

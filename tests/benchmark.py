@@ -131,9 +131,8 @@ def run_command(command: list[str], remove: Path | None = None) -> Figure:
 
 
 class Prepared(NamedTuple):
-    """A full phase of the script, cut to the steps of a turn."""
+    """A full phase of the script, and the draws of a turn."""
 
-    args: argparse.Namespace
     compute: training.Compute
     phase: training.Phase
     train: training.Batches
@@ -158,7 +157,7 @@ def prepare(setting: Setting) -> Prepared:
     weights = training.sample_weights(data.labels[data.train], 1.0)
     drawn = training.draw_images(weights, True, 0, 1)
     chosen = data.train[drawn.repeat(1 + images // len(drawn))[:images]]
-    return Prepared(args, compute, phase, train, chosen)
+    return Prepared(compute, phase, train, chosen)
 
 
 def synchronise(device: torch.device) -> None:
@@ -169,7 +168,7 @@ def synchronise(device: torch.device) -> None:
 
 def bare_step(setting: Setting) -> Figure:
     """Images per second of forward, backward and optimizer, on a batch that is there already."""
-    _, compute, phase, _, chosen = prepare(setting)
+    compute, phase, _, chosen = prepare(setting)
     noise = torch.randint(256, (setting.batch_size, 224, 224, 3), dtype=torch.uint8)
     inputs = training.to_input(noise, compute.device)
     targets = torch.zeros(setting.batch_size, dtype=torch.int64, device=compute.device)
@@ -187,7 +186,7 @@ def bare_step(setting: Setting) -> Figure:
 
 def epoch_loop(setting: Setting) -> Figure:
     """Images per second of the script's own loop, from the files on."""
-    _, compute, phase, train, chosen = prepare(setting)
+    compute, phase, train, chosen = prepare(setting)
     train.assign(chosen, training.seeded("augment", 0, 1))
     phase.scheduler.last_epoch = 0  # the schedule may not end
     offset = torch.zeros(phase.result.fc.out_features)
@@ -255,7 +254,7 @@ def race_training(setting: Setting) -> list[str]:
 def our_loader(setting: Setting) -> Figure:
     """Images per second that the script decodes, augments and batches on one core."""
     torch.set_num_threads(1)
-    _, _, phase, train, chosen = prepare(setting)
+    _, phase, train, chosen = prepare(setting)
     train.assign(chosen.repeat(1 + READ // len(chosen))[:READ], training.seeded("augment", 0, 1))
     loader = DataLoader(phase.train.dataset, batch_sampler=train)
     started = time.perf_counter()
@@ -480,7 +479,13 @@ def parse_args() -> argparse.Namespace:
     add("--device", default="auto")
     add("--batch-size", type=int, default=64, help="images a step")
     add("--repetitions", type=int, default=5, help="turns that count")
-    add("--only", nargs="+", choices=PARTS, default=list(PARTS), help="these parts alone")
+    add(
+        "--only",
+        nargs="+",
+        choices=[*PARTS, "growth"],
+        default=[*PARTS, "growth"],
+        help="these parts alone",
+    )
     return parser.parse_args()
 
 
@@ -489,7 +494,6 @@ PARTS: dict[str, Callable[[Setting], list[str]]] = {
     "loader": race_loaders,
     "copying": race_copying,
     "start": race_start,
-    "growth": lambda _: measure_growth(),
 }
 
 
@@ -504,9 +508,9 @@ def main() -> None:
         print(describe(setting), end="\n\n")
         print("| what | ours | other | ratio | goal | our peak, MB | other's, MB |")
         print("|---|---|---|---|---|---|---|", flush=True)
-        for name in args.only:
-            if name != "growth":
-                print(*PARTS[name](setting), sep="\n", flush=True)
+        for name, race in PARTS.items():
+            if name in args.only:
+                print(*race(setting), sep="\n", flush=True)
         if "growth" in args.only:
             print("", *measure_growth(), sep="\n")
 
