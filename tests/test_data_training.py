@@ -589,7 +589,7 @@ def test_a_checkpoint_alone_gives_the_predictions_again(scratch_run: Path, folde
     content = torch.load(scratch_run / "best.pt", weights_only=True)
     model = models.get_model(content["arch"], num_classes=len(content["classes"]))
     model.load_state_dict(content["state_dict"])
-    assert content["image_size"] == 32
+    assert content["image_size"] == 37  # 8/7 of the 32 of training crops
 
 
 def test_the_same_settings_give_the_same_run(scratch_run: Path, folder: Path) -> None:
@@ -628,15 +628,44 @@ def test_the_frozen_phase_trains_the_head_alone(pretrained_runs: tuple[dict, ...
     assert head["fc.weight"].abs().sum() > 0
 
 
-def test_full_fine_tuning_moves_every_weight_but_no_batchnorm_statistics(
+def test_full_fine_tuning_moves_the_second_half_but_no_batchnorm_statistics(
     pretrained_runs: tuple[dict, ...],
 ) -> None:
     given, head, full = pretrained_runs
     for name, value in given.items():
-        if "running" in name or "tracked" in name:
-            assert torch.equal(full[name], value), name
-        elif not name.startswith("fc."):
-            assert not torch.equal(full[name], value), name
+        statistics = "running" in name or "tracked" in name
+        if not name.startswith("fc."):
+            moves = not statistics and name.startswith(("layer3.", "layer4."))
+            assert torch.equal(full[name], value) is not moves, name
+    assert not torch.equal(full["fc.weight"], head["fc.weight"])
+
+
+def test_from_random_weights_every_layer_is_trained(folder: Path) -> None:
+    args = training.parse_args([str(folder), "--epochs", "1", "--weights", "none"])
+    args.workers = args.frozen_epochs = 0
+    compute = training.Compute(torch.device("cpu"), None)
+    torch.manual_seed(0)
+    model = models.resnet18(num_classes=2)
+    given = {name: value.clone() for name, value in model.state_dict().items()}
+    data = training.load_data(folder, None, True, 0.2, 0)
+    pair = training.Batches(data.train, 64), training.Batches(data.val, 64)
+    phase = training.full_phase(args, model, data, pair, compute)
+    batch = [torch.randint(256, (2, 64, 64, 3)).byte(), torch.tensor([0, 1])]
+    training.train_epoch(phase, [batch], [2], torch.zeros(2), 0.0, compute)
+    for name, value in phase.result.state_dict().items():
+        assert not torch.equal(value, given[name]), name
+
+
+def test_evaluation_shows_objects_about_as_large_as_training_crops_do() -> None:
+    """Of a square photograph: half to all of its area, against all of it; 22 % apart if not."""
+    image = torch.zeros(3, 600, 600, dtype=torch.uint8)
+    train, evaluation = training.transforms(224)
+    assert train(image).shape == (3, 224, 224) and evaluation(image).shape == (3, 256, 256)
+    torch.manual_seed(0)
+    crop = training.RandomResizedCrop(224, training.CROP_SCALE)
+    parts = [crop.make_params([image]) for _ in range(500)]
+    enlarged = [224 / (part["height"] * part["width"]) ** 0.5 for part in parts]
+    assert np.mean(enlarged) == pytest.approx(256 / 600, rel=0.08)
 
 
 def test_the_features_are_what_the_network_sees_in_evaluation(folder: Path) -> None:
@@ -664,14 +693,14 @@ def test_the_result_of_full_fine_tuning_is_the_average_from_the_start_on(folder:
 
     def batches() -> Iterator[list[torch.Tensor]]:
         for _ in range(2):
-            seen.append(model.conv1.weight.detach().clone())  # before the step
+            seen.append(model.layer4[0].conv1.weight.detach().clone())  # before the step
             yield [torch.randint(256, (2, 32, 32, 3)).byte(), torch.tensor([0, 1])]
 
     training.train_epoch(phase, batches(), [2, 2], torch.zeros(2), 0.1, compute)
-    seen.append(model.conv1.weight.detach().clone())
+    seen.append(model.layer4[0].conv1.weight.detach().clone())
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
     mean = torch.stack(seen).mean(0)
-    assert torch.allclose(phase.evaluated.conv1.weight, mean, atol=1e-7)
+    assert torch.allclose(phase.evaluated.layer4[0].conv1.weight, mean, atol=1e-7)
 
 
 def test_a_frozen_phase_costs_one_pass_over_the_images(folder: Path, tmp_path: Path) -> None:
