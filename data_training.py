@@ -6,10 +6,11 @@
 OUT holds one folder per class; a part of each is kept for validation. Training images are drawn by
 a `WeightedRandomSampler` with weights 1 / (training images of the class), so that every class is
 seen about equally often; `--rebalance` names the alternatives. The head is trained first, on
-features that the frozen backbone computes once; then everything, gently, and the average of the
-weights along the way is the result. After each epoch a run folder holds the settings, the history,
-the recall of each class with its interval, the predictions, the last and the best network, and two
-charts; with `--baseline` also what changed since an earlier run, and how sure that is.
+features that the frozen backbone computes once; then the backbone's second half with it, gently,
+and the average of the weights along the way is the result. After each epoch a run folder holds the
+settings, the history, the recall of each class with its interval, the predictions, the last and the
+best network, and two charts; with `--baseline` also what changed since an earlier run, and how sure
+that is.
 
 A run that was stopped goes on with `--resume` and ends as it would have.
 
@@ -729,7 +730,7 @@ def head_phase(
 def full_phase(
     args: Namespace, model: ResNet, data: Data, batches: BatchPair, compute: Compute
 ) -> Phase:
-    """Everything, trained on images.
+    """The whole network, trained on images.
 
     A pretrained backbone goes gently: small steps, its first half and BatchNorm's statistics kept,
     and as the result the average of the weights from the start on (Izmailov et al. 2018,
