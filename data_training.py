@@ -68,8 +68,9 @@ MEAN = [255 * channel for channel in (0.485, 0.456, 0.406)]
 STD = [255 * channel for channel in (0.229, 0.224, 0.225)]
 CROP_SCALE = (0.5, 1.0)  # part of an image's area that a training crop covers
 # Such crops enlarge what they show, by a fifth on average; evaluation makes up for most of it by
-# larger images (Touvron et al. 2019, arXiv:1906.06423).
+# images up to so much larger (Touvron et al. 2019, arXiv:1906.06423).
 EVAL_SCALE = 8 / 7
+STRIDE = 32  # pixels a cell of a ResNet's last feature map
 # Learning rates of full training by AdamW as parts of `--lr`, the head's by SGD: of a pretrained
 # head and backbone, and of all from random weights. Measured on Stanford Dogs with a ResNet-18.
 HEAD_LR, BACKBONE_LR, SCRATCH_LR = 1 / 300, 1 / 1500, 1 / 30
@@ -121,7 +122,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--source", metavar="SRC", type=Path, default=argparse.SUPPRESS,
         help="the folder OUT was made from: what OUT left out is validated on as well")  # fmt: skip
     add("--image-size", metavar="PX", type=some, default=224,
-        help="side of a training crop; evaluation takes 8/7 of it")  # fmt: skip
+        help="side of a training crop; evaluation takes up to 8/7 of it, 256 for 224")  # fmt: skip
     add("--workers", metavar="N", type=auto_or(whole), default="auto",
         help="processes that read images; auto: none on a CPU, else at most 8")  # fmt: skip
     add("--no-check", action="store_true",
@@ -497,8 +498,11 @@ def transforms(size: int) -> tuple[nn.Module, nn.Module]:
 
 
 def eval_size(size: int) -> int:
-    """The side of the images that are evaluated, for training crops of `size`."""
-    return round(EVAL_SCALE * size)
+    """The side of the images that are evaluated, for training crops of `size`: 256 for 224.
+
+    A last feature map with a part of a cell more, 3 x 3 for 2 x 2, can ruin a small network.
+    """
+    return max(size, int(EVAL_SCALE * size) // STRIDE * STRIDE)
 
 
 # -------------------------------------------------------------------------------- sampling

@@ -589,7 +589,7 @@ def test_a_checkpoint_alone_gives_the_predictions_again(scratch_run: Path, folde
     content = torch.load(scratch_run / "best.pt", weights_only=True)
     model = models.get_model(content["arch"], num_classes=len(content["classes"]))
     model.load_state_dict(content["state_dict"])
-    assert content["image_size"] == 37  # 8/7 of the 32 of training crops
+    assert content["image_size"] == 32
 
 
 def test_the_same_settings_give_the_same_run(scratch_run: Path, folder: Path) -> None:
@@ -654,6 +654,18 @@ def test_from_random_weights_every_layer_is_trained(folder: Path) -> None:
     training.train_epoch(phase, [batch], [2], torch.zeros(2), 0.0, compute)
     for name, value in phase.result.state_dict().items():
         assert not torch.equal(value, given[name]), name
+
+
+def test_evaluation_is_larger_by_up_to_an_eighth_of_itself_in_whole_cells_of_32_pixels() -> None:
+    sizes = {1: 1, 32: 32, 64: 64, 100: 100, 112: 128, 128: 128, 223: 224, 224: 256, 448: 512}
+    assert {size: training.eval_size(size) for size in sizes} == sizes
+
+
+def test_a_checkpoint_records_the_size_it_was_evaluated_at(tmp_path: Path) -> None:
+    args = training.parse_args(["x", "--arch", "resnet18", "--output", str(tmp_path)])
+    data = training.Data(["a", "b"], [], [], *[torch.zeros(0).long()] * 3, 0, [])
+    training.save_model(["last.pt"], args, data, models.resnet18(num_classes=2), 1)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["image_size"] == 256
 
 
 def test_evaluation_shows_objects_about_as_large_as_training_crops_do() -> None:
