@@ -74,7 +74,7 @@ STRIDE = 32  # pixels a cell of a ResNet's last feature map
 # Learning rates of full training by AdamW as parts of `--lr`, the head's by SGD: of a pretrained
 # head and backbone, and of all from random weights. Measured on Stanford Dogs with a ResNet-18.
 HEAD_LR, BACKBONE_LR, SCRATCH_LR = 1 / 300, 1 / 1500, 1 / 30
-# A pretrained backbone's, kept as it is: general, and its gradients take half of a step's time.
+# Of a pretrained backbone, kept as it is: general, and its gradients take two fifths of a step.
 FIRST_HALF = ("conv1.", "bn1.", "layer1.", "layer2.")
 CLIP_NORM = 1.0  # longest gradient followed; tiny BatchNorm variances can make it explode
 MANY, FEW = 100, 20  # "many": more training images than that, "few": fewer
