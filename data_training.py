@@ -20,6 +20,7 @@ Exit status: 0 done, 2 bad input (one line on stderr says where and what to do),
 
 import argparse
 import contextlib
+import copy
 import csv
 import hashlib
 import io
@@ -858,9 +859,7 @@ def evaluate(network: nn.Module, batches: Iterable[list[Tensor]], compute: Compu
     if dist.is_initialized():  # the statistics of BatchNorm are each process's own
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
-    training = network.training
-    faster = fuse(network.eval())  # a copy
-    network.train(training)
+    faster = fuse(copy.deepcopy(network).eval(), inplace=True)
     results = []
     for inputs, targets in batches:
         with compute.autocast():
