@@ -34,8 +34,8 @@ import sys
 import time
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -80,11 +80,10 @@ FIRST_HALF = ("conv1.", "bn1.", "layer1.", "layer2.")
 CLIP_NORM = 1.0  # longest gradient followed; tiny BatchNorm variances can make it explode
 MANY, FEW = 100, 20  # "many": more training images than that, "few": fewer
 Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
-RESAMPLES = 4000  # of the bootstrap: an end of an interval varies by 4 % of a standard deviation
 MOST_DRAWN = 2**24  # torch.multinomial takes no more weights
 STATE = "resume.pt"  # in a run folder: all that it takes to go on
 # Settings that may differ when a run goes on: they change where it runs, not what comes out.
-FREE = ("out", "source", "no_check", "workers", "output", "resume", "baseline", "device")
+MAY_DIFFER = ("out", "source", "no_check", "workers", "output", "resume", "baseline", "device")
 BLUE, ORANGE = "#2f6fb0", "#d9822b"
 
 
@@ -264,7 +263,7 @@ def pick_compute(name: str, amp: bool | None) -> Compute:
     return Compute(device, kind if amp or (amp is None and helps) else None)
 
 
-def share(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """What process 0 calls `value`, in every process."""
     values = [value]
     if dist.is_initialized():
@@ -296,7 +295,7 @@ class Data(NamedTuple):
     train: Tensor  # indices, int64
     val: Tensor  # those of OUT, then those of SRC
     added: int  # how many of `val` are of SRC
-    broken: list[str]  # paths left out
+    unreadable: list[str]  # paths left out
 
     def counts(self, part: Tensor) -> Tensor:
         """Images of each class among the indices `part`: (C,) int64."""
@@ -314,7 +313,7 @@ def load_data(root: Path, source: Path | None, check: bool, fraction: float, see
     others = find_left_out(source, classes, {name for _, name, _ in ours}) if source else []
     paths = [path for path, _, _ in ours + others]
     digests = check_images(paths) if check else dict(zip(paths, paths, strict=True))
-    broken = [path for path in paths if path not in digests]
+    unreadable = [path for path in paths if path not in digests]
     ours, others = ([image for image in part if image[0] in digests] for part in (ours, others))
     labels = torch.tensor([label for _, _, label in ours], dtype=torch.int64)
     for name, count in zip(classes, labels.bincount(minlength=len(classes)), strict=True):
@@ -331,7 +330,7 @@ def load_data(root: Path, source: Path | None, check: bool, fraction: float, see
     paths, names = [path for path, _, _ in images], [name for _, name, _ in images]
     labels = torch.tensor([label for _, _, label in images], dtype=torch.int64)
     val = torch.cat([val, torch.arange(len(ours), len(images))])
-    return Data(classes, paths, names, labels, train, val, len(new), broken)
+    return Data(classes, paths, names, labels, train, val, len(new), unreadable)
 
 
 def list_images(root: Path) -> tuple[list[str], list[tuple[str, str, int]]]:
@@ -514,10 +513,10 @@ def sample_weights(labels: Tensor, power: float) -> Tensor:
     return torch.bincount(labels).double()[labels] ** -power
 
 
-def is_weighted(rebalance: str, epoch: int, first: int, last: int) -> bool:
-    """Whether `epoch` draws by weight, in a phase from epoch `first` to `last`."""
+def is_weighted(rebalance: str, epoch: int, epochs: range) -> bool:
+    """Whether `epoch`, one of a phase's `epochs`, draws by weight."""
     if rebalance == "late":  # the last quarter of them (Cao et al. 2019, arXiv:1906.07413)
-        return epoch > last - math.ceil((last - first + 1) / 4)
+        return epoch in epochs[-math.ceil(len(epochs) / 4) :]
     return rebalance == "sampler"
 
 
@@ -587,9 +586,6 @@ class Batches(Sampler[list[tuple[int, int]]]):
         parts = (values.tensor_split(len(self)) for values in (self.indices, self.seeds))
         for indices, seeds in zip(*parts, strict=True):
             yield list(zip(indices[self.part].tolist(), seeds[self.part].tolist(), strict=True))
-
-
-BatchPair = tuple[Batches, Batches]  # for training and for validation
 
 
 def make_loader(dataset: Dataset, batches: Batches, args: Namespace) -> DataLoader:
@@ -669,50 +665,34 @@ def build_model(
 # ------------------------------------------------------------------------------- training
 
 
-def timed(
-    loader: DataLoader, title: str, waits: list[float], compute: Compute
-) -> Iterator[list[Tensor]]:
-    """The batches of `loader`, with a progress bar; the seconds waited for each go to `waits`."""
-    batches = iter(loader)
-    hidden = compute.rank > 0
-    for _ in tqdm(range(len(loader)), title, unit=" batches", leave=False, disable=hidden):
-        asked = time.perf_counter()
-        batch = next(batches)
-        waits.append(time.perf_counter() - asked)
-        yield batch
+@dataclass
+class Job:
+    """What a run is, from its first line to its last."""
 
-
-def to_input(batch: Tensor, device: torch.device) -> Tensor:
-    """(B, H, W, 3) bytes as normalised (B, 3, H, W) float32 on `device`; features as they are."""
-    batch = batch.to(device, non_blocking=True)
-    if batch.dtype != torch.uint8:
-        return batch
-    images = batch.permute(0, 3, 1, 2)  # channels_last in memory
-    return v2.functional.normalize(images.float(), MEAN, STD, inplace=True)
-
-
-@torch.no_grad()
-def extract_features(model: ResNet, batches: Iterable[list[Tensor]], compute: Compute) -> Tensor:
-    """What the backbone makes of each image, BatchNorm as in evaluation: (N, D) float32."""
-    head, model.fc = model.fc, nn.Identity()
-    backbone = fuse(model.eval())  # BatchNorm becomes a part of the convolutions
-    with compute.autocast():
-        features = [backbone(to_input(images, compute.device)).float() for images, _ in batches]
-    model.fc = head
-    return torch.cat(features).cpu()
+    args: Namespace
+    compute: Compute
+    data: Data
+    baseline: Tensor | None  # what the run `--baseline` predicted of the validation images: (M,)
+    model: ResNet
+    history: list[dict[str, Any]]  # a row an epoch, from the first one on
+    draws: Tensor  # of each class so far: (C,) int64
+    stored: dict[str, Any]  # what the parts of a phase that goes on had in them; empty once used
+    waits: list[float] = field(default_factory=list)  # seconds for each batch of this epoch
 
 
 class Phase(NamedTuple):
     """A stretch of epochs with one optimizer: `network` is trained, `evaluated` is measured.
 
-    The attributes in `KEPT` have a state to be stored.
+    The attributes in `STATEFUL` have a state to be stored.
     """
 
     name: str
+    epochs: range
     network: nn.Module
     evaluated: nn.Module
     result: nn.Module  # the whole network, to be saved
     average: AveragedModel | None  # of the weights of `network` from step to step
+    batches: Batches  # what `train` loads, another draw each epoch
     train: DataLoader
     val: DataLoader
     optimizer: torch.optim.Optimizer
@@ -720,27 +700,62 @@ class Phase(NamedTuple):
     scaler: torch.amp.GradScaler
 
 
-def head_phase(
-    args: Namespace, model: ResNet, features: Features, batches: BatchPair, compute: Compute
-) -> Phase:
-    """The head alone, trained on features."""
+STATEFUL = ("optimizer", "scheduler", "scaler", "average")
+
+
+def begin_phase(job: Job, epoch: int) -> Phase:
+    """The phase of this epoch, at its start or, in the middle of it, as it was stored."""
+    frozen, last = job.args.frozen_epochs, job.args.epochs
+    if 0 < epoch <= frozen:
+        phase = head_phase(job, range(1, frozen + 1))
+    else:
+        phase = full_phase(job, range(min(frozen + 1, last), last + 1))
+    if epoch != phase.epochs[0]:
+        for name, state in job.stored.items():
+            getattr(phase, name).load_state_dict(state)
+    job.stored = {}
+    return phase
+
+
+def head_phase(job: Job, epochs: range) -> Phase:
+    """The head alone, trained on the features of all images, which are computed first."""
+    args, model = job.args, job.model
+    features = Features(extract_features(job), job.data.labels)
     group = {"params": list(model.fc.parameters()), "lr": args.lr}
     optimizer = torch.optim.SGD([group], momentum=0.9, weight_decay=args.weight_decay)
+    batches = cut_batches(job)
     train, val = (DataLoader(features, batch_sampler=each) for each in batches)
-    network = spread(model.fc, compute)
-    parts = schedule(optimizer, args.frozen_epochs * len(batches[0]), compute)
-    return Phase("head", network, model.fc, model, None, train, val, *parts)
+    network = wrap_ddp(model.fc, job.compute)
+    parts = schedule(optimizer, len(epochs) * len(batches[0]), job.compute)
+    return Phase("head", epochs, network, model.fc, model, None, batches[0], train, val, *parts)
 
 
-def full_phase(
-    args: Namespace, model: ResNet, data: Data, batches: BatchPair, compute: Compute
-) -> Phase:
+@torch.no_grad()
+def extract_features(job: Job) -> Tensor:
+    """What the backbone makes of each image, BatchNorm as in evaluation: (N, D) float32."""
+    args, data, compute, model = job.args, job.data, job.compute, job.model
+    images = Images(data.paths, data.labels, transforms(args.image_size)[1])
+    ours = torch.arange(compute.rank, len(data.labels), compute.world_size)
+    batches = Batches(ours, math.ceil(args.batch_size / compute.world_size))
+    backbone = copy.deepcopy(model).eval()
+    backbone.fc = nn.Identity()
+    backbone = fuse(backbone, inplace=True)  # BatchNorm becomes a part of the convolutions
+    with compute.autocast():
+        features = [
+            backbone(to_input(inputs, compute.device)).float()
+            for inputs, _ in timed(make_loader(images, batches, args), "features", job)
+        ]
+    return gather(torch.cat(features).cpu(), compute)
+
+
+def full_phase(job: Job, epochs: range) -> Phase:
     """The whole network, trained on images.
 
     A pretrained backbone goes gently: small steps, its first half and BatchNorm's statistics kept,
     and as the result the average of the weights from the start on (Izmailov et al. 2018,
     arXiv:1803.05407).
     """
+    args, data, model = job.args, job.data, job.model
     gentle = args.weights != "none"
     rates = (HEAD_LR, BACKBONE_LR) if gentle else (SCRATCH_LR, SCRATCH_LR)
     for name, weight in model.named_parameters():
@@ -754,44 +769,29 @@ def full_phase(
     if average:
         average.update_parameters(model)
     result = average.module if average else model
-    sets = (Images(data.paths, data.labels, each) for each in transforms(args.image_size))
+    batches, views = cut_batches(job), transforms(args.image_size)
+    sets = (Images(data.paths, data.labels, each) for each in views)
     train, val = (make_loader(*pair, args) for pair in zip(sets, batches, strict=True))
-    parts = schedule(optimizer, (args.epochs - args.frozen_epochs) * len(batches[0]), compute)
-    network = spread(model.train(not gentle), compute)
-    return Phase("full", network, result, result, average, train, val, *parts)
+    network = wrap_ddp(model.train(not gentle), job.compute)
+    name = "full" if epochs[0] else "given"
+    parts = schedule(optimizer, len(epochs) * len(batches[0]), job.compute)
+    return Phase(name, epochs, network, result, result, average, batches[0], train, val, *parts)
 
 
-KEPT = ("optimizer", "scheduler", "scaler", "average")
+def cut_batches(job: Job) -> tuple[Batches, Batches]:
+    """This process's batches for training and for validation."""
+    rank, world_size = job.compute.rank, job.compute.world_size
+    train = Batches(job.data.train, job.args.batch_size, rank, world_size)
+    return train, Batches(job.data.val[rank::world_size], job.args.batch_size)
 
 
-def spread(network: nn.Module, compute: Compute) -> nn.Module:
+def wrap_ddp(network: nn.Module, compute: Compute) -> nn.Module:
     """`network` itself, or with its gradients averaged over the processes after each step."""
     if compute.world_size == 1:
         return network
     if compute.device.type == "cuda":  # PyTorch has no synchronised BatchNorm for CPUs
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return DistributedDataParallel(network)
-
-
-def begin_phase(
-    frozen: bool,
-    args: Namespace,
-    model: ResNet,
-    data: Data,
-    batches: BatchPair,
-    compute: Compute,
-    waits: list[float],
-) -> Phase:
-    """The phase that begins; a frozen backbone computes the features of all images first."""
-    if not frozen:
-        return full_phase(args, model, data, batches, compute)
-    images = Images(data.paths, data.labels, transforms(args.image_size)[1])
-    ours = torch.arange(compute.rank, len(data.labels), compute.world_size)
-    everything = Batches(ours, math.ceil(args.batch_size / compute.world_size))
-    inputs = timed(make_loader(images, everything, args), "features", waits, compute)
-    table = gather(extract_features(model, inputs, compute), compute)
-    features = Features(table, data.labels)
-    return head_phase(args, model, features, batches, compute)
 
 
 def schedule(
@@ -805,26 +805,53 @@ def schedule(
     return optimizer, scheduler, torch.amp.GradScaler(compute.device.type, enabled=scaled)
 
 
-def train_epoch(
-    phase: Phase,
-    batches: Iterable[list[Tensor]],
-    sizes: list[int],
-    offset: Tensor,
-    smoothing: float,
-    compute: Compute,
-) -> float:
-    """Train on `batches`, of `sizes` over all processes; the loss averaged over their images.
+def draw_epoch(job: Job, phase: Phase, epoch: int) -> Tensor:
+    """The indices of the training images that this epoch draws, given to the phase's loader."""
+    args, train = job.args, job.data.train
+    if not epoch:
+        return train[:0]
+    weights = sample_weights(job.data.labels[train], 1.0 if args.power is None else args.power)
+    weighted = is_weighted(args.rebalance, epoch, phase.epochs)
+    drawn = train[draw_images(weights, weighted, args.seed, epoch)]
+    phase.batches.assign(drawn, seeded("augment", args.seed, epoch))
+    job.draws += job.data.counts(drawn)
+    return drawn
 
-    `offset` is added to the logits: (C,), zeros or the logarithm of the prior.
-    """
-    offset = offset.to(compute.device)
-    total = torch.zeros((), device=compute.device)
+
+def timed(loader: DataLoader, title: str, job: Job) -> Iterator[list[Tensor]]:
+    """The batches of `loader`, with a progress bar; the seconds waited for each are noted."""
+    batches = iter(loader)
+    hidden = job.compute.rank > 0
+    for _ in tqdm(range(len(loader)), title, unit=" batches", leave=False, disable=hidden):
+        asked = time.perf_counter()
+        batch = next(batches)
+        job.waits.append(time.perf_counter() - asked)
+        yield batch
+
+
+def to_input(batch: Tensor, device: torch.device) -> Tensor:
+    """(B, H, W, 3) bytes as normalised (B, 3, H, W) float32 on `device`; features as they are."""
+    batch = batch.to(device, non_blocking=True)
+    if batch.dtype != torch.uint8:
+        return batch
+    images = batch.permute(0, 3, 1, 2)  # channels_last in memory
+    return v2.functional.normalize(images.float(), MEAN, STD, inplace=True)
+
+
+def train_epoch(job: Job, phase: Phase) -> float:
+    """Train on what the phase's loader was given; the loss averaged over its images."""
+    args, data, compute = job.args, job.data, job.compute
+    prior = log_prior(data.counts(data.train)) * (args.rebalance == "loss")
+    prior, total = prior.to(compute.device), torch.zeros((), device=compute.device)
     weights = [weight for group in phase.optimizer.param_groups for weight in group["params"]]
+    sizes = phase.batches.sizes()
+    batches = timed(phase.train, f"training, {phase.name}", job)
     for size, (inputs, targets) in zip(sizes, batches, strict=True):
         targets = targets.to(compute.device, non_blocking=True)
         with compute.autocast():
             logits = phase.network(to_input(inputs, compute.device))
-        loss = F.cross_entropy(logits.float() + offset, targets, label_smoothing=smoothing)
+        logits = logits.float() + prior
+        loss = F.cross_entropy(logits, targets, label_smoothing=args.label_smoothing)
         phase.optimizer.zero_grad()
         # Gradients are averaged over processes, whose parts of a batch may differ by one image.
         part = len(targets) * compute.world_size / size
@@ -845,12 +872,13 @@ def train_epoch(
 
 
 class Evaluation(NamedTuple):
-    """What a network says of M images, in their order."""
+    """What a network says of M images of C classes, in their order."""
 
     loss: float  # averaged over images
     targets: Tensor  # (M,) int64
     predicted: Tensor  # (M,) int64
     probability: Tensor  # (M,) float32, of the predicted class
+    confusion: Tensor  # (C, C) int64, rows true, columns predicted
 
 
 @torch.inference_mode()
@@ -868,7 +896,8 @@ def evaluate(network: nn.Module, batches: Iterable[list[Tensor]], compute: Compu
         results.append((losses, targets, *logits.softmax(1).max(1)))
     columns = (gather(torch.cat(each), compute) for each in zip(*results, strict=True))
     losses, targets, probability, predicted = columns
-    return Evaluation(losses.mean().item(), targets, predicted, probability)
+    confusion = confusion_matrix(targets, predicted, logits.shape[1])
+    return Evaluation(losses.mean().item(), targets, predicted, probability, confusion)
 
 
 # ------------------------------------------------------------------------------- measures
@@ -890,95 +919,118 @@ def recall_by_class(confusion: Tensor) -> Tensor:
     return confusion.diag().double() / confusion.sum(1)
 
 
-def measure_weights(asked: Tensor, train_images: Tensor) -> Tensor:
+def measure_weights(val_counts: Tensor, train_counts: Tensor) -> Tensor:
     """What each class's recall counts in each of `MEASURES`: (5, C) float64, NaN if nothing.
 
-    By the (C,) images of each class that were asked about, and trained on.
+    By the (C,) images of each class for validation, and for training.
     """
-    many, few, known = train_images > MANY, train_images < FEW, asked > 0
-    rows = torch.stack([asked, known, known & many, known & ~many & ~few, known & few]).double()
-    return rows / rows.sum(1, keepdim=True)
+    many, few, known = train_counts > MANY, train_counts < FEW, val_counts > 0
+    rows = [val_counts, known, known & many, known & ~many & ~few, known & few]
+    weights = torch.stack(rows).double()
+    return weights / weights.sum(1, keepdim=True)
 
 
-def wilson_interval(right: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
-    """Ends of the 95 % interval for the part `right / asked`, NaN if none (Wilson 1927)."""
-    part, extra = right / asked, Z**2 / asked
+def wilson_interval(right: Tensor, val_counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Ends of the 95 % interval for the part that is right, NaN if none (Wilson 1927)."""
+    part, extra = right / val_counts, Z**2 / val_counts
     centre = (part + extra / 2) / (1 + extra)
     half = (extra * (part * (1 - part) + extra / 4)).sqrt() / (1 + extra)
     return centre - half, centre + half
 
 
-def measure(confusion: Tensor, train_images: Tensor) -> dict[str, float]:
+def measure(confusion: Tensor, train_counts: Tensor) -> dict[str, float]:
     """The measures of a confusion matrix, and half the 95 % interval of balanced accuracy."""
-    recall, asked = recall_by_class(confusion), confusion.sum(1)
-    weights = measure_weights(asked, train_images)
+    recall, val_counts = recall_by_class(confusion), confusion.sum(1)
+    weights = measure_weights(val_counts, train_counts)
     values = (weights @ recall.nan_to_num()).tolist()
-    return dict(zip(MEASURES, values, strict=True)) | {
-        "half_width": half_width(recall, asked, weights[1])
-    }
+    half = half_widths(recall_variance(recall, val_counts), weights)[1].item()
+    return dict(zip(MEASURES, values, strict=True)) | {"half_width": half}
 
 
-def half_width(recall: Tensor, asked: Tensor, weights: Tensor) -> float:
-    """Half the 95 % interval of the measure that gives the classes these (C,) weights.
+def recall_variance(recall: Tensor, val_counts: Tensor) -> Tensor:
+    """The variance of each class's recall, for other images of the kind: (C,) float64.
 
-    Z * sqrt(sum of weight^2 * recall * (1 - recall) / (asked - 1)), the stratified estimate
-    (Cochran 1977, Sampling Techniques, 5.6); a class of one image counts with the most, 1/4.
+    r (1 - r) / (n - 1), unbiased (Cochran 1977, Sampling Techniques, 3.2). That of one image is
+    not known: 1/4, the most. Where all n are right, or none, 0 would claim to be sure: there it is
+    that of the posterior Beta(nr + 1/2, n - nr + 1/2), by Jeffreys' prior.
     """
-    variance = torch.where(asked > 1, recall * (1 - recall) / (asked - 1), 0.25)
-    return Z * (weights**2 * variance).nansum().sqrt().item()
+    share = (recall * val_counts + 0.5) / (val_counts + 1)
+    alike = share * (1 - share) / (val_counts + 2)
+    mixed = recall * (1 - recall) / (val_counts - 1)
+    variance = torch.where((recall == 0) | (recall == 1), alike, mixed)
+    return torch.where(val_counts == 1, 0.25, variance)
 
 
-Change = tuple[str, float, float, float, float, float]
-CHANGE = ("measure", "before", "after", "difference", "low", "high")  # the last two: 95 % interval
+def half_widths(variance: Tensor, weights: Tensor) -> Tensor:
+    """Half the 95 % interval of each measure: (5,) float64, NaN for an empty group.
+
+    Z * sqrt(sum of weight^2 * variance), for classes drawn apart from each other (Cochran 1977,
+    5.6): `variance` (C,) is that of a class's mean, `weights` (5, C) what it counts in a measure.
+    """
+    return Z * (weights**2 @ variance.nan_to_num()).sqrt()
 
 
-def compare(
-    targets: Tensor, before: Tensor, after: Tensor, train_images: Tensor, seed: int
-) -> list[Change]:
+class Change(NamedTuple):
+    """What changed in a measure between two runs, as fractions, with the ends of its interval."""
+
+    measure: str
+    before: float
+    after: float
+    difference: float
+    low: float
+    high: float
+
+
+def compare(targets: Tensor, before: Tensor, after: Tensor, train_counts: Tensor) -> list[Change]:
     """What changed between two runs on the same images, by what they predicted: (M,) int64 each.
 
-    Paired bootstrap within classes: an image is lost, as it was or won, -1, 0 or 1; a measure's
-    difference is a weighted sum of the classes' means. Of n images n - 1 are drawn, which makes the
-    variance of a mean unbiased (Rao and Wu 1988, doi:10.1080/01621459.1988.10478591).
+    Within a class an image is lost, as it was or won: -1, 0 or 1. A measure's difference is the
+    weighted sum of the classes' means, whose variance is (mean of squares - mean^2) / (n - 1), and
+    of one image its square.
     """
-    classes = len(train_images)
-    asked = targets.bincount(minlength=classes)
-    weights = measure_weights(asked, train_images)
-    confusions = (confusion_matrix(targets, predicted, classes) for predicted in (before, after))
-    old, new = (measure(confusion, train_images) for confusion in confusions)
-    outcome = 1 + (after == targets).long() - (before == targets).long()
-    counts = (3 * targets + outcome).bincount(minlength=3 * classes).reshape(classes, 3).numpy()
-    stream, differences = np.random.default_rng(seed), np.zeros((RESAMPLES, len(MEASURES)))
-    for label in asked.nonzero().flatten().tolist():
-        images = int(asked[label])
-        draws = max(1, images - 1)
-        drawn = stream.multinomial(draws, counts[label] / images, RESAMPLES)
-        differences += np.outer((drawn[:, 2] - drawn[:, 0]) / draws, weights[:, label])
-    ends = np.quantile(differences, (0.025, 0.975), axis=0).tolist()
-    rows = zip(MEASURES, *ends, strict=True)
-    return [(name, old[name], new[name], new[name] - old[name], *end) for name, *end in rows]
+    classes = len(train_counts)
+    old, new = (confusion_matrix(targets, each, classes) for each in (before, after))
+    val_counts = new.sum(1)
+    outcome = (after == targets).double() - (before == targets).double()
+    zeros = torch.zeros(classes, dtype=torch.float64)
+    mean = zeros.index_add(0, targets, outcome) / val_counts
+    square = zeros.index_add(0, targets, outcome**2) / val_counts
+    variance = torch.where(val_counts == 1, square, (square - mean**2) / (val_counts - 1))
+    weights = measure_weights(val_counts, train_counts)
+    halves = half_widths(variance, weights).tolist()
+    pairs = [
+        [each[name] for name in MEASURES]
+        for each in (measure(old, train_counts), measure(new, train_counts))
+    ]
+    return [
+        Change(name, one, two, two - one, two - one - half, two - one + half)
+        for name, one, two, half in zip(MEASURES, *pairs, halves, strict=True)
+    ]
 
 
 # -------------------------------------------------------------------------------- records
 
 
-def write_split(output: Path, data: Data) -> None:
+def write_split(job: Job) -> None:
     """Write which image is in which part, so that a run that goes on need not split again."""
+    data = job.data
     part = ["train"] * len(data.paths)
     for index in data.val.tolist():
         part[index] = "val"
     part[len(part) - data.added :] = ["source"] * data.added
-    classes = (data.classes[label] for label in data.labels.tolist())
-    rows = zip(data.names, classes, part, map(os.path.getsize, data.paths), strict=True)
-    write_table(output / "split.csv", ("path", "class", "part", "bytes"), rows)
+    columns = {
+        "path": data.names,
+        "class": [data.classes[label] for label in data.labels.tolist()],
+        "part": part,
+        "bytes": map(os.path.getsize, data.paths),
+    }
+    write_table(job.args.output / "split.csv", columns)
 
 
-def load_split(output: Path, folders: dict[str, Path], broken: list[str]) -> Data:
-    """The images of the run in `output`; raises `DataError` for one that is gone or has changed.
-
-    `folders` says where the images of each part are.
-    """
-    rows = read_table(output / "split.csv")
+def load_split(args: Namespace, unreadable: list[str]) -> Data:
+    """The images of a run that goes on; raises `DataError` for one that is gone or has changed."""
+    folders = {"train": args.out, "val": args.out, "source": args.source}
+    rows = read_table(args.output / "split.csv")
     paths = [os.path.join(folders[row["part"]], row["path"]) for row in rows]
     for path, row in zip(paths, rows, strict=True):
         there = os.path.isfile(path)
@@ -991,7 +1043,8 @@ def load_split(output: Path, folders: dict[str, Path], broken: list[str]) -> Dat
     trained = torch.tensor([row["part"] == "train" for row in rows])
     train, val = trained.nonzero().flatten(), (~trained).nonzero().flatten()
     added = sum(row["part"] == "source" for row in rows)
-    return Data(classes, paths, [row["path"] for row in rows], labels, train, val, added, broken)
+    names = [row["path"] for row in rows]
+    return Data(classes, paths, names, labels, train, val, added, unreadable)
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -1039,15 +1092,239 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
         partial.unlink(missing_ok=True)
 
 
-def write_table(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Write a CSV file; numbers with six digits."""
+def write_table(path: Path, columns: Mapping[str, Iterable[Any]]) -> None:
+    """Write a CSV file of columns by name; numbers with six digits."""
     lines: list[str] = []
     writer = csv.writer(SimpleNamespace(write=lines.append))
-    writer.writerow(header)
+    writer.writerow(columns)
+    rows = zip(*columns.values(), strict=True)
     writer.writerows([f"{x:.6g}" if isinstance(x, float) else x for x in row] for row in rows)
     # With its own line ends the writer quotes a lone carriage return, which "\n" would leave bare.
     text = "".join(line.removesuffix("\r\n") + "\n" for line in lines)
     write_file(path, text.encode(errors="surrogateescape"))
+
+
+def write_tables(job: Job, last: Evaluation) -> None:
+    """Write the tables of a run; recall and predictions are the last epoch's."""
+    data, output, history = job.data, job.args.output, job.history
+    write_table(output / "history.csv", {key: [row[key] for row in history] for key in history[0]})
+    predictions = {
+        "path": [data.names[index] for index in data.val.tolist()],
+        "class": [data.classes[label] for label in last.targets.tolist()],
+        "predicted": [data.classes[label] for label in last.predicted.tolist()],
+        "probability": last.probability.tolist(),
+    }
+    write_table(output / "predictions.csv", predictions)
+    right, val_counts = last.confusion.diag(), last.confusion.sum(1)
+    low, high = wilson_interval(right, val_counts)
+    columns = {
+        "train_images": data.counts(data.train),
+        "val_images": val_counts,
+        "draws": job.draws,
+        "recall": recall_by_class(last.confusion),
+        "low": low,
+        "high": high,
+    }
+    values = {name: column.tolist() for name, column in columns.items()}
+    write_table(output / "classes.csv", {"class": data.classes, **values})
+    if changes := changes_since_baseline(job, last):
+        named = zip(Change._fields, zip(*changes, strict=True), strict=True)
+        write_table(output / "comparison.csv", dict(named))
+
+
+def changes_since_baseline(job: Job, last: Evaluation) -> list[Change]:
+    """What changed from the last epoch of the run `--baseline` to this one, if one was named."""
+    if job.baseline is None:
+        return []
+    train_counts = job.data.counts(job.data.train)
+    return compare(last.targets, job.baseline, last.predicted, train_counts)
+
+
+def save_model(job: Job, phase: Phase, *names: str) -> None:
+    """Write all that it takes to use the network; `weights_only=True` loads it."""
+    state = phase.result.state_dict()
+    content = {
+        "arch": job.args.arch,
+        "classes": job.data.classes,
+        "image_size": eval_size(job.args.image_size),
+        "epoch": job.history[-1]["epoch"],
+        "state_dict": {key: value.cpu() for key, value in state.items()},
+    }
+    save(content, *(job.args.output / name for name in names))
+
+
+def save_state(job: Job, phase: Phase | None) -> None:
+    """Write what a run needs to go on."""
+    parts = {name: getattr(phase, name) for name in STATEFUL} if phase else {}
+    state = {
+        "settings": settings(job.args),
+        "history": job.history,
+        "draws": job.draws,
+        "unreadable": job.data.unreadable,
+        "model": job.model.state_dict(),
+        "phase": {name: part.state_dict() for name, part in parts.items() if part},
+    }
+    save(state, job.args.output / STATE)
+
+
+def load_state(args: Namespace) -> dict[str, Any]:
+    """What the run in `--output` needs to go on; raises `DataError` if the settings are others."""
+    try:
+        state = torch.load(args.output / STATE, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # a damaged file raises nearly anything
+        raise DataError(f"--resume: {args.output / STATE}: damaged; start a new run") from None
+    given = settings(args)
+    other = [
+        f"--{name.replace('_', '-')} {old} (not {given[name]})"
+        for name, old in state["settings"].items()
+        if given[name] != old
+    ]
+    if other:
+        hint = "; the learning rates depend on --epochs" if "epochs" in " ".join(other) else ""
+        raise DataError(f"--resume: the run was started with {', '.join(other)}{hint}")
+    return state
+
+
+def settings(args: Namespace) -> dict[str, Any]:
+    """The settings that decide what comes out of a run."""
+    kept = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
+    return kept | {"source": args.source is not None}
+
+
+def save(content: dict[str, Any], *paths: Path) -> None:
+    """Write tensors and plain values to each of the files."""
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    for path in paths:
+        write_file(path, stream.getbuffer())
+
+
+def write_config(job: Job, device: str) -> None:
+    """Write every setting as used, and what the run is made of."""
+    args, data = job.args, job.data
+    versions = {library.__name__: library.__version__ for library in (torch, torchvision, np, PIL)}
+    content = {
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "versions": {"python": platform.python_version(), **versions},
+        "device": device,
+        "processes": job.compute.world_size,
+        "precision": str(job.compute.amp or torch.float32),
+        "classes": data.classes,
+        "train_images": data.counts(data.train).tolist(),
+        "val_images": data.counts(data.val).tolist(),
+        "val_images_of_source": data.added,
+        "left_out": data.unreadable,
+    }
+    write_file(args.output / "config.json", json.dumps(content, indent=1).encode())
+
+
+# -------------------------------------------------------------------------------- reports
+
+
+def print_start(job: Job, origin: str, device: str) -> None:
+    """Print what is about to happen, and the epochs that were there before."""
+    data, args = job.data, job.args
+    counts = data.counts(data.train)
+    print(
+        f"{len(data.train)} training images in {len(data.classes)} classes of {counts.max()} to "
+        f"{counts.min()}, imbalance ratio {counts.max() / counts.min():.1f}; "
+        f"{describe_val(data)}; {len(data.unreadable)} unreadable left out\n"
+        f"{args.arch}, {origin}; {device}, {job.compute.amp or torch.float32}\n\n{HEADER}",
+        *(format_epoch(row, args.epochs) for row in job.history),
+        sep="\n",
+        flush=True,
+    )
+
+
+def describe_val(data: Data) -> str:
+    """How many validation images there are, and where they are from."""
+    if not data.added:
+        return f"{len(data.val)} validation images"
+    return f"{len(data.val) - data.added} validation images of OUT and {data.added} others of SRC"
+
+
+HEADER = (
+    "  epoch  phase  train loss  val loss  accuracy      balanced    many  medium     few"
+    "  draws/class  distinct  images/s  data wait"
+)
+
+
+def format_epoch(row: dict[str, Any], epochs: int) -> str:
+    """The line of an epoch, as wide as `HEADER`."""
+    cells = {key: f"{value:.1%}" for key, value in row.items() if isinstance(value, float)}
+    cells = {key: "-" if "nan" in cell else cell for key, cell in cells.items()}
+    draws = f"{row['fewest_draws']}-{row['most_draws']}"
+    balanced = f"{row['balanced_accuracy']:.1%} ±{100 * row['half_width']:.1f}"
+    return (
+        f"{row['epoch']:3}/{epochs:<3}  {row['phase']:5}  {row['train_loss']:10.3f}  "
+        f"{row['val_loss']:8.3f}  {cells['accuracy']:>8}  {balanced:>12}  "
+        f"{cells['many']:>6}  {cells['medium']:>6}  {cells['few']:>6}  "
+        f"{draws:>11}  {cells['distinct_images']:>8}  "
+        f"{row['images_per_second']:8.1f}  {cells['data_wait']:>9}"
+    )
+
+
+def format_summary(job: Job, last: Evaluation) -> str:
+    """What to know after a run: last and best epoch, weakest classes, commonest confusions."""
+    best = best_epoch(job.history)
+    lines = [
+        f"{name} epoch {row['epoch']}: balanced accuracy {row['balanced_accuracy']:.1%}"
+        for name, row in (("last", job.history[-1]), ("best", best))
+    ]
+    lines[-1] += " (picked on the validation images, so slightly optimistic)"
+    recall, val_counts = recall_by_class(last.confusion), last.confusion.sum(1)
+    names = [printable(name) for name in job.data.classes]
+    known = [label for label in recall.argsort(stable=True).tolist() if val_counts[label]]
+    lines.append("lowest recall, last epoch:")
+    lines += [
+        f"{recall[label]:8.1%} of {val_counts[label]:4}  {names[label]}" for label in known[:5]
+    ]
+    wrong = last.confusion - last.confusion.diag().diag()
+    lines.append("most frequent confusions, last epoch:")
+    for pair in wrong.flatten().topk(min(5, wrong.numel())).indices.tolist():
+        true, taken = divmod(pair, len(names))
+        if wrong[true, taken]:
+            share = f"{wrong[true, taken]:8} of {val_counts[true]:4}"
+            lines.append(f"{share}  {names[true]} taken for {names[taken]}")
+    lines.append(f"measured on {describe_val(job.data)}")
+    if left_out := len(job.data.unreadable):
+        lines.append(f"unreadable images, left out and listed in config.json: {left_out}")
+    return "\n".join(lines)
+
+
+def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of the epoch with the highest balanced accuracy, the first of several."""
+    return max(history, key=lambda row: row["balanced_accuracy"])
+
+
+def print_end(job: Job, last: Evaluation | None) -> None:
+    """Print what to know after the last epoch; `last` is missing where none was left to train."""
+    where = printable(str(job.args.output))
+    if last is None:
+        print(f"\nnothing is left to do in {where}")
+        return
+    print(f"\n{format_summary(job, last)}")
+    if changes := changes_since_baseline(job, last):
+        print(format_comparison(changes, job.args.baseline))
+    print(f"results in {where}")
+
+
+def format_comparison(changes: list[Change], baseline: Path) -> str:
+    """The table of what changed since the baseline; "undecided" where the interval holds 0."""
+    lines = [
+        f"since {printable(str(baseline))}, last epochs, in points with a 95 % interval:",
+        "measure            before   after  difference    low    high",
+    ]
+    for name, before, after, *difference in changes:
+        if math.isnan(before):
+            continue  # an empty group
+        values = "  ".join(f"{100 * value:+6.1f}" for value in difference)
+        undecided = "  undecided" if difference[1] <= 0 <= difference[2] else ""
+        name = name.replace("_", " ")
+        lines.append(f"{name:17} {before:7.1%} {after:7.1%}      {values}{undecided}")
+    return "\n".join(lines)
 
 
 class Panel(NamedTuple):
@@ -1058,6 +1335,32 @@ class Panel(NamedTuple):
     first: int
     series: dict[str, list[float]]  # values by name, NaN for a gap
     lines: bool
+
+
+def draw_charts(job: Job, last: Evaluation) -> None:
+    """Draw the course of the run, and the recall of each class, most training images first."""
+
+    def curves(title: str, **columns: str) -> Panel:
+        values = {name: [row[key] for row in job.history] for name, key in columns.items()}
+        return Panel(title, "epoch", job.history[0]["epoch"], values, lines=True)
+
+    losses = curves("loss", training="train_loss", validation="val_loss")
+    shares = curves("accuracy", balanced="balanced_accuracy", plain="accuracy")
+    write_chart(job.args.output / "curves.png", (losses, shares))
+    counts = job.data.counts(job.data.train)
+    order = counts.argsort(descending=True, stable=True)
+    recalls = {"recall": recall_by_class(last.confusion)}
+    if job.baseline is not None:
+        before = confusion_matrix(last.targets, job.baseline, len(counts))
+        recalls = {"before": recall_by_class(before), "after": recalls["recall"]}
+    place = "place of the class, most training images first"
+    bars = {name: recall[order].tolist() for name, recall in recalls.items()}
+    images = {"images": counts[order].tolist()}
+    panels = (
+        Panel("recall", place, 0, bars, False),
+        Panel("training images", place, 0, images, False),
+    )
+    write_chart(job.args.output / "classes.png", panels)
 
 
 def write_chart(path: Path, panels: Sequence[Panel]) -> None:
@@ -1106,330 +1409,100 @@ def ticks(top: float) -> list[float]:
     return [step * number for number in range(math.floor(top / step + 1e-9) + 1)]
 
 
-def write_tables(
-    output: Path,
-    data: Data,
-    history: list[dict[str, Any]],
-    draws: Tensor,
-    last: Evaluation,
-    confusion: Tensor,
-) -> None:
-    """Write the tables of a run; recall and predictions are the last epoch's."""
-    write_table(output / "history.csv", history[0], (row.values() for row in history))
-    paths = [data.names[index] for index in data.val]
-    names = ([data.classes[index] for index in part] for part in (last.targets, last.predicted))
-    rows = zip(paths, *names, last.probability.tolist(), strict=True)
-    write_table(output / "predictions.csv", ("path", "class", "predicted", "probability"), rows)
-    asked = confusion.sum(1)
-    intervals = wilson_interval(confusion.diag(), asked)
-    columns = (data.counts(data.train), asked, draws, recall_by_class(confusion), *intervals)
-    header = ("class", "train_images", "val_images", "draws", "recall", "low", "high")
-    rows = zip(data.classes, *(column.tolist() for column in columns), strict=True)
-    write_table(output / "classes.csv", header, rows)
-
-
-def draw_charts(
-    output: Path, history: list[dict[str, Any]], train_images: Tensor, recalls: dict[str, Tensor]
-) -> None:
-    """Draw the course of the run, and the recall of each class, most training images first."""
-
-    def curves(title: str, **columns: str) -> Panel:
-        values = {name: [row[key] for row in history] for name, key in columns.items()}
-        return Panel(title, "epoch", history[0]["epoch"], values, lines=True)
-
-    losses = curves("loss", training="train_loss", validation="val_loss")
-    shares = curves("accuracy", balanced="balanced_accuracy", plain="accuracy")
-    write_chart(output / "curves.png", (losses, shares))
-    order = train_images.argsort(descending=True, stable=True)
-    rank = "rank of the class, most training images first"
-    bars = {name: recall[order].tolist() for name, recall in recalls.items()}
-    counts = {"images": train_images[order].tolist()}
-    panels = Panel("recall", rank, 0, bars, False), Panel("training images", rank, 0, counts, False)
-    write_chart(output / "classes.png", panels)
-
-
-def save_model(names: list[str], args: Namespace, data: Data, model: nn.Module, epoch: int) -> None:
-    """Write all that it takes to use the network; `weights_only=True` loads it."""
-    content = {
-        "arch": args.arch,
-        "classes": data.classes,
-        "image_size": eval_size(args.image_size),
-        "epoch": epoch,
-        "state_dict": {key: value.cpu() for key, value in model.state_dict().items()},
-    }
-    save(content, *(args.output / name for name in names))
-
-
-def save_state(output: Path, state: dict[str, Any], model: nn.Module, phase: Phase | None) -> None:
-    """Write what a run needs to go on."""
-    parts = {name: getattr(phase, name) for name in KEPT} if phase else {}
-    parts = {name: part.state_dict() for name, part in parts.items() if part}
-    save(state | {"model": model.state_dict(), "phase": parts}, output / STATE)
-
-
-def load_state(args: Namespace) -> dict[str, Any]:
-    """What the run in `--output` needs to go on; raises `DataError` if the settings are others."""
-    try:
-        state = torch.load(args.output / STATE, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception:  # a damaged file raises nearly anything
-        raise DataError(f"--resume: {args.output / STATE}: damaged; start a new run") from None
-    given = settings(args)
-    other = [
-        f"--{name.replace('_', '-')} {old} (not {given[name]})"
-        for name, old in state["settings"].items()
-        if given[name] != old
-    ]
-    if other:
-        hint = "; the learning rates depend on --epochs" if "epochs" in " ".join(other) else ""
-        raise DataError(f"--resume: the run was started with {', '.join(other)}{hint}")
-    return state
-
-
-def settings(args: Namespace) -> dict[str, Any]:
-    """The settings that decide what comes out of a run."""
-    kept = {name: value for name, value in vars(args).items() if name not in FREE}
-    return kept | {"source": args.source is not None}
-
-
-def save(content: dict[str, Any], *paths: Path) -> None:
-    """Write tensors and plain values to each of the files."""
-    stream = io.BytesIO()
-    torch.save(content, stream)
-    for path in paths:
-        write_file(path, stream.getbuffer())
-
-
-HEADER = (
-    "  epoch  phase  train loss  val loss  accuracy      balanced    many  medium     few"
-    "  draws/class  distinct  images/s  data wait"
-)
-
-
-def format_epoch(row: dict[str, Any], epochs: int) -> str:
-    """The line of an epoch, as wide as `HEADER`."""
-    cells = {key: f"{value:.1%}" for key, value in row.items() if isinstance(value, float)}
-    cells = {key: "-" if "nan" in cell else cell for key, cell in cells.items()}
-    draws = f"{row['fewest_draws']}-{row['most_draws']}"
-    balanced = f"{row['balanced_accuracy']:.1%} ±{100 * row['half_width']:.1f}"
-    return (
-        f"{row['epoch']:3}/{epochs:<3}  {row['phase']:5}  {row['train_loss']:10.3f}  "
-        f"{row['val_loss']:8.3f}  {cells['accuracy']:>8}  {balanced:>12}  "
-        f"{cells['many']:>6}  {cells['medium']:>6}  {cells['few']:>6}  "
-        f"{draws:>11}  {cells['distinct_images']:>8}  "
-        f"{row['images_per_second']:8.1f}  {cells['data_wait']:>9}"
-    )
-
-
-def format_comparison(changes: list[Change], baseline: Path) -> str:
-    """The table of what changed since the baseline; "undecided" where the interval holds 0."""
-    lines = [
-        f"since {printable(str(baseline))}, last epochs, in points with a 95 % interval:",
-        "measure            before   after  difference    low    high",
-    ]
-    for name, before, after, *difference in changes:
-        if math.isnan(before):
-            continue  # an empty group
-        values = "  ".join(f"{100 * value:+6.1f}" for value in difference)
-        undecided = "  undecided" if difference[1] <= 0 <= difference[2] else ""
-        name = name.replace("_", " ")
-        lines.append(f"{name:17} {before:7.1%} {after:7.1%}      {values}{undecided}")
-    return "\n".join(lines)
-
-
-def describe_val(data: Data) -> str:
-    """How many validation images there are, and where they are from."""
-    if not data.added:
-        return f"{len(data.val)} validation images"
-    return f"{len(data.val) - data.added} validation images of OUT and {data.added} others of SRC"
-
-
-def format_summary(data: Data, history: list[dict[str, Any]], confusion: Tensor) -> str:
-    """What to know after a run: last and best epoch, weakest classes, commonest confusions."""
-    best = max(history, key=lambda row: row["balanced_accuracy"])
-    lines = [
-        f"{name} epoch {row['epoch']}: balanced accuracy {row['balanced_accuracy']:.1%}"
-        for name, row in (("last", history[-1]), ("best", best))
-    ]
-    lines[-1] += " (picked on the validation images, so slightly optimistic)"
-    recall, asked = recall_by_class(confusion), confusion.sum(1)
-    names = [printable(name) for name in data.classes]
-    known = [index for index in recall.argsort(stable=True).tolist() if asked[index]]
-    lines.append("lowest recall, last epoch:")
-    lines += [f"{recall[index]:8.1%} of {asked[index]:4}  {names[index]}" for index in known[:5]]
-    wrong = confusion - confusion.diag().diag()
-    lines.append("most frequent confusions, last epoch:")
-    for pair in wrong.flatten().topk(min(5, wrong.numel())).indices.tolist():
-        true, taken = divmod(pair, len(names))
-        if wrong[true, taken]:
-            share = f"{wrong[true, taken]:8} of {asked[true]:4}"
-            lines.append(f"{share}  {names[true]} taken for {names[taken]}")
-    lines.append(f"measured on {describe_val(data)}")
-    if data.broken:
-        lines.append(f"unreadable images, left out and listed in config.json: {len(data.broken)}")
-    return "\n".join(lines)
-
-
 # ------------------------------------------------------------------------------------ run
 
 
-class Job(NamedTuple):
-    """What a run starts from."""
+def prepare(args: Namespace, compute: Compute) -> tuple[Job, str]:
+    """All that is read and built before the first epoch, and in words where the network is from.
 
-    args: Namespace
-    data: Data
-    before: Tensor | None  # what the baseline predicted for the validation images: (M,) int64
-    state: dict[str, Any]  # of the run: next epoch, settings, history, draws, network, optimizer
-    named: list[str]  # the classes of the weights in `state`, if they are known
-
-
-def prepare(args: Namespace, processes: int) -> Job:
-    """Read all there is to read before the network is built, to go on from the run's own folder."""
+    A run that goes on takes it from its own folder.
+    """
     check_settings(args)
     if args.resume:
         state = load_state(args)
-        folders = {"train": args.out, "val": args.out, "source": args.source}
-        data = load_split(args.output, folders, state["broken"])
+        data = load_split(args, state["unreadable"])
         named = data.classes
     else:
         weights, named = load_weights(args.arch, args.weights)
         data = load_data(args.out, args.source, not args.no_check, args.val_fraction, args.seed)
         draws = torch.zeros(len(data.classes), dtype=torch.int64)
-        state = {"next": min(1, args.epochs), "settings": settings(args), "history": []}
-        state |= {"draws": draws, "model": weights, "broken": data.broken}
-    before = load_baseline(args.baseline, data) if args.baseline else None
+        state = {"model": weights, "history": [], "draws": draws, "phase": {}}
+    baseline = load_baseline(args.baseline, data) if args.baseline else None
     smallest = min(len(data.train) // len(Batches(data.train, args.batch_size)), len(data.val))
+    processes = compute.world_size
     if args.batch_size % processes or smallest < processes:
         text = f"cannot be divided among {processes} processes; take a multiple, or fewer processes"
         raise DataError(f"--batch-size {args.batch_size}: {text}")
-    return Job(args, data, before, state, named)
+    torch.manual_seed(args.seed)
+    model, origin = build_model(args.arch, data.classes, state["model"], named)
+    kept = state["history"], state["draws"], state["phase"]
+    return Job(args, compute, data, baseline, model, *kept), origin
 
 
-def start_run(job: Job, compute: Compute, model: ResNet, origin: str) -> None:
+def start_run(job: Job, origin: str) -> None:
     """Make the run folder with the settings in it, and print what is about to happen."""
-    args, data = job.args, job.data
-    cuda = compute.device.type == "cuda"
-    device = torch.cuda.get_device_name(compute.device) if cuda else str(compute.device)
-    train, val = data.counts(data.train), data.counts(data.val)
-    versions = {library.__name__: library.__version__ for library in (torch, torchvision, np, PIL)}
-    content = {
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "versions": {"python": platform.python_version(), **versions},
-        "device": device,
-        "processes": compute.world_size,
-        "precision": str(compute.amp or torch.float32),
-        "classes": data.classes,
-        "train_images": train.tolist(),
-        "val_images": val.tolist(),
-        "val_images_of_source": data.added,
-        "left_out": data.broken,
-    }
-    args.output.mkdir(parents=True, exist_ok=True)
-    for unfinished in args.output.glob(".*.partial"):  # of a run that was killed
+    output, where = job.args.output, job.compute.device
+    device = torch.cuda.get_device_name(where) if where.type == "cuda" else str(where)
+    output.mkdir(parents=True, exist_ok=True)
+    for unfinished in output.glob(".*.partial"):  # of a run that was killed
         unfinished.unlink()
-    if not args.resume:
-        write_split(args.output, data)
-        save_state(args.output, job.state, model, None)
-    write_file(args.output / "config.json", json.dumps(content, indent=1).encode())
-    print(
-        f"{len(data.train)} training images in {len(data.classes)} classes of {train.max()} to "
-        f"{train.min()}, imbalance ratio {train.max() / train.min():.1f}; "
-        f"{describe_val(data)}; {len(data.broken)} unreadable left out\n"
-        f"{args.arch}, {origin}; {device}, {content['precision']}\n\n{HEADER}",
-        *(format_epoch(row, args.epochs) for row in job.state["history"]),
-        sep="\n",
-        flush=True,
-    )
+    if not job.args.resume:
+        write_split(job)
+        save_state(job, None)
+    write_config(job, device)
+    print_start(job, origin, device)
 
 
-def report(
-    job: Job, model: ResNet, phase: Phase, row: dict[str, Any], last: Evaluation, confusion: Tensor
-) -> list[Change]:
-    """Print and write all there is to say after an epoch; what changed since the baseline.
+def report(job: Job, phase: Phase, last: Evaluation) -> None:
+    """Print and write all there is to say after an epoch.
 
     The state comes last, so that a run goes on from an epoch of which every file is there.
     """
-    args, data, before, state, _ = job
-    history, changes = state["history"], []
-    history.append(row)
-    print(format_epoch(row, args.epochs), flush=True)
-    best = row is max(history, key=lambda row: row["balanced_accuracy"])
-    names = ["last.pt", "best.pt"] if best else ["last.pt"]
-    save_model(names, args, data, phase.result, row["epoch"])
-    write_tables(args.output, data, history, state["draws"], last, confusion)
-    recalls = {"recall": recall_by_class(confusion)}
-    if before is not None:
-        changes = compare(last.targets, before, last.predicted, data.counts(data.train), args.seed)
-        write_table(args.output / "comparison.csv", CHANGE, changes)
-        old = confusion_matrix(last.targets, before, len(data.classes))
-        recalls = {"before": recall_by_class(old), "after": recalls["recall"]}
-    draw_charts(args.output, history, data.counts(data.train), recalls)
-    save_state(args.output, state | {"next": row["epoch"] + 1}, model, phase)
-    return changes
+    row = job.history[-1]
+    print(format_epoch(row, job.args.epochs), flush=True)
+    save_model(job, phase, "last.pt", *["best.pt"] * (row is best_epoch(job.history)))
+    write_tables(job, last)
+    draw_charts(job, last)
+    save_state(job, phase)
 
 
 def run(args: Namespace) -> None:
     """Train and evaluate as `args` say, and fill the run folder."""
     compute = join_processes(args.device, args.amp)
     args.device, args.amp = compute.device.type, compute.amp is not None
-    job = share(prepare(args, compute.world_size) if compute.rank == 0 else None)
-    args, data, _, state, named = job
-    torch.manual_seed(args.seed)
-    model, origin = build_model(args.arch, data.classes, state["model"], named)
-    model.to(compute.device, memory_format=torch.channels_last)
+    job, origin = broadcast(prepare(args, compute) if compute.rank == 0 else (None, ""))
+    job.compute, args = compute, job.args
+    job.model.to(compute.device, memory_format=torch.channels_last)
     if compute.rank == 0:
-        start_run(job, compute, model, origin)
-
-    ours = data.val[compute.rank :: compute.world_size]
-    train = Batches(data.train, args.batch_size, compute.rank, compute.world_size)
-    batches = train, Batches(ours, args.batch_size)
-    weights = sample_weights(data.labels[data.train], 1.0 if args.power is None else args.power)
-    train_images = data.counts(data.train)
-    offset = log_prior(train_images) * (args.rebalance == "loss")
-    phase = None
-    for epoch in range(state["next"], args.epochs + 1):
+        start_run(job, origin)
+    first = job.history[-1]["epoch"] + 1 if job.history else min(1, args.epochs)
+    phase, last = None, None
+    for epoch in range(first, args.epochs + 1):
         started = time.perf_counter()
-        waits: list[float] = []
-        frozen = 0 < epoch <= args.frozen_epochs
-        begins = epoch in (0, 1, args.frozen_epochs + 1)
-        if begins or phase is None:
-            phase = begin_phase(frozen, args, model, data, batches, compute, waits)
-            for name, part in {} if begins else state["phase"].items():
-                getattr(phase, name).load_state_dict(part)
-        loss, chosen = math.nan, data.train[:0]
-        if epoch:
-            ends = (1, args.frozen_epochs) if frozen else (args.frozen_epochs + 1, args.epochs)
-            weighted = is_weighted(args.rebalance, epoch, *ends)
-            chosen = data.train[draw_images(weights, weighted, args.seed, epoch)]
-            train.assign(chosen, seeded("augment", args.seed, epoch))
-            inputs = timed(phase.train, f"training, {phase.name}", waits, compute)
-            loss = train_epoch(phase, inputs, train.sizes(), offset, args.label_smoothing, compute)
-        seconds = time.perf_counter() - started
-        last = evaluate(phase.evaluated, timed(phase.val, "validation", [], compute), compute)
-        confusion = confusion_matrix(last.targets, last.predicted, len(data.classes))
-        state["draws"] += data.counts(chosen)
+        job.waits.clear()
+        if phase is None or epoch not in phase.epochs:
+            phase = begin_phase(job, epoch)
+        drawn = draw_epoch(job, phase, epoch)
+        loss = train_epoch(job, phase) if epoch else math.nan
+        seconds, waited = time.perf_counter() - started, sum(job.waits)
+        last = evaluate(phase.evaluated, timed(phase.val, "validation", job), compute)
         row = {
             "epoch": epoch,
-            "phase": phase.name if epoch else "given",
+            "phase": phase.name,
             "train_loss": loss,
             "val_loss": last.loss,
-            **measure(confusion, train_images),
-            **count_draws(data, chosen),
-            "learning_rate": phase.scheduler.get_last_lr()[0],
-            "images_per_second": len(chosen) / seconds,
-            "data_wait": sum(waits) / seconds,
+            **measure(last.confusion, job.data.counts(job.data.train)),
+            **count_draws(job.data, drawn),
+            "learning_rate": phase.scheduler.get_last_lr()[0] if epoch else math.nan,
+            "images_per_second": len(drawn) / seconds,
+            "data_wait": waited / seconds,
             "seconds": time.perf_counter() - started,
         }
+        job.history.append(row)
         if compute.rank == 0:
-            changes = report(job, model, phase, row, last, confusion)
-    if not phase and compute.rank == 0:
-        print(f"\nnothing is left to do in {printable(str(args.output))}")
-    elif compute.rank == 0:
-        print(f"\n{format_summary(data, state['history'], confusion)}")
-        if changes:
-            print(format_comparison(changes, args.baseline))
-        print(f"results in {printable(str(args.output))}")
+            report(job, phase, last)
+    if compute.rank == 0:
+        print_end(job, last)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -136,31 +136,26 @@ def run_command(command: list[str], remove: Path | None = None) -> Figure:
 class Prepared(NamedTuple):
     """A full phase of the script, and the draws of a turn."""
 
-    compute: training.Compute
+    job: training.Job
     phase: training.Phase
-    train: training.Batches
-    chosen: Tensor
+    drawn: Tensor
 
 
 @functools.cache
 def prepare(setting: Setting) -> Prepared:
     """What the script has made by the time that it trains everything, with random weights."""
     command = [str(setting.folder), "--arch", setting.arch, "--device", setting.device]
+    command += ["--weights", "none", "--frozen-epochs", "0", "--no-check"]
     args = training.parse_args([*command, "--batch-size", str(setting.batch_size)])
     compute = training.join_processes(args.device, args.amp)
     args.device = compute.device.type
-    training.check_settings(args)
-    data = training.load_data(args.out, None, False, args.val_fraction, args.seed)
-    model, _ = training.build_model(args.arch, data.classes, {}, [])
-    model.to(compute.device, memory_format=torch.channels_last)
+    job, _ = training.prepare(args, compute)
+    job.model.to(compute.device, memory_format=torch.channels_last)
+    args.weights = "as if they were pretrained"
+    phase = training.begin_phase(job, 1)
+    drawn = training.draw_epoch(job, phase, 1)
     images = STEPS[compute.device.type] * setting.batch_size
-    train = training.Batches(data.train, setting.batch_size)
-    val = training.Batches(data.val, setting.batch_size)
-    phase = training.full_phase(args, model, data, (train, val), compute)
-    weights = training.sample_weights(data.labels[data.train], 1.0)
-    drawn = training.draw_images(weights, True, 0, 1)
-    chosen = data.train[drawn.repeat(1 + images // len(drawn))[:images]]
-    return Prepared(compute, phase, train, chosen)
+    return Prepared(job, phase, drawn.repeat(1 + images // len(drawn))[:images])
 
 
 def synchronise(device: torch.device) -> None:
@@ -171,33 +166,32 @@ def synchronise(device: torch.device) -> None:
 
 def bare_step(setting: Setting) -> Figure:
     """Images per second of forward, backward and optimizer, on a batch that is there already."""
-    compute, phase, _, chosen = prepare(setting)
+    job, phase, drawn = prepare(setting)
+    compute = job.compute
     noise = torch.randint(256, (setting.batch_size, 224, 224, 3), dtype=torch.uint8)
     inputs = training.to_input(noise, compute.device)
     targets = torch.zeros(setting.batch_size, dtype=torch.int64, device=compute.device)
     synchronise(compute.device)
     started = time.perf_counter()
-    for _ in range(len(chosen) // setting.batch_size):
+    for _ in range(len(drawn) // setting.batch_size):
         with compute.autocast():
             logits = phase.network(inputs)
         phase.optimizer.zero_grad()
         F.cross_entropy(logits.float(), targets).backward()
         phase.optimizer.step()
     synchronise(compute.device)
-    return len(chosen) / (time.perf_counter() - started), own_peak()
+    return len(drawn) / (time.perf_counter() - started), own_peak()
 
 
 def epoch_loop(setting: Setting) -> Figure:
     """Images per second of the script's own loop, from the files on."""
-    compute, phase, train, chosen = prepare(setting)
-    train.assign(chosen, training.seeded("augment", 0, 1))
+    job, phase, drawn = prepare(setting)
+    phase.batches.assign(drawn, training.seeded("augment", 0, 1))
     phase.scheduler.last_epoch = 0  # the schedule may not end
-    offset = torch.zeros(phase.result.fc.out_features)
     started = time.perf_counter()
-    inputs = training.timed(phase.train, "training", [], compute)
-    training.train_epoch(phase, inputs, train.sizes(), offset, 0.0, compute)
-    synchronise(compute.device)
-    return len(chosen) / (time.perf_counter() - started), own_peak()
+    training.train_epoch(job, phase)
+    synchronise(job.compute.device)
+    return len(drawn) / (time.perf_counter() - started), own_peak()
 
 
 @functools.cache
@@ -260,9 +254,10 @@ def race_training(setting: Setting) -> list[str]:
 def our_loader(setting: Setting) -> Figure:
     """Images per second that the script decodes, augments and batches on one core."""
     torch.set_num_threads(1)
-    _, phase, train, chosen = prepare(setting)
-    train.assign(chosen.repeat(1 + READ // len(chosen))[:READ], training.seeded("augment", 0, 1))
-    loader = DataLoader(phase.train.dataset, batch_sampler=train)
+    _, phase, drawn = prepare(setting)
+    drawn = drawn.repeat(1 + READ // len(drawn))[:READ]
+    phase.batches.assign(drawn, training.seeded("augment", 0, 1))
+    loader = DataLoader(phase.train.dataset, batch_sampler=phase.batches)
     started = time.perf_counter()
     for _ in loader:
         pass
@@ -383,18 +378,21 @@ def grow(images: int, folder: Path) -> dict[str, float]:
     lap("split")
     weights = training.sample_weights(labels[train], 1.0)
     lap("weights")
-    chosen = train[training.draw_images(weights, True, 0, 1)]
+    drawn = train[training.draw_images(weights, True, 0, 1)]
     lap("draw")
     batches = training.Batches(train, 64)
-    batches.assign(chosen, training.seeded("augment", 0, 1))
+    batches.assign(drawn, training.seeded("augment", 0, 1))
     for _ in batches:
         pass
     lap("batches")
-    predicted = labels[val].roll(1)
-    last = training.Evaluation(0.0, labels[val], predicted, torch.ones(len(val)))
-    confusion = training.confusion_matrix(last.targets, predicted, len(classes))
-    history = [training.measure(confusion, data.counts(train)) | training.count_draws(data, chosen)]
-    training.write_tables(folder.parent, data, history, data.counts(chosen), last, confusion)
+    targets, predicted = labels[val], labels[val].roll(1)
+    confusion = training.confusion_matrix(targets, predicted, len(classes))
+    last = training.Evaluation(0.0, targets, predicted, torch.ones(len(val)), confusion)
+    history = [training.measure(confusion, data.counts(train)) | training.count_draws(data, drawn)]
+    args = argparse.Namespace(output=folder.parent)
+    counts, compute = data.counts(drawn), training.Compute(torch.device("cpu"), None)
+    job = training.Job(args, compute, data, None, models.resnet18(), history, counts, {})
+    training.write_tables(job, last)
     lap("evaluation")
     return {"images": images, **seconds, "bytes": (own_peak() - before) / images}
 

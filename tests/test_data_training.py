@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np
@@ -55,10 +56,10 @@ def test_late_switches_to_the_sampler_in_the_last_quarter_of_a_phase(
     first: int, last: int, weighted: list[int]
 ) -> None:
     epochs = range(first, last + 1)
-    assert [e for e in epochs if training.is_weighted("late", e, first, last)] == weighted
-    assert all(training.is_weighted("sampler", epoch, first, last) for epoch in epochs)
-    assert not any(training.is_weighted("loss", epoch, first, last) for epoch in epochs)
-    assert not any(training.is_weighted("none", epoch, first, last) for epoch in epochs)
+    assert [e for e in epochs if training.is_weighted("late", e, epochs)] == weighted
+    assert all(training.is_weighted("sampler", epoch, epochs) for epoch in epochs)
+    assert not any(training.is_weighted("loss", epoch, epochs) for epoch in epochs)
+    assert not any(training.is_weighted("none", epoch, epochs) for epoch in epochs)
 
 
 def test_classes_are_drawn_equally_often_however_many_images_they_have() -> None:
@@ -195,35 +196,50 @@ def test_the_wilson_interval_is_the_published_one(
     assert [end.item() for end in ends] == pytest.approx([low, high], abs=5e-5)
 
 
-def test_the_half_width_by_hand() -> None:
-    recall = torch.tensor([1 / 3, 0.9, 1.0, math.nan], dtype=torch.float64)
-    asked, weights = torch.tensor([3, 10, 1, 0]), torch.tensor([1 / 3, 1 / 3, 1 / 3, 0])
-    variance = (2 / 9 / 2 + 0.09 / 9 + 1 / 4) / 9  # of a single image nothing is known
-    assert training.half_width(recall, asked, weights) == pytest.approx(1.96 * variance**0.5, 1e-4)
+EQUAL = torch.full((1, 5), 0.2, dtype=torch.float64)
+
+
+def test_the_variance_of_a_recall_by_hand() -> None:
+    recall = torch.tensor([1 / 3, 0.9, 1.0, 1.0, 0.0, math.nan], dtype=torch.float64)
+    variance = training.recall_variance(recall, torch.tensor([3, 10, 1, 3, 19, 0]))
+    # 2/9 / 2; 0.09 / 9; one image; Beta(3.5, 0.5); Beta(0.5, 19.5)
+    expected = [1 / 9, 0.01, 0.25, 0.875 * 0.125 / 5, 0.025 * 0.975 / 21]
+    assert variance[:5].tolist() == pytest.approx(expected) and variance[5].isnan()
+    weights = torch.tensor([[0.5, 0.25, 0.25, 0, 0, 0], [math.nan] * 6])
+    half, empty = training.half_widths(variance, weights.double()).tolist()
+    assert half == pytest.approx(1.96 * (1 / 36 + 0.01 / 16 + 1 / 64) ** 0.5, rel=1e-4)
+    assert math.isnan(empty)
+
+
+def test_three_images_that_are_right_do_not_make_sure() -> None:
+    result = training.measure(torch.tensor([[3, 0], [0, 3]]), torch.tensor([9, 9]))
+    assert result["balanced_accuracy"] == 1.0 and 0.15 < result["half_width"] < 0.3
 
 
 def test_the_half_width_is_that_of_a_bootstrap_within_classes() -> None:
     stream = torch.Generator().manual_seed(0)
-    asked, recall = torch.tensor([60, 80, 200, 40, 120]), torch.tensor([0.2, 0.5, 0.85, 0.95, 0.7])
+    counts, recall = torch.tensor([60, 80, 200, 40, 120]), torch.tensor([0.2, 0.5, 0.85, 0.95, 0.7])
     means = []
-    for size, part in zip(asked.tolist(), recall.tolist(), strict=True):
+    for size, part in zip(counts.tolist(), recall.tolist(), strict=True):
         right = (torch.arange(size) < round(size * part)).double()
         means.append(right[torch.randint(size, (20000, size), generator=stream)].mean(1))
     low, high = torch.stack(means).mean(0).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-    half = training.half_width(recall.double(), asked, torch.full((5,), 0.2).double())
+    half = training.half_widths(training.recall_variance(recall.double(), counts), EQUAL).item()
     assert half == pytest.approx((high - low) / 2, rel=0.04)
 
 
-def test_the_half_width_covers_the_truth_as_often_as_it_says() -> None:
+@pytest.mark.parametrize(("lowest", "highest"), [(0.3, 0.9), (0.9, 1.0)])
+def test_the_half_width_covers_the_truth_as_often_as_it_says(lowest: float, highest: float) -> None:
+    """Where nearly all recalls are 1 it may cover it more often, never less."""
     stream = torch.Generator().manual_seed(0)
-    asked = torch.arange(40) % 20 + 2  # 2 to 21 images a class
-    truth = torch.rand(40, generator=stream).double() * 0.6 + 0.3
-    weights, covered = torch.full((40,), 1 / 40).double(), 0
+    counts = torch.arange(40) % 20 + 2  # 2 to 21 images a class
+    truth = lowest + torch.rand(40, generator=stream).double() * (highest - lowest)
+    weights, covered = torch.full((1, 40), 1 / 40).double(), 0
     for _ in range(2000):
-        recall = torch.binomial(asked.double(), truth, generator=stream) / asked
-        half = training.half_width(recall, asked, weights)
+        recall = torch.binomial(counts.double(), truth, generator=stream) / counts
+        half = training.half_widths(training.recall_variance(recall, counts), weights).item()
         covered += bool((recall.mean() - truth.mean()).abs() <= half)
-    assert 0.93 < covered / 2000 < 0.97
+    assert 0.93 < covered / 2000 < (0.98 if highest < 1 else 1)
 
 
 def two_runs(stream: torch.Generator, sizes: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -238,42 +254,46 @@ def two_runs(stream: torch.Generator, sizes: torch.Tensor) -> tuple[torch.Tensor
     return targets, before, torch.where(fate < 0.6, targets, wrong)
 
 
-def test_the_interval_of_a_difference_is_the_closed_form_where_there_is_one() -> None:
-    sizes = torch.tensor([300, 150, 90])
-    targets, before, after = two_runs(torch.Generator().manual_seed(1), sizes)
-    change = (after == targets).double() - (before == targets).double()
-    parts = change.split(sizes.tolist())
-    errors = torch.stack([part.var() / len(part) for part in parts])  # unbiased
-    shares = {"accuracy": sizes.double() / 540, "balanced_accuracy": torch.ones(3).double() / 3}
-    rows = training.compare(targets, before, after, torch.tensor([300, 50, 5]), 0)
-    assert rows == training.compare(targets, before, after, torch.tensor([300, 50, 5]), 0)
-    assert [row[0] for row in rows] == ["accuracy", "balanced_accuracy", "many", "medium", "few"]
-    for group, part in zip(("many", "medium", "few"), torch.eye(3), strict=True):
+def test_the_interval_of_a_difference_is_that_of_a_paired_bootstrap() -> None:
+    """Images are resampled within classes, and both runs are judged on the same ones."""
+    sizes, stream = torch.tensor([1200, 600, 360]), torch.Generator().manual_seed(1)
+    targets, before, after = two_runs(stream, sizes)
+    change = ((after == targets).double() - (before == targets).double()).split(sizes.tolist())
+    means = torch.stack(
+        [part[torch.randint(len(part), (5000, len(part)), generator=stream)].mean(1)
+         for part in change]
+    )  # fmt: skip
+    shares = {"accuracy": sizes.double() / 2160, "balanced_accuracy": torch.ones(3).double() / 3}
+    for group, part in zip(("many", "medium", "few"), torch.eye(3).double(), strict=True):
         shares[group] = part
-    for name, _, _, difference, low, high in rows:
-        share = shares[name].double()
-        mean = sum(weight * part.mean() for weight, part in zip(share, parts, strict=True)).item()
-        half = 1.96 * (share**2 * errors).sum().sqrt().item()
-        assert difference == pytest.approx(mean, abs=1e-12), name
-        assert [low, high] == pytest.approx([mean - half, mean + half], abs=0.12 * half), name
+    rows = training.compare(targets, before, after, torch.tensor([300, 50, 5]))
+    assert [row.measure for row in rows] == list(shares)
+    for row in rows:
+        ends = (shares[row.measure] @ means).quantile(torch.tensor([0.025, 0.975]).double())
+        assert [row.low, row.high] == pytest.approx(ends.tolist(), abs=0.004)
+        assert row.difference == pytest.approx(row.after - row.before, abs=1e-12)
+        mean = sum(w * part.mean() for w, part in zip(shares[row.measure], change, strict=True))
+        assert row.difference == pytest.approx(mean.item(), abs=1e-12)
 
 
-def test_the_interval_of_a_difference_covers_the_truth_as_often_as_it_says(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(training, "RESAMPLES", 1000)
+def test_the_interval_of_a_difference_covers_the_truth_as_often_as_it_says() -> None:
     stream = torch.Generator().manual_seed(2)
     sizes, covered = torch.arange(24) % 12 * 4 + 3, 0  # 3 to 47 images a class
-    for seed in range(400):
-        targets, before, after = two_runs(stream, sizes)
-        *_, low, high = training.compare(targets, before, after, sizes, seed)[1]
-        covered += low <= 0.1 <= high  # 0.2 newly right less 0.1 newly wrong
-    assert 0.92 < covered / 400 < 0.98
+    for _ in range(1000):
+        row = training.compare(*two_runs(stream, sizes), sizes)[1]
+        covered += row.low <= 0.1 <= row.high  # 0.2 newly right less 0.1 newly wrong
+    assert 0.92 < covered / 1000 < 0.98
+
+
+def test_one_image_newly_right_is_no_certain_gain() -> None:
+    targets = torch.tensor([0, 1, 1, 1])
+    row = training.compare(targets, torch.tensor([1, 1, 1, 1]), targets, torch.tensor([5, 5]))[1]
+    assert row.difference == 0.5 and row.low < 0 < row.high
 
 
 def test_identical_runs_differ_by_exactly_0_and_an_empty_group_by_nothing() -> None:
     targets, before, _ = two_runs(torch.Generator().manual_seed(3), torch.tensor([9, 1, 30]))
-    rows = training.compare(targets, before, before, torch.tensor([50, 30, 20, 500]), 0)
+    rows = training.compare(targets, before, before, torch.tensor([50, 30, 20, 500]))
     assert [row[3:] for row in rows[:2]] == [(0.0, 0.0, 0.0)] * 2
     assert all(math.isnan(number) for number in rows[2][1:])  # "many": no image of that class
 
@@ -289,37 +309,52 @@ def test_the_validation_loss_is_averaged_over_images_not_over_batches() -> None:
     sure, unsure = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])
     zero = torch.zeros(1, dtype=torch.int64)
     batches = [(sure.repeat(3, 1), zero.repeat(3)), (unsure, zero)]
-    result = training.evaluate(Answers(), batches, training.Compute(torch.device("cpu"), None))
+    result = training.evaluate(Answers(), batches, CPU)
+    assert result.confusion.tolist() == [[4, 0], [0, 0]]
     assert result.loss == pytest.approx((3 * math.log(1 + math.exp(-2)) + math.log(2)) / 4)
     assert result.predicted.tolist() == [0, 0, 0, 0]
     assert result.probability.tolist() == pytest.approx([1 / (1 + math.exp(-2))] * 3 + [0.5])
 
 
+CPU = training.Compute(torch.device("cpu"), None)
+
+
+def make_job(folder: Path, *arguments: str) -> training.Job:
+    """A run of a ResNet-18 on the images of the folder, before its first epoch."""
+    command = [str(folder), "--arch", "resnet18", "--device", "cpu", "--workers", "0", *arguments]
+    return training.prepare(training.parse_args([*command, "--no-check"]), CPU)[0]
+
+
 def fit(
     network: torch.nn.Module,
     batches: list[tuple[torch.Tensor, torch.Tensor]],
-    offset: torch.Tensor,
+    counts: list[int],
+    rebalance: str,
     lr: float,
 ) -> float:
-    """The loss of `train_epoch` by plain gradient descent."""
-    compute = training.Compute(torch.device("cpu"), None)
+    """The loss of `train_epoch` by plain gradient descent; `counts`: training images a class."""
     optimizer = torch.optim.SGD(network.parameters(), lr)
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    loaders = (batches, batches, optimizer, scheduler, scaler)
-    phase = training.Phase("head", network, network, network, None, *loaders)
-    sizes = [len(targets) for _, targets in batches]
-    return training.train_epoch(phase, batches, sizes, offset, 0.0, compute)
+    phase = SimpleNamespace(
+        name="head",
+        network=network,
+        average=None,
+        batches=SimpleNamespace(sizes=lambda: [len(targets) for _, targets in batches]),
+        train=batches,
+        optimizer=optimizer,
+        scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+    )
+    args = SimpleNamespace(rebalance=rebalance, label_smoothing=0.0)
+    data = SimpleNamespace(train=None, counts=lambda _: torch.tensor(counts))
+    return training.train_epoch(SimpleNamespace(args=args, data=data, compute=CPU, waits=[]), phase)
 
 
 def test_balanced_softmax_by_hand() -> None:
     network = torch.nn.Linear(1, 2, bias=False)
     torch.nn.init.zeros_(network.weight)
-    offset = training.log_prior(torch.tensor([3, 1]))  # equal logits: the prior alone
-    for label, loss in ((0, math.log(4 / 3)), (1, math.log(4))):
-        assert fit(
-            network, [(torch.ones(1, 1), torch.tensor([label]))], offset, 0.0
-        ) == pytest.approx(loss)
+    for label, loss in ((0, math.log(4 / 3)), (1, math.log(4))):  # equal logits: the prior alone
+        batches = [(torch.ones(1, 1), torch.tensor([label]))]
+        assert fit(network, batches, [3, 1], "loss", 0.0) == pytest.approx(loss)
 
 
 def test_the_optimum_of_balanced_softmax_is_the_posterior_of_balanced_classes() -> None:
@@ -329,9 +364,9 @@ def test_the_optimum_of_balanced_softmax_is_the_posterior_of_balanced_classes() 
     images = torch.eye(3).repeat(2, 1).repeat_interleave(counts.flatten(), 0)
     labels = torch.arange(2).repeat_interleave(counts.sum(1))
     network = torch.nn.Linear(3, 2, bias=False)
-    fit(network, [(images, labels)] * 1000, training.log_prior(counts.sum(1)), 0.5)
+    fit(network, [(images, labels)] * 1000, [80, 20], "loss", 0.5)
     assert torch.allclose(network(torch.eye(3)).softmax(1), posterior, atol=1e-3)
-    fit(network, [(images, labels)] * 1000, torch.zeros(2), 0.5)
+    fit(network, [(images, labels)] * 1000, [80, 20], "none", 0.5)
     assert torch.allclose(network(torch.eye(3)).softmax(1), (counts / counts.sum(0)).T, atol=1e-3)
 
 
@@ -640,18 +675,18 @@ def test_full_fine_tuning_moves_the_second_half_but_no_batchnorm_statistics(
     assert not torch.equal(full["fc.weight"], head["fc.weight"])
 
 
+def batch_of_noise(size: int) -> list[torch.Tensor]:
+    return [torch.randint(256, (2, size, size, 3)).byte(), torch.tensor([0, 1])]
+
+
 def test_from_random_weights_every_layer_is_trained(folder: Path) -> None:
-    args = training.parse_args([str(folder), "--epochs", "1", "--weights", "none"])
-    args.workers = args.frozen_epochs = 0
-    compute = training.Compute(torch.device("cpu"), None)
-    torch.manual_seed(0)
-    model = models.resnet18(num_classes=2)
-    given = {name: value.clone() for name, value in model.state_dict().items()}
-    data = training.load_data(folder, None, True, 0.2, 0)
-    pair = training.Batches(data.train, 64), training.Batches(data.val, 64)
-    phase = training.full_phase(args, model, data, pair, compute)
-    batch = [torch.randint(256, (2, 64, 64, 3)).byte(), torch.tensor([0, 1])]
-    training.train_epoch(phase, [batch], [2], torch.zeros(2), 0.0, compute)
+    job = make_job(folder, "--epochs", "1", "--weights", "none")
+    given = {name: value.clone() for name, value in job.model.state_dict().items()}
+    phase = training.begin_phase(job, 1)
+    torch.nn.init.normal_(job.model.fc.weight)  # a zero head gives the layers below no gradient
+    phase = phase._replace(train=[batch_of_noise(64)])
+    phase.batches.assign(job.data.train[:2], training.seeded("augment", 0, 1))
+    training.train_epoch(job, phase)
     for name, value in phase.result.state_dict().items():
         assert not torch.equal(value, given[name]), name
 
@@ -661,10 +696,10 @@ def test_evaluation_is_larger_by_up_to_a_seventh_in_whole_cells_of_32_pixels() -
     assert {size: training.eval_size(size) for size in sizes} == sizes
 
 
-def test_a_checkpoint_records_the_size_it_was_evaluated_at(tmp_path: Path) -> None:
-    args = training.parse_args(["x", "--arch", "resnet18", "--output", str(tmp_path)])
-    data = training.Data(["a", "b"], [], [], *[torch.zeros(0).long()] * 3, 0, [])
-    training.save_model(["last.pt"], args, data, models.resnet18(num_classes=2), 1)
+def test_a_checkpoint_records_the_size_it_was_evaluated_at(folder: Path, tmp_path: Path) -> None:
+    job = make_job(folder, "--weights", "none", "--output", str(tmp_path))
+    job.history.append({"epoch": 1})
+    training.save_model(job, SimpleNamespace(result=job.model), "last.pt")
     assert torch.load(tmp_path / "last.pt", weights_only=True)["image_size"] == 256
 
 
@@ -681,35 +716,34 @@ def test_evaluation_shows_objects_about_as_large_as_training_crops_do() -> None:
 
 
 def test_the_features_are_what_the_network_sees_in_evaluation(folder: Path) -> None:
-    torch.manual_seed(0)
-    model = models.resnet18(num_classes=4)
-    data = training.load_data(folder, None, True, 0.2, 0)
-    images = training.Images(data.paths, data.labels, training.transforms(32)[1])
-    inputs = torch.stack([images[(index, 0)][0] for index in range(6)])
-    compute = training.Compute(torch.device("cpu"), None)
-    features = training.extract_features(model, [(inputs, None)], compute)
-    expected = model.eval()(training.to_input(inputs, compute.device))
-    assert torch.allclose(model.fc(features), expected, atol=1e-4)
+    job = make_job(folder, "--image-size", "32", "--weights", "none")
+    torch.nn.init.normal_(job.model.fc.weight)
+    features = training.extract_features(job)
+    images = training.Images(job.data.paths, job.data.labels, training.transforms(32)[1])
+    inputs = torch.stack([images[(index, 0)][0] for index in range(len(features))])
+    expected = job.model.eval()(training.to_input(inputs, CPU.device))
+    assert torch.allclose(job.model.fc(features), expected, atol=1e-4)
 
 
 def test_the_result_of_full_fine_tuning_is_the_average_from_the_start_on(folder: Path) -> None:
-    args = training.parse_args([str(folder), "--epochs", "1", "--frozen-epochs", "0"])
-    args.workers = 0
-    compute = training.Compute(torch.device("cpu"), None)
-    torch.manual_seed(0)
-    model = models.resnet18(num_classes=2)
-    data = training.load_data(folder, None, True, 0.2, 0)
-    pair = training.Batches(data.train, 64), training.Batches(data.val, 64)  # two steps an epoch
-    phase = training.full_phase(args, model, data, pair, compute)
+    path = str(weights_file(folder.parent / "averaged.pth"))
+    job = make_job(folder, "--epochs", "1", "--frozen-epochs", "0", "--weights", path)
+    phase = training.begin_phase(job, 1)
+    torch.nn.init.normal_(job.model.fc.weight)
     seen = []
 
-    def batches() -> Iterator[list[torch.Tensor]]:
-        for _ in range(2):
-            seen.append(model.layer4[0].conv1.weight.detach().clone())  # before the step
-            yield [torch.randint(256, (2, 32, 32, 3)).byte(), torch.tensor([0, 1])]
+    class Watched:
+        def __len__(self) -> int:
+            return 2
 
-    training.train_epoch(phase, batches(), [2, 2], torch.zeros(2), 0.1, compute)
-    seen.append(model.layer4[0].conv1.weight.detach().clone())
+        def __iter__(self) -> Iterator[list[torch.Tensor]]:
+            for _ in range(2):
+                seen.append(job.model.layer4[0].conv1.weight.detach().clone())  # before the step
+                yield batch_of_noise(32)
+
+    phase = phase._replace(train=Watched())
+    training.train_epoch(job, phase)
+    seen.append(job.model.layer4[0].conv1.weight.detach().clone())
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
     mean = torch.stack(seen).mean(0)
     assert torch.allclose(phase.evaluated.layer4[0].conv1.weight, mean, atol=1e-7)
@@ -784,7 +818,7 @@ def test_source_validates_on_what_out_left_out_and_leaves_the_split_alone(
     (source / ".cache").mkdir()
     alone = training.load_data(out, None, True, 0.2, 0)
     data = training.load_data(out, source, True, 0.2, 0)
-    assert data.added == 25 and len(data.val) == len(alone.val) + 25 and not data.broken
+    assert data.added == 25 and len(data.val) == len(alone.val) + 25 and not data.unreadable
     names = [[data.names[index] for index in part] for part in (data.train, data.val)]
     assert names[0] == [alone.names[index] for index in alone.train]
     assert names[1][:-25] == [alone.names[index] for index in alone.val]

@@ -124,7 +124,7 @@ def test_what_is_no_image_is_left_out_or_named(
     monkeypatch.chdir(src)  # the path of a socket must be short
     FILES[kind](Path("ape/x.jpg"))
     data = training.load_data(src, None, True, 0.2, 0)
-    assert "ape/x.jpg" not in data.names and data.broken == [str(src / "ape/x.jpg")]
+    assert "ape/x.jpg" not in data.names and data.unreadable == [str(src / "ape/x.jpg")]
     warnings = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
     assert len(warnings) == 1 and warnings[0].count("ape/x.jpg: ") == 1
     with pytest.raises(training.DataError, match="ape/x.jpg: "):
@@ -254,7 +254,7 @@ def test_five_thousand_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert creation.main([str(tmp_path / "src"), str(tmp_path / "out"), "--step", "0"]) == 0
     assert "kept 5000 of 5000 images in 5000 classes" in capsys.readouterr().out
     targets = torch.arange(5000)
-    rows = training.compare(targets, targets, targets.flip(0), torch.full((5000,), 30), 0)
+    rows = training.compare(targets, targets, targets.flip(0), torch.full((5000,), 30))
     assert rows[0][1:4] == pytest.approx((1, 0, -1))
 
 

@@ -222,7 +222,8 @@ def test_the_split_is_part_of_the_run(
         assert row["path"].startswith(row["class"] + "/")
     validated = {row["path"] for row in rows_of(whole / "predictions.csv")}
     assert {row["path"] for row in rows if row["part"] == "val"} == validated
-    data = training.load_split(whole, {"train": folder, "val": folder}, [])
+    args = training.parse_args([*settings, "--output", str(whole)])
+    data = training.load_split(args, [])
     fresh = training.load_data(folder, None, True, 0.2, 0)
     assert torch.equal(data.labels, fresh.labels) and torch.equal(data.val, fresh.val)
     assert data[:3] == fresh[:3] and torch.equal(data.train, fresh.train)
@@ -415,17 +416,23 @@ def test_a_step_is_that_of_the_whole_batch_when_parts_differ_in_size() -> None:
         head = torch.nn.Linear(2, 2)
         for weight in head.parameters():
             torch.nn.init.zeros_(weight)
-        compute = training.Compute(torch.device("cpu"), None, rank, world_size)
-        optimizer = torch.optim.SGD(head.parameters(), 1.0)
+        job = SimpleNamespace(
+            args=SimpleNamespace(rebalance="none", label_smoothing=0.0),
+            data=SimpleNamespace(train=None, counts=lambda _: torch.tensor([2, 3])),
+            compute=training.Compute(torch.device("cpu"), None, rank, world_size),
+            waits=[],
+        )
         phase = SimpleNamespace(
+            name="head",
             network=head,
-            optimizer=optimizer,
+            optimizer=torch.optim.SGD(head.parameters(), 1.0),
             average=None,
             scaler=torch.amp.GradScaler("cpu", enabled=False),
             scheduler=SimpleNamespace(step=lambda: None),
+            batches=SimpleNamespace(sizes=lambda: [5]),
+            train=[[inputs[rank::world_size], targets[rank::world_size]]],
         )
-        part = [inputs[rank::world_size], targets[rank::world_size]]
-        training.train_epoch(phase, [part], [5], torch.zeros(2), 0.0, compute)
+        training.train_epoch(job, phase)
         return head.weight.detach()
 
     torch.testing.assert_close((step(0, 2) + step(1, 2)) / 2, step(0, 1))
@@ -464,7 +471,7 @@ def test_a_batch_must_divide_among_the_processes(
             training.DataError, match=f"--batch-size {batch_size}: .* {processes} processes"
         )
     ):
-        training.prepare(args, processes)
+        training.prepare(args, training.Compute(torch.device("cpu"), None, 0, processes))
 
 
 # ------------------------------------------------------------------------------- where there is one
