@@ -67,15 +67,17 @@ from tqdm import tqdm
 # What torchvision's ImageNet weights were trained with, for pixels from 0 to 255.
 MEAN = [255 * channel for channel in (0.485, 0.456, 0.406)]
 STD = [255 * channel for channel in (0.229, 0.224, 0.225)]
-CROP_SCALE = (0.5, 1.0)  # part of an image's area that a training crop covers
-# Such crops enlarge what they show, by a fifth on average; evaluation makes up for most of it by
-# images up to so much larger (Touvron et al. 2019, arXiv:1906.06423).
+# Crops of half to all of an image enlarge what they show, by a fifth on average; evaluation makes
+# up for most of it by images up to so much larger (Touvron et al. 2019, arXiv:1906.06423).
 EVAL_SCALE = 8 / 7
 STRIDE = 32  # pixels a cell of a ResNet's last feature map
-# Learning rates of full training by AdamW as parts of `--lr`, the head's by SGD: of a pretrained
-# head and backbone, and of all from random weights. Measured on Stanford Dogs with a ResNet-18.
-HEAD_LR, BACKBONE_LR, SCRATCH_LR = 1 / 300, 1 / 1500, 1 / 30
-# Of a pretrained backbone, kept as it is: general, and its gradients take two fifths of a step.
+HEAD_STEPS = 1000  # at least, of training the head alone: on features they cost next to nothing
+# Peak learning rates of the backbone by AdamW; a new head of pretrained weights gets 3 times that.
+BACKBONE_LR = {"auto": 3e-4, "firm": 3e-4, "gentle": 2e-5, "scratch": 1e-3}
+# Parts of the way from the head alone to the end of fine-tuning that "auto" chooses from.
+SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
+SEARCHED = 2000  # validation images that it looks at for that, at most
+# Of a pretrained backbone, what "gentle" keeps: general, and two fifths of the time of a step.
 FIRST_HALF = ("conv1.", "bn1.", "layer1.", "layer2.")
 CLIP_NORM = 1.0  # longest gradient followed; tiny BatchNorm variances can make it explode
 MANY, FEW = 100, 20  # "many": more training images than that, "few": fewer
@@ -112,6 +114,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     whole = number(int, lambda n: n >= 0, "a whole number of at least 0")
     some = number(int, lambda n: n >= 1, "a whole number of at least 1")
     inside = number(float, lambda x: 0 < x < 1, "a number between 0 and 1")
+    share = number(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
     below_1 = number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
     positive = number(float, lambda x: 0 < x < math.inf, "a number above 0")
     at_least_0 = number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
@@ -123,6 +126,10 @@ def parse_args(argv: list[str] | None) -> Namespace:
         help="the folder OUT was made from: what OUT left out is validated on as well")  # fmt: skip
     add("--image-size", metavar="PX", type=some, default=224,
         help="side of a training crop; evaluation takes up to 8/7 of it, 256 for 224")  # fmt: skip
+    add("--crop-scale", metavar="F", type=share, default=0.5,
+        help="least part of an image's area that a training crop shows")  # fmt: skip
+    add("--no-flip", action="store_true",
+        help="never mirror a training image: for text, signs, left and right")  # fmt: skip
     add("--workers", metavar="N", type=auto_or(whole), default="auto",
         help="processes that read images; auto: none on a CPU, else at most 8")  # fmt: skip
     add("--no-check", action="store_true",
@@ -134,7 +141,10 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add = parser.add_argument_group("training").add_argument
     add("--epochs", metavar="N", type=whole, default=10, help="0 evaluates the given weights")
     add("--frozen-epochs", metavar="N", type=auto_or(whole), default="auto",
-        help="first epochs, for the head alone; auto: half, rounded up")  # fmt: skip
+        help="first epochs, for the head alone; auto: 1, from random weights 0")  # fmt: skip
+    add("--finetune", choices=("auto", "firm", "gentle"), default="auto",
+        help="then the whole network, and of the way from the head alone to there the part that "
+        "validates best; all of it; or the second half with small steps")  # fmt: skip
     add("--rebalance", choices=("sampler", "late", "loss", "none"), default="sampler",
         help="weighted sampler; the same in the last quarter of each phase only; balanced softmax "
         "loss; or nothing")  # fmt: skip
@@ -142,7 +152,10 @@ def parse_args(argv: list[str] | None) -> Namespace:
         help="the sampler's weights are 1 / count ** P; 0.5: square root (default: 1)")  # fmt: skip
     add("--batch-size", metavar="N", type=some, default=64, help="images per step")
     add("--lr", metavar="X", type=positive, default=0.03,
-        help="peak learning rate of the frozen phase")  # fmt: skip
+        help="peak learning rate of the head alone, by SGD")  # fmt: skip
+    add("--backbone-lr", metavar="X", type=auto_or(positive), default="auto",
+        help="of the whole network, by AdamW, a pretrained one's head 3 times that; auto: 3e-4, "
+        "gentle 2e-5, from random weights 1e-3")  # fmt: skip
     add("--weight-decay", metavar="X", type=at_least_0, default=0.002, help="for the head")
     add("--label-smoothing", metavar="X", type=below_1, default=0.0,
         help="part of each target that is spread over all classes")  # fmt: skip
@@ -192,9 +205,14 @@ def check_settings(args: Namespace) -> None:
     if args.arch not in known:
         raise DataError(f"--arch {args.arch}: unknown; choose from {', '.join(known)}")
     if args.frozen_epochs is None:
-        args.frozen_epochs = 0 if args.weights == "none" else math.ceil(args.epochs / 2)
+        args.frozen_epochs = 0 if args.weights == "none" else min(1, args.epochs)
     if args.frozen_epochs > args.epochs:
         raise DataError(f"--frozen-epochs {args.frozen_epochs}: more than --epochs {args.epochs}")
+    if args.weights == "none":
+        if args.finetune != "auto":
+            raise DataError(f"--finetune {args.finetune}: of pretrained weights; drop it, or none")
+        args.finetune = "scratch"
+    args.backbone_lr = args.backbone_lr or BACKBONE_LR[args.finetune]
     if args.workers is None:
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         args.workers = 0 if args.device == "cpu" else min(8, max(1, cores))
@@ -231,6 +249,11 @@ class Compute(NamedTuple):
     def autocast(self) -> torch.autocast:
         """The context of a forward pass."""
         return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
+
+    def name(self) -> str:
+        """What people call the device."""
+        cuda = self.device.type == "cuda"
+        return torch.cuda.get_device_name(self.device) if cuda else str(self.device)
 
 
 def join_processes(name: str, amp: bool | None) -> Compute:
@@ -490,10 +513,11 @@ class RandomResizedCrop(v2.RandomResizedCrop):
         return F.interpolate(batch, self.size, mode="bilinear", antialias=True)[0]
 
 
-def transforms(size: int) -> tuple[nn.Module, nn.Module]:
+def transforms(args: Namespace) -> tuple[nn.Module, nn.Module]:
     """For training a random crop, at random mirrored; for evaluation the central square, larger."""
-    crop, larger = RandomResizedCrop(size, CROP_SCALE), eval_size(size)
-    train = v2.Compose([crop, v2.RandomHorizontalFlip()])
+    size, larger = args.image_size, eval_size(args.image_size)
+    crop = RandomResizedCrop(size, (args.crop_scale, 1.0))
+    train = v2.Compose([crop, v2.RandomHorizontalFlip(0.0 if args.no_flip else 0.5)])
     return train, v2.Compose([v2.Resize(larger), v2.CenterCrop(larger)])
 
 
@@ -534,12 +558,11 @@ def seeded(purpose: str, seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(random.Random(f"{purpose}/{seed}/{epoch}").getrandbits(63))
 
 
-def draw_images(weights: Tensor, weighted: bool, seed: int, epoch: int) -> Tensor:
+def draw_images(weights: Tensor, weighted: bool, generator: torch.Generator) -> Tensor:
     """Places in `weights`, as many as there are, in a random order: (N,) int64.
 
     Drawn by weight, with replacement, or else each once.
     """
-    generator = seeded("draw", seed, epoch)
     if not weighted:
         return torch.randperm(len(weights), generator=generator)
     sampler = WeightedRandomSampler(weights.tolist(), len(weights), generator=generator)
@@ -677,6 +700,7 @@ class Job:
     history: list[dict[str, Any]]  # a row an epoch, from the first one on
     draws: Tensor  # of each class so far: (C,) int64
     stored: dict[str, Any]  # what the parts of a phase that goes on had in them; empty once used
+    shares: dict[float, float] = field(default_factory=dict)  # what `search_shares` found
     waits: list[float] = field(default_factory=list)  # seconds for each batch of this epoch
 
 
@@ -688,9 +712,11 @@ class Phase(NamedTuple):
 
     name: str
     epochs: range
+    passes: int  # over as many images as there are, an epoch
     network: nn.Module
     evaluated: nn.Module
     result: nn.Module  # the whole network, to be saved
+    start: nn.Module | None  # the network as the phase began, where the way from it is searched
     average: AveragedModel | None  # of the weights of `network` from step to step
     batches: Batches  # what `train` loads, another draw each epoch
     train: DataLoader
@@ -700,7 +726,7 @@ class Phase(NamedTuple):
     scaler: torch.amp.GradScaler
 
 
-STATEFUL = ("optimizer", "scheduler", "scaler", "average")
+STATEFUL = ("start", "average", "optimizer", "scheduler", "scaler")
 
 
 def begin_phase(job: Job, epoch: int) -> Phase:
@@ -718,7 +744,10 @@ def begin_phase(job: Job, epoch: int) -> Phase:
 
 
 def head_phase(job: Job, epochs: range) -> Phase:
-    """The head alone, trained on the features of all images, which are computed first."""
+    """The head alone, trained on the features of all images, which are computed first.
+
+    Few images make few steps an epoch: they are passed over again, for `HEAD_STEPS` in all.
+    """
     args, model = job.args, job.model
     features = Features(extract_features(job), job.data.labels)
     group = {"params": list(model.fc.parameters()), "lr": args.lr}
@@ -726,15 +755,19 @@ def head_phase(job: Job, epochs: range) -> Phase:
     batches = cut_batches(job)
     train, val = (DataLoader(features, batch_sampler=each) for each in batches)
     network = wrap_ddp(model.fc, job.compute)
-    parts = schedule(optimizer, len(epochs) * len(batches[0]), job.compute)
-    return Phase("head", epochs, network, model.fc, model, None, batches[0], train, val, *parts)
+    images = len(job.data.train)
+    passes = math.ceil(HEAD_STEPS * args.batch_size / (len(epochs) * images))
+    steps = len(epochs) * math.ceil(passes * images / args.batch_size)
+    parts = schedule(optimizer, steps, job.compute)
+    networks = network, model.fc, model, None, None
+    return Phase("head", epochs, passes, *networks, batches[0], train, val, *parts)
 
 
 @torch.no_grad()
 def extract_features(job: Job) -> Tensor:
     """What the backbone makes of each image, BatchNorm as in evaluation: (N, D) float32."""
     args, data, compute, model = job.args, job.data, job.compute, job.model
-    images = Images(data.paths, data.labels, transforms(args.image_size)[1])
+    images = Images(data.paths, data.labels, transforms(args)[1])
     ours = torch.arange(compute.rank, len(data.labels), compute.world_size)
     batches = Batches(ours, math.ceil(args.batch_size / compute.world_size))
     backbone = copy.deepcopy(model).eval()
@@ -751,31 +784,30 @@ def extract_features(job: Job) -> Tensor:
 def full_phase(job: Job, epochs: range) -> Phase:
     """The whole network, trained on images.
 
-    A pretrained backbone goes gently: small steps, its first half and BatchNorm's statistics kept,
-    and as the result the average of the weights from the start on (Izmailov et al. 2018,
-    arXiv:1803.05407).
+    "gentle" keeps the first half of the backbone and BatchNorm's statistics, and its result is the
+    average of the weights from the start on (Izmailov et al. 2018, arXiv:1803.05407).
     """
     args, data, model = job.args, job.data, job.model
-    gentle = args.weights != "none"
-    rates = (HEAD_LR, BACKBONE_LR) if gentle else (SCRATCH_LR, SCRATCH_LR)
+    gentle, factor = args.finetune == "gentle", 1 if args.finetune == "scratch" else 3
     for name, weight in model.named_parameters():
         weight.requires_grad = not (gentle and name.startswith(FIRST_HALF))
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     rest = [weight for name, weight in trained if not name.startswith("fc.")]
-    head = {"params": list(model.fc.parameters()), "lr": rates[0] * args.lr}
-    backbone = {"params": rest, "lr": rates[1] * args.lr, "weight_decay": 0.0}
+    head = {"params": list(model.fc.parameters()), "lr": factor * args.backbone_lr}
+    backbone = {"params": rest, "lr": args.backbone_lr, "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([head, backbone], weight_decay=args.weight_decay, fused=True)
+    start = copy.deepcopy(model) if epochs[0] and args.finetune == "auto" else None
     average = AveragedModel(model) if gentle else None
     if average:
         average.update_parameters(model)
     result = average.module if average else model
-    batches, views = cut_batches(job), transforms(args.image_size)
+    batches, views = cut_batches(job), transforms(args)
     sets = (Images(data.paths, data.labels, each) for each in views)
     train, val = (make_loader(*pair, args) for pair in zip(sets, batches, strict=True))
-    network = wrap_ddp(model.train(not gentle), job.compute)
+    networks = wrap_ddp(model.train(not gentle), job.compute), result, result, start, average
     name = "full" if epochs[0] else "given"
     parts = schedule(optimizer, len(epochs) * len(batches[0]), job.compute)
-    return Phase(name, epochs, network, result, result, average, batches[0], train, val, *parts)
+    return Phase(name, epochs, 1, *networks, batches[0], train, val, *parts)
 
 
 def cut_batches(job: Job) -> tuple[Batches, Batches]:
@@ -799,8 +831,10 @@ def schedule(
 ) -> tuple[torch.optim.Optimizer, LRScheduler, torch.amp.GradScaler]:
     """Warm-up over a tenth of the steps and a cosine towards 0; gradients scaled for float16."""
     peaks = [group["lr"] for group in optimizer.param_groups]
-    # With a single step OneCycleLR would divide by zero.
-    scheduler = OneCycleLR(optimizer, peaks, max(2, steps), pct_start=0.1, cycle_momentum=False)
+    # OneCycleLR divides by zero where either part of the cycle has a single step.
+    steps = max(4, steps)
+    warm_up = max(0.1, 2 / steps)
+    scheduler = OneCycleLR(optimizer, peaks, steps, pct_start=warm_up, cycle_momentum=False)
     scaled = compute.amp is torch.float16
     return optimizer, scheduler, torch.amp.GradScaler(compute.device.type, enabled=scaled)
 
@@ -812,7 +846,9 @@ def draw_epoch(job: Job, phase: Phase, epoch: int) -> Tensor:
         return train[:0]
     weights = sample_weights(job.data.labels[train], 1.0 if args.power is None else args.power)
     weighted = is_weighted(args.rebalance, epoch, phase.epochs)
-    drawn = train[draw_images(weights, weighted, args.seed, epoch)]
+    generator = seeded("draw", args.seed, epoch)
+    passes = [draw_images(weights, weighted, generator) for _ in range(phase.passes)]
+    drawn = train[torch.cat(passes)]
     phase.batches.assign(drawn, seeded("augment", args.seed, epoch))
     job.draws += job.data.counts(drawn)
     return drawn
@@ -867,7 +903,8 @@ def train_epoch(job: Job, phase: Phase) -> float:
     if dist.is_initialized():
         dist.all_reduce(total)
     if not total.isfinite():
-        raise DataError(f"--lr: the loss became {total.item()}; try a tenth of the learning rate")
+        rate = "--lr" if phase.name == "head" else "--backbone-lr"
+        raise DataError(f"{rate}: the loss became {total.item()}; try a tenth of the learning rate")
     return total.item() / sum(sizes)
 
 
@@ -898,6 +935,33 @@ def evaluate(network: nn.Module, batches: Iterable[list[Tensor]], compute: Compu
     losses, targets, probability, predicted = columns
     confusion = confusion_matrix(targets, predicted, logits.shape[1])
     return Evaluation(losses.mean().item(), targets, predicted, probability, confusion)
+
+
+def search_shares(job: Job, phase: Phase, start: nn.Module) -> dict[float, float]:
+    """Balanced accuracy after each of `SHARES` of the way from `start` to the phase's end.
+
+    The network becomes the best of them (Wortsman et al. 2022, arXiv:2109.01903). On images like
+    those that the weights know, the end has lost what a part of the way keeps; on others it has
+    not. It takes an evaluation each, on at most `SEARCHED` of the validation images.
+    """
+    val, compute, model = job.data.val, job.compute, job.model
+    few = val[:: math.ceil(len(val) / SEARCHED)][compute.rank :: compute.world_size]
+    loader = make_loader(phase.val.dataset, Batches(few, job.args.batch_size), job.args)
+    one, two = start.state_dict(), copy.deepcopy(model.state_dict())
+
+    def go(share: float) -> None:
+        parts = {
+            name: torch.lerp(one[name].float(), end.float(), share) for name, end in two.items()
+        }
+        model.load_state_dict(parts)
+
+    found = {}
+    for share in SHARES:
+        go(share)
+        last = evaluate(model, timed(loader, f"choosing, {share:.0%}", job), compute)
+        found[share] = recall_by_class(last.confusion).nanmean().item()
+    go(max(found, key=found.__getitem__))
+    return found
 
 
 # ------------------------------------------------------------------------------- measures
@@ -1201,20 +1265,21 @@ def save(content: dict[str, Any], *paths: Path) -> None:
         write_file(path, stream.getbuffer())
 
 
-def write_config(job: Job, device: str) -> None:
+def write_config(job: Job) -> None:
     """Write every setting as used, and what the run is made of."""
     args, data = job.args, job.data
     versions = {library.__name__: library.__version__ for library in (torch, torchvision, np, PIL)}
     content = {
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "versions": {"python": platform.python_version(), **versions},
-        "device": device,
+        "device": job.compute.name(),
         "processes": job.compute.world_size,
         "precision": str(job.compute.amp or torch.float32),
         "classes": data.classes,
         "train_images": data.counts(data.train).tolist(),
         "val_images": data.counts(data.val).tolist(),
         "val_images_of_source": data.added,
+        "balanced_accuracy_by_share": job.shares,
         "left_out": data.unreadable,
     }
     write_file(args.output / "config.json", json.dumps(content, indent=1).encode())
@@ -1223,7 +1288,7 @@ def write_config(job: Job, device: str) -> None:
 # -------------------------------------------------------------------------------- reports
 
 
-def print_start(job: Job, origin: str, device: str) -> None:
+def print_start(job: Job, origin: str) -> None:
     """Print what is about to happen, and the epochs that were there before."""
     data, args = job.data, job.args
     counts = data.counts(data.train)
@@ -1231,7 +1296,8 @@ def print_start(job: Job, origin: str, device: str) -> None:
         f"{len(data.train)} training images in {len(data.classes)} classes of {counts.max()} to "
         f"{counts.min()}, imbalance ratio {counts.max() / counts.min():.1f}; "
         f"{describe_val(data)}; {len(data.unreadable)} unreadable left out\n"
-        f"{args.arch}, {origin}; {device}, {job.compute.amp or torch.float32}\n\n{HEADER}",
+        f"{args.arch}, {origin}; {job.compute.name()}, {job.compute.amp or torch.float32}\n",
+        HEADER,
         *(format_epoch(row, args.epochs) for row in job.history),
         sep="\n",
         flush=True,
@@ -1274,6 +1340,13 @@ def format_summary(job: Job, last: Evaluation) -> str:
         for name, row in (("last", job.history[-1]), ("best", best))
     ]
     lines[-1] += " (picked on the validation images, so slightly optimistic)"
+    if job.shares:
+        tried = ", ".join(f"{share:.0%} {value:.1%}" for share, value in job.shares.items())
+        best_share = max(job.shares, key=job.shares.__getitem__)
+        lines.append(
+            f"went {best_share:.0%} of the way from the head alone to the end of fine-tuning, "
+            f"where validation images are recognised best: {tried}"
+        )
     recall, val_counts = recall_by_class(last.confusion), last.confusion.sum(1)
     names = [printable(name) for name in job.data.classes]
     known = [label for label in recall.argsort(stable=True).tolist() if val_counts[label]]
@@ -1441,16 +1514,15 @@ def prepare(args: Namespace, compute: Compute) -> tuple[Job, str]:
 
 def start_run(job: Job, origin: str) -> None:
     """Make the run folder with the settings in it, and print what is about to happen."""
-    output, where = job.args.output, job.compute.device
-    device = torch.cuda.get_device_name(where) if where.type == "cuda" else str(where)
+    output = job.args.output
     output.mkdir(parents=True, exist_ok=True)
     for unfinished in output.glob(".*.partial"):  # of a run that was killed
         unfinished.unlink()
     if not job.args.resume:
         write_split(job)
         save_state(job, None)
-    write_config(job, device)
-    print_start(job, origin, device)
+    write_config(job)
+    print_start(job, origin)
 
 
 def report(job: Job, phase: Phase, last: Evaluation) -> None:
@@ -1463,6 +1535,8 @@ def report(job: Job, phase: Phase, last: Evaluation) -> None:
     save_model(job, phase, "last.pt", *["best.pt"] * (row is best_epoch(job.history)))
     write_tables(job, last)
     draw_charts(job, last)
+    if job.shares:
+        write_config(job)
     save_state(job, phase)
 
 
@@ -1485,6 +1559,8 @@ def run(args: Namespace) -> None:
         drawn = draw_epoch(job, phase, epoch)
         loss = train_epoch(job, phase) if epoch else math.nan
         seconds, waited = time.perf_counter() - started, sum(job.waits)
+        if phase.start and epoch == args.epochs:
+            job.shares = search_shares(job, phase, phase.start)
         last = evaluate(phase.evaluated, timed(phase.val, "validation", job), compute)
         row = {
             "epoch": epoch,

@@ -41,9 +41,13 @@ def test_the_power_softens_the_weights_from_inverse_frequency_to_uniform() -> No
     assert training.sample_weights(labels, 0.0).tolist() == [1.0] * 5
 
 
+def draw(weights: torch.Tensor, weighted: bool, epoch: int, seed: int = 0) -> torch.Tensor:
+    return training.draw_images(weights, weighted, training.seeded("draw", seed, epoch))
+
+
 def test_unweighted_draws_take_each_image_once_in_another_order_each_epoch() -> None:
     weights = training.sample_weights(torch.tensor([0] * 90 + [1] * 10), 1.0)
-    first, second = (training.draw_images(weights, False, 0, epoch) for epoch in (1, 2))
+    first, second = (draw(weights, False, epoch) for epoch in (1, 2))
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(100))
     assert not torch.equal(first, second) and first.tolist() != list(range(100))
 
@@ -65,7 +69,7 @@ def test_late_switches_to_the_sampler_in_the_last_quarter_of_a_phase(
 def test_classes_are_drawn_equally_often_however_many_images_they_have() -> None:
     labels = torch.arange(8).repeat_interleave(torch.tensor([600, 300, 150, 75, 40, 20, 10, 5]))
     weights = training.sample_weights(labels, 1.0)
-    drawn = torch.cat([training.draw_images(weights, True, 3, epoch) for epoch in range(10)])
+    drawn = torch.cat([draw(weights, True, epoch) for epoch in range(10)])
     assert len(drawn) == 10 * 1200
     observed = torch.bincount(labels[drawn], minlength=8).double()
     chi_square = ((observed - 1500) ** 2 / 1500).sum().item()
@@ -74,13 +78,13 @@ def test_classes_are_drawn_equally_often_however_many_images_they_have() -> None
 
 def test_a_draw_depends_on_seed_and_epoch_alone() -> None:
     weights = training.sample_weights(torch.tensor([0] * 90 + [1] * 10), 1.0)
-    first = training.draw_images(weights, True, 0, 1)
+    first = draw(weights, True, 1)
     torch.manual_seed(99)
     before = torch.get_rng_state()
-    assert torch.equal(training.draw_images(weights, True, 0, 1), first)
+    assert torch.equal(draw(weights, True, 1), first)
     assert torch.equal(torch.get_rng_state(), before)
-    assert not torch.equal(training.draw_images(weights, True, 0, 2), first)
-    assert not torch.equal(training.draw_images(weights, True, 1, 1), first)
+    assert not torch.equal(draw(weights, True, 2), first)
+    assert not torch.equal(draw(weights, True, 1, seed=1), first)
 
 
 @pytest.mark.parametrize(
@@ -443,9 +447,34 @@ def test_images_come_out_upright(tmp_path: Path, suffix: str, orientation: int, 
     assert np.abs(np.array(corners(image)) - np.array(wanted)).max() < 25
 
 
+def views(size: int, *arguments: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """How images are seen in training and in evaluation."""
+    args = training.parse_args(["x", "--image-size", str(size), *arguments])
+    return training.transforms(args)
+
+
+def test_images_are_mirrored_unless_told_otherwise() -> None:
+    left = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    left[:, :, :16] = 200
+    shown = {"--no-flip": set(), "--crop-scale=1": set()}
+    for flag, sides in shown.items():
+        view = views(32, flag, "--crop-scale", "1")[0]
+        sides.update(bool(view(left)[0, :, :8].float().mean() > 100) for _ in range(30))
+    assert shown == {"--no-flip": {True}, "--crop-scale=1": {True, False}}
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.8])
+def test_a_crop_shows_at_least_the_part_asked_for(scale: float) -> None:
+    image = torch.arange(100.0).expand(3, 100, 100).byte()  # each column has its own shade
+    view = views(32, "--no-flip", "--crop-scale", str(scale))[0]
+    widths = [(crop := view(image))[0, 0, -1].item() - crop[0, 0, 0].item() for _ in range(200)]
+    narrowest = 100 * (scale * 3 / 4) ** 0.5  # of a crop that is 3 wide and 4 high
+    assert narrowest - 6 < min(widths) < narrowest + 12
+
+
 def test_an_augmentation_depends_on_its_seed_alone(make_folder: Callable[..., Path]) -> None:
     data = training.load_data(make_folder({"a": 6, "b": 6}), None, True, 0.2, 0)
-    crops = training.Images(data.paths, data.labels, training.transforms(24)[0])
+    crops = training.Images(data.paths, data.labels, views(24)[0])
     first = crops[(3, 77)][0]
     torch.manual_seed(5)
     crops[(4, 1)]
@@ -565,7 +594,7 @@ def test_the_history_has_a_row_an_epoch_and_shows_what_the_sampler_did(scratch_r
     assert {row["phase"] for row in history} == {"full"}
     data = training.load_data(scratch_run.parent / "src", None, True, 0.2, 0)
     weights = training.sample_weights(data.labels[data.train], 1.0)
-    drawn = training.draw_images(weights, True, 0, 3)
+    drawn = draw(weights, True, 3)
     counts = Counter(data.labels[data.train][drawn].tolist()).values()
     assert int(history[2]["fewest_draws"]) == min(counts)
     assert int(history[2]["most_draws"]) == max(counts)
@@ -643,36 +672,117 @@ def test_the_same_settings_give_the_same_run(scratch_run: Path, folder: Path) ->
 
 
 @pytest.fixture(scope="module")
-def pretrained_runs(folder: Path) -> tuple[dict, dict, dict]:
-    """The weights given, after the head alone, and after everything was trained."""
+def pretrained_runs(folder: Path) -> dict[str, dict]:
+    """The weights given, after the head alone, and after each way to train the whole network."""
     path = weights_file(folder.parent / "pretrained.pth")
-    states = [torch.load(path, weights_only=True)]
-    for name, frozen in (("head", "2"), ("full", "1")):
-        output = folder.parent / name
-        command = [str(folder), "--weights", str(path), "--epochs", "2", "--frozen-epochs", frozen]
-        assert training.main([*command, "--output", str(output), *TINY]) == 0
-        states.append(torch.load(output / "last.pt", weights_only=True)["state_dict"])
-    return tuple(states)
+    states = {"given": torch.load(path, weights_only=True)}
+    for way in ("head", "firm", "gentle", "auto"):
+        output = folder.parent / way
+        command = [str(folder), "--weights", str(path), "--epochs", "2", "--output", str(output)]
+        command += ["--frozen-epochs", "2"] if way == "head" else ["--finetune", way]
+        assert training.main([*command, *TINY]) == 0
+        states[way] = torch.load(output / "last.pt", weights_only=True)["state_dict"]
+    return states
 
 
-def test_the_frozen_phase_trains_the_head_alone(pretrained_runs: tuple[dict, ...]) -> None:
-    given, head, _ = pretrained_runs
+def test_the_frozen_phase_trains_the_head_alone(pretrained_runs: dict[str, dict]) -> None:
+    given, head = pretrained_runs["given"], pretrained_runs["head"]
     for name, value in given.items():
         if not name.startswith("fc."):
             assert torch.equal(head[name], value), name
     assert head["fc.weight"].abs().sum() > 0
 
 
-def test_full_fine_tuning_moves_the_second_half_but_no_batchnorm_statistics(
-    pretrained_runs: tuple[dict, ...],
+def test_firm_fine_tuning_moves_everything(pretrained_runs: dict[str, dict]) -> None:
+    for name, value in pretrained_runs["given"].items():
+        if not name.startswith("fc."):
+            assert not torch.equal(pretrained_runs["firm"][name], value), name
+
+
+def test_gentle_fine_tuning_moves_the_second_half_but_no_batchnorm_statistics(
+    pretrained_runs: dict[str, dict],
 ) -> None:
-    given, head, full = pretrained_runs
-    for name, value in given.items():
+    gentle = pretrained_runs["gentle"]
+    for name, value in pretrained_runs["given"].items():
         statistics = "running" in name or "tracked" in name
         if not name.startswith("fc."):
             moves = not statistics and name.startswith(("layer3.", "layer4."))
-            assert torch.equal(full[name], value) is not moves, name
-    assert not torch.equal(full["fc.weight"], head["fc.weight"])
+            assert torch.equal(gentle[name], value) is not moves, name
+
+
+def test_auto_ends_where_it_says_on_the_line_from_the_head_to_firm(
+    pretrained_runs: dict[str, dict], folder: Path
+) -> None:
+    config = json.loads((folder.parent / "auto/config.json").read_text())
+    found = {float(share): value for share, value in config["balanced_accuracy_by_share"].items()}
+    assert list(found) == [1.0, 0.75, 0.5, 0.25, 0.0]
+    share = max(found, key=found.get)
+    last = rows_of(folder.parent / "auto/history.csv")[-1]
+    assert float(last["balanced_accuracy"]) == pytest.approx(found[share], abs=1e-6)
+    given, firm, auto = (pretrained_runs[name] for name in ("given", "firm", "auto"))
+    for name in ("conv1.weight", "layer4.1.bn2.running_var"):
+        torch.testing.assert_close(auto[name], given[name] + share * (firm[name] - given[name]))
+
+
+def test_the_search_takes_the_best_place_and_the_farthest_of_equals(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(folder, "--epochs", "2", "--weights", str(weights_file(folder.parent / "s.pth")))
+    phase = training.begin_phase(job, 2)
+    for weight in job.model.parameters():
+        torch.nn.init.ones_(weight)
+        weight.requires_grad = False
+    for weight in phase.start.parameters():
+        torch.nn.init.zeros_(weight)
+    recalls = {1.0: 5, 0.75: 9, 0.5: 9, 0.25: 8, 0.0: 0}
+    places, asked = [], []
+
+    def evaluate(model: torch.nn.Module, batches: object, compute: object) -> SimpleNamespace:
+        places.append(model.fc.bias[0].item())
+        right = recalls[places[-1]]
+        asked.append(len(list(batches)))
+        return SimpleNamespace(confusion=torch.tensor([[right, 10 - right], [10 - right, right]]))
+
+    monkeypatch.setattr(training, "evaluate", evaluate)
+    monkeypatch.setattr(training, "SEARCHED", 11)
+    found = training.search_shares(job, phase, phase.start)
+    assert places == list(training.SHARES)
+    assert found == pytest.approx({share: right / 10 for share, right in recalls.items()})
+    assert job.model.fc.bias[0].item() == 0.75 and job.model.conv1.weight.mean() == 0.75
+    assert asked == [1] * 5  # a batch of 11 of the 21 images
+
+
+def test_the_head_takes_a_thousand_steps_however_few_images_and_epochs_there_are(
+    folder: Path,
+) -> None:
+    path = str(weights_file(folder.parent / "steps.pth"))
+    for epochs, batch_size, passes in ((1, 16, 184), (4, 16, 46), (1, 1, 12), (1000, 16, 1)):
+        job = make_job(
+            folder, "--weights", path, "--epochs", str(epochs), "--frozen-epochs", str(epochs),
+            "--batch-size", str(batch_size), "--image-size", "32",
+        )  # fmt: skip
+        phase = training.begin_phase(job, 1)
+        assert phase.passes == passes  # of 87 images
+        drawn = training.draw_epoch(job, phase, 1)
+        assert len(drawn) == 87 * passes and job.draws.sum() == 87 * passes
+        assert epochs * len(phase.batches) == phase.scheduler.total_steps >= 1000
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 11, 19, 20, 300])
+def test_the_learning_rate_rises_and_falls_in_any_number_of_steps(steps: int) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.5)
+    _, scheduler, _ = training.schedule(optimizer, steps, CPU)
+    rates = []
+    for _ in range(steps):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    if steps >= 10:
+        assert (
+            max(rates) == pytest.approx(0.5)
+            and rates.index(max(rates)) == max(2, steps / 10) // 1 - 1
+        )
+        assert rates[0] < 0.03 and rates[-1] < 0.05
 
 
 def batch_of_noise(size: int) -> list[torch.Tensor]:
@@ -706,10 +816,10 @@ def test_a_checkpoint_records_the_size_it_was_evaluated_at(folder: Path, tmp_pat
 def test_evaluation_shows_objects_about_as_large_as_training_crops_do() -> None:
     """Of a square photograph: half to all of its area, against all of it; 22 % apart if not."""
     image = torch.zeros(3, 600, 600, dtype=torch.uint8)
-    train, evaluation = training.transforms(224)
+    train, evaluation = views(224)
     assert train(image).shape == (3, 224, 224) and evaluation(image).shape == (3, 256, 256)
     torch.manual_seed(0)
-    crop = training.RandomResizedCrop(224, training.CROP_SCALE)
+    crop = training.RandomResizedCrop(224, (0.5, 1.0))
     parts = [crop.make_params([image]) for _ in range(500)]
     enlarged = [224 / (part["height"] * part["width"]) ** 0.5 for part in parts]
     assert np.mean(enlarged) == pytest.approx(256 / 600, rel=0.08)
@@ -719,7 +829,7 @@ def test_the_features_are_what_the_network_sees_in_evaluation(folder: Path) -> N
     job = make_job(folder, "--image-size", "32", "--weights", "none")
     torch.nn.init.normal_(job.model.fc.weight)
     features = training.extract_features(job)
-    images = training.Images(job.data.paths, job.data.labels, training.transforms(32)[1])
+    images = training.Images(job.data.paths, job.data.labels, views(32)[1])
     inputs = torch.stack([images[(index, 0)][0] for index in range(len(features))])
     expected = job.model.eval()(training.to_input(inputs, CPU.device))
     assert torch.allclose(job.model.fc(features), expected, atol=1e-4)
@@ -727,7 +837,8 @@ def test_the_features_are_what_the_network_sees_in_evaluation(folder: Path) -> N
 
 def test_the_result_of_full_fine_tuning_is_the_average_from_the_start_on(folder: Path) -> None:
     path = str(weights_file(folder.parent / "averaged.pth"))
-    job = make_job(folder, "--epochs", "1", "--frozen-epochs", "0", "--weights", path)
+    job = make_job(folder, "--epochs", "1", "--frozen-epochs", "0", "--weights", path,
+                   "--finetune", "gentle")  # fmt: skip
     phase = training.begin_phase(job, 1)
     torch.nn.init.normal_(job.model.fc.weight)
     seen = []
@@ -876,12 +987,13 @@ def test_every_way_works_in_both_phases_and_draws_as_it_says(
     assert training.main(command) == 0
     history = rows_of(output / "history.csv")
     assert [row["phase"] for row in history] == ["head", "head", "head", "full", "full"]
-    every_image_once = [row["distinct_images"] == "1" for row in history]
+    passes = [62] * 3 + [1] * 2  # for 1,000 steps of 16 with the head, over 87 images
+    counts = [(row["fewest_draws"], row["most_draws"]) for row in history]
+    each_once = [
+        draws == (str(10 * k), str(35 * k)) for draws, k in zip(counts, passes, strict=True)
+    ]
     weighted = {"sampler": [1, 1, 1, 1, 1], "late": [0, 0, 1, 0, 1]}.get(rebalance, [0] * 5)
-    assert every_image_once == [not each for each in weighted]
-    for row in history:
-        if row["distinct_images"] == "1":
-            assert (row["fewest_draws"], row["most_draws"]) == ("10", "35")
+    assert each_once == [not each for each in weighted]
 
 
 def test_balanced_softmax_finds_more_of_the_rare_class(tmp_path: Path) -> None:
@@ -1017,6 +1129,11 @@ ERRORS = {
     "fraction of 1": (["{src}/good", "--val-fraction", "1"], "--val-fraction"),
     "fraction of 0": (["{src}/good", "--val-fraction", "0"], "--val-fraction"),
     "smoothing of 1": (["{src}/good", "--label-smoothing", "1"], "--label-smoothing"),
+    "crops of nothing": (["{src}/good", "--crop-scale", "0"], "--crop-scale"),
+    "gentle with nothing": (
+        ["{src}/good", "--weights", "none", "--finetune", "gentle"],
+        "--finetune gentle: of pretrained weights",
+    ),
     "learning rate of 0": (["{src}/good", "--lr", "0"], "--lr"),
     "not a number": (["{src}/good", "--lr", "nan"], "--lr"),
     "batches of 0": (["{src}/good", "--batch-size", "0"], "--batch-size"),
@@ -1108,9 +1225,9 @@ def test_more_images_than_can_be_drawn_are_refused_before_any_is_read(
 def test_a_diverging_run_says_so_in_one_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [str(folder), "--weights", "none", "--epochs", "2", "--lr", "1e30"]
+    command = [str(folder), "--weights", "none", "--epochs", "2", "--backbone-lr", "1e30"]
     assert training.main([*command, "--output", str(tmp_path / "run"), *TINY]) == 2
-    assert "--lr: the loss became" in capsys.readouterr().err.splitlines()[-1]
+    assert "--backbone-lr: the loss became" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_running_out_of_memory_names_a_smaller_batch(

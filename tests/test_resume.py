@@ -35,6 +35,7 @@ def settings(folder: Path) -> list[str]:
     """Two epochs of the head and two of everything."""
     weights = weights_file(folder.parent / "pretrained.pth")
     command = [str(folder), "--arch", "resnet18", "--weights", str(weights), "--epochs", "4"]
+    command += ["--frozen-epochs", "2"]
     return [*command, "--image-size", "32", "--batch-size", "24", "--device", "cpu"]
 
 
@@ -329,7 +330,20 @@ def test_a_state_that_would_run_code_is_refused(
 
 
 @pytest.fixture(scope="module")
-def spread(settings: list[str], folder: Path, whole: Path) -> Path:
+def gentle(settings: list[str]) -> list[str]:
+    """With the statistics of BatchNorm kept: on CPUs each process would have its own."""
+    return [*settings, "--finetune", "gentle"]
+
+
+@pytest.fixture(scope="module")
+def alone(gentle: list[str], folder: Path) -> Path:
+    """A run on one process."""
+    assert training.main([*gentle, "--output", str(folder.parent / "alone")]) == 0
+    return folder.parent / "alone"
+
+
+@pytest.fixture(scope="module")
+def spread(gentle: list[str], folder: Path) -> Path:
     """The same run, the first epoch on one process, the others on two."""
     output, save_state, calls = folder.parent / "spread", training.save_state, itertools.count()
 
@@ -340,40 +354,41 @@ def spread(settings: list[str], folder: Path, whole: Path) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "save_state", interrupt)
-        assert training.main([*settings, "--output", str(output)]) == 130
-    process = start(*settings, "--output", str(output), "--resume", processes=2)
+        assert training.main([*gentle, "--output", str(output)]) == 130
+    process = start(*gentle, "--output", str(output), "--resume", processes=2)
     printed, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     assert printed.count("training images in 3 classes") == 1  # only one of them prints
     return output
 
 
-def test_two_processes_draw_and_split_as_one_does(spread: Path, whole: Path) -> None:
-    assert (spread / "split.csv").read_bytes() == (whole / "split.csv").read_bytes()
+def test_two_processes_draw_and_split_as_one_does(spread: Path, alone: Path) -> None:
+    assert (spread / "split.csv").read_bytes() == (alone / "split.csv").read_bytes()
     keys = ("epoch", "phase", "fewest_draws", "most_draws", "distinct_images", "learning_rate")
-    one, two = (rows_of(run / "history.csv") for run in (whole, spread))
+    one, two = (rows_of(run / "history.csv") for run in (alone, spread))
     assert [[row[key] for key in keys] for row in one] == [
         [row[key] for key in keys] for row in two
     ]
-    draws = [[row["draws"] for row in rows_of(run / "classes.csv")] for run in (whole, spread)]
+    draws = [[row["draws"] for row in rows_of(run / "classes.csv")] for run in (alone, spread)]
     assert draws[0] == draws[1]
     for ours, theirs in zip(one, two, strict=True):  # the same run but for rounding
         assert float(ours["train_loss"]) == pytest.approx(float(theirs["train_loss"]), abs=0.02)
 
 
 def test_two_processes_evaluate_as_one_does(
-    spread: Path, settings: list[str], tmp_path: Path
+    spread: Path, gentle: list[str], tmp_path: Path
 ) -> None:
-    command = [*settings, "--epochs", "0", "--weights", str(spread / "last.pt")]
+    weights = ["--weights", str(spread / "last.pt")]
+    command = [*gentle, "--epochs", "0", "--frozen-epochs", "0", *weights]
     assert training.main([*command, "--output", str(tmp_path / "one")]) == 0
     tables = [rows_of(run / "predictions.csv") for run in (tmp_path / "one", spread)]
     for one, two in zip(*tables, strict=True):
         assert all(one[key] == two[key] for key in ("path", "class", "predicted"))
         assert float(one["probability"]) == pytest.approx(float(two["probability"]), abs=1e-4)
-    alone, last = (rows_of(run / "history.csv")[-1] for run in (tmp_path / "one", spread))
+    one, last = (rows_of(run / "history.csv")[-1] for run in (tmp_path / "one", spread))
     for key in ("accuracy", "balanced_accuracy", "medium", "few", "half_width"):
-        assert alone[key] == last[key]
-    assert float(alone["val_loss"]) == pytest.approx(float(last["val_loss"]), rel=1e-4)
+        assert one[key] == last[key]
+    assert float(one["val_loss"]) == pytest.approx(float(last["val_loss"]), rel=1e-4)
 
 
 def test_the_statistics_of_batchnorm_are_the_first_process_s_own(
