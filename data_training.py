@@ -85,7 +85,17 @@ Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviat
 MOST_DRAWN = 2**24  # torch.multinomial takes no more weights
 STATE = "resume.pt"  # in a run folder: all that it takes to go on
 # Settings that may differ when a run goes on: they change where it runs, not what comes out.
-MAY_DIFFER = ("out", "source", "no_check", "workers", "output", "resume", "baseline", "device")
+MAY_DIFFER = (
+    "out",
+    "source",
+    "val",
+    "no_check",
+    "workers",
+    "output",
+    "resume",
+    "baseline",
+    "device",
+)
 BLUE, ORANGE = "#2f6fb0", "#d9822b"
 
 
@@ -120,12 +130,17 @@ def parse_args(argv: list[str] | None) -> Namespace:
     at_least_0 = number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
     power = number(float, lambda x: 0 <= x <= 10, "a number from 0 to 10")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of class folders")
-    add = parser.add_argument_group("data").add_argument
+    group = parser.add_argument_group("data")
+    add = group.add_mutually_exclusive_group().add_argument
     add("--val-fraction", metavar="F", type=inside, default=0.2, help="part kept for validation")
+    add("--val", metavar="DIR", type=Path, default=argparse.SUPPRESS,
+        help="folder of class folders to validate on; then nothing is split off")  # fmt: skip
     add("--source", metavar="SRC", type=Path, default=argparse.SUPPRESS,
         help="the folder OUT was made from: what OUT left out is validated on as well")  # fmt: skip
-    add("--image-size", metavar="PX", type=some, default=224,
-        help="side of a training crop; evaluation takes up to 8/7 of it, 256 for 224")  # fmt: skip
+    add = group.add_argument
+    add("--image-size", metavar="PX", type=auto_or(some), default="auto",
+        help="side of a training crop; evaluation takes up to 8/7 of it, 256 for 224; auto: that "
+        "of --weights, else 224")  # fmt: skip
     add("--crop-scale", metavar="F", type=share, default=0.5,
         help="least part of an image's area that a training crop shows")  # fmt: skip
     add("--no-flip", action="store_true",
@@ -135,7 +150,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--no-check", action="store_true",
         help="do not look for broken images and byte-identical copies first")  # fmt: skip
     add = parser.add_argument_group("model").add_argument
-    add("--arch", metavar="NAME", default="resnet50", help="a ResNet of torchvision")
+    add("--arch", metavar="NAME", type=auto_or(str), default="auto",
+        help="a ResNet of torchvision; auto: that of --weights, else resnet50")  # fmt: skip
     add("--weights", metavar="NAME|PATH", default="DEFAULT",
         help="name of torchvision weights, file of weights, or none")  # fmt: skip
     add = parser.add_argument_group("training").add_argument
@@ -169,7 +185,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--device", metavar="NAME", default="auto", help="auto: an accelerator, else cpu")
     add("--amp", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
         help="mixed precision (default: where the hardware gains from it)")  # fmt: skip
-    return parser.parse_args(argv, Namespace(amp=None, source=None, power=None, baseline=None))
+    unset = Namespace(amp=None, source=None, val=None, power=None, baseline=None)
+    return parser.parse_args(argv, unset)
 
 
 def number(kind: type, accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
@@ -193,17 +210,15 @@ def check_settings(args: Namespace) -> None:
     """Fill in what "auto" means; raise `DataError` where settings do not go together."""
     if not args.out.is_dir():
         raise DataError(f"{args.out}: no such folder; pass the folder that holds the class folders")
-    if args.source and not args.source.is_dir():
-        raise DataError(f"--source {args.source}: no such folder; pass the SRC that OUT came from")
-    if args.source and args.no_check:
-        raise DataError("--source: needs the check for copies of training images; drop --no-check")
+    for flag, folder in (("--source", args.source), ("--val", args.val)):
+        if folder and not folder.is_dir():
+            raise DataError(f"{flag} {folder}: no such folder; pass one that holds class folders")
+        if folder and args.no_check:
+            raise DataError(f"{flag}: needs the check for copies of training images, no --no-check")
     if args.power is not None and args.rebalance != "sampler":
         raise DataError(
             f"--power: of the sampler's weights; drop it or --rebalance {args.rebalance}"
         )
-    known = models.list_models(models, include=["resnet*", "resnext*", "wide_resnet*"])
-    if args.arch not in known:
-        raise DataError(f"--arch {args.arch}: unknown; choose from {', '.join(known)}")
     if args.frozen_epochs is None:
         args.frozen_epochs = 0 if args.weights == "none" else min(1, args.epochs)
     if args.frozen_epochs > args.epochs:
@@ -226,8 +241,9 @@ def check_settings(args: Namespace) -> None:
         )
     if args.resume and not (args.output / STATE).exists():
         raise DataError(f"--resume: no run in --output {args.output}; name its folder")
-    if args.output.resolve().is_relative_to(args.out.resolve()):
-        raise DataError(f"--output {args.output}: would be a class of {args.out}; move it out")
+    for folder in filter(None, (args.out, args.val)):
+        if args.output.resolve().is_relative_to(folder.resolve()):
+            raise DataError(f"--output {args.output}: would be a class of {folder}; move it out")
 
 
 def printable(text: str) -> str:
@@ -313,11 +329,12 @@ class Data(NamedTuple):
 
     classes: list[str]
     paths: list[str]
-    names: list[str]  # their paths below OUT or SRC: class/file
+    names: list[str]  # their paths below OUT, SRC or `--val`: class/file
     labels: Tensor  # (N,) int64
     train: Tensor  # indices, int64
-    val: Tensor  # those of OUT, then those of SRC
-    added: int  # how many of `val` are of SRC
+    val: Tensor  # those of OUT, then those of `--source` or `--val`
+    added: int  # how many of `val` are of `--source` or `--val`
+    copies: int  # how many there were left out as copies of training images
     unreadable: list[str]  # paths left out
 
     def counts(self, part: Tensor) -> Tensor:
@@ -325,35 +342,41 @@ class Data(NamedTuple):
         return torch.bincount(self.labels[part], minlength=len(self.classes))
 
 
-def load_data(root: Path, source: Path | None, check: bool, fraction: float, seed: int) -> Data:
-    """The images of `root`, split, and for validation those that only `source` has.
+def load_data(args: Namespace) -> Data:
+    """The images of OUT, split, and those that only `--source` has; or all of OUT, and of `--val`.
 
-    What cannot be decoded is named and left out, and so is a copy of a training image in `source`.
+    What cannot be decoded is named and left out, and so is a copy of a training image elsewhere.
     """
+    root, other = args.out, args.val or args.source
     classes, ours = list_images(root)
-    if (1 - fraction) * len(ours) > MOST_DRAWN:
+    share = 0.0 if args.val else args.val_fraction
+    if (1 - share) * len(ours) > MOST_DRAWN:
         raise DataError(f"{root}: over 2^24 training images, more than torch.multinomial can draw")
-    others = find_left_out(source, classes, {name for _, name, _ in ours}) if source else []
+    others = list_others(args, classes, {name for _, name, _ in ours}) if other else []
     paths = [path for path, _, _ in ours + others]
-    digests = check_images(paths) if check else dict(zip(paths, paths, strict=True))
+    digests = dict(zip(paths, paths, strict=True)) if args.no_check else check_images(paths)
     unreadable = [path for path in paths if path not in digests]
     ours, others = ([image for image in part if image[0] in digests] for part in (ours, others))
     labels = torch.tensor([label for _, _, label in ours], dtype=torch.int64)
     for name, count in zip(classes, labels.bincount(minlength=len(classes)), strict=True):
         if count == 0:
             raise DataError(f"{root / name}: no image of this class can be read; mend or remove it")
-    train, val = split_images(labels, [digests[path] for path, _, _ in ours], fraction, seed)
-    if not len(val):
-        raise DataError(f"{root}: no class has two different images; nothing to validate on")
+    train, val = torch.arange(len(ours)), torch.arange(0)
+    if not args.val:
+        train, val = split_images(labels, [digests[path] for path, *_ in ours], share, args.seed)
     trained = {digests[ours[index][0]] for index in train.tolist()}
+    copies = [path for path, *_ in others if digests[path] in trained]
+    for path in copies:
+        print(f"warning: {printable(path)}: copy of a training image; left out", file=sys.stderr)
     new = [image for image in others if digests[image[0]] not in trained]
-    if copies := len(others) - len(new):
-        print(f"warning: {source}: {copies} copies of training images left out", file=sys.stderr)
-    images = ours + new
-    paths, names = [path for path, _, _ in images], [name for _, name, _ in images]
-    labels = torch.tensor([label for _, _, label in images], dtype=torch.int64)
-    val = torch.cat([val, torch.arange(len(ours), len(images))])
-    return Data(classes, paths, names, labels, train, val, len(new), unreadable)
+    val = torch.cat([val, torch.arange(len(ours), len(ours) + len(new))])
+    if not len(val):
+        reason = "holds no other image" if args.val else "no class has two different images"
+        raise DataError(f"{args.val or root}: {reason}; nothing to validate on")
+    paths, names = [path for path, _, _ in ours + new], [name for _, name, _ in ours + new]
+    labels = torch.tensor([label for *_, label in ours + new])
+    counted = len(new), len(copies), unreadable
+    return Data(classes, paths, names, labels, train, val, *counted)
 
 
 def list_images(root: Path) -> tuple[list[str], list[tuple[str, str, int]]]:
@@ -374,16 +397,21 @@ def below(folder: Path, path: str) -> str:
     return path.removeprefix(str(folder)).replace(os.sep, "/").lstrip("/")
 
 
-def find_left_out(source: Path, classes: list[str], there: set[str]) -> list[tuple[str, str, int]]:
-    """Path, name and label of each image of `source` with a name not `there`, hidden ones aside."""
-    folders = [entry.name for entry in source.iterdir() if entry.is_dir() and entry.name[0] != "."]
+def list_others(args: Namespace, classes: list[str], there: set[str]) -> list[tuple[str, str, int]]:
+    """Path, name and label of each image of `--val`, or of `--source` with a name not `there`.
+
+    Hidden ones aside.
+    """
+    flag, folder = ("--val", args.val) if args.val else ("--source", args.source)
+    folders = [entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."]
     if strange := sorted(set(folders).difference(classes)):
         found = ", ".join(strange)
-        raise DataError(f"--source {source}: not classes of OUT: {found}; pass the SRC of OUT")
+        raise DataError(f"{flag} {folder}: not classes of {args.out}: {found}; rename or remove")
     labels = {name: label for label, name in enumerate(classes)}
-    samples = make_dataset(source, labels, IMG_EXTENSIONS, allow_empty=True)
-    images = ((path, below(source, path), label) for path, label in samples)
-    return [image for image in images if image[1] not in there and "/." not in image[1]]
+    samples = make_dataset(folder, labels, IMG_EXTENSIONS, allow_empty=True)
+    images = [(path, below(folder, path), label) for path, label in samples]
+    known = there if args.source else set()
+    return [image for image in images if image[1] not in known and "/." not in image[1]]
 
 
 def check_images(paths: list[str]) -> dict[str, str]:
@@ -625,18 +653,33 @@ def make_loader(dataset: Dataset, batches: Batches, args: Namespace) -> DataLoad
 # ---------------------------------------------------------------------------------- model
 
 
-def load_weights(arch: str, source: str) -> tuple[dict[str, Tensor], list[str]]:
-    """The state_dict that `source` names, and its classes where they are recorded with it."""
-    named = models.get_model_weights(arch)
-    if source == "none":
-        return {}, []
+def load_weights(args: Namespace) -> tuple[dict[str, Tensor], list[str]]:
+    """The state_dict that `--weights` names, and its classes where they are recorded with it.
+
+    So may be its `--arch` and `--image-size`: they are taken from there unless they are given.
+    """
+    source, content = args.weights, {}
+    if os.path.isfile(source):
+        content = read_weights(source)
+        adopt(args, "arch", content.get("arch"))
+        adopt(args, "image_size", content.get("crop_size"))
+    args.arch, args.image_size = args.arch or "resnet50", args.image_size or 224
+    known = models.list_models(models, include=["resnet*", "resnext*", "wide_resnet*"])
+    if args.arch not in known:
+        raise DataError(f"--arch {args.arch}: unknown; choose from {', '.join(known)}")
+    if content or source == "none":
+        return content.get("state_dict", {}), content.get("classes", [])
+    named = models.get_model_weights(args.arch)
     if source in named.__members__:
         return download(named[source], source), []
-    if not os.path.isfile(source):
-        names = ", ".join(named.__members__)
-        raise DataError(f"--weights {source}: no such file; pass one, or {names}, or none")
+    names = ", ".join(named.__members__)
+    raise DataError(f"--weights {source}: no such file; pass one, or {names}, or none")
+
+
+def read_weights(path: str) -> dict[str, Any]:
+    """A checkpoint of this script, or as "state_dict" what else there is in the file."""
     try:
-        content = torch.load(source, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
         state = content.get("state_dict", content.get("model", content))
         state = {key.removeprefix("module."): value for key, value in state.items()}
         if not state or not all(isinstance(value, Tensor) for value in state.values()):
@@ -645,8 +688,21 @@ def load_weights(arch: str, source: str) -> tuple[dict[str, Tensor], list[str]]:
         raise
     except Exception as error:  # a damaged file raises nearly anything
         reason = "more than weights in it" if isinstance(error, UnpicklingError) else "no weights"
-        raise DataError(f"--weights {source}: {reason}; torch.save a state_dict there") from None
-    return state, content.get("classes", [])
+        raise DataError(f"--weights {path}: {reason}; torch.save a state_dict there") from None
+    return (content if "classes" in content else {}) | {"state_dict": state}
+
+
+def adopt(args: Namespace, name: str, recorded: Any) -> None:
+    """Take the setting from a checkpoint; raises `DataError` if another one is given.
+
+    Another image size is an error only where nothing is trained: it would ruin the result unseen.
+    """
+    given = getattr(args, name)
+    if given is None:
+        setattr(args, name, recorded)
+    elif recorded not in (None, given) and (name == "arch" or args.epochs == 0):
+        flag = f"--{name.replace('_', '-')}"
+        raise DataError(f"{flag} {given}: the weights are of {recorded}; drop {flag}")
 
 
 def download(weights: models.WeightsEnum, name: str) -> dict[str, Tensor]:
@@ -1081,7 +1137,8 @@ def write_split(job: Job) -> None:
     part = ["train"] * len(data.paths)
     for index in data.val.tolist():
         part[index] = "val"
-    part[len(part) - data.added :] = ["source"] * data.added
+    if job.args.source:
+        part[len(part) - data.added :] = ["source"] * data.added
     columns = {
         "path": data.names,
         "class": [data.classes[label] for label in data.labels.tolist()],
@@ -1093,7 +1150,7 @@ def write_split(job: Job) -> None:
 
 def load_split(args: Namespace, unreadable: list[str]) -> Data:
     """The images of a run that goes on; raises `DataError` for one that is gone or has changed."""
-    folders = {"train": args.out, "val": args.out, "source": args.source}
+    folders = {"train": args.out, "val": args.val or args.out, "source": args.source}
     rows = read_table(args.output / "split.csv")
     paths = [os.path.join(folders[row["part"]], row["path"]) for row in rows]
     for path, row in zip(paths, rows, strict=True):
@@ -1106,9 +1163,9 @@ def load_split(args: Namespace, unreadable: list[str]) -> Data:
     labels = torch.tensor([label_of[row["class"]] for row in rows])
     trained = torch.tensor([row["part"] == "train" for row in rows])
     train, val = trained.nonzero().flatten(), (~trained).nonzero().flatten()
-    added = sum(row["part"] == "source" for row in rows)
+    added = sum(row["part"] == ("val" if args.val else "source") for row in rows)
     names = [row["path"] for row in rows]
-    return Data(classes, paths, names, labels, train, val, added, unreadable)
+    return Data(classes, paths, names, labels, train, val, added, 0, unreadable)
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -1135,7 +1192,7 @@ def load_baseline(run: Path, data: Data) -> Tensor:
         raise DataError(
             f"--baseline {run}: validated on other images: {there} only there and "
             f"{len(other) - there} only here, {other[0][0]} for one; give both runs the same OUT, "
-            "--source, --val-fraction and --seed"
+            "--source, --val, --val-fraction and --seed"
         )
     return torch.tensor([theirs[each] for each in ours])
 
@@ -1210,6 +1267,7 @@ def save_model(job: Job, phase: Phase, *names: str) -> None:
     content = {
         "arch": job.args.arch,
         "classes": job.data.classes,
+        "crop_size": job.args.image_size,
         "image_size": eval_size(job.args.image_size),
         "epoch": job.history[-1]["epoch"],
         "state_dict": {key: value.cpu() for key, value in state.items()},
@@ -1239,6 +1297,8 @@ def load_state(args: Namespace) -> dict[str, Any]:
         raise
     except Exception:  # a damaged file raises nearly anything
         raise DataError(f"--resume: {args.output / STATE}: damaged; start a new run") from None
+    for name in ("arch", "image_size"):  # as the weights had it that may be gone by now
+        setattr(args, name, getattr(args, name) or state["settings"][name])
     given = settings(args)
     other = [
         f"--{name.replace('_', '-')} {old} (not {given[name]})"
@@ -1254,7 +1314,7 @@ def load_state(args: Namespace) -> dict[str, Any]:
 def settings(args: Namespace) -> dict[str, Any]:
     """The settings that decide what comes out of a run."""
     kept = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
-    return kept | {"source": args.source is not None}
+    return kept | {"source": args.source is not None, "val": args.val is not None}
 
 
 def save(content: dict[str, Any], *paths: Path) -> None:
@@ -1278,7 +1338,7 @@ def write_config(job: Job) -> None:
         "classes": data.classes,
         "train_images": data.counts(data.train).tolist(),
         "val_images": data.counts(data.val).tolist(),
-        "val_images_of_source": data.added,
+        "val_images_added": data.added,
         "balanced_accuracy_by_share": job.shares,
         "left_out": data.unreadable,
     }
@@ -1295,7 +1355,7 @@ def print_start(job: Job, origin: str) -> None:
     print(
         f"{len(data.train)} training images in {len(data.classes)} classes of {counts.max()} to "
         f"{counts.min()}, imbalance ratio {counts.max() / counts.min():.1f}; "
-        f"{describe_val(data)}; {len(data.unreadable)} unreadable left out\n"
+        f"{describe_val(job)}; {len(data.unreadable)} unreadable left out\n"
         f"{args.arch}, {origin}; {job.compute.name()}, {job.compute.amp or torch.float32}\n",
         HEADER,
         *(format_epoch(row, args.epochs) for row in job.history),
@@ -1304,11 +1364,17 @@ def print_start(job: Job, origin: str) -> None:
     )
 
 
-def describe_val(data: Data) -> str:
+def describe_val(job: Job) -> str:
     """How many validation images there are, and where they are from."""
-    if not data.added:
-        return f"{len(data.val)} validation images"
-    return f"{len(data.val) - data.added} validation images of OUT and {data.added} others of SRC"
+    args, data = job.args, job.data
+    text = f"{len(data.val)} validation images"
+    if args.val:
+        text += f" of {printable(str(args.val))}"
+    elif args.source:
+        text = (
+            f"{len(data.val) - data.added} validation images of OUT and {data.added} others of SRC"
+        )
+    return text + f" ({data.copies} copies of training images left out)" * (data.copies > 0)
 
 
 HEADER = (
@@ -1361,7 +1427,7 @@ def format_summary(job: Job, last: Evaluation) -> str:
         if wrong[true, taken]:
             share = f"{wrong[true, taken]:8} of {val_counts[true]:4}"
             lines.append(f"{share}  {names[true]} taken for {names[taken]}")
-    lines.append(f"measured on {describe_val(job.data)}")
+    lines.append(f"measured on {describe_val(job)}")
     if left_out := len(job.data.unreadable):
         lines.append(f"unreadable images, left out and listed in config.json: {left_out}")
     return "\n".join(lines)
@@ -1496,8 +1562,8 @@ def prepare(args: Namespace, compute: Compute) -> tuple[Job, str]:
         data = load_split(args, state["unreadable"])
         named = data.classes
     else:
-        weights, named = load_weights(args.arch, args.weights)
-        data = load_data(args.out, args.source, not args.no_check, args.val_fraction, args.seed)
+        weights, named = load_weights(args)
+        data = load_data(args)
         draws = torch.zeros(len(data.classes), dtype=torch.int64)
         state = {"model": weights, "history": [], "draws": draws, "phase": {}}
     baseline = load_baseline(args.baseline, data) if args.baseline else None

@@ -17,6 +17,7 @@ from torchvision import models
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
+import data_training as training  # noqa: E402
 
 COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan", "white", "black")
 
@@ -49,6 +50,11 @@ def write_folder(root: Path, counts: dict[str, int], size: int = 32) -> Path:
 def make_folder(tmp_path: Path) -> Callable[..., Path]:
     """`make_folder({"cat": 12, "dog": 5})` writes 12 + 5 JPEGs, all different, and returns SRC."""
     return lambda counts, name="src", size=32: write_folder(tmp_path / name, counts, size)
+
+
+def load(folder: Path, *arguments: str) -> training.Data:
+    """The images of the folder, as the script reads them."""
+    return training.load_data(training.parse_args([str(folder), *arguments]))
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

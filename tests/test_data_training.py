@@ -15,7 +15,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from conftest import rows_of, weights_file, write_folder
+from conftest import load, rows_of, weights_file, write_folder
 from PIL import Image
 from torchvision import models
 from torchvision.transforms import v2
@@ -473,7 +473,7 @@ def test_a_crop_shows_at_least_the_part_asked_for(scale: float) -> None:
 
 
 def test_an_augmentation_depends_on_its_seed_alone(make_folder: Callable[..., Path]) -> None:
-    data = training.load_data(make_folder({"a": 6, "b": 6}), None, True, 0.2, 0)
+    data = load(make_folder({"a": 6, "b": 6}))
     crops = training.Images(data.paths, data.labels, views(24)[0])
     first = crops[(3, 77)][0]
     torch.manual_seed(5)
@@ -510,9 +510,14 @@ def test_images_are_normalised_by_the_statistics_of_imagenet() -> None:
 # --------------------------------------------------------------------------------- weights
 
 
+def weights_of(path: Path, *arguments: str) -> tuple[dict[str, torch.Tensor], list[str]]:
+    command = ["x", "--weights", str(path), "--arch", "resnet18", *arguments]
+    return training.load_weights(training.parse_args(command))
+
+
 def test_a_head_of_another_size_is_dropped_and_the_rest_kept(tmp_path: Path) -> None:
     path = weights_file(tmp_path / "w.pth", 7)
-    state, named = training.load_weights("resnet18", str(path))
+    state, named = weights_of(path)
     model, said = training.build_model("resnet18", ["a", "b"], state, named)
     assert model.fc.weight.shape == (2, 512) and "head of 7 classes dropped" in said
     loaded = model.state_dict()
@@ -526,7 +531,7 @@ def test_a_head_stays_where_size_and_known_classes_agree(
     tmp_path: Path, recorded: list[str] | None, kept: bool
 ) -> None:
     path = weights_file(tmp_path / "w.pth", 2, recorded)
-    state, named = training.load_weights("resnet18", str(path))
+    state, named = weights_of(path)
     model, said = training.build_model("resnet18", ["a", "b"], state, named)
     assert torch.equal(model.fc.weight, state["fc.weight"]) is kept
     assert ("head kept" in said) is kept
@@ -535,7 +540,7 @@ def test_a_head_stays_where_size_and_known_classes_agree(
 def test_half_precision_and_wrapped_weights_load(tmp_path: Path) -> None:
     state = models.resnet18(num_classes=3).state_dict()
     torch.save({"model": {f"module.{k}": v.half() for k, v in state.items()}}, tmp_path / "w.pth")
-    loaded, _ = training.load_weights("resnet18", str(tmp_path / "w.pth"))
+    loaded, _ = weights_of(tmp_path / "w.pth")
     model, _ = training.build_model("resnet18", ["a", "b"], loaded, [])
     assert model.conv1.weight.dtype == torch.float32
     assert torch.equal(model.conv1.weight, state["conv1.weight"].half().float())
@@ -592,7 +597,7 @@ def test_the_history_has_a_row_an_epoch_and_shows_what_the_sampler_did(scratch_r
     ]
     assert [row["epoch"] for row in history] == [str(epoch) for epoch in range(1, 5)]
     assert {row["phase"] for row in history} == {"full"}
-    data = training.load_data(scratch_run.parent / "src", None, True, 0.2, 0)
+    data = load(scratch_run.parent / "src")
     weights = training.sample_weights(data.labels[data.train], 1.0)
     drawn = draw(weights, True, 3)
     counts = Counter(data.labels[data.train][drawn].tolist()).values()
@@ -901,7 +906,7 @@ def test_byte_identical_images_never_stand_on_both_sides(
         content = (root / f"ape/ape_{number:03}.jpg").read_bytes()
         (root / f"ape/copy_{number:03}.jpg").write_bytes(content)
         (root / f"bee/copy_{number:03}.jpg").write_bytes(content if number < 5 else b"x" + content)
-    data = training.load_data(root, None, True, 0.3, 0)
+    data = load(root, "--val-fraction", "0.3")
     sides = [{Path(data.paths[i]).read_bytes() for i in part} for part in (data.train, data.val)]
     assert sides[1] and not sides[0] & sides[1]
 
@@ -927,8 +932,8 @@ def test_source_validates_on_what_out_left_out_and_leaves_the_split_alone(
     source, out = left_out
     (source / "ape/._ape_000.jpg").write_bytes(b"what macOS writes beside a file")
     (source / ".cache").mkdir()
-    alone = training.load_data(out, None, True, 0.2, 0)
-    data = training.load_data(out, source, True, 0.2, 0)
+    alone = load(out)
+    data = load(out, "--source", str(source))
     assert data.added == 25 and len(data.val) == len(alone.val) + 25 and not data.unreadable
     names = [[data.names[index] for index in part] for part in (data.train, data.val)]
     assert names[0] == [alone.names[index] for index in alone.train]
@@ -944,7 +949,7 @@ def test_source_never_gives_a_training_image_by_path_or_by_bytes(
     left_out: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = left_out
-    alone = training.load_data(out, None, True, 0.2, 0)
+    alone = load(out)
     for number, index in enumerate(alone.train.tolist()):
         content = Path(alone.paths[index]).read_bytes()
         for name in ("ape", "bee"):  # as another image, once of another class
@@ -952,8 +957,9 @@ def test_source_never_gives_a_training_image_by_path_or_by_bytes(
     first = alone.names[alone.train[0]]
     other = sorted((source / "bee").iterdir())[12].read_bytes()
     (source / first).write_bytes(other)  # the same path with other bytes
-    data = training.load_data(out, source, True, 0.2, 0)
-    assert data.added == 25 and "24 copies of training images left out" in capsys.readouterr().err
+    data = load(out, "--source", str(source))
+    assert data.added == 25 and data.copies == 24
+    assert capsys.readouterr().err.count("copy of a training image; left out") == 24
     train, val = ([data.paths[index] for index in part] for part in (data.train, data.val))
     assert not {Path(path).read_bytes() for path in train} & {Path(p).read_bytes() for p in val}
     names = [data.names[index] for index in torch.cat([data.train, data.val])]
@@ -967,11 +973,96 @@ def test_the_summary_says_how_many_images_came_from_where(
     run, command = out.parent / "run", [str(out), "--epochs", "1", "--weights", "none", *TINY]
     assert training.main([*command, "--output", str(run), "--source", str(source)]) == 0
     assert capsys.readouterr().out.count("3 validation images of OUT and 25 others of SRC") == 2
-    assert json.loads((run / "config.json").read_text())["val_images_of_source"] == 25
+    assert json.loads((run / "config.json").read_text())["val_images_added"] == 25
     paths = [row["path"] for row in rows_of(run / "predictions.csv")]
     assert len(set(paths)) == 28
     for path in paths:
         assert (source / path).is_file()
+
+
+# ------------------------------------------------------------------ validation on another folder
+
+
+@pytest.fixture
+def own(make_folder: Callable[..., Path]) -> tuple[Path, Path]:
+    """Ten images of each of three classes to train on, and others of two of them to validate on.
+
+    The first of each class is a copy of a training image, under another name.
+    """
+    train = make_folder({"ape": 10, "bee": 10, "cat": 10})
+    val = make_folder({"ape": 14, "bee": 14}, "val")
+    for name in ("ape", "bee"):
+        for path in sorted((val / name).iterdir())[1:10]:
+            path.unlink()
+        (val / name / f"{name}_000.jpg").rename(val / name / "copy.jpg")
+    (val / "ape/ape_010.jpg").rename(val / "ape/ape_000.jpg")  # the name of a training image
+    return train, val
+
+
+def test_a_folder_to_validate_on_leaves_all_of_the_other_for_training(
+    own: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, val = own
+    data = load(train, "--val", str(val))
+    assert data.counts(data.train).tolist() == [10, 10, 10]
+    assert data.counts(data.val).tolist() == [4, 4, 0] and data.added == 8
+    assert all(Path(data.paths[index]).is_relative_to(val) for index in data.val)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "copy of a" in line]
+    assert [line.split(": ")[1] for line in warnings] == [
+        str(val / "ape/copy.jpg"),
+        str(val / "bee/copy.jpg"),
+    ]
+
+
+def test_a_run_with_a_folder_to_validate_on_is_compared_and_goes_on(
+    own: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, val = own
+    command = [str(train), "--val", str(val), "--weights", "none", "--epochs", "1", *TINY]
+    assert training.main([*command, "--output", str(tmp_path / "one")]) == 0
+    said = f"8 validation images of {val} (2 copies of training images left out)"
+    assert capsys.readouterr().out.count(said) == 2
+    baseline = ["--baseline", str(tmp_path / "one")]
+    assert training.main([*command, "--output", str(tmp_path / "two"), *baseline]) == 0
+    assert rows_of(tmp_path / "two/comparison.csv")[1]["difference"] == "0"
+    moved = val.rename(tmp_path / "moved")
+    command[2] = str(moved)
+    assert training.main([*command, "--output", str(tmp_path / "two"), "--resume"]) == 0
+    rows = rows_of(tmp_path / "two/classes.csv")
+    assert [row["recall"] == "nan" for row in rows] == [False, False, True]
+    assert {row["part"] for row in rows_of(tmp_path / "two/split.csv")} == {"train", "val"}
+    without = [*command[:1], *command[3:], "--output", str(tmp_path / "two"), "--resume"]
+    assert training.main(without) == 2
+    assert "--val True (not False)" in capsys.readouterr().err
+
+
+def test_a_checkpoint_brings_its_architecture_and_image_size(
+    scratch_run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = ["--weights", str(scratch_run / "last.pt"), "--epochs", "0", "--device", "cpu"]
+    command = [str(folder), *weights, "--output", str(tmp_path / "run")]
+    for given, said in (
+        (["--arch", "resnet50"], "--arch resnet50: the weights are of resnet18"),
+        (["--image-size", "64"], "--image-size 64: the weights are of 32"),
+    ):
+        assert training.main([*command, *given]) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert training.main([*command, "--image-size", "32"]) == 0
+    again = (tmp_path / "run/predictions.csv").read_bytes()
+    assert again == (scratch_run / "predictions.csv").read_bytes()
+    (tmp_path / "other").mkdir()
+    command = [str(folder), *weights, "--output", str(tmp_path / "other")]
+    assert training.main(command) == 0
+    assert (tmp_path / "other/predictions.csv").read_bytes() == again
+    assert training.main([*command, "--resume"]) == 0
+
+
+def test_a_checkpoint_is_trained_on_at_another_image_size(scratch_run: Path) -> None:
+    path = str(scratch_run / "last.pt")
+    for arguments, size in (([], 32), (["--image-size", "64"], 64)):
+        args = training.parse_args(["x", "--weights", path, *arguments])
+        training.load_weights(args)
+        assert (args.arch, args.image_size) == ("resnet18", size)
 
 
 # -------------------------------------------------------- the alternatives, and what they change
@@ -1156,7 +1247,28 @@ ERRORS = {
     "no such source": (["{src}/good", "--source", "{src}/none"], "--source {src}/none: no such"),
     "source with other classes": (
         ["{src}/good", "--weights", "none", "--source", "{src}/more"],
-        "not classes of OUT: cat, dog;",
+        "not classes of {src}/good: cat, dog;",
+    ),
+    "validation of a class that is not there": (
+        ["{src}/good", "--weights", "none", "--val", "{src}/more"],
+        "--val {src}/more: not classes of {src}/good: cat, dog;",
+    ),
+    "validation on the training images": (
+        ["{src}/good", "--weights", "none", "--val", "{src}/good"],
+        "good: holds no other image; nothing to validate on",
+    ),
+    "no such folder to validate on": (["{src}/good", "--val", "{src}/none"], "--val {src}/none"),
+    "two ways to validate": (
+        ["{src}/good", "--val", "{src}/good", "--source", "{src}/more"],
+        "not allowed with argument",
+    ),
+    "fraction of another folder": (
+        ["{src}/good", "--val", "{src}/good", "--val-fraction", "0.5"],
+        "not allowed with argument",
+    ),
+    "output in the folder to validate on": (
+        ["{src}/good", "--val", "{src}/more", "--output", "{src}/more/run"],
+        "would be a class",
     ),
     "source without check": (["{src}/good", "--source", "{src}/more", "--no-check"], "--no-check"),
     "power of the loss": (["{src}/good", "--rebalance", "loss", "--power", "1"], "--power"),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import rows_of, write_folder
+from conftest import load, rows_of, write_folder
 from PIL import Image
 
 import data_creation as creation
@@ -123,7 +123,7 @@ def test_what_is_no_image_is_left_out_or_named(
     src = write_folder(tmp_path / "src", {"ape": 6, "bee": 6})
     monkeypatch.chdir(src)  # the path of a socket must be short
     FILES[kind](Path("ape/x.jpg"))
-    data = training.load_data(src, None, True, 0.2, 0)
+    data = load(src)
     assert "ape/x.jpg" not in data.names and data.unreadable == [str(src / "ape/x.jpg")]
     warnings = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
     assert len(warnings) == 1 and warnings[0].count("ape/x.jpg: ") == 1
@@ -147,7 +147,7 @@ def test_a_folder_named_like_an_image_is_a_folder(tmp_path: Path) -> None:
     (src / "ape/ape_003.jpg").rename(src / "ape/y.jpg/z.jpg")
     assert creation.main([str(src), str(tmp_path / "out"), "--step", "0"]) == 0
     assert (tmp_path / "out/ape/y.jpg/z.jpg").is_file()
-    data = training.load_data(tmp_path / "out", None, True, 0.2, 0)
+    data = load(tmp_path / "out")
     assert "ape/y.jpg/z.jpg" in data.names and len(data.names) == 12
 
 
@@ -263,6 +263,6 @@ def test_many_links_to_one_image_are_one_image(tmp_path: Path) -> None:
     src = write_folder(tmp_path / "src", {"ape": 6, "bee": 6})
     for number in range(20_000):
         os.link(src / "ape/ape_000.jpg", src / f"ape/link{number}.jpg")
-    data = training.load_data(src, None, True, 0.2, 0)
+    data = load(src)
     assert len(data.paths) == 20_012
     assert sum("link" in data.names[index] for index in data.val) == 0

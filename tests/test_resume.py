@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import rows_of, weights_file, write_folder
+from conftest import load, rows_of, weights_file, write_folder
 from torch.utils.data import DataLoader
 
 import data_training as training
@@ -225,7 +225,7 @@ def test_the_split_is_part_of_the_run(
     assert {row["path"] for row in rows if row["part"] == "val"} == validated
     args = training.parse_args([*settings, "--output", str(whole)])
     data = training.load_split(args, [])
-    fresh = training.load_data(folder, None, True, 0.2, 0)
+    fresh = load(folder)
     assert torch.equal(data.labels, fresh.labels) and torch.equal(data.val, fresh.val)
     assert data[:3] == fresh[:3] and torch.equal(data.train, fresh.train)
 
