@@ -85,6 +85,10 @@ STATE = "resume.pt"  # in a run folder: all that it takes to go on
 # Settings that may differ when a run goes on: they change where it runs, not what comes out.
 MAY_DIFFER = ("out", "source", "no_check", "workers", "output", "resume", "baseline", "device")
 BLUE, ORANGE = "#2f6fb0", "#d9822b"
+EXAMPLES = """examples:
+  python data_training.py dogs --epochs 10
+  python data_training.py dogs --rebalance none --output runs/none
+  python data_training.py dogs --output runs/sampler --baseline runs/none"""
 
 
 class DataError(Exception):
@@ -92,6 +96,10 @@ class DataError(Exception):
 
 
 # ---------------------------------------------------------------------------- command line
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults are shown, and examples as they are written."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -107,7 +115,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser = OneLineParser(
         prog="data_training.py",
         description="fine-tune a pretrained ResNet on an imbalanced image folder",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog=EXAMPLES,
+        formatter_class=Help,
     )
     whole = number(int, lambda n: n >= 0, "a whole number of at least 0")
     some = number(int, lambda n: n >= 1, "a whole number of at least 1")
@@ -116,16 +125,16 @@ def parse_args(argv: list[str] | None) -> Namespace:
     positive = number(float, lambda x: 0 < x < math.inf, "a number above 0")
     at_least_0 = number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
     power = number(float, lambda x: 0 <= x <= 10, "a number from 0 to 10")
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder of class folders")
+    parser.add_argument("out", metavar="DATA", type=Path, help="folder of class folders")
     add = parser.add_argument_group("data").add_argument
     add("--val-fraction", metavar="F", type=inside, default=0.2, help="part kept for validation")
     add("--source", metavar="SRC", type=Path, default=argparse.SUPPRESS,
-        help="the folder OUT was made from: what OUT left out is validated on as well")  # fmt: skip
+        help="the folder DATA was made from: what it left out is validated on as well")  # fmt: skip
     add("--image-size", metavar="PX", type=some, default=224,
         help="side of a training crop; evaluation takes up to 8/7 of it, 256 for 224")  # fmt: skip
     add("--workers", metavar="N", type=auto_or(whole), default="auto",
         help="processes that read images; auto: none on a CPU, else at most 8")  # fmt: skip
-    add("--no-check", action="store_true",
+    add("--no-check", action="store_true", default=argparse.SUPPRESS,
         help="do not look for broken images and byte-identical copies first")  # fmt: skip
     add = parser.add_argument_group("model").add_argument
     add("--arch", metavar="NAME", default="resnet50", help="a ResNet of torchvision")
@@ -134,7 +143,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add = parser.add_argument_group("training").add_argument
     add("--epochs", metavar="N", type=whole, default=10, help="0 evaluates the given weights")
     add("--frozen-epochs", metavar="N", type=auto_or(whole), default="auto",
-        help="first epochs, for the head alone; auto: half, rounded up")  # fmt: skip
+        help="first epochs, head alone; auto: half, rounded up; 0 with --weights none")  # fmt: skip
     add("--rebalance", choices=("sampler", "late", "loss", "none"), default="sampler",
         help="weighted sampler; the same in the last quarter of each phase only; balanced softmax "
         "loss; or nothing")  # fmt: skip
@@ -149,14 +158,16 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add = parser.add_argument_group("run").add_argument
     add("--output", metavar="DIR", type=auto_or(Path), default="auto",
         help="new folder for the results; auto: runs/DATE-TIME")  # fmt: skip
-    add("--resume", action="store_true", help="go on with the run in --output DIR")
+    add("--resume", action="store_true", default=argparse.SUPPRESS,
+        help="go on with the run in --output DIR")  # fmt: skip
     add("--baseline", metavar="RUN", type=Path, default=argparse.SUPPRESS,
         help="folder of an earlier run on the same validation images, to compare with")  # fmt: skip
     add("--seed", metavar="N", type=int, default=0, help="of split, draws and augmentation")
     add("--device", metavar="NAME", default="auto", help="auto: an accelerator, else cpu")
     add("--amp", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
         help="mixed precision (default: where the hardware gains from it)")  # fmt: skip
-    return parser.parse_args(argv, Namespace(amp=None, source=None, power=None, baseline=None))
+    absent = dict.fromkeys(("source", "power", "baseline", "amp"))
+    return parser.parse_args(argv, Namespace(**absent, no_check=False, resume=False))
 
 
 def number(kind: type, accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
@@ -383,7 +394,7 @@ def check_images(paths: list[str]) -> dict[str, str]:
     digests = {}
     with ThreadPool() as pool:  # Pillow and hashlib let other threads run meanwhile
         checked = pool.imap(check, paths, chunksize=16)
-        bar = tqdm(checked, "checking", len(paths), unit=" images", leave=False)
+        bar = tqdm(checked, "checking", len(paths), unit=" images", leave=False, disable=None)
         for path, (digest, problem) in zip(paths, bar, strict=True):
             if problem:
                 tqdm.write(f"warning: {printable(f'{path}: {problem}')}; left out", sys.stderr)
@@ -629,7 +640,7 @@ def load_weights(arch: str, source: str) -> tuple[dict[str, Tensor], list[str]]:
 def download(weights: models.WeightsEnum, name: str) -> dict[str, Tensor]:
     """The weights from torch's cache folder, after filling it from their address if need be."""
     try:
-        return weights.get_state_dict(progress=True, check_hash=True)
+        return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"--weights {name}: {weights.url} could not be fetched ({error}); put the file into "
@@ -821,7 +832,7 @@ def draw_epoch(job: Job, phase: Phase, epoch: int) -> Tensor:
 def timed(loader: DataLoader, title: str, job: Job) -> Iterator[list[Tensor]]:
     """The batches of `loader`, with a progress bar; the seconds waited for each are noted."""
     batches = iter(loader)
-    hidden = job.compute.rank > 0
+    hidden = job.compute.rank > 0 or None  # None: unless stderr is a terminal
     for _ in tqdm(range(len(loader)), title, unit=" batches", leave=False, disable=hidden):
         asked = time.perf_counter()
         batch = next(batches)

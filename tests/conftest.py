@@ -1,6 +1,7 @@
 """One factory for all tests: a class folder of tiny images that a network can tell apart."""
 
 import csv
+import io
 import os
 import random
 import sys
@@ -49,6 +50,13 @@ def write_folder(root: Path, counts: dict[str, int], size: int = 32) -> Path:
 def make_folder(tmp_path: Path) -> Callable[..., Path]:
     """`make_folder({"cat": 12, "dog": 5})` writes 12 + 5 JPEGs, all different, and returns SRC."""
     return lambda counts, name="src", size=32: write_folder(tmp_path / name, counts, size)
+
+
+class Terminal(io.StringIO):
+    """A text that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
