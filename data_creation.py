@@ -27,8 +27,11 @@ from typing import NamedTuple, NoReturn
 # What `torchvision.datasets.ImageFolder` counts (torchvision.datasets.folder.IMG_EXTENSIONS).
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
-
 SAME_NAME = "another name differs only in case; the disk of OUT cannot hold both"
+EXAMPLES = """examples:
+  python data_creation.py Images dogs
+  python data_creation.py Images dogs --step 1 --link --plot staircase.png
+  python data_creation.py Images dogs --dry-run --manifest images.csv"""
 
 
 class DataError(Exception):
@@ -57,6 +60,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
         prog="data_creation.py",
         description="write an imbalanced copy of an image data set with one folder per class",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("src", metavar="SRC", type=Path, help="folder of class folders; it is only read")
@@ -309,11 +314,11 @@ def write_out(src: Path, out: Path, ranked: list[RankedClass], link: bool) -> No
 
 
 def place_files(src: Path, folder: Path, paths: list[str], link: bool) -> None:
-    """Copy or hard-link every path of `src` into `folder`, with a progress bar."""
+    """Copy or hard-link every path of `src` into `folder`, with a progress bar in a terminal."""
     from tqdm import tqdm
 
     folders = {str(folder)}
-    for path in tqdm(paths, "linking" if link else "copying", unit=" images"):
+    for path in tqdm(paths, "linking" if link else "copying", unit=" images", disable=None):
         source, target = os.path.join(src, path), os.path.join(folder, path)
         if (parent := os.path.dirname(target)) not in folders:
             os.makedirs(parent, exist_ok=True)

@@ -1,16 +1,16 @@
 """Fine-tune a pretrained ResNet on an imbalanced image folder, balanced by weighted sampling.
 
-    python data_training.py OUT --epochs N
-    torchrun --nproc-per-node=K data_training.py OUT --epochs N
+    python data_training.py DATA --epochs N
+    torchrun --nproc-per-node=K data_training.py DATA --epochs N
 
-OUT holds one folder per class; a part of each is kept for validation. Training images are drawn by
+DATA holds one folder per class; a part of each is kept for validation. Training images are drawn by
 a `WeightedRandomSampler` with weights 1 / (training images of the class), so that every class is
 seen about equally often; `--rebalance` names the alternatives. The head is trained first, on
-features that the frozen backbone computes once; then the backbone's second half with it, gently,
-and the average of the weights along the way is the result. After each epoch a run folder holds the
+features that the frozen backbone computes once; then everything, and of the way from the head alone
+to there the network goes as far as it validates best. After each epoch a run folder holds the
 settings, the history, the recall of each class with its interval, the predictions, the last and the
-best network, and two charts; with `--baseline` also what changed since an earlier run, and how sure
-that is.
+best network, two charts and, in the end, a sheet of the worst mistakes; with `--baseline` also what
+changed since an earlier run, and how sure that is.
 
 A run that was stopped goes on with `--resume` and ends as it would have.
 
@@ -86,17 +86,16 @@ MOST_DRAWN = 2**24  # torch.multinomial takes no more weights
 STATE = "resume.pt"  # in a run folder: all that it takes to go on
 # Settings that may differ when a run goes on: they change where it runs, not what comes out.
 MAY_DIFFER = (
-    "out",
-    "source",
-    "val",
-    "no_check",
-    "workers",
-    "output",
-    "resume",
-    "baseline",
-    "device",
+    *("out", "source", "val", "no_check", "workers", "output", "resume", "baseline", "device"),
 )
 BLUE, ORANGE = "#2f6fb0", "#d9822b"
+MOST_LABELS, MOST_WHISKERS = 30, 200  # that can be told apart below a chart and in it
+MISTAKES, TILE = 24, 244  # how many are shown, and pixels a side of each
+EXAMPLES = """examples:
+  python data_training.py dogs --epochs 10
+  python data_training.py dogs --rebalance none --output runs/none
+  python data_training.py dogs --output runs/sampler --baseline runs/none
+  python data_training.py photos --val others --epochs 0 --weights runs/sampler/best.pt"""
 
 
 class DataError(Exception):
@@ -104,6 +103,10 @@ class DataError(Exception):
 
 
 # ---------------------------------------------------------------------------- command line
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults are shown, and examples as they are written."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -119,7 +122,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser = OneLineParser(
         prog="data_training.py",
         description="fine-tune a pretrained ResNet on an imbalanced image folder",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog=EXAMPLES,
+        formatter_class=Help,
     )
     whole = number(int, lambda n: n >= 0, "a whole number of at least 0")
     some = number(int, lambda n: n >= 1, "a whole number of at least 1")
@@ -129,25 +133,25 @@ def parse_args(argv: list[str] | None) -> Namespace:
     positive = number(float, lambda x: 0 < x < math.inf, "a number above 0")
     at_least_0 = number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
     power = number(float, lambda x: 0 <= x <= 10, "a number from 0 to 10")
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder of class folders")
+    parser.add_argument("out", metavar="DATA", type=Path, help="folder of class folders")
     group = parser.add_argument_group("data")
     add = group.add_mutually_exclusive_group().add_argument
     add("--val-fraction", metavar="F", type=inside, default=0.2, help="part kept for validation")
     add("--val", metavar="DIR", type=Path, default=argparse.SUPPRESS,
         help="folder of class folders to validate on; then nothing is split off")  # fmt: skip
     add("--source", metavar="SRC", type=Path, default=argparse.SUPPRESS,
-        help="the folder OUT was made from: what OUT left out is validated on as well")  # fmt: skip
+        help="the folder DATA was made from: what it left out is validated on as well")  # fmt: skip
     add = group.add_argument
     add("--image-size", metavar="PX", type=auto_or(some), default="auto",
         help="side of a training crop; evaluation takes up to 8/7 of it, 256 for 224; auto: that "
         "of --weights, else 224")  # fmt: skip
     add("--crop-scale", metavar="F", type=share, default=0.5,
         help="least part of an image's area that a training crop shows")  # fmt: skip
-    add("--no-flip", action="store_true",
+    add("--no-flip", action="store_true", default=argparse.SUPPRESS,
         help="never mirror a training image: for text, signs, left and right")  # fmt: skip
     add("--workers", metavar="N", type=auto_or(whole), default="auto",
         help="processes that read images; auto: none on a CPU, else at most 8")  # fmt: skip
-    add("--no-check", action="store_true",
+    add("--no-check", action="store_true", default=argparse.SUPPRESS,
         help="do not look for broken images and byte-identical copies first")  # fmt: skip
     add = parser.add_argument_group("model").add_argument
     add("--arch", metavar="NAME", type=auto_or(str), default="auto",
@@ -157,7 +161,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add = parser.add_argument_group("training").add_argument
     add("--epochs", metavar="N", type=whole, default=10, help="0 evaluates the given weights")
     add("--frozen-epochs", metavar="N", type=auto_or(whole), default="auto",
-        help="first epochs, for the head alone; auto: 1, from random weights 0")  # fmt: skip
+        help="first epochs, head alone; auto: 1; 0 with --weights none")  # fmt: skip
     add("--finetune", choices=("auto", "firm", "gentle"), default="auto",
         help="then the whole network, and of the way from the head alone to there the part that "
         "validates best; all of it; or the second half with small steps")  # fmt: skip
@@ -178,15 +182,17 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add = parser.add_argument_group("run").add_argument
     add("--output", metavar="DIR", type=auto_or(Path), default="auto",
         help="new folder for the results; auto: runs/DATE-TIME")  # fmt: skip
-    add("--resume", action="store_true", help="go on with the run in --output DIR")
+    add("--resume", action="store_true", default=argparse.SUPPRESS,
+        help="go on with the run in --output DIR")  # fmt: skip
     add("--baseline", metavar="RUN", type=Path, default=argparse.SUPPRESS,
         help="folder of an earlier run on the same validation images, to compare with")  # fmt: skip
     add("--seed", metavar="N", type=int, default=0, help="of split, draws and augmentation")
     add("--device", metavar="NAME", default="auto", help="auto: an accelerator, else cpu")
     add("--amp", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
         help="mixed precision (default: where the hardware gains from it)")  # fmt: skip
-    unset = Namespace(amp=None, source=None, val=None, power=None, baseline=None)
-    return parser.parse_args(argv, unset)
+    absent = dict.fromkeys(("source", "val", "power", "baseline", "amp"))
+    flags = dict.fromkeys(("no_check", "no_flip", "resume"), False)
+    return parser.parse_args(argv, Namespace(**absent, **flags))
 
 
 def number(kind: type, accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
@@ -434,7 +440,7 @@ def check_images(paths: list[str]) -> dict[str, str]:
     digests = {}
     with ThreadPool() as pool:  # Pillow and hashlib let other threads run meanwhile
         checked = pool.imap(check, paths, chunksize=16)
-        bar = tqdm(checked, "checking", len(paths), unit=" images", leave=False)
+        bar = tqdm(checked, "checking", len(paths), unit=" images", leave=False, disable=None)
         for path, (digest, problem) in zip(paths, bar, strict=True):
             if problem:
                 tqdm.write(f"warning: {printable(f'{path}: {problem}')}; left out", sys.stderr)
@@ -708,7 +714,7 @@ def adopt(args: Namespace, name: str, recorded: Any) -> None:
 def download(weights: models.WeightsEnum, name: str) -> dict[str, Tensor]:
     """The weights from torch's cache folder, after filling it from their address if need be."""
     try:
-        return weights.get_state_dict(progress=True, check_hash=True)
+        return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"--weights {name}: {weights.url} could not be fetched ({error}); put the file into "
@@ -913,7 +919,7 @@ def draw_epoch(job: Job, phase: Phase, epoch: int) -> Tensor:
 def timed(loader: DataLoader, title: str, job: Job) -> Iterator[list[Tensor]]:
     """The batches of `loader`, with a progress bar; the seconds waited for each are noted."""
     batches = iter(loader)
-    hidden = job.compute.rank > 0
+    hidden = job.compute.rank > 0 or None  # None: unless stderr is a terminal
     for _ in tqdm(range(len(loader)), title, unit=" batches", leave=False, disable=hidden):
         asked = time.perf_counter()
         batch = next(batches)
@@ -971,6 +977,7 @@ class Evaluation(NamedTuple):
     targets: Tensor  # (M,) int64
     predicted: Tensor  # (M,) int64
     probability: Tensor  # (M,) float32, of the predicted class
+    true_probability: Tensor  # (M,) float32, of the true one
     confusion: Tensor  # (C, C) int64, rows true, columns predicted
 
 
@@ -986,11 +993,13 @@ def evaluate(network: nn.Module, batches: Iterable[list[Tensor]], compute: Compu
         with compute.autocast():
             logits = faster(to_input(inputs, compute.device)).float().cpu()
         losses = F.cross_entropy(logits, targets, reduction="none")
-        results.append((losses, targets, *logits.softmax(1).max(1)))
+        shares = logits.softmax(1)
+        true = shares.gather(1, targets[:, None]).flatten()
+        results.append((losses, targets, true, *shares.max(1)))
     columns = (gather(torch.cat(each), compute) for each in zip(*results, strict=True))
-    losses, targets, probability, predicted = columns
+    losses, targets, true, probability, predicted = columns
     confusion = confusion_matrix(targets, predicted, logits.shape[1])
-    return Evaluation(losses.mean().item(), targets, predicted, probability, confusion)
+    return Evaluation(losses.mean().item(), targets, predicted, probability, true, confusion)
 
 
 def search_shares(job: Job, phase: Phase, start: nn.Module) -> dict[float, float]:
@@ -1039,6 +1048,12 @@ def recall_by_class(confusion: Tensor) -> Tensor:
     return confusion.diag().double() / confusion.sum(1)
 
 
+def f1_by_class(confusion: Tensor) -> Tensor:
+    """The F1 of each class, 0 if never right: (C,) float64, NaN for a class without images."""
+    right, val_counts = confusion.diag().double(), confusion.sum(1)
+    return torch.where(val_counts > 0, 2 * right / (val_counts + confusion.sum(0)), math.nan)
+
+
 def measure_weights(val_counts: Tensor, train_counts: Tensor) -> Tensor:
     """What each class's recall counts in each of `MEASURES`: (5, C) float64, NaN if nothing.
 
@@ -1059,12 +1074,16 @@ def wilson_interval(right: Tensor, val_counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def measure(confusion: Tensor, train_counts: Tensor) -> dict[str, float]:
-    """The measures of a confusion matrix, and half the 95 % interval of balanced accuracy."""
+    """The measures of a confusion matrix, half the 95 % interval of balanced accuracy, macro F1.
+
+    That is the mean over the classes with images; one that is never predicted counts 0.
+    """
     recall, val_counts = recall_by_class(confusion), confusion.sum(1)
     weights = measure_weights(val_counts, train_counts)
     values = (weights @ recall.nan_to_num()).tolist()
     half = half_widths(recall_variance(recall, val_counts), weights)[1].item()
-    return dict(zip(MEASURES, values, strict=True)) | {"half_width": half}
+    f1 = f1_by_class(confusion).nanmean().item()
+    return dict(zip(MEASURES, values, strict=True)) | {"half_width": half, "macro_f1": f1}
 
 
 def recall_variance(recall: Tensor, val_counts: Tensor) -> Tensor:
@@ -1234,6 +1253,7 @@ def write_tables(job: Job, last: Evaluation) -> None:
         "class": [data.classes[label] for label in last.targets.tolist()],
         "predicted": [data.classes[label] for label in last.predicted.tolist()],
         "probability": last.probability.tolist(),
+        "true_probability": last.true_probability.tolist(),
     }
     write_table(output / "predictions.csv", predictions)
     right, val_counts = last.confusion.diag(), last.confusion.sum(1)
@@ -1245,6 +1265,8 @@ def write_tables(job: Job, last: Evaluation) -> None:
         "recall": recall_by_class(last.confusion),
         "low": low,
         "high": high,
+        "precision": recall_by_class(last.confusion.T),  # NaN for a class never predicted
+        "f1": f1_by_class(last.confusion),
     }
     values = {name: column.tolist() for name, column in columns.items()}
     write_table(output / "classes.csv", {"class": data.classes, **values})
@@ -1378,32 +1400,33 @@ def describe_val(job: Job) -> str:
 
 
 HEADER = (
-    "  epoch  phase  train loss  val loss  accuracy      balanced    many  medium     few"
-    "  draws/class  distinct  images/s  data wait"
+    "  epoch  phase  train loss  val loss  accuracy     balanced      F1    many  medium     few"
+    "  draws/class  distinct  images/s   left"
 )
 
 
 def format_epoch(row: dict[str, Any], epochs: int) -> str:
-    """The line of an epoch, as wide as `HEADER`."""
+    """The line of an epoch, as wide as `HEADER`, with the time left if all take as long."""
     cells = {key: f"{value:.1%}" for key, value in row.items() if isinstance(value, float)}
     cells = {key: "-" if "nan" in cell else cell for key, cell in cells.items()}
     draws = f"{row['fewest_draws']}-{row['most_draws']}"
     balanced = f"{row['balanced_accuracy']:.1%} ±{100 * row['half_width']:.1f}"
+    hours, minutes = divmod(round(row["seconds"] * (epochs - row["epoch"]) / 60), 60)
+    # The head's first epoch computes the features, and after its last one come slower ones.
+    left = "-" if row["phase"] == "head" else f"{hours}h{minutes:02}"
     return (
         f"{row['epoch']:3}/{epochs:<3}  {row['phase']:5}  {row['train_loss']:10.3f}  "
-        f"{row['val_loss']:8.3f}  {cells['accuracy']:>8}  {balanced:>12}  "
+        f"{row['val_loss']:8.3f}  {cells['accuracy']:>8}  {balanced:>11}  {cells['macro_f1']:>6}  "
         f"{cells['many']:>6}  {cells['medium']:>6}  {cells['few']:>6}  "
-        f"{draws:>11}  {cells['distinct_images']:>8}  "
-        f"{row['images_per_second']:8.1f}  {cells['data_wait']:>9}"
+        f"{draws:>11}  {cells['distinct_images']:>8}  {row['images_per_second']:8.1f}  {left:>5}"
     )
 
 
 def format_summary(job: Job, last: Evaluation) -> str:
     """What to know after a run: last and best epoch, weakest classes, commonest confusions."""
-    best = best_epoch(job.history)
     lines = [
         f"{name} epoch {row['epoch']}: balanced accuracy {row['balanced_accuracy']:.1%}"
-        for name, row in (("last", job.history[-1]), ("best", best))
+        for name, row in (("last", job.history[-1]), ("best", best_epoch(job.history)))
     ]
     lines[-1] += " (picked on the validation images, so slightly optimistic)"
     if job.shares:
@@ -1466,86 +1489,171 @@ def format_comparison(changes: list[Change], baseline: Path) -> str:
     return "\n".join(lines)
 
 
+def write_pictures(job: Job, last: Evaluation) -> None:
+    """Write the charts and, after the last epoch, the worst mistakes: no file where there is none.
+
+    A chart costs little, reading two dozen large photographs may take longer than an epoch.
+    """
+    pictures = {
+        "curves.png": draw_chart(curve_panels(job.history)),
+        "classes.png": draw_chart(class_panels(job, last)),
+    }
+    if job.history[-1]["epoch"] == job.args.epochs and (found := find_mistakes(last)):
+        pictures["mistakes.png"] = draw_mistakes(job.data, last, found)
+    (job.args.output / "mistakes.png").unlink(missing_ok=True)
+    for name, picture in pictures.items():
+        stream = io.BytesIO()
+        picture.save(stream, "PNG")
+        write_file(job.args.output / name, stream.getvalue())
+
+
 class Panel(NamedTuple):
-    """A chart over the places first, first + 1, ...: bars, or lines if it is said so."""
+    """A chart with a place for each label: lines, or bars with whiskers."""
 
     title: str
-    x_title: str
-    first: int
-    series: dict[str, list[float]]  # values by name, NaN for a gap
-    lines: bool
+    labels: list[str]
+    series: dict[str, list[list[float]]]  # of each place its value, NaN for a gap, and an interval
+    levels: list[float]  # numbers beside the axis, which begins at the first
+    top: float  # what is higher stands on the upper edge
+    phases: dict[str, int] | None = None  # of lines: the place where each begins
+
+    def spot(self, place: float, value: float) -> tuple[float, float]:
+        """The pixel of a value, in 1600 x 640."""
+        part = (min(value, self.top) - self.levels[0]) / (self.top - self.levels[0])
+        return 130 + 1430 * place / len(self.labels), 440 - 360 * part
 
 
-def draw_charts(job: Job, last: Evaluation) -> None:
-    """Draw the course of the run, and the recall of each class, most training images first."""
+def curve_panels(history: list[dict[str, Any]]) -> list[Panel]:
+    """The losses and the accuracies by epoch."""
+    epochs, names = [str(row["epoch"]) for row in history], [row["phase"] for row in history]
+    phases = {name: names.index(name) for name in names}
+    column = {key: [[row[key]] for row in history] for key in history[0]}
+    losses = {"training": column["train_loss"], "validation": column["val_loss"]}
+    shares = {"balanced": column["balanced_accuracy"], "plain": column["accuracy"]}
+    loss, share = ([x for part in each.values() for [x] in part] for each in (losses, shares))
+    low, high, top = max(0, min(share) - 0.01), max(share) or 1, robust_top(loss)
+    above = sum(value > top for value in loss)
+    title = "loss by epoch" + f" (values above the picture: {above})" * (above > 0)
+    return [
+        Panel(title, epochs, losses, ticks(0, top), top, phases),
+        Panel("accuracy by epoch", epochs, shares, ticks(low, high), high, phases),
+    ]
 
-    def curves(title: str, **columns: str) -> Panel:
-        values = {name: [row[key] for row in job.history] for name, key in columns.items()}
-        return Panel(title, "epoch", job.history[0]["epoch"], values, lines=True)
 
-    losses = curves("loss", training="train_loss", validation="val_loss")
-    shares = curves("accuracy", balanced="balanced_accuracy", plain="accuracy")
-    write_chart(job.args.output / "curves.png", (losses, shares))
+def robust_top(values: list[float]) -> float:
+    """The largest value that is at most twice as large as one that nine of ten do not exceed."""
+    ordered = sorted(filter(math.isfinite, values))
+    usual = [x for x in ordered if x <= 2 * ordered[int(0.9 * (len(ordered) - 1))]]
+    return max(usual, default=0) or 1
+
+
+def class_panels(job: Job, last: Evaluation) -> list[Panel]:
+    """The recall of each class, most training images first, over its number of them."""
     counts = job.data.counts(job.data.train)
     order = counts.argsort(descending=True, stable=True)
-    recalls = {"recall": recall_by_class(last.confusion)}
+    matrices, recalls = {"recall": last.confusion}, {}
     if job.baseline is not None:
         before = confusion_matrix(last.targets, job.baseline, len(counts))
-        recalls = {"before": recall_by_class(before), "after": recalls["recall"]}
-    place = "place of the class, most training images first"
-    bars = {name: recall[order].tolist() for name, recall in recalls.items()}
-    images = {"images": counts[order].tolist()}
-    panels = (
-        Panel("recall", place, 0, bars, False),
-        Panel("training images", place, 0, images, False),
-    )
-    write_chart(job.args.output / "classes.png", panels)
+        matrices = {"before": before, "after": last.confusion}
+    whiskers = len(order) * len(matrices) <= MOST_WHISKERS
+    for name, matrix in matrices.items():
+        ends = wilson_interval(matrix.diag(), matrix.sum(1))[: 2 * whiskers]
+        recalls[name] = torch.stack([recall_by_class(matrix), *ends])[:, order].T.tolist()
+    named = len(order) <= MOST_LABELS
+    labels = [job.data.classes[at] if named else str(place) for place, at in enumerate(order)]
+    title = "recall" + " (lines: 95 % intervals)" * whiskers + ", most training images first"
+    images = counts[order]
+    bars, most = {"images": images[:, None].tolist()}, images[0].item()
+    return [
+        Panel(title, labels, recalls, ticks(0, 1), 1),
+        Panel("training images", labels, bars, ticks(0, most), most),
+    ]
 
 
-def write_chart(path: Path, panels: Sequence[Panel]) -> None:
-    """Write a PNG picture of the panels, one below the other, with axes from 0."""
-    picture = Image.new("RGB", (1600, 560 * len(panels)), "white")
-    draw, font, left = ImageDraw.Draw(picture), ImageFont.load_default(26), 130
-    for row, (title, x_title, first, series, lines) in enumerate(panels):
-        base, places = 560 * row + 460, max(map(len, series.values()))
-        finite = [x for values in series.values() for x in values if math.isfinite(x)]
-        top = max(finite, default=0) or 1
-        pitch, height = 1430 / places, 370 / top
-        draw.text((20, base - 430), title, "black", font, "lm")
-        draw.text((845, base + 50), x_title, "black", font, "mt")
-        for tick in ticks(top):
-            draw.line([left, base - height * tick, 1560, base - height * tick], "#dddddd", 2)
-            draw.text((115, base - height * tick), f"{tick:g}", "black", font, "rm")
-        for tick in {int(tick) for tick in ticks(places - 1)}:
-            middle = left + pitch * (tick + 0.4)
-            draw.text((middle, base + 10), str(tick + first), "black", font, "mt")
-        half = 6.0 if lines else 0.4 * pitch / len(series)
-        for number, (name, values) in enumerate(series.items()):
-            colour = (ORANGE, BLUE)[number - len(series)]  # what is new, or validated, is blue
-            shift = 0.4 * pitch if lines else half * (2 * number + 1)  # bars stand side by side
-            dots = [
-                (left + pitch * place + shift, base - height * x)
-                for place, x in enumerate(values)
-                if math.isfinite(x)
-            ]
-            for x, y in dots:
-                box = [x - half, y - half if lines else y, x + half, y + half if lines else base]
-                draw.rectangle(box, colour)
-            if lines:
-                draw.line(dots, colour, 4)
-            x = 1560 - 230 * (len(series) - number)
-            draw.rectangle([x, base - 442, x + 24, base - 418], colour)
-            draw.text((x + 34, base - 430), name, "black", font, "lm")
-    stream = io.BytesIO()
-    picture.save(stream, "PNG")
-    write_file(path, stream.getvalue())
+def draw_chart(panels: list[Panel]) -> Image.Image:
+    """A picture of the panels, one below the other."""
+    picture = Image.new("RGB", (1600, 640 * len(panels)))
+    for row, panel in enumerate(panels):
+        chart = Image.new("RGB", (1600, 640), "white")
+        draw_axes(chart, panel)
+        draw_series(ImageDraw.Draw(chart), panel)
+        picture.paste(chart, (0, 640 * row))
+    return picture
 
 
-def ticks(top: float) -> list[float]:
-    """At most eight round numbers from 0 to `top`, 1, 2 or 5 times a power of ten apart."""
-    steps = (digit * 10.0**power for power in range(-6, 18) for digit in (1, 2, 5))
-    step = next(step for step in steps if top <= 7 * step)
-    return [step * number for number in range(math.floor(top / step + 1e-9) + 1)]
+def draw_axes(chart: Image.Image, panel: Panel) -> None:
+    """Draw a panel without its series; labels that do not fit side by side are slanted."""
+    draw, font = ImageDraw.Draw(chart), ImageFont.load_default(26)
+    draw.text((20, 24), panel.title, "black", font, "lm")
+    for level in panel.levels:
+        y = panel.spot(0, level)[1]
+        draw.line([130, y, 1560, y], "#dddddd", 2)
+        draw.text((115, y), f"{level:g}", "black", font, "rm")
+    for name, place in (panel.phases or {}).items():
+        x = panel.spot(place, 0)[0]
+        draw.line([x, 44, x, 440], "#999999", 2)
+        draw.text((x + 10, 54), name, "#777777", font, "lm")
+    labels, places = [printable(label) for label in panel.labels], len(panel.labels)
+    slanted = places <= MOST_LABELS and max(map(font.getlength, labels)) > 1300 / places
+    for place in range(0, places, 1 if places <= MOST_LABELS else int(ticks(0, places)[1])):
+        mask = Image.new("L", (min(210, int(font.getlength(labels[place])) + 2), 34))
+        ImageDraw.Draw(mask).text((0, 0), labels[place], "white", font)
+        mask = mask.rotate(45 * slanted, Image.Resampling.BICUBIC, expand=True)
+        left = panel.spot(place + 0.4, 0)[0] - mask.width * (0.9 if slanted else 0.5)
+        chart.paste("black", (int(left), 448), mask)
+
+
+def draw_series(draw: ImageDraw.ImageDraw, panel: Panel) -> None:
+    """Draw the lines, or the bars side by side with whiskers, and which colour is which."""
+    bars, font = panel.phases is None, ImageFont.load_default(26)
+    half = 0.4 / (len(panel.series) if bars else 1)
+    for number, (name, places) in enumerate(panel.series.items()):
+        colour = (ORANGE, BLUE)[number - len(panel.series)]  # what is new, or validated, is blue
+        draw.text((1560 - 180 * (len(panel.series) - number), 24), name, colour, font, "lm")
+        shift = half * (2 * number * bars + 1)
+        known = [(at + shift, *each) for at, each in enumerate(places) if not math.isnan(each[0])]
+        for middle, value, *ends in known:
+            if bars:
+                corners = panel.spot(middle - half, value), panel.spot(middle + half, 0)
+                draw.rectangle(corners, colour)
+                draw.line([panel.spot(middle, end) for end in ends], "black")
+            else:
+                sides = 3 if value > panel.top else 4  # a triangle points up
+                draw.regular_polygon((panel.spot(middle, value), 8), sides, fill=colour)
+        if not bars:
+            draw.line([panel.spot(middle, value) for middle, value in known], colour, 4)
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers up to `high` from the last one not over `low`, 1, 2 or 5 times 10^n apart."""
+    steps = (digit * 10.0**power for power in range(-6, 39) for digit in (1, 2, 5))
+    step = next(step for step in steps if high - low <= 7 * step)
+    first, last = (math.floor(end / step + 1e-9) for end in (low, high))
+    return [step * number for number in range(first, last + 1)]
+
+
+def draw_mistakes(data: Data, last: Evaluation, found: list[int]) -> Image.Image:
+    """A sheet of the validation images at the places `found`, in the square the network sees."""
+    sheet = Image.new("RGB", (1600, 70 + 330 * math.ceil(len(found) / 6)), "white")
+    font, view = ImageFont.load_default(24), v2.Compose([v2.Resize(TILE), v2.CenterCrop(TILE)])
+    title = "wrong with the most confidence: what it is, and how surely it is taken for what"
+    ImageDraw.Draw(sheet).text((20, 36), title, "black", font, "lm")
+    for number, at in enumerate(found):
+        tile = Image.new("RGB", (TILE, 330), "white")  # cuts names that are too long
+        tile.paste(v2.functional.to_pil_image(view(read_image(data.paths[data.val[at]]))))
+        true, taken = (printable(data.classes[each[at]]) for each in (last.targets, last.predicted))
+        draw = ImageDraw.Draw(tile)
+        draw.text((0, TILE + 6), true, "black", font)
+        draw.text((0, TILE + 36), f"{last.probability[at]:.0%} {taken}", ORANGE, font)
+        sheet.paste(tile, (20 + 263 * (number % 6), 70 + 330 * (number // 6)))
+    return sheet
+
+
+def find_mistakes(last: Evaluation) -> list[int]:
+    """The places of up to `MISTAKES` images that are wrong, most confident first."""
+    wrong = (last.predicted != last.targets).nonzero().flatten()
+    order = last.probability[wrong].argsort(descending=True, stable=True)
+    return wrong[order][:MISTAKES].tolist()
 
 
 # ------------------------------------------------------------------------------------ run
@@ -1600,7 +1708,7 @@ def report(job: Job, phase: Phase, last: Evaluation) -> None:
     print(format_epoch(row, job.args.epochs), flush=True)
     save_model(job, phase, "last.pt", *["best.pt"] * (row is best_epoch(job.history)))
     write_tables(job, last)
-    draw_charts(job, last)
+    write_pictures(job, last)
     if job.shares:
         write_config(job)
     save_state(job, phase)

@@ -387,7 +387,7 @@ def grow(images: int, folder: Path) -> dict[str, float]:
     lap("batches")
     targets, predicted = labels[val], labels[val].roll(1)
     confusion = training.confusion_matrix(targets, predicted, len(classes))
-    last = training.Evaluation(0.0, targets, predicted, torch.ones(len(val)), confusion)
+    last = training.Evaluation(0.0, targets, predicted, *torch.ones(2, len(val)), confusion)
     history = [training.measure(confusion, data.counts(train)) | training.count_draws(data, drawn)]
     args = argparse.Namespace(output=folder.parent)
     counts, compute = data.counts(drawn), training.Compute(torch.device("cpu"), None)

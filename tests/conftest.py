@@ -1,6 +1,7 @@
 """One factory for all tests: a class folder of tiny images that a network can tell apart."""
 
 import csv
+import io
 import os
 import random
 import sys
@@ -55,6 +56,13 @@ def make_folder(tmp_path: Path) -> Callable[..., Path]:
 def load(folder: Path, *arguments: str) -> training.Data:
     """The images of the folder, as the script reads them."""
     return training.load_data(training.parse_args([str(folder), *arguments]))
+
+
+class Terminal(io.StringIO):
+    """A text that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from conftest import Terminal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -354,13 +355,28 @@ def test_a_full_disk_is_told_before_anything_is_written(src, capsys, monkeypatch
     assert run("src out --link") == 0  # needs no room
 
 
-def test_the_script_repeats_itself_and_shows_its_progress(src):
+def test_the_script_repeats_itself(src):
     for name, seed in (("out1", 7), ("out2", 7), ("out3", 8)):
         with start(f"src {name} --seed {seed}") as process:
             stdout, stderr = process.communicate(timeout=30)
-        assert process.returncode == 0 and "19/19" in stderr
+        assert process.returncode == 0 and stderr == ""  # no terminal, no bar
         assert stdout.startswith("rank ") and stdout.endswith(f"\nwritten to {name}\n")
     assert files("out1") == files("out2") and set(files("out2")) != set(files("out3"))
+
+
+def test_a_terminal_shows_the_progress(src, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert run("src out") == 0 and "19/19" in sys.stderr.getvalue()
+
+
+def test_the_help_ends_with_commands_that_work(capsys):
+    assert run("--help") == 0
+    examples = capsys.readouterr().out.partition("\nexamples:\n")[2].splitlines()
+    assert len(examples) == 3
+    for line in examples:
+        python, script, *arguments = line.split()
+        assert (python, script) == ("python", "data_creation.py")
+        data_creation.parse_args(arguments)
 
 
 def test_the_script_starts_without_its_heavy_libraries():
