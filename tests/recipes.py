@@ -31,7 +31,7 @@ def usual_loop(run: Path, lr: float, epochs: int, seed: int) -> None:
     """Train, evaluate and print."""
     settings = json.loads((run / "config.json").read_text())["settings"]
     flags = [settings["out"], "--output", str(run)]
-    flags += [f"--{key}={settings[key]}" for key in ("val", "source") if settings[key] != "None"]
+    flags += [f"--{key}={settings[key]}" for key in ("val", "source") if settings[key]]
     args = training.parse_args([*flags, "--device", settings["device"]])
     args.image_size, args.no_flip = settings["image_size"], settings["no_flip"]
     args.crop_scale, args.batch_size = settings["crop_scale"], settings["batch_size"]
