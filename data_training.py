@@ -7,10 +7,10 @@ DATA holds one folder per class; a part of each is kept for validation. Training
 a `WeightedRandomSampler` with weights 1 / (training images of the class), so that every class is
 seen about equally often; `--rebalance` names the alternatives. The head is trained first, on
 features that the frozen backbone computes once; then everything, and of the way from the head alone
-to there the network goes as far as it validates best. After each epoch a run folder holds the
-settings, the history, the recall of each class with its interval, the predictions, the last and the
-best network, two charts and, in the end, a sheet of the worst mistakes; with `--baseline` also what
-changed since an earlier run, and how sure that is.
+to there the network goes as far as it validates best. After each epoch, or half a minute of short
+ones, a run folder holds the settings, the history, the recall of each class with its interval, the
+predictions, the last and the best network, two charts and, in the end, a sheet of the worst
+mistakes; with `--baseline` also what changed since an earlier run, and how sure that is.
 
 A run that was stopped goes on with `--resume` and ends as it would have.
 
@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -29,6 +30,7 @@ import math
 import os
 import platform
 import random
+import shutil
 import signal
 import sys
 import time
@@ -84,6 +86,10 @@ MANY, FEW = 100, 20  # "many": more training images than that, "few": fewer
 Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
 MOST_DRAWN = 2**24  # torch.multinomial takes no more weights
 STATE = "resume.pt"  # in a run folder: all that it takes to go on
+WRITE_EVERY = 30.0  # seconds; on a fast GPU the files of an epoch take longer than the epoch
+# What several processes talk by; what is on the CPU goes by gloo in any case.
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
+SHARED = Path("/dev/shm")  # through which, where there is one, workers hand their batches over
 # Settings that may differ when a run goes on: they change where it runs, not what comes out.
 MAY_DIFFER = (
     *("out", "source", "val", "no_check", "workers", "output", "resume", "baseline", "device"),
@@ -150,7 +156,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--no-flip", action="store_true", default=argparse.SUPPRESS,
         help="never mirror a training image: for text, signs, left and right")  # fmt: skip
     add("--workers", metavar="N", type=auto_or(whole), default="auto",
-        help="processes that read images; auto: none on a CPU, else at most 8")  # fmt: skip
+        help="processes that read images; auto: none on a CPU, else cores less one")  # fmt: skip
     add("--no-check", action="store_true", default=argparse.SUPPRESS,
         help="do not look for broken images and byte-identical copies first")  # fmt: skip
     add = parser.add_argument_group("model").add_argument
@@ -234,9 +240,6 @@ def check_settings(args: Namespace) -> None:
             raise DataError(f"--finetune {args.finetune}: of pretrained weights; drop it, or none")
         args.finetune = "scratch"
     args.backbone_lr = args.backbone_lr or BACKBONE_LR[args.finetune]
-    if args.workers is None:
-        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.workers = 0 if args.device == "cpu" else min(8, max(1, cores))
     args.output = args.output or Path("runs", f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
     if args.output.exists() and not args.output.is_dir():
         raise DataError(f"--output {args.output}: a file; name a new folder")
@@ -250,6 +253,25 @@ def check_settings(args: Namespace) -> None:
     for folder in filter(None, (args.out, args.val)):
         if args.output.resolve().is_relative_to(folder.resolve()):
             raise DataError(f"--output {args.output}: would be a class of {folder}; move it out")
+
+
+def count_workers(args: Namespace) -> int:
+    """Processes that read images: as many as asked for, or one a core but one, if they fit."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    cores = getattr(os, "process_cpu_count", lambda: len(affinity(0)))() or 1
+    workers = args.workers
+    if workers is None:
+        workers = 0 if args.device == "cpu" else max(1, (cores - 1) // processes)
+    if workers and SHARED.is_dir():  # to write beyond its end would kill a worker
+        batch = 3 * eval_size(args.image_size) ** 2 * args.batch_size * processes
+        # Each worker has two batches on the way, and one is in use.
+        room = max(0, shutil.disk_usage(SHARED).free // batch - 1) // 2
+        if room < workers:
+            text = f"room for batches of {room} workers, not {workers}; docker run has --shm-size"
+            print(f"warning: {SHARED}: {text}", file=sys.stderr)
+            return room
+    return workers
 
 
 def printable(text: str) -> str:
@@ -283,10 +305,11 @@ def join_processes(name: str, amp: bool | None) -> Compute:
     compute = pick_compute(name, amp)
     if not dist.is_torchelastic_launched():
         return compute
-    if compute.device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        compute = compute._replace(device=torch.device("cuda", torch.cuda.current_device()))
-    dist.init_process_group("nccl" if compute.device.type == "cuda" else "gloo")
+    kind = compute.device.type
+    if kind not in BACKENDS:
+        raise DataError(f"--device {kind}: serves one process alone; start without torchrun")
+    shared = int(os.environ["LOCAL_WORLD_SIZE"]) > torch.accelerator.device_count()
+    dist.init_process_group("gloo" if shared else BACKENDS[kind])  # nccl would refuse to share
     return compute._replace(rank=dist.get_rank(), world_size=dist.get_world_size())
 
 
@@ -295,11 +318,16 @@ def pick_compute(name: str, amp: bool | None) -> Compute:
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     best = found or torch.device("cpu")
     try:
-        device = torch.empty(0, device=best if name == "auto" else name).device
+        device = best if name == "auto" else torch.device(name)
+        if device.type != "cpu" and dist.is_torchelastic_launched():  # to each process its own
+            place = int(os.environ["LOCAL_RANK"]) % max(1, torch.accelerator.device_count())
+            device = torch.device(device.type, place)
+        device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError):  # the latter from builds without that device
         raise DataError(f"--device {name}: not on this machine; try auto, or {best}") from None
     kind = torch.bfloat16
     if device.type == "cuda":
+        torch.cuda.set_device(device)  # of which the next line asks
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         helps, kind = True, torch.bfloat16 if native else torch.float16
     else:  # `get_capabilities` came with torch 2.10
@@ -318,9 +346,10 @@ def broadcast(value: Any) -> Any:
 
 def gather(part: Tensor, compute: Compute) -> Tensor:
     """The rows of all processes, of which process r has every `world_size`-th from r on."""
+    if not dist.is_initialized():
+        return part
     parts = [part] * compute.world_size
-    if dist.is_initialized():
-        dist.all_gather_object(parts, part)
+    dist.all_gather_object(parts, part)
     whole = part.new_empty(sum(map(len, parts)), *part.shape[1:])
     for rank, rows in enumerate(parts):
         whole[rank :: compute.world_size] = rows
@@ -652,7 +681,7 @@ def make_loader(dataset: Dataset, batches: Batches, args: Namespace) -> DataLoad
         batch_sampler=batches,
         num_workers=args.workers,
         persistent_workers=args.workers > 0,
-        pin_memory=args.device != "cpu",
+        pin_memory=args.device == "cuda",
     )
 
 
@@ -764,6 +793,8 @@ class Job:
     stored: dict[str, Any]  # what the parts of a phase that goes on had in them; empty once used
     shares: dict[float, float] = field(default_factory=dict)  # what `search_shares` found
     waits: list[float] = field(default_factory=list)  # seconds for each batch of this epoch
+    best: dict[str, Any] = field(default_factory=dict)  # the best network, if not written yet
+    written: float = field(default_factory=time.perf_counter)  # when the files were, last
 
 
 class Phase(NamedTuple):
@@ -801,8 +832,17 @@ def begin_phase(job: Job, epoch: int) -> Phase:
     if epoch != phase.epochs[0]:
         for name, state in job.stored.items():
             getattr(phase, name).load_state_dict(state)
+        match_layout(phase.optimizer)  # may be another on the device where it was stored
     job.stored = {}
     return phase
+
+
+def match_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Lay out what `optimizer` keeps of weights like them; its kernels read both as they lie."""
+    for weight, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == weight.shape:
+                state[name] = torch.empty_like(weight).copy_(value)
 
 
 def head_phase(job: Job, epochs: range) -> Phase:
@@ -835,12 +875,16 @@ def extract_features(job: Job) -> Tensor:
     backbone = copy.deepcopy(model).eval()
     backbone.fc = nn.Identity()
     backbone = fuse(backbone, inplace=True)  # BatchNorm becomes a part of the convolutions
+    cuda = compute.device.type == "cuda"
+    features = torch.empty(len(ours), model.fc.in_features, pin_memory=cuda)
+    loader = timed(make_loader(images, batches, args), "features", job)
     with compute.autocast():
-        features = [
-            backbone(to_input(inputs, compute.device)).float()
-            for inputs, _ in timed(make_loader(images, batches, args), "features", job)
-        ]
-    return gather(torch.cat(features).cpu(), compute)
+        for rows, (inputs, _) in zip(features.split(batches.sizes()), loader, strict=True):
+            outputs = backbone(to_input(inputs, compute.device)).float()
+            rows.copy_(outputs, non_blocking=cuda)
+    if cuda:
+        torch.cuda.synchronize()  # until all rows are there
+    return gather(features, compute)
 
 
 def full_phase(job: Job, epochs: range) -> Phase:
@@ -883,9 +927,10 @@ def wrap_ddp(network: nn.Module, compute: Compute) -> nn.Module:
     """`network` itself, or with its gradients averaged over the processes after each step."""
     if compute.world_size == 1:
         return network
-    if compute.device.type == "cuda":  # PyTorch has no synchronised BatchNorm for CPUs
+    if compute.device.type != "cpu":  # PyTorch has no synchronised BatchNorm for CPUs
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    return DistributedDataParallel(network)
+    # The statistics of BatchNorm matter in evaluation alone, which sends them round.
+    return DistributedDataParallel(network, broadcast_buffers=False)
 
 
 def schedule(
@@ -927,13 +972,33 @@ def timed(loader: DataLoader, title: str, job: Job) -> Iterator[list[Tensor]]:
         yield batch
 
 
+def to_device(batch: Tensor, device: torch.device) -> Tensor:
+    """`batch` on `device`, without waiting where that is safe: from pinned memory to CUDA."""
+    if device.type != "cuda":
+        return batch.to(device)
+    return batch.pin_memory().to(device, non_blocking=True)
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """How images lie in memory: channels last, but on MPS BatchNorm's gradients are then wrong."""
+    # https://github.com/pytorch/pytorch/issues/175189
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+@functools.cache  # made once, since that waits for all the work of the device
+def normalisation(device: torch.device) -> Tensor:
+    """`MEAN` and `STD` on `device`: (2, 3, 1, 1) float32."""
+    return torch.tensor([MEAN, STD], device=device)[..., None, None]
+
+
 def to_input(batch: Tensor, device: torch.device) -> Tensor:
     """(B, H, W, 3) bytes as normalised (B, 3, H, W) float32 on `device`; features as they are."""
-    batch = batch.to(device, non_blocking=True)
+    batch = to_device(batch, device)
     if batch.dtype != torch.uint8:
         return batch
-    images = batch.permute(0, 3, 1, 2)  # channels_last in memory
-    return v2.functional.normalize(images.float(), MEAN, STD, inplace=True)
+    images = batch.permute(0, 3, 1, 2).to(torch.float32, memory_format=memory_format(device))
+    mean, std = normalisation(device)
+    return images.sub_(mean).div_(std)
 
 
 def train_epoch(job: Job, phase: Phase) -> float:
@@ -945,7 +1010,7 @@ def train_epoch(job: Job, phase: Phase) -> float:
     sizes = phase.batches.sizes()
     batches = timed(phase.train, f"training, {phase.name}", job)
     for size, (inputs, targets) in zip(sizes, batches, strict=True):
-        targets = targets.to(compute.device, non_blocking=True)
+        targets = to_device(targets, compute.device)
         with compute.autocast():
             logits = phase.network(to_input(inputs, compute.device))
         logits = logits.float() + prior
@@ -960,7 +1025,10 @@ def train_epoch(job: Job, phase: Phase) -> float:
         phase.scaler.update()
         phase.scheduler.step()
         if phase.average:
-            phase.average.update_parameters(phase.network)
+            both = (phase.average.parameters(), phase.network.parameters())
+            kept, latest = ([weight.detach() for weight in weights] for weights in both)
+            moved = torch._foreach_sub(latest, kept)
+            torch._foreach_add_(kept, torch._foreach_div(moved, phase.scheduler.last_epoch + 1))
         total += loss.detach() * len(targets)
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -990,13 +1058,14 @@ def evaluate(network: nn.Module, batches: Iterable[list[Tensor]], compute: Compu
     faster = fuse(copy.deepcopy(network).eval(), inplace=True)
     results = []
     for inputs, targets in batches:
+        targets = to_device(targets, compute.device)
         with compute.autocast():
-            logits = faster(to_input(inputs, compute.device)).float().cpu()
+            logits = faster(to_input(inputs, compute.device)).float()
         losses = F.cross_entropy(logits, targets, reduction="none")
         shares = logits.softmax(1)
         true = shares.gather(1, targets[:, None]).flatten()
         results.append((losses, targets, true, *shares.max(1)))
-    columns = (gather(torch.cat(each), compute) for each in zip(*results, strict=True))
+    columns = (gather(torch.cat(each).cpu(), compute) for each in zip(*results, strict=True))
     losses, targets, true, probability, predicted = columns
     confusion = confusion_matrix(targets, predicted, logits.shape[1])
     return Evaluation(losses.mean().item(), targets, predicted, probability, true, confusion)
@@ -1283,18 +1352,17 @@ def changes_since_baseline(job: Job, last: Evaluation) -> list[Change]:
     return compare(last.targets, job.baseline, last.predicted, train_counts)
 
 
-def save_model(job: Job, phase: Phase, *names: str) -> None:
-    """Write all that it takes to use the network; `weights_only=True` loads it."""
+def pack_model(job: Job, phase: Phase) -> dict[str, Any]:
+    """All that it takes to use the network, copied from the device."""
     state = phase.result.state_dict()
-    content = {
+    return {
         "arch": job.args.arch,
         "classes": job.data.classes,
         "crop_size": job.args.image_size,
         "image_size": eval_size(job.args.image_size),
         "epoch": job.history[-1]["epoch"],
-        "state_dict": {key: value.cpu() for key, value in state.items()},
+        "state_dict": {key: value.to("cpu", copy=True) for key, value in state.items()},
     }
-    save(content, *(job.args.output / name for name in names))
 
 
 def save_state(job: Job, phase: Phase | None) -> None:
@@ -1330,6 +1398,8 @@ def load_state(args: Namespace) -> dict[str, Any]:
     if other:
         hint = "; the learning rates depend on --epochs" if "epochs" in " ".join(other) else ""
         raise DataError(f"--resume: the run was started with {', '.join(other)}{hint}")
+    # A scaler that was not needed has no state, and one that is needed would refuse that.
+    state["phase"] = {name: part for name, part in state["phase"].items() if part}
     return state
 
 
@@ -1339,12 +1409,11 @@ def settings(args: Namespace) -> dict[str, Any]:
     return kept | {"source": args.source is not None, "val": args.val is not None}
 
 
-def save(content: dict[str, Any], *paths: Path) -> None:
-    """Write tensors and plain values to each of the files."""
+def save(content: dict[str, Any], path: Path) -> None:
+    """Write tensors and plain values; `weights_only=True` loads them."""
     stream = io.BytesIO()
     torch.save(content, stream)
-    for path in paths:
-        write_file(path, stream.getbuffer())
+    write_file(path, stream.getbuffer())
 
 
 def write_config(job: Job) -> None:
@@ -1674,6 +1743,7 @@ def prepare(args: Namespace, compute: Compute) -> tuple[Job, str]:
         data = load_data(args)
         draws = torch.zeros(len(data.classes), dtype=torch.int64)
         state = {"model": weights, "history": [], "draws": draws, "phase": {}}
+    args.workers = count_workers(args)
     baseline = load_baseline(args.baseline, data) if args.baseline else None
     smallest = min(len(data.train) // len(Batches(data.train, args.batch_size)), len(data.val))
     processes = compute.world_size
@@ -1700,27 +1770,36 @@ def start_run(job: Job, origin: str) -> None:
 
 
 def report(job: Job, phase: Phase, last: Evaluation) -> None:
-    """Print and write all there is to say after an epoch.
+    """Print what there is to say after an epoch, and write it if the time has come.
 
     The state comes last, so that a run goes on from an epoch of which every file is there.
     """
-    row = job.history[-1]
+    row, output = job.history[-1], job.args.output
     print(format_epoch(row, job.args.epochs), flush=True)
-    save_model(job, phase, "last.pt", *["best.pt"] * (row is best_epoch(job.history)))
+    best = row is best_epoch(job.history)
+    if best:
+        job.best = pack_model(job, phase)
+    if row["epoch"] < phase.epochs[-1] and time.perf_counter() - job.written < WRITE_EVERY:
+        return
+    save(job.best if best else pack_model(job, phase), output / "last.pt")
+    if job.best:
+        save(job.best, output / "best.pt")
+        job.best = {}
     write_tables(job, last)
     write_pictures(job, last)
     if job.shares:
         write_config(job)
     save_state(job, phase)
+    job.written = time.perf_counter()
 
 
 def run(args: Namespace) -> None:
     """Train and evaluate as `args` say, and fill the run folder."""
     compute = join_processes(args.device, args.amp)
-    args.device, args.amp = compute.device.type, compute.amp is not None
+    args.device = compute.device.type
     job, origin = broadcast(prepare(args, compute) if compute.rank == 0 else (None, ""))
     job.compute, args = compute, job.args
-    job.model.to(compute.device, memory_format=torch.channels_last)
+    job.model.to(compute.device, memory_format=memory_format(compute.device))
     if compute.rank == 0:
         start_run(job, origin)
     first = job.history[-1]["epoch"] + 1 if job.history else min(1, args.epochs)
@@ -1762,9 +1841,11 @@ def main(argv: list[str] | None = None) -> int:
         run(args)
         if dist.is_initialized():  # only now that `run` holds no network that would still use it
             dist.destroy_process_group()
-    except torch.OutOfMemoryError:
-        smaller = max(1, args.batch_size // 2)
-        message = f"--batch-size {args.batch_size}: out of memory on {args.device}; try {smaller}"
+    except torch.OutOfMemoryError:  # of a batch, in the feature pass and in evaluation too
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        half = args.batch_size // 2 // processes * processes
+        other = f"{half} or " * (half > 0) + "a smaller --image-size, in a new run"
+        message = f"--batch-size {args.batch_size}: out of memory on {args.device}; try {other}"
     except (DataError, OSError) as error:
         message = str(error).rstrip()
         if "Original Traceback" in message:  # from a process that reads images

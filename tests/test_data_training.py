@@ -4,12 +4,14 @@ import contextlib
 import io
 import json
 import math
+import os
 import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from urllib.error import URLError
 
 import numpy as np
@@ -17,6 +19,7 @@ import pytest
 import torch
 from conftest import load, rows_of, weights_file, write_folder
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import models
 from torchvision.transforms import v2
 
@@ -495,6 +498,54 @@ def test_images_are_normalised_by_the_statistics_of_imagenet() -> None:
     assert result == pytest.approx(expected, abs=1e-5)
 
 
+# ------------------------------------------------------------------ what reads images, and how many
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "processes", "workers"),
+    [
+        ("cpu", 16, 1, 0),
+        ("cuda", 16, 1, 15),
+        ("cuda", 64, 4, 15),
+        ("cuda", 8, 8, 1),
+        ("mps", 1, 1, 1),
+    ],
+)
+def test_every_core_but_one_reads_images_for_an_accelerator(
+    device: str, cores: int, processes: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "process_cpu_count", lambda: cores, raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(training, "SHARED", Path("no", "such", "folder"))
+    args = training.parse_args(["x", "--device", device])
+    assert training.count_workers(args) == workers
+    args.workers = 3
+    assert training.count_workers(args) == 3
+
+
+@pytest.mark.parametrize(
+    ("size", "batches", "workers"), [(224, 9, 4), (224, 2.9, 0), (224, 0, 0), (224, 13, 6)]
+)
+def test_no_more_workers_than_have_room_for_their_batches(
+    size: int,
+    batches: float,
+    workers: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Two batches of each of six are on the way and one is in use; they are largest at 256 px."""
+    free = int(batches * 64 * 256 * 256 * 3)
+    monkeypatch.setattr(training.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(training, "SHARED", tmp_path)
+    args = training.parse_args(["x", "--image-size", str(size), "--workers", "6"])
+    assert training.count_workers(args) == workers
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == (workers < 6)
+    for line in said:
+        assert f"room for batches of {workers} workers, not 6" in line
+
+
 # --------------------------------------------------------------------------------- weights
 
 
@@ -812,11 +863,10 @@ def test_evaluation_is_larger_by_up_to_a_seventh_in_whole_cells_of_32_pixels() -
     assert {size: training.eval_size(size) for size in sizes} == sizes
 
 
-def test_a_checkpoint_records_the_size_it_was_evaluated_at(folder: Path, tmp_path: Path) -> None:
-    job = make_job(folder, "--weights", "none", "--output", str(tmp_path))
+def test_a_checkpoint_records_the_size_it_was_evaluated_at(folder: Path) -> None:
+    job = make_job(folder, "--weights", "none")
     job.history.append({"epoch": 1})
-    training.save_model(job, SimpleNamespace(result=job.model), "last.pt")
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["image_size"] == 256
+    assert training.pack_model(job, SimpleNamespace(result=job.model))["image_size"] == 256
 
 
 def test_evaluation_shows_objects_about_as_large_as_training_crops_do() -> None:
@@ -864,6 +914,76 @@ def test_the_result_of_full_fine_tuning_is_the_average_from_the_start_on(folder:
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
     mean = torch.stack(seen).mean(0)
     assert torch.allclose(phase.evaluated.layer4[0].conv1.weight, mean, atol=1e-7)
+
+
+class Unanswered(TorchDispatchMode):
+    """Refuses, while it is on, what would wait for a device: questions, tensors made of numbers.
+
+    Counts the copies from one device to another.
+    """
+
+    on, copies = False, 0
+
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        names = ("_local_scalar_dense", "lift_fresh", "nonzero", "masked_select", "equal")
+        if self.on and op.overloadpacket.__name__ in names:
+            raise AssertionError(f"{op} in a step")
+        result = op(*args, **(kwargs or {}))
+        devices = [each.device for each in (result, *args) if isinstance(each, torch.Tensor)]
+        copied = op.overloadpacket.__name__ in ("_to_copy", "copy_") and len(set(devices)) > 1
+        self.copies += self.on and copied
+        return result
+
+
+class WatchedSteps(list):
+    """Batches; from the first one to the end, `mode` is on."""
+
+    def __init__(self, batches: Any, mode: Unanswered):
+        super().__init__(batches)
+        self.mode = mode
+
+    def __iter__(self) -> Iterator[Any]:
+        self.mode.on = True
+        try:
+            yield from super().__iter__()
+        finally:
+            self.mode.on = False
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_step_asks_no_value_and_copies_its_batch_alone(
+    device: str, epoch: int, folder: Path
+) -> None:
+    """On a CPU, and on torch's device without values, where AdamW has to be another optimizer.
+
+    What this cannot show: a kernel or a library that waits by itself, memory that is not pinned,
+    and what only CUDA's code does. `test_gpu.py` shows that.
+    """
+    path = str(weights_file(folder.parent / "watched.pth"))
+    small = ["--weights", path, "--epochs", "2", "--image-size", "32", "--batch-size", "48"]
+    job = make_job(folder, *small)
+    phase = training.begin_phase(job, epoch)
+    training.draw_epoch(job, phase, epoch)
+    mode = Unanswered()
+    phase = phase._replace(train=WatchedSteps(phase.train, mode))
+    training.to_input(batch_of_noise(32)[0], torch.device(device))  # makes what is made once
+    if device == "cpu":
+        with mode:
+            training.train_epoch(job, phase)
+        assert mode.copies == 0
+        return
+    for module in (job.model, phase.average or job.model):
+        module.to(device)
+    weights = [weight for weight in job.model.parameters() if weight.requires_grad]
+    place, plain = torch.device(device), contextlib.nullcontext
+    job.compute = SimpleNamespace(device=place, rank=0, world_size=1, autocast=plain)
+    phase = phase._replace(optimizer=torch.optim.SGD(weights, 0.1))
+    with mode, pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        training.train_epoch(job, phase)  # at its end it asks for the loss, in vain
+    assert mode.copies == 2 * len(phase.train)  # images and targets
 
 
 def test_a_frozen_phase_costs_one_pass_over_the_images(folder: Path, tmp_path: Path) -> None:
@@ -1356,4 +1476,9 @@ def test_running_out_of_memory_names_a_smaller_batch(
     monkeypatch.setattr(torch.nn.Conv2d, "forward", full)  # what a full GPU raises
     command = [str(folder), "--weights", "none", "--epochs", "1", "--output", str(tmp_path / "run")]
     assert training.main([*command, *TINY]) == 2
-    assert "--batch-size 16: out of memory on cpu; try 8" in capsys.readouterr().err
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith("out of memory on cpu; try 8 or a smaller --image-size, in a new run")
+    command[-1] = str(tmp_path / "smaller")
+    assert training.main([*command, *TINY, "--batch-size", "1"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith("out of memory on cpu; try a smaller --image-size, in a new run")

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import os
 import random
 import shutil
@@ -23,6 +24,14 @@ import data_training as training
 
 SCRIPT = Path(training.__file__)
 TIMES = ("images_per_second", "data_wait", "seconds")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_epoch_is_written() -> Iterator[None]:
+    """As where an epoch takes longer than half a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "WRITE_EVERY", 0.0)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +239,142 @@ def test_the_split_is_part_of_the_run(
     assert data[:3] == fresh[:3] and torch.equal(data.train, fresh.train)
 
 
+# ------------------------------------------------------------------- where epochs are short
+
+
+@pytest.fixture
+def short_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a minute is never over."""
+    monkeypatch.setattr(training, "WRITE_EVERY", math.inf)
+
+
+def interrupt_after(epochs: int, command: list[str], output: Path) -> Path:
+    """The run, stopped when so many epochs are written."""
+    save_state, calls = training.save_state, itertools.count()
+
+    def interrupt(*args: object) -> None:
+        save_state(*args)
+        if next(calls) == epochs:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "save_state", interrupt)
+        assert training.main([*command, "--output", str(output)]) == 130
+    return output
+
+
+def test_short_epochs_are_written_at_the_end_of_a_phase_alone(
+    settings: list[str], whole: Path, tmp_path: Path, short_epochs: None
+) -> None:
+    output = interrupt_after(1, settings, tmp_path / "run")
+    assert [row["epoch"] for row in rows_of(output / "history.csv")] == ["1", "2"]
+    assert torch.load(output / "last.pt", weights_only=True)["epoch"] == 2
+    assert_goes_on(settings, output, whole)
+
+
+@pytest.mark.parametrize("number", [4, 6, 11, 14])
+def test_short_epochs_go_on_from_the_middle_of_writing_a_file(
+    number: int,
+    settings: list[str],
+    whole: Path,
+    tmp_path: Path,
+    short_epochs: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stopped in any write of the two ends of a phase; a table is never of another epoch."""
+    output, numbers = tmp_path / "run", itertools.count(1)
+
+    def interrupt(_: int) -> None:
+        if next(numbers) == number:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    assert training.main([*settings, "--output", str(output)]) == 130
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    assert_goes_on(settings, output, whole)
+
+
+def test_the_best_network_is_kept_until_it_is_written(
+    settings: list[str], tmp_path: Path, short_epochs: None
+) -> None:
+    """Three epochs of 50, 70 and 60 %, told apart by a bias, of which only the last is written."""
+    command = [*settings, "--epochs", "3", "--frozen-epochs", "3", "--output", str(tmp_path / "x")]
+    job, origin = training.prepare(training.parse_args([*command, "--workers", "0"]), CPU)
+    training.start_run(job, origin)
+    phase = training.begin_phase(job, 1)
+    last = training.evaluate(phase.evaluated, phase.val, CPU)
+    data = job.data
+    row = training.measure(last.confusion, data.counts(data.train))
+    row |= training.count_draws(data, data.train)
+    names = ("train_loss", "val_loss", "learning_rate", "images_per_second", "data_wait", "seconds")
+    row |= dict.fromkeys(names, 1.0) | {"phase": "head"}
+    for epoch, balanced in enumerate((0.5, 0.7, 0.6), 1):
+        torch.nn.init.constant_(job.model.fc.bias, epoch)
+        job.history.append(row | {"epoch": epoch, "balanced_accuracy": balanced})
+        assert not (tmp_path / "x/history.csv").exists()
+        training.report(job, phase, last)
+    for name, epoch in (("best.pt", 2), ("last.pt", 3)):
+        content = torch.load(tmp_path / "x" / name, weights_only=True)
+        assert content["epoch"] == epoch
+        assert content["state_dict"]["fc.bias"].tolist() == [epoch] * 3
+    assert not job.best
+
+
+# ---------------------------------------------------------- another device, another precision
+
+CPU = training.Compute(torch.device("cpu"), None)
+
+
+@pytest.fixture(scope="module")
+def in_full_phase(settings: list[str], folder: Path) -> Path:
+    """The run, stopped after the first epoch of everything."""
+    return interrupt_after(3, settings, folder.parent / "in_full_phase")
+
+
+@pytest.fixture
+def resumed(settings: list[str], in_full_phase: Path, tmp_path: Path) -> list[str]:
+    """The command that goes on with a copy of it."""
+    shutil.copytree(in_full_phase, tmp_path / "run")
+    return [*settings, "--workers", "0", "--output", str(tmp_path / "run"), "--resume"]
+
+
+def test_a_run_goes_on_in_float16_and_back_without_it(resumed: list[str]) -> None:
+    job, _ = training.prepare(training.parse_args(resumed), CPU._replace(amp=torch.float16))
+    assert "scaler" not in job.stored  # it was not needed
+    phase = training.begin_phase(job, 4)
+    phase.batches.assign(job.data.train[:4], training.seeded("augment", 0, 4))
+    assert math.isfinite(training.train_epoch(job, phase)) and phase.scaler.get_scale() > 1
+    job.history.append(job.history[-1] | {"epoch": 4})
+    training.save_state(job, phase)
+    job, _ = training.prepare(training.parse_args(resumed), CPU)
+    assert job.stored["scaler"]["scale"] == phase.scaler.get_scale()
+    assert not training.begin_phase(job, 4).scaler.is_enabled()
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_a_run_goes_on_where_the_precision_is_another(
+    units: bool, resumed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a processor with bfloat16 units and on one without."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": units})
+    assert training.main(resumed) == 0
+
+
+def test_a_run_goes_on_where_weights_are_laid_out_in_another_way(resumed: list[str]) -> None:
+    """The optimizer's kernels read weights and moments in the order of memory."""
+    job, _ = training.prepare(training.parse_args(resumed), CPU)
+    job.model.to(memory_format=torch.channels_last)
+    stored = job.stored["optimizer"]["state"]
+    for state in stored.values():
+        state["exp_avg"] = state["exp_avg"].contiguous()  # as from where that is the layout
+    phase, differ = training.begin_phase(job, 4), 0
+    for weight, before in zip(phase.optimizer.state, stored.values(), strict=True):
+        after = phase.optimizer.state[weight]["exp_avg"]
+        assert after.stride() == weight.stride() and torch.equal(after, before["exp_avg"])
+        differ += before["exp_avg"].stride() != weight.stride()
+    assert differ
+
+
 # ------------------------------------------------------------------------------ what is refused
 
 
@@ -263,6 +408,7 @@ def test_settings_that_change_the_result_are_listed_in_one_error(
     assert "--batch-size" not in error
     error = refusal([*stopped, "--source", stopped[0]], capsys)
     assert "--source False (not True)" in error and "--epochs" not in error
+    assert "--amp None (not False)" in refusal([*stopped, "--no-amp"], capsys)
 
 
 def test_settings_that_change_nothing_may_differ(stopped: list[str]) -> None:
@@ -329,6 +475,15 @@ def test_a_state_that_would_run_code_is_refused(
 # ------------------------------------------------------------------------- several processes
 
 
+def test_a_device_that_serves_one_process_is_refused_under_torchrun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(training.DataError, match="--device meta: .* without torchrun"):
+        training.join_processes("meta", None)
+
+
 @pytest.fixture(scope="module")
 def gentle(settings: list[str]) -> list[str]:
     """With the statistics of BatchNorm kept: on CPUs each process would have its own."""
@@ -345,16 +500,7 @@ def alone(gentle: list[str], folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def spread(gentle: list[str], folder: Path) -> Path:
     """The same run, the first epoch on one process, the others on two."""
-    output, save_state, calls = folder.parent / "spread", training.save_state, itertools.count()
-
-    def interrupt(*args: object) -> None:
-        save_state(*args)
-        if next(calls) == 1:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "save_state", interrupt)
-        assert training.main([*gentle, "--output", str(output)]) == 130
+    output = interrupt_after(1, gentle, folder.parent / "spread")
     process = start(*gentle, "--output", str(output), "--resume", processes=2)
     printed, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
@@ -487,36 +633,3 @@ def test_a_batch_must_divide_among_the_processes(
         )
     ):
         training.prepare(args, training.Compute(torch.device("cpu"), None, 0, processes))
-
-
-# ------------------------------------------------------------------------------- where there is one
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("amp", ["--amp", "--no-amp"])
-def test_a_gpu_trains_and_goes_on(
-    amp: str, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = [*settings, "--device", "cuda", amp, "--output", str(tmp_path / "run")]
-    assert training.main([*command, "--epochs", "4"]) == 0
-    assert len(rows_of(tmp_path / "run/history.csv")) == 4
-    command[-1] = str(tmp_path / "stopped")
-    monkeypatch.setattr(training, "write_tables", lambda *args: os.kill(os.getpid(), signal.SIGINT))
-    assert training.main(command) == 130
-    monkeypatch.undo()
-    assert training.main([*command, "--resume"]) == 0
-    assert len(rows_of(tmp_path / "stopped/history.csv")) == 4
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_draw_as_one_process_does(
-    settings: list[str], whole: Path, tmp_path: Path
-) -> None:
-    command = [*settings, "--device", "cuda", "--output", str(tmp_path / "run")]
-    process = start(*command, processes=2)
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error
-    draws = [
-        [row["draws"] for row in rows_of(run / "classes.csv")] for run in (whole, tmp_path / "run")
-    ]
-    assert draws[0] == draws[1]

@@ -1,0 +1,238 @@
+"""What `data_training.py` promises of a GPU; skipped where there is none.
+
+    python -m pytest tests/test_gpu.py
+
+A minute on one GPU. Two tests of several processes: two that share a GPU, and two GPUs.
+"""
+
+import gc
+import os
+
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before the first product: to the same bits
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import rows_of, weights_file, write_folder
+from test_resume import assert_same_run, interrupt_after, start
+
+import data_training as training
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+EPOCHS = ("head", "head", "full", "full")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_epoch_is_written() -> Iterator[None]:
+    """And float32 is float32: convolutions would take TF32."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "WRITE_EVERY", 0.0)
+        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("data") / "src", {"ape": 30, "bee": 18, "cat": 9})
+
+
+@pytest.fixture(scope="module")
+def settings(folder: Path) -> list[str]:
+    """Two epochs of the head and two of everything, two steps each; the device is to be added."""
+    weights = weights_file(folder.parent / "pretrained.pth")
+    command = [str(folder), "--arch", "resnet18", "--weights", str(weights), "--epochs", "4"]
+    return [*command, "--image-size", "32", "--batch-size", "24", "--workers", "2", "--device"]
+
+
+@pytest.fixture(scope="module")
+def on_cpu(folder: Path, settings: list[str]) -> Path:
+    """The run on a CPU in float32."""
+    output = folder.parent / "on_cpu"
+    assert training.main([*settings, "cpu", "--no-amp", "--output", str(output)]) == 0
+    return output
+
+
+def assert_near(one: Path, other: Path, tolerance: float) -> None:
+    """Losses and probabilities of two runs differ by no more, and their draws not at all."""
+    tables = [rows_of(run / "history.csv") for run in (one, other)]
+    assert [row["phase"] for row in tables[1]] == list(EPOCHS)
+    for rows in zip(*tables, strict=True):
+        for key in ("train_loss", "val_loss"):  # 1.1 at the start
+            assert float(rows[0][key]) == pytest.approx(float(rows[1][key]), abs=tolerance), key
+    tables = [rows_of(run / "predictions.csv") for run in (one, other)]
+    for rows in zip(*tables, strict=True):
+        values = [float(row["probability"]) for row in rows]
+        assert values[0] == pytest.approx(values[1], abs=tolerance)
+    draws = [[row["draws"] for row in rows_of(run / "classes.csv")] for run in (one, other)]
+    assert draws[0] == draws[1]
+
+
+@pytest.mark.parametrize(("amp", "tolerance"), [("--no-amp", 2e-3), ("--amp", 5e-2)])
+def test_both_phases_and_evaluation_agree_with_the_cpu(
+    amp: str, tolerance: float, settings: list[str], on_cpu: Path, tmp_path: Path
+) -> None:
+    """Mixed precision against float32 within 0.05, float32 within 0.002."""
+    assert training.main([*settings, "cuda", amp, "--output", str(tmp_path / "run")]) == 0
+    assert_near(on_cpu, tmp_path / "run", tolerance)
+
+
+def test_the_features_and_the_evaluation_of_one_network_agree_with_the_cpu(
+    settings: list[str],
+) -> None:
+    results = []
+    for device in ("cpu", "cuda"):
+        job, phase = begin(settings, device, 3)
+        features = training.extract_features(job)
+        assert features.device.type == "cpu"
+        results.append((features, training.evaluate(phase.evaluated, phase.val, job.compute)))
+    (ours, cpu), (theirs, gpu) = results
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(cpu.probability, gpu.probability, atol=1e-4, rtol=1e-3)
+    assert torch.equal(cpu.targets, gpu.targets) and cpu.loss == pytest.approx(gpu.loss, abs=1e-4)
+
+
+def begin(settings: list[str], device: str, epoch: int) -> tuple[training.Job, training.Phase]:
+    """A run in float32 at the start of this epoch, with the same network on any device."""
+    args = training.parse_args([*settings, device, "--no-amp"])
+    compute = training.join_processes(args.device, args.amp)
+    args.device = compute.device.type
+    job, _ = training.prepare(args, compute)
+    torch.nn.init.normal_(job.model.fc.weight, std=0.01, generator=training.seeded("head", 0, 0))
+    job.model.to(compute.device, memory_format=training.memory_format(compute.device))
+    return job, training.begin_phase(job, epoch)
+
+
+# ----------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_run_goes_on_to_the_bit_where_algorithms_are_deterministic(
+    epochs: int, settings: list[str], tmp_path: Path
+) -> None:
+    command = [*settings, "cuda"]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert training.main([*command, "--output", str(tmp_path / "whole")]) == 0
+        output = interrupt_after(epochs, command, tmp_path / "run")
+        assert training.main([*command, "--output", str(output), "--resume"]) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same_run(tmp_path / "whole", output)
+
+
+def test_a_run_goes_on_nearly_the_same_where_they_are_not(
+    settings: list[str], tmp_path: Path
+) -> None:
+    command = [*settings, "cuda", "--no-amp"]
+    assert training.main([*command, "--output", str(tmp_path / "whole")]) == 0
+    output = interrupt_after(3, command, tmp_path / "run")
+    assert training.main([*command, "--output", str(output), "--resume"]) == 0
+    assert_near(tmp_path / "whole", output, 2e-3)
+
+
+def test_a_run_goes_from_the_cpu_to_the_gpu_and_back(
+    settings: list[str], on_cpu: Path, tmp_path: Path
+) -> None:
+    output = interrupt_after(1, [*settings, "cpu"], tmp_path / "run")
+    interrupt_after(1, [*settings, "cuda", "--resume"], output)  # its first write is epoch 2's
+    assert training.main([*settings, "cpu", "--output", str(output), "--resume"]) == 0
+    assert_near(on_cpu, output, 5e-2)
+
+
+def test_a_gpu_without_bfloat16_trains_in_float16_and_goes_on_with_a_run_in_bfloat16(
+    settings: list[str], on_cpu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = interrupt_after(3, [*settings, "cuda", "--amp"], tmp_path / "run")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)  # as before Ampere
+    assert training.pick_compute("cuda", None).amp is torch.float16
+    for command in ([str(output), "--resume"], [str(tmp_path / "whole")]):
+        assert training.main([*settings, "cuda", "--amp", "--output", *command]) == 0
+        assert_near(on_cpu, Path(command[0]), 5e-2)
+        scaler = torch.load(Path(command[0], training.STATE), weights_only=True)["phase"]["scaler"]
+        assert scaler["scale"] >= 1
+
+
+# ------------------------------------------------------------------------- waiting, and memory
+
+
+class Unwaiting(list):
+    """Batches; from the first one to the end, to wait for the GPU raises."""
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            yield from super().__iter__()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+@pytest.mark.parametrize("pinned", [True, False])
+def test_no_step_waits_for_the_gpu(epoch: int, pinned: bool, settings: list[str]) -> None:
+    """In float32 and in bfloat16, once what is made in the first steps is there."""
+    job, phase = begin(settings, "cuda", epoch)
+    training.draw_epoch(job, phase, epoch)
+    batches = [
+        [each.pin_memory() if pinned else each.clone() for each in pair] for pair in phase.train
+    ]
+    for amp in (None, torch.bfloat16):
+        job.compute = job.compute._replace(amp=amp)
+        for each in (batches, Unwaiting(batches)):
+            phase.scheduler.last_epoch = 0  # the schedule may not end
+            training.train_epoch(job, phase._replace(train=each))
+
+
+def test_neither_evaluation_nor_the_feature_pass_waits_for_the_gpu_in_between(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, phase = begin(settings, "cuda", 3)
+    batches = list(phase.val)
+    expected = training.evaluate(phase.evaluated, batches, job.compute)
+    result = training.evaluate(phase.evaluated, Unwaiting(batches), job.compute)
+    torch.testing.assert_close(result.probability, expected.probability)
+    features = training.extract_features(job)
+
+    def unwaiting(loader: Iterable[Any], *_: object) -> Iterator[Any]:
+        return iter(Unwaiting(loader))
+
+    monkeypatch.setattr(training, "timed", unwaiting)
+    torch.testing.assert_close(training.extract_features(job), features)
+
+
+@pytest.mark.parametrize("frozen", ["1", "0", "none"])
+def test_a_full_gpu_gets_one_line_of_advice(
+    frozen: str, settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the feature pass, in a step, and in evaluation: 45 images of 1,024 pixels, 300 MB."""
+    epochs = ["--epochs", "0"] if frozen == "none" else ["--epochs", "1", "--frozen-epochs", frozen]
+    command = [*settings, "cuda", *epochs, "--image-size", "1024", "--batch-size", "64"]
+    gc.collect()
+    torch.cuda.empty_cache()
+    room = torch.cuda.memory_reserved() + 300e6
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.mem_get_info()[1])
+    try:
+        assert training.main([*command, "--output", str(tmp_path / "run")]) == 2
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "--batch-size 64: out of memory on cuda; try 32 or a smaller --image-size" in line
+
+
+# ------------------------------------------------------------------------- several processes
+
+
+@pytest.mark.parametrize("weights", ["given", "none"])
+def test_two_processes_share_a_gpu_or_have_one_each(
+    weights: str, settings: list[str], on_cpu: Path, tmp_path: Path
+) -> None:
+    """By gloo where there is one, by nccl where there are two."""
+    scratch = ["--weights", "none", "--epochs", "1"] if weights == "none" else []
+    command = [*settings, "cuda", "--no-amp", *scratch, "--output", str(tmp_path / "run")]
+    process = start(*command, processes=2)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    if not scratch:
+        assert_near(on_cpu, tmp_path / "run", 2e-2)  # convolutions by TF32
