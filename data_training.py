@@ -853,7 +853,7 @@ def head_phase(job: Job, epochs: range) -> Phase:
     args, model = job.args, job.model
     features = Features(extract_features(job), job.data.labels)
     group = {"params": list(model.fc.parameters()), "lr": args.lr}
-    optimizer = torch.optim.SGD([group], momentum=0.9, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD([group], momentum=0.9, weight_decay=args.weight_decay, fused=True)
     batches = cut_batches(job)
     train, val = (DataLoader(features, batch_sampler=each) for each in batches)
     network = wrap_ddp(model.fc, job.compute)

@@ -153,7 +153,6 @@ def prepare(setting: Setting) -> Prepared:
     args.device = compute.device.type
     job, _ = training.prepare(args, compute)
     job.model.to(compute.device, memory_format=torch.channels_last)
-    args.weights = "as if they were pretrained"
     phase = training.begin_phase(job, 1)
     drawn = training.draw_epoch(job, phase, 1)
     images = STEPS[compute.device.type] * setting.batch_size
@@ -447,7 +446,7 @@ def grow(images: int, folder: Path) -> dict[str, float]:
     labels = torch.tensor([label for _, _, label in found])
     paths, names = [path for path, _, _ in found], [name for _, name, _ in found]
     train, val = training.split_images(labels, paths, 0.2, 0)
-    data = training.Data(classes, paths, names, labels, train, val, 0, [])
+    data = training.Data(classes, paths, names, labels, train, val, 0, 0, [])
     lap("split")
     weights = training.sample_weights(labels[train], 1.0)
     lap("weights")

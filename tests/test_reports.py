@@ -170,7 +170,7 @@ def job_of(names: list[str], baseline: bool = False) -> tuple[training.Job, trai
     predicted = torch.where(torch.arange(len(targets)) % 4 < 2, targets, (targets + 1) % classes)
     labels = torch.cat([train, targets])
     parts = torch.arange(len(labels)).tensor_split([len(train)])
-    data = training.Data(names, [], [], labels, *parts, 0, [])
+    data = training.Data(names, [], [], labels, *parts, 0, 0, [])
     confusion = training.confusion_matrix(targets, predicted, classes)
     share = torch.full((len(targets),), 0.5)
     last = training.Evaluation(1.0, targets, predicted, share, share, confusion)
@@ -251,7 +251,7 @@ def coloured(folder: Path, names: list[str]) -> training.Job:
     paths = [str(folder / f"{name}.png") for name in COLOURS]
     labels = torch.tensor([0, 1, 0, 0, 1, 1])
     parts = torch.tensor([0, 1]), torch.tensor([2, 3, 4, 5])
-    data = training.Data(names, [*paths[:2], *paths], [*"abcdef"], labels, *parts, 0, [])
+    data = training.Data(names, [*paths[:2], *paths], [*"abcdef"], labels, *parts, 0, 0, [])
     args = SimpleNamespace(output=folder, epochs=1)
     draws = torch.zeros(2, dtype=torch.int64)
     return training.Job(args, CPU, data, None, None, [row(1)], draws, {})
