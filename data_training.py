@@ -99,9 +99,8 @@ MOST_LABELS, MOST_WHISKERS = 30, 200  # that can be told apart below a chart and
 MISTAKES, TILE = 24, 244  # how many are shown, and pixels a side of each
 EXAMPLES = """examples:
   python data_training.py dogs --epochs 10
-  python data_training.py dogs --rebalance none --output runs/none
-  python data_training.py dogs --output runs/sampler --baseline runs/none
-  python data_training.py photos --val others --epochs 0 --weights runs/sampler/best.pt"""
+  python data_training.py dogs --output runs/dogs --baseline runs/none
+  python data_training.py photos --val others --weights runs/dogs/best.pt --epochs 0"""
 
 
 class DataError(Exception):

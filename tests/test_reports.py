@@ -354,7 +354,7 @@ def test_a_download_shows_a_bar_in_a_terminal_alone(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(sys, "stderr", screen())
     with pytest.raises(training.DataError, match="could not be fetched"):
-        training.load_weights("resnet18", "DEFAULT")
+        training.load_weights(training.parse_args(["x", "--arch", "resnet18"]))
     assert ("15.0" in sys.stderr.getvalue()) is shown  # bytes
 
 
