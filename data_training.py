@@ -76,9 +76,7 @@ STRIDE = 32  # pixels a cell of a ResNet's last feature map
 HEAD_STEPS = 1000  # at least, of training the head alone: on features they cost next to nothing
 # Peak learning rates of the backbone by AdamW; a new head of pretrained weights gets 3 times that.
 BACKBONE_LR = {"auto": 3e-4, "firm": 3e-4, "gentle": 2e-5, "scratch": 1e-3}
-# Parts of the way from the head alone to the end of fine-tuning that "auto" chooses from.
-SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
-SEARCHED = 2000  # validation images that it looks at for that, at most
+SEARCHED = 2000  # validation images that "auto" looks at to choose, at most
 # Of a pretrained backbone, what "gentle" keeps: general, and two fifths of the time of a step.
 FIRST_HALF = ("conv1.", "bn1.", "layer1.", "layer2.")
 CLIP_NORM = 1.0  # longest gradient followed; tiny BatchNorm variances can make it explode
@@ -166,7 +164,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add = parser.add_argument_group("training").add_argument
     add("--epochs", metavar="N", type=whole, default=10, help="0 evaluates the given weights")
     add("--frozen-epochs", metavar="N", type=auto_or(whole), default="auto",
-        help="first epochs, head alone; auto: 1; 0 with --weights none")  # fmt: skip
+        help="first epochs, head alone; auto: one before them; 0 with --weights none")  # fmt: skip
     add("--finetune", choices=("auto", "firm", "gentle"), default="auto",
         help="then the whole network, and of the way from the head alone to there the part that "
         "validates best; all of it; or the second half with small steps")  # fmt: skip
@@ -230,9 +228,7 @@ def check_settings(args: Namespace) -> None:
         raise DataError(
             f"--power: of the sampler's weights; drop it or --rebalance {args.rebalance}"
         )
-    if args.frozen_epochs is None:
-        args.frozen_epochs = 0 if args.weights == "none" else min(1, args.epochs)
-    if args.frozen_epochs > args.epochs:
+    if (args.frozen_epochs or 0) > args.epochs:
         raise DataError(f"--frozen-epochs {args.frozen_epochs}: more than --epochs {args.epochs}")
     if args.weights == "none":
         if args.finetune != "auto":
@@ -821,13 +817,21 @@ class Phase(NamedTuple):
 STATEFUL = ("start", "average", "optimizer", "scheduler", "scaler")
 
 
+def phase_epochs(args: Namespace) -> tuple[range, range]:
+    """The epochs of the head alone, and those of the whole network; 0 if nothing is trained.
+
+    By default the head has epoch 0: on features it costs a third of an epoch.
+    """
+    if args.epochs and args.frozen_epochs is None and args.weights != "none":
+        return range(1), range(1, args.epochs + 1)
+    frozen = args.frozen_epochs or 0
+    return range(1, frozen + 1), range(min(frozen + 1, args.epochs), args.epochs + 1)
+
+
 def begin_phase(job: Job, epoch: int) -> Phase:
     """The phase of this epoch, at its start or, in the middle of it, as it was stored."""
-    frozen, last = job.args.frozen_epochs, job.args.epochs
-    if 0 < epoch <= frozen:
-        phase = head_phase(job, range(1, frozen + 1))
-    else:
-        phase = full_phase(job, range(min(frozen + 1, last), last + 1))
+    head, full = phase_epochs(job.args)
+    phase = head_phase(job, head) if epoch in head else full_phase(job, full)
     if epoch != phase.epochs[0]:
         for name, state in job.stored.items():
             getattr(phase, name).load_state_dict(state)
@@ -901,7 +905,7 @@ def full_phase(job: Job, epochs: range) -> Phase:
     head = {"params": list(model.fc.parameters()), "lr": factor * args.backbone_lr}
     backbone = {"params": rest, "lr": args.backbone_lr, "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([head, backbone], weight_decay=args.weight_decay, fused=True)
-    start = copy.deepcopy(model) if epochs[0] and args.finetune == "auto" else None
+    start = copy.deepcopy(model) if args.epochs and args.finetune == "auto" else None
     average = AveragedModel(model) if gentle else None
     if average:
         average.update_parameters(model)
@@ -910,7 +914,7 @@ def full_phase(job: Job, epochs: range) -> Phase:
     sets = (Images(data.paths, data.labels, each) for each in views)
     train, val = (make_loader(*pair, args) for pair in zip(sets, batches, strict=True))
     networks = wrap_ddp(model.train(not gentle), job.compute), result, result, start, average
-    name = "full" if epochs[0] else "given"
+    name = "full" if args.epochs else "given"
     parts = schedule(optimizer, len(epochs) * len(batches[0]), job.compute)
     return Phase(name, epochs, 1, *networks, batches[0], train, val, *parts)
 
@@ -948,7 +952,7 @@ def schedule(
 def draw_epoch(job: Job, phase: Phase, epoch: int) -> Tensor:
     """The indices of the training images that this epoch draws, given to the phase's loader."""
     args, train = job.args, job.data.train
-    if not epoch:
+    if not args.epochs:
         return train[:0]
     weights = sample_weights(job.data.labels[train], 1.0 if args.power is None else args.power)
     weighted = is_weighted(args.rebalance, epoch, phase.epochs)
@@ -1071,11 +1075,12 @@ def evaluate(network: nn.Module, batches: Iterable[list[Tensor]], compute: Compu
 
 
 def search_shares(job: Job, phase: Phase, start: nn.Module) -> dict[float, float]:
-    """Balanced accuracy after each of `SHARES` of the way from `start` to the phase's end.
+    """Balanced accuracy after parts of the way from `start` to the phase's end: all, none, 3/4, ...
 
     The network becomes the best of them (Wortsman et al. 2022, arXiv:2109.01903). On images like
     those that the weights know, the end has lost what a part of the way keeps; on others it has
-    not. It takes an evaluation each, on at most `SEARCHED` of the validation images.
+    not. Each takes an evaluation, on at most `SEARCHED` of the validation images, so the search
+    ends where it gets worse.
     """
     val, compute, model = job.data.val, job.compute, job.model
     few = val[:: math.ceil(len(val) / SEARCHED)][compute.rank :: compute.world_size]
@@ -1088,11 +1093,16 @@ def search_shares(job: Job, phase: Phase, start: nn.Module) -> dict[float, float
         }
         model.load_state_dict(parts)
 
-    found = {}
-    for share in SHARES:
+    def look(share: float) -> float:
         go(share)
         last = evaluate(model, timed(loader, f"choosing, {share:.0%}", job), compute)
-        found[share] = recall_by_class(last.confusion).nanmean().item()
+        return recall_by_class(last.confusion).nanmean().item()
+
+    found = {1.0: look(1.0), 0.0: look(0.0)}
+    for share in (0.75, 0.5, 0.25):
+        found[share] = look(share)
+        if found[share] < found[share + 0.25]:
+            break
     go(max(found, key=found.__getitem__))
     return found
 
@@ -1801,7 +1811,8 @@ def run(args: Namespace) -> None:
     job.model.to(compute.device, memory_format=memory_format(compute.device))
     if compute.rank == 0:
         start_run(job, origin)
-    first = job.history[-1]["epoch"] + 1 if job.history else min(1, args.epochs)
+    head, full = phase_epochs(args)
+    first = job.history[-1]["epoch"] + 1 if job.history else (head or full)[0]
     phase, last = None, None
     for epoch in range(first, args.epochs + 1):
         started = time.perf_counter()
@@ -1809,7 +1820,7 @@ def run(args: Namespace) -> None:
         if phase is None or epoch not in phase.epochs:
             phase = begin_phase(job, epoch)
         drawn = draw_epoch(job, phase, epoch)
-        loss = train_epoch(job, phase) if epoch else math.nan
+        loss = train_epoch(job, phase) if args.epochs else math.nan
         seconds, waited = time.perf_counter() - started, sum(job.waits)
         if phase.start and epoch == args.epochs:
             job.shares = search_shares(job, phase, phase.start)
@@ -1821,7 +1832,7 @@ def run(args: Namespace) -> None:
             "val_loss": last.loss,
             **measure(last.confusion, job.data.counts(job.data.train)),
             **count_draws(job.data, drawn),
-            "learning_rate": phase.scheduler.get_last_lr()[0] if epoch else math.nan,
+            "learning_rate": phase.scheduler.get_last_lr()[0] if args.epochs else math.nan,
             "images_per_second": len(drawn) / seconds,
             "data_wait": waited / seconds,
             "seconds": time.perf_counter() - started,

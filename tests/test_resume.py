@@ -171,6 +171,14 @@ def test_a_run_goes_on_from_the_middle_of_an_epoch(
     assert_goes_on(settings, output, whole)
 
 
+def test_a_run_that_stopped_after_the_head_s_own_epoch_goes_on(
+    settings: list[str], tmp_path: Path
+) -> None:
+    command = [*settings, "--frozen-epochs", "auto", "--epochs", "1"]
+    assert training.main([*command, "--output", str(tmp_path / "whole")]) == 0
+    assert_goes_on(command, interrupt_after(1, command, tmp_path / "run"), tmp_path / "whole")
+
+
 def test_a_finished_run_has_nothing_left_to_do(
     settings: list[str], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
