@@ -8,6 +8,14 @@ contenders take turns, each in a process of its own; the script's loop and its l
 of the same network, share one. A figure is the median of the turns, a ratio the median of the
 ratios within them; behind it stand the lowest and the highest. Peak memory is that of the largest
 process. The tables are Markdown. Nothing here is asserted.
+
+Measured on two cores of an EPYC with bfloat16 units, no GPU, Python 3.11, torch 2.13, ResNet-18 at
+224 px, batches of 64, with half of the backbone kept (`--finetune gentle`), five turns: the loop
+0.87 (0.84 to 0.88) of the bare step, of which nearly all is decoding, 0.85 ms an image; 5.95 times
+the loop people write; the loader 1.69 (1.47 to 2.00) times Pillow; `data_creation.py` 0.71 (0.67 to
+0.74) times as long as `cp -r`, flushing included, and 17.6 times as long as with `--link`; 5.1 s to
+the first step with 15,417 images checked. For a million images the scan took 1.6 s, the split
+3.6 s, a draw 0.29 s, the tables of an evaluation 1.9 s, at 500 bytes an image. On GPUs: open.
 """
 
 import argparse
