@@ -22,23 +22,22 @@ import argparse
 import contextlib
 import copy
 import csv
-import functools
 import hashlib
 import io
 import json
 import math
 import os
-import platform
 import random
 import shutil
 import signal
 import sys
 import time
 from argparse import Namespace
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cache, partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from pickle import UnpicklingError
@@ -54,7 +53,6 @@ import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, Sampler, WeightedRandomSampler
@@ -62,7 +60,6 @@ from torchvision import models
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.io import ImageReadMode, decode_image
-from torchvision.models import ResNet
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -89,9 +86,7 @@ WRITE_EVERY = 30.0  # seconds; on a fast GPU the files of an epoch take longer t
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
 SHARED = Path("/dev/shm")  # through which, where there is one, workers hand their batches over
 # Settings that may differ when a run goes on: they change where it runs, not what comes out.
-MAY_DIFFER = (
-    *("out", "source", "val", "no_check", "workers", "output", "resume", "baseline", "device"),
-)
+MAY_VARY = ("out", "source", "val", "no_check", "workers", "output", "resume", "baseline", "device")
 BLUE, ORANGE = "#2f6fb0", "#d9822b"
 MOST_LABELS, MOST_WHISKERS = 30, 200  # that can be told apart below a chart and in it
 MISTAKES, TILE = 24, 244  # how many are shown, and pixels a side of each
@@ -217,17 +212,13 @@ def auto_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def check_settings(args: Namespace) -> None:
     """Fill in what "auto" means; raise `DataError` where settings do not go together."""
-    if not args.out.is_dir():
-        raise DataError(f"{args.out}: no such folder; pass the folder that holds the class folders")
-    for flag, folder in (("--source", args.source), ("--val", args.val)):
+    for flag, folder in (("DATA", args.out), ("--source", args.source), ("--val", args.val)):
         if folder and not folder.is_dir():
             raise DataError(f"{flag} {folder}: no such folder; pass one that holds class folders")
-        if folder and args.no_check:
-            raise DataError(f"{flag}: needs the check for copies of training images, no --no-check")
+    if args.no_check and (args.source or args.val):
+        raise DataError("--no-check: --source and --val need the check for copies; drop it")
     if args.power is not None and args.rebalance != "sampler":
-        raise DataError(
-            f"--power: of the sampler's weights; drop it or --rebalance {args.rebalance}"
-        )
+        raise DataError(f"--power: of the sampler; drop it or --rebalance {args.rebalance}")
     if (args.frozen_epochs or 0) > args.epochs:
         raise DataError(f"--frozen-epochs {args.frozen_epochs}: more than --epochs {args.epochs}")
     if args.weights == "none":
@@ -240,9 +231,7 @@ def check_settings(args: Namespace) -> None:
         raise DataError(f"--output {args.output}: a file; name a new folder")
     held = any((args.output / name).exists() for name in (STATE, "config.json"))
     if held and not args.resume:
-        raise DataError(
-            f"--output {args.output}: already holds a run; name another, or --resume it"
-        )
+        raise DataError(f"--output {args.output}: already holds a run; name another, or --resume")
     if args.resume and not (args.output / STATE).exists():
         raise DataError(f"--resume: no run in --output {args.output}; name its folder")
     for folder in filter(None, (args.out, args.val)):
@@ -354,6 +343,9 @@ def gather(part: Tensor, compute: Compute) -> Tensor:
 # ------------------------------------------------------------------------------------ data
 
 
+Named = tuple[str, str, int]  # of an image: its path, its name, its label
+
+
 class Data(NamedTuple):
     """N images of C classes, and which of them are for training and for validation."""
 
@@ -382,12 +374,12 @@ def load_data(args: Namespace) -> Data:
     share = 0.0 if args.val else args.val_fraction
     if (1 - share) * len(ours) > MOST_DRAWN:
         raise DataError(f"{root}: over 2^24 training images, more than torch.multinomial can draw")
-    others = list_others(args, classes, {name for _, name, _ in ours}) if other else []
-    paths = [path for path, _, _ in ours + others]
+    others = list_others(args, classes, ours) if other else []
+    paths = [path for path, *_ in ours + others]
     digests = dict(zip(paths, paths, strict=True)) if args.no_check else check_images(paths)
     unreadable = [path for path in paths if path not in digests]
     ours, others = ([image for image in part if image[0] in digests] for part in (ours, others))
-    labels = torch.tensor([label for _, _, label in ours], dtype=torch.int64)
+    labels = torch.tensor([label for *_, label in ours], dtype=torch.int64)
     for name, count in zip(classes, labels.bincount(minlength=len(classes)), strict=True):
         if count == 0:
             raise DataError(f"{root / name}: no image of this class can be read; mend or remove it")
@@ -403,13 +395,12 @@ def load_data(args: Namespace) -> Data:
     if not len(val):
         reason = "holds no other image" if args.val else "no class has two different images"
         raise DataError(f"{args.val or root}: {reason}; nothing to validate on")
-    paths, names = [path for path, _, _ in ours + new], [name for _, name, _ in ours + new]
-    labels = torch.tensor([label for *_, label in ours + new])
+    paths, names, every = map(list, zip(*ours, *new, strict=True))
     counted = len(new), len(copies), unreadable
-    return Data(classes, paths, names, labels, train, val, *counted)
+    return Data(classes, paths, names, torch.tensor(every), train, val, *counted)
 
 
-def list_images(root: Path) -> tuple[list[str], list[tuple[str, str, int]]]:
+def list_images(root: Path) -> tuple[list[str], list[Named]]:
     """The classes of `root`, and of each image its path, its name and its label."""
     try:
         folder = ImageFolder(root)
@@ -427,20 +418,16 @@ def below(folder: Path, path: str) -> str:
     return path.removeprefix(str(folder)).replace(os.sep, "/").lstrip("/")
 
 
-def list_others(args: Namespace, classes: list[str], there: set[str]) -> list[tuple[str, str, int]]:
-    """Path, name and label of each image of `--val`, or of `--source` with a name not `there`.
-
-    Hidden ones aside.
-    """
+def list_others(args: Namespace, classes: list[str], ours: list[Named]) -> list[Named]:
+    """The images of `--val`, or those of `--source` with other names than `ours`; no hidden one."""
     flag, folder = ("--val", args.val) if args.val else ("--source", args.source)
-    folders = [entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."]
-    if strange := sorted(set(folders).difference(classes)):
-        found = ", ".join(strange)
-        raise DataError(f"{flag} {folder}: not classes of {args.out}: {found}; rename or remove")
+    folders = {entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."}
+    if strange := ", ".join(sorted(folders.difference(classes))):
+        raise DataError(f"{flag} {folder}: not classes of {args.out}: {strange}; rename or remove")
     labels = {name: label for label, name in enumerate(classes)}
     samples = make_dataset(folder, labels, IMG_EXTENSIONS, allow_empty=True)
     images = [(path, below(folder, path), label) for path, label in samples]
-    known = there if args.source else set()
+    known = {name for _, name, _ in ours if args.source}
     return [image for image in images if image[1] not in known and "/." not in image[1]]
 
 
@@ -453,12 +440,9 @@ def check_images(paths: list[str]) -> dict[str, str]:
             with Image.open(io.BytesIO(content)) as image:
                 image.draft("RGB", (1, 1))  # JPEG: every byte is decoded, to an eighth of the size
                 image.load()
-        except UnidentifiedImageError:
-            return "", "not an image"
-        except DataError:
-            return "", "no regular file"
         except Exception as error:  # Pillow raises nearly anything on a broken file
-            return "", str(error) or type(error).__name__
+            known = {UnidentifiedImageError: "not an image", DataError: "no regular file"}
+            return "", known.get(type(error)) or str(error) or type(error).__name__
         return hashlib.sha256(content).hexdigest(), ""
 
     digests = {}
@@ -617,10 +601,7 @@ def seeded(purpose: str, seed: int, epoch: int) -> torch.Generator:
 
 
 def draw_images(weights: Tensor, weighted: bool, generator: torch.Generator) -> Tensor:
-    """Places in `weights`, as many as there are, in a random order: (N,) int64.
-
-    Drawn by weight, with replacement, or else each once.
-    """
+    """N of the places in N `weights`, by weight with replacement or else each once: (N,) int64."""
     if not weighted:
         return torch.randperm(len(weights), generator=generator)
     sampler = WeightedRandomSampler(weights.tolist(), len(weights), generator=generator)
@@ -740,16 +721,14 @@ def download(weights: models.WeightsEnum, name: str) -> dict[str, Tensor]:
     try:
         return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
     except (OSError, RuntimeError) as error:
-        raise DataError(
-            f"--weights {name}: {weights.url} could not be fetched ({error}); put the file into "
-            f"{os.path.join(torch.hub.get_dir(), 'checkpoints')}, or do without: --weights PATH "
-            "or --weights none"
-        ) from None
+        text = f"{weights.url} could not be fetched ({error}); put the file into "
+        text += f"{torch.hub.get_dir()}/checkpoints, or do with --weights PATH or --weights none"
+        raise DataError(f"--weights {name}: {text}") from None
 
 
 def build_model(
     arch: str, classes: list[str], state: dict[str, Tensor], named: list[str]
-) -> tuple[ResNet, str]:
+) -> tuple[models.ResNet, str]:
     """The network for `classes`, and in words what became of the weights.
 
     A head in `state` stays if it has the right size and, as far as known, the same classes.
@@ -762,9 +741,8 @@ def build_model(
     old = len(state.get("fc.bias", ()))
     keep = old == len(classes) and named in ([], classes)
     backbone = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    fresh = {} if keep else {f"fc.{key}": value for key, value in model.fc.state_dict().items()}
     try:
-        model.load_state_dict(state if keep else backbone | fresh)
+        model.load_state_dict(state if keep else backbone | model.fc.state_dict(prefix="fc."))
     except RuntimeError as error:
         reason = " ".join(str(error).split("\n\t")[1].split())[:200]
         raise DataError(f"--weights: not of a {arch}: {reason} ...; pass their --arch") from None
@@ -782,7 +760,7 @@ class Job:
     compute: Compute
     data: Data
     baseline: Tensor | None  # what the run `--baseline` predicted of the validation images: (M,)
-    model: ResNet
+    model: models.ResNet
     history: list[dict[str, Any]]  # a row an epoch, from the first one on
     draws: Tensor  # of each class so far: (C,) int64
     stored: dict[str, Any]  # what the parts of a phase that goes on had in them; empty once used
@@ -793,10 +771,7 @@ class Job:
 
 
 class Phase(NamedTuple):
-    """A stretch of epochs with one optimizer: `network` is trained, `evaluated` is measured.
-
-    The attributes in `STATEFUL` have a state to be stored.
-    """
+    """A stretch of epochs with one optimizer: `network` is trained, `evaluated` is measured."""
 
     name: str
     epochs: range
@@ -814,7 +789,7 @@ class Phase(NamedTuple):
     scaler: torch.amp.GradScaler
 
 
-STATEFUL = ("start", "average", "optimizer", "scheduler", "scaler")
+STATEFUL = ("start", "average", "optimizer", "scheduler", "scaler")  # whose state is stored
 
 
 def phase_epochs(args: Namespace) -> tuple[range, range]:
@@ -933,7 +908,7 @@ def wrap_ddp(network: nn.Module, compute: Compute) -> nn.Module:
     if compute.device.type != "cpu":  # PyTorch has no synchronised BatchNorm for CPUs
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     # The statistics of BatchNorm matter in evaluation alone, which sends them round.
-    return DistributedDataParallel(network, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 
 def schedule(
@@ -988,7 +963,7 @@ def memory_format(device: torch.device) -> torch.memory_format:
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
-@functools.cache  # made once, since that waits for all the work of the device
+@cache  # made once, since that waits for all the work of the device
 def normalisation(device: torch.device) -> Tensor:
     """`MEAN` and `STD` on `device`: (2, 3, 1, 1) float32."""
     return torch.tensor([MEAN, STD], device=device)[..., None, None]
@@ -1133,10 +1108,7 @@ def f1_by_class(confusion: Tensor) -> Tensor:
 
 
 def measure_weights(val_counts: Tensor, train_counts: Tensor) -> Tensor:
-    """What each class's recall counts in each of `MEASURES`: (5, C) float64, NaN if nothing.
-
-    By the (C,) images of each class for validation, and for training.
-    """
+    """What each class's recall counts in each of `MEASURES`: (5, C) float64, NaN if nothing."""
     many, few, known = train_counts > MANY, train_counts < FEW, val_counts > 0
     rows = [val_counts, known, known & many, known & ~many & ~few, known & few]
     weights = torch.stack(rows).double()
@@ -1187,15 +1159,8 @@ def half_widths(variance: Tensor, weights: Tensor) -> Tensor:
     return Z * (weights**2 @ variance.nan_to_num()).sqrt()
 
 
-class Change(NamedTuple):
-    """What changed in a measure between two runs, as fractions, with the ends of its interval."""
-
-    measure: str
-    before: float
-    after: float
-    difference: float
-    low: float
-    high: float
+# What changed in a measure between two runs, as fractions, and the ends of its interval.
+Change = namedtuple("Change", "measure before after difference low high")
 
 
 def compare(targets: Tensor, before: Tensor, after: Tensor, train_counts: Tensor) -> list[Change]:
@@ -1214,15 +1179,10 @@ def compare(targets: Tensor, before: Tensor, after: Tensor, train_counts: Tensor
     square = zeros.index_add(0, targets, outcome**2) / val_counts
     variance = torch.where(val_counts == 1, square, (square - mean**2) / (val_counts - 1))
     weights = measure_weights(val_counts, train_counts)
-    halves = half_widths(variance, weights).tolist()
-    pairs = [
-        [each[name] for name in MEASURES]
-        for each in (measure(old, train_counts), measure(new, train_counts))
-    ]
-    return [
-        Change(name, one, two, two - one, two - one - half, two - one + half)
-        for name, one, two, half in zip(MEASURES, *pairs, halves, strict=True)
-    ]
+    one, two = (weights @ recall_by_class(each).nan_to_num() for each in (old, new))
+    gain, half = two - one, half_widths(variance, weights)
+    rows = torch.stack([one, two, gain, gain - half, gain + half], 1).tolist()
+    return [Change(name, *row) for name, row in zip(MEASURES, rows, strict=True)]
 
 
 # -------------------------------------------------------------------------------- records
@@ -1278,8 +1238,7 @@ def load_baseline(run: Path, data: Data) -> Tensor:
         rows = read_table(run / "predictions.csv")
         theirs = {(row["path"], row["class"]): labels[row["predicted"]] for row in rows}
     except FileNotFoundError:
-        text = "no predictions.csv in it; name the folder of an earlier run"
-        raise DataError(f"--baseline {run}: {text}") from None
+        raise DataError(f"--baseline {run}: no predictions.csv; name an earlier run") from None
     except (KeyError, csv.Error) as error:
         text = f"predictions.csv: not a table of these classes: {error}"
         raise DataError(f"--baseline {run}: {text}") from None
@@ -1294,32 +1253,35 @@ def load_baseline(run: Path, data: Data) -> Tensor:
     return torch.tensor([theirs[each] for each in ours])
 
 
-def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Write or replace the file as a whole: a reader sees the old one or the new one."""
-    partial = path.with_name(f".{path.name}.partial")  # on the same file system
+def write_file(path: Path, save: Callable[[io.BytesIO], Any]) -> None:
+    """Write or replace the file as a whole: a reader sees the old one or what `save` makes."""
+    content = io.BytesIO()  # of a disk that is full `torch.save` would not say that it is
+    save(content)
+    unfinished = path.with_name(f".{path.name}.partial")  # on the same file system
     try:
-        with open(partial, "wb") as file:
-            file.write(content)
+        with open(unfinished, "wb") as file:
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+        unfinished.replace(path)
     except OSError as error:
         text = f"{error.strerror}; what was written before is whole: make room, then --resume"
         raise DataError(f"{path}: {text}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
-def write_table(path: Path, columns: Mapping[str, Iterable[Any]]) -> None:
-    """Write a CSV file of columns by name; numbers with six digits."""
+def write_table(path: Path, columns: Mapping[str, Any]) -> None:
+    """Write a CSV file of columns by name, tensors or others; numbers with six digits."""
     lines: list[str] = []
     writer = csv.writer(SimpleNamespace(write=lines.append))
     writer.writerow(columns)
-    rows = zip(*columns.values(), strict=True)
+    plain = (each.tolist() if isinstance(each, Tensor) else each for each in columns.values())
+    rows = zip(*plain, strict=True)
     writer.writerows([f"{x:.6g}" if isinstance(x, float) else x for x in row] for row in rows)
     # With its own line ends the writer quotes a lone carriage return, which "\n" would leave bare.
     text = "".join(line.removesuffix("\r\n") + "\n" for line in lines)
-    write_file(path, text.encode(errors="surrogateescape"))
+    write_file(path, lambda file: file.write(text.encode(errors="surrogateescape")))
 
 
 def write_tables(job: Job, last: Evaluation) -> None:
@@ -1330,13 +1292,14 @@ def write_tables(job: Job, last: Evaluation) -> None:
         "path": [data.names[index] for index in data.val.tolist()],
         "class": [data.classes[label] for label in last.targets.tolist()],
         "predicted": [data.classes[label] for label in last.predicted.tolist()],
-        "probability": last.probability.tolist(),
-        "true_probability": last.true_probability.tolist(),
+        "probability": last.probability,
+        "true_probability": last.true_probability,
     }
     write_table(output / "predictions.csv", predictions)
     right, val_counts = last.confusion.diag(), last.confusion.sum(1)
     low, high = wilson_interval(right, val_counts)
-    columns = {
+    classes = {
+        "class": data.classes,
         "train_images": data.counts(data.train),
         "val_images": val_counts,
         "draws": job.draws,
@@ -1346,11 +1309,10 @@ def write_tables(job: Job, last: Evaluation) -> None:
         "precision": recall_by_class(last.confusion.T),  # NaN for a class never predicted
         "f1": f1_by_class(last.confusion),
     }
-    values = {name: column.tolist() for name, column in columns.items()}
-    write_table(output / "classes.csv", {"class": data.classes, **values})
+    write_table(output / "classes.csv", classes)
     if changes := changes_since_baseline(job, last):
-        named = zip(Change._fields, zip(*changes, strict=True), strict=True)
-        write_table(output / "comparison.csv", dict(named))
+        columns = zip(*changes, strict=True)
+        write_table(output / "comparison.csv", dict(zip(Change._fields, columns, strict=True)))
 
 
 def changes_since_baseline(job: Job, last: Evaluation) -> list[Change]:
@@ -1385,7 +1347,7 @@ def save_state(job: Job, phase: Phase | None) -> None:
         "model": job.model.state_dict(),
         "phase": {name: part.state_dict() for name, part in parts.items() if part},
     }
-    save(state, job.args.output / STATE)
+    write_file(job.args.output / STATE, partial(torch.save, state))
 
 
 def load_state(args: Namespace) -> dict[str, Any]:
@@ -1414,15 +1376,8 @@ def load_state(args: Namespace) -> dict[str, Any]:
 
 def settings(args: Namespace) -> dict[str, Any]:
     """The settings that decide what comes out of a run."""
-    kept = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
+    kept = {name: value for name, value in vars(args).items() if name not in MAY_VARY}
     return kept | {"source": args.source is not None, "val": args.val is not None}
-
-
-def save(content: dict[str, Any], path: Path) -> None:
-    """Write tensors and plain values; `weights_only=True` loads them."""
-    stream = io.BytesIO()
-    torch.save(content, stream)
-    write_file(path, stream.getbuffer())
 
 
 def write_config(job: Job) -> None:
@@ -1430,11 +1385,11 @@ def write_config(job: Job) -> None:
     args, data = job.args, job.data
     versions = {library.__name__: library.__version__ for library in (torch, torchvision, np, PIL)}
     content = {
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "versions": {"python": platform.python_version(), **versions},
+        "settings": vars(args),
+        "versions": {"python": sys.version.split()[0], **versions},
         "device": job.compute.name(),
         "processes": job.compute.world_size,
-        "precision": str(job.compute.amp or torch.float32),
+        "precision": job.compute.amp or torch.float32,
         "classes": data.classes,
         "train_images": data.counts(data.train).tolist(),
         "val_images": data.counts(data.val).tolist(),
@@ -1442,7 +1397,8 @@ def write_config(job: Job) -> None:
         "balanced_accuracy_by_share": job.shares,
         "left_out": data.unreadable,
     }
-    write_file(args.output / "config.json", json.dumps(content, indent=1).encode())
+    text = json.dumps(content, indent=1, default=str)  # of paths and of the precision
+    write_file(args.output / "config.json", lambda file: file.write(text.encode()))
 
 
 # -------------------------------------------------------------------------------- reports
@@ -1467,13 +1423,11 @@ def print_start(job: Job, origin: str) -> None:
 def describe_val(job: Job) -> str:
     """How many validation images there are, and where they are from."""
     args, data = job.args, job.data
-    text = f"{len(data.val)} validation images"
+    text = f"{len(data.val) - (data.added if args.source else 0)} validation images"
     if args.val:
         text += f" of {printable(str(args.val))}"
     elif args.source:
-        text = (
-            f"{len(data.val) - data.added} validation images of OUT and {data.added} others of SRC"
-        )
+        text += f" of OUT and {data.added} others of SRC"
     return text + f" ({data.copies} copies of training images left out)" * (data.copies > 0)
 
 
@@ -1485,8 +1439,8 @@ HEADER = (
 
 def format_epoch(row: dict[str, Any], epochs: int) -> str:
     """The line of an epoch, as wide as `HEADER`, with the time left if all take as long."""
-    cells = {key: f"{value:.1%}" for key, value in row.items() if isinstance(value, float)}
-    cells = {key: "-" if "nan" in cell else cell for key, cell in cells.items()}
+    numbers = {key: value for key, value in row.items() if isinstance(value, float)}
+    cells = {key: "-" if math.isnan(x) else f"{x:.1%}" for key, x in numbers.items()}
     draws = f"{row['fewest_draws']}-{row['most_draws']}"
     balanced = f"{row['balanced_accuracy']:.1%} ±{100 * row['half_width']:.1f}"
     hours, minutes = divmod(round(row["seconds"] * (epochs - row["epoch"]) / 60), 60)
@@ -1500,40 +1454,6 @@ def format_epoch(row: dict[str, Any], epochs: int) -> str:
     )
 
 
-def format_summary(job: Job, last: Evaluation) -> str:
-    """What to know after a run: last and best epoch, weakest classes, commonest confusions."""
-    lines = [
-        f"{name} epoch {row['epoch']}: balanced accuracy {row['balanced_accuracy']:.1%}"
-        for name, row in (("last", job.history[-1]), ("best", best_epoch(job.history)))
-    ]
-    lines[-1] += " (picked on the validation images, so slightly optimistic)"
-    if job.shares:
-        tried = ", ".join(f"{share:.0%} {value:.1%}" for share, value in job.shares.items())
-        best_share = max(job.shares, key=job.shares.__getitem__)
-        lines.append(
-            f"went {best_share:.0%} of the way from the head alone to the end of fine-tuning, "
-            f"where validation images are recognised best: {tried}"
-        )
-    recall, val_counts = recall_by_class(last.confusion), last.confusion.sum(1)
-    names = [printable(name) for name in job.data.classes]
-    known = [label for label in recall.argsort(stable=True).tolist() if val_counts[label]]
-    lines.append("lowest recall, last epoch:")
-    lines += [
-        f"{recall[label]:8.1%} of {val_counts[label]:4}  {names[label]}" for label in known[:5]
-    ]
-    wrong = last.confusion - last.confusion.diag().diag()
-    lines.append("most frequent confusions, last epoch:")
-    for pair in wrong.flatten().topk(min(5, wrong.numel())).indices.tolist():
-        true, taken = divmod(pair, len(names))
-        if wrong[true, taken]:
-            share = f"{wrong[true, taken]:8} of {val_counts[true]:4}"
-            lines.append(f"{share}  {names[true]} taken for {names[taken]}")
-    lines.append(f"measured on {describe_val(job)}")
-    if left_out := len(job.data.unreadable):
-        lines.append(f"unreadable images, left out and listed in config.json: {left_out}")
-    return "\n".join(lines)
-
-
 def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
     """The row of the epoch with the highest balanced accuracy, the first of several."""
     return max(history, key=lambda row: row["balanced_accuracy"])
@@ -1541,30 +1461,57 @@ def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
 
 def print_end(job: Job, last: Evaluation | None) -> None:
     """Print what to know after the last epoch; `last` is missing where none was left to train."""
-    where = printable(str(job.args.output))
-    if last is None:
-        print(f"\nnothing is left to do in {where}")
-        return
-    print(f"\n{format_summary(job, last)}")
-    if changes := changes_since_baseline(job, last):
-        print(format_comparison(changes, job.args.baseline))
-    print(f"results in {where}")
+    if last:
+        print_summary(job, last)
+        print_changes(job, last)
+    said = "results" if last else "\nnothing is left to do"
+    print(f"{said} in {printable(str(job.args.output))}")
 
 
-def format_comparison(changes: list[Change], baseline: Path) -> str:
-    """The table of what changed since the baseline; "undecided" where the interval holds 0."""
-    lines = [
-        f"since {printable(str(baseline))}, last epochs, in points with a 95 % interval:",
-        "measure            before   after  difference    low    high",
-    ]
+def print_summary(job: Job, last: Evaluation) -> None:
+    """Print the last and the best epoch, the weakest classes, the commonest confusions."""
+    row, best = job.history[-1], best_epoch(job.history)
+    note = "(picked on the validation images, so slightly optimistic)"
+    print(f"\nlast epoch {row['epoch']}: balanced accuracy {row['balanced_accuracy']:.1%}")
+    print(f"best epoch {best['epoch']}: balanced accuracy {best['balanced_accuracy']:.1%} {note}")
+    if job.shares:
+        tried = ", ".join(f"{share:.0%} {value:.1%}" for share, value in job.shares.items())
+        best_share = max(job.shares, key=job.shares.__getitem__)
+        print(
+            f"went {best_share:.0%} of the way from the head alone to the end of fine-tuning, "
+            f"where validation images are recognised best: {tried}"
+        )
+    recall, val_counts = recall_by_class(last.confusion), last.confusion.sum(1)
+    names = [printable(name) for name in job.data.classes]
+    known = [label for label in recall.argsort(stable=True).tolist() if val_counts[label]]
+    print("lowest recall, last epoch:")
+    for label in known[:5]:
+        print(f"{recall[label]:8.1%} of {val_counts[label]:4}  {names[label]}")
+    wrong = last.confusion - last.confusion.diag().diag()
+    print("most frequent confusions, last epoch:")
+    for pair in wrong.flatten().topk(min(5, wrong.numel())).indices.tolist():
+        true, taken = divmod(pair, len(names))
+        if wrong[true, taken]:
+            share = f"{wrong[true, taken]:8} of {val_counts[true]:4}"
+            print(f"{share}  {names[true]} taken for {names[taken]}")
+    print(f"measured on {describe_val(job)}")
+    if left_out := len(job.data.unreadable):
+        print(f"unreadable images, left out and listed in config.json: {left_out}")
+
+
+def print_changes(job: Job, last: Evaluation) -> None:
+    """Print what changed since the baseline, if any; "undecided" where the interval holds 0."""
+    changes = changes_since_baseline(job, last)
+    if changes:
+        where = printable(str(job.args.baseline))
+        print(f"since {where}, last epochs, in points with a 95 % interval:")
+        print("measure            before   after  difference    low    high")
     for name, before, after, *difference in changes:
-        if math.isnan(before):
-            continue  # an empty group
-        values = "  ".join(f"{100 * value:+6.1f}" for value in difference)
-        undecided = "  undecided" if difference[1] <= 0 <= difference[2] else ""
-        name = name.replace("_", " ")
-        lines.append(f"{name:17} {before:7.1%} {after:7.1%}      {values}{undecided}")
-    return "\n".join(lines)
+        if not math.isnan(before):  # as of an empty group
+            values = "  ".join(f"{100 * value:+6.1f}" for value in difference)
+            undecided = "  undecided" if difference[1] <= 0 <= difference[2] else ""
+            label = name.replace("_", " ")
+            print(f"{label:17} {before:7.1%} {after:7.1%}      {values}{undecided}")
 
 
 def write_pictures(job: Job, last: Evaluation) -> None:
@@ -1580,9 +1527,7 @@ def write_pictures(job: Job, last: Evaluation) -> None:
         pictures["mistakes.png"] = draw_mistakes(job.data, last, found)
     (job.args.output / "mistakes.png").unlink(missing_ok=True)
     for name, picture in pictures.items():
-        stream = io.BytesIO()
-        picture.save(stream, "PNG")
-        write_file(job.args.output / name, stream.getvalue())
+        write_file(job.args.output / name, partial(picture.save, format="PNG"))
 
 
 class Panel(NamedTuple):
@@ -1629,12 +1574,12 @@ def class_panels(job: Job, last: Evaluation) -> list[Panel]:
     """The recall of each class, most training images first, over its number of them."""
     counts = job.data.counts(job.data.train)
     order = counts.argsort(descending=True, stable=True)
-    matrices, recalls = {"recall": last.confusion}, {}
+    predicted, recalls = {"recall": last.predicted}, {}
     if job.baseline is not None:
-        before = confusion_matrix(last.targets, job.baseline, len(counts))
-        matrices = {"before": before, "after": last.confusion}
-    whiskers = len(order) * len(matrices) <= MOST_WHISKERS
-    for name, matrix in matrices.items():
+        predicted = {"before": job.baseline, "after": last.predicted}
+    whiskers = len(order) * len(predicted) <= MOST_WHISKERS
+    for name, answers in predicted.items():
+        matrix = confusion_matrix(last.targets, answers, len(order))
         ends = wilson_interval(matrix.diag(), matrix.sum(1))[: 2 * whiskers]
         recalls[name] = torch.stack([recall_by_class(matrix), *ends])[:, order].T.tolist()
     named = len(order) <= MOST_LABELS
@@ -1650,13 +1595,11 @@ def class_panels(job: Job, last: Evaluation) -> list[Panel]:
 
 def draw_chart(panels: list[Panel]) -> Image.Image:
     """A picture of the panels, one below the other."""
-    picture = Image.new("RGB", (1600, 640 * len(panels)))
-    for row, panel in enumerate(panels):
-        chart = Image.new("RGB", (1600, 640), "white")
+    charts = [Image.new("RGB", (1600, 640), "white") for _ in panels]
+    for chart, panel in zip(charts, panels, strict=True):
         draw_axes(chart, panel)
         draw_series(ImageDraw.Draw(chart), panel)
-        picture.paste(chart, (0, 640 * row))
-    return picture
+    return Image.fromarray(np.vstack([np.asarray(chart) for chart in charts]))
 
 
 def draw_axes(chart: Image.Image, panel: Panel) -> None:
@@ -1671,11 +1614,13 @@ def draw_axes(chart: Image.Image, panel: Panel) -> None:
         x = panel.spot(place, 0)[0]
         draw.line([x, 44, x, 440], "#999999", 2)
         draw.text((x + 10, 54), name, "#777777", font, "lm")
-    labels, places = [printable(label) for label in panel.labels], len(panel.labels)
-    slanted = places <= MOST_LABELS and max(map(font.getlength, labels)) > 1300 / places
-    for place in range(0, places, 1 if places <= MOST_LABELS else int(ticks(0, places)[1])):
-        mask = Image.new("L", (min(210, int(font.getlength(labels[place])) + 2), 34))
-        ImageDraw.Draw(mask).text((0, 0), labels[place], "white", font)
+    places = len(panel.labels)
+    step = 1 if places <= MOST_LABELS else int(ticks(0, places)[1])
+    labels = {at: printable(panel.labels[at]) for at in range(0, places, step)}
+    slanted = max(map(font.getlength, labels.values())) > 1300 / len(labels)
+    for place, label in labels.items():
+        mask = Image.new("L", (min(210, int(font.getlength(label)) + 2), 34))
+        ImageDraw.Draw(mask).text((0, 0), label, "white", font)
         mask = mask.rotate(45 * slanted, Image.Resampling.BICUBIC, expand=True)
         left = panel.spot(place + 0.4, 0)[0] - mask.width * (0.9 if slanted else 0.5)
         chart.paste("black", (int(left), 448), mask)
@@ -1790,9 +1735,10 @@ def report(job: Job, phase: Phase, last: Evaluation) -> None:
         job.best = pack_model(job, phase)
     if row["epoch"] < phase.epochs[-1] and time.perf_counter() - job.written < WRITE_EVERY:
         return
-    save(job.best if best else pack_model(job, phase), output / "last.pt")
+    last_model = job.best if best else pack_model(job, phase)
+    write_file(output / "last.pt", partial(torch.save, last_model))
     if job.best:
-        save(job.best, output / "best.pt")
+        write_file(output / "best.pt", partial(torch.save, job.best))
         job.best = {}
     write_tables(job, last)
     write_pictures(job, last)
