@@ -1124,10 +1124,7 @@ def wilson_interval(right: Tensor, val_counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def measure(confusion: Tensor, train_counts: Tensor) -> dict[str, float]:
-    """The measures of a confusion matrix, half the 95 % interval of balanced accuracy, macro F1.
-
-    That is the mean over the classes with images; one that is never predicted counts 0.
-    """
+    """The measures of a confusion matrix, half the 95 % interval of balanced accuracy, macro F1."""
     recall, val_counts = recall_by_class(confusion), confusion.sum(1)
     weights = measure_weights(val_counts, train_counts)
     values = (weights @ recall.nan_to_num()).tolist()
@@ -1174,9 +1171,8 @@ def compare(targets: Tensor, before: Tensor, after: Tensor, train_counts: Tensor
     old, new = (confusion_matrix(targets, each, classes) for each in (before, after))
     val_counts = new.sum(1)
     outcome = (after == targets).double() - (before == targets).double()
-    zeros = torch.zeros(classes, dtype=torch.float64)
-    mean = zeros.index_add(0, targets, outcome) / val_counts
-    square = zeros.index_add(0, targets, outcome**2) / val_counts
+    mean = torch.bincount(targets, outcome, classes) / val_counts
+    square = torch.bincount(targets, outcome**2, classes) / val_counts
     variance = torch.where(val_counts == 1, square, (square - mean**2) / (val_counts - 1))
     weights = measure_weights(val_counts, train_counts)
     one, two = (weights @ recall_by_class(each).nan_to_num() for each in (old, new))
@@ -1191,9 +1187,8 @@ def compare(targets: Tensor, before: Tensor, after: Tensor, train_counts: Tensor
 def write_split(job: Job) -> None:
     """Write which image is in which part, so that a run that goes on need not split again."""
     data = job.data
-    part = ["train"] * len(data.paths)
-    for index in data.val.tolist():
-        part[index] = "val"
+    trained = set(data.train.tolist())
+    part = ["train" if index in trained else "val" for index in range(len(data.paths))]
     if job.args.source:
         part[len(part) - data.added :] = ["source"] * data.added
     columns = {
@@ -1585,8 +1580,7 @@ def class_panels(job: Job, last: Evaluation) -> list[Panel]:
     named = len(order) <= MOST_LABELS
     labels = [job.data.classes[at] if named else str(place) for place, at in enumerate(order)]
     title = "recall" + " (lines: 95 % intervals)" * whiskers + ", most training images first"
-    images = counts[order]
-    bars, most = {"images": images[:, None].tolist()}, images[0].item()
+    bars, most = {"images": counts[order][:, None].tolist()}, counts.max().item()
     return [
         Panel(title, labels, recalls, ticks(0, 1), 1),
         Panel("training images", labels, bars, ticks(0, most), most),
@@ -1683,12 +1677,9 @@ def find_mistakes(last: Evaluation) -> list[int]:
 
 
 def prepare(args: Namespace, compute: Compute) -> tuple[Job, str]:
-    """All that is read and built before the first epoch, and in words where the network is from.
-
-    A run that goes on takes it from its own folder.
-    """
+    """All that is read and built before the first epoch, and in words where the network is from."""
     check_settings(args)
-    if args.resume:
+    if args.resume:  # all of it is in the run's own folder
         state = load_state(args)
         data = load_split(args, state["unreadable"])
         named = data.classes
