@@ -78,15 +78,23 @@ SEARCHED = 2000  # validation images that "auto" looks at to choose, at most
 FIRST_HALF = ("conv1.", "bn1.", "layer1.", "layer2.")
 CLIP_NORM = 1.0  # longest gradient followed; tiny BatchNorm variances can make it explode
 MANY, FEW = 100, 20  # "many": more training images than that, "few": fewer
+# The part of the images that is right, and the mean recall of all classes and of those with many,
+# in between and with few training images; NaN where nothing was asked.
+MEASURES = ("accuracy", "balanced_accuracy", "many", "medium", "few")
 Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
 MOST_DRAWN = 2**24  # torch.multinomial takes no more weights
 STATE = "resume.pt"  # in a run folder: all that it takes to go on
+STATEFUL = ("start", "average", "optimizer", "scheduler", "scaler")  # parts of a phase, in there
 WRITE_EVERY = 30.0  # seconds; on a fast GPU the files of an epoch take longer than the epoch
 # What several processes talk by; what is on the CPU goes by gloo in any case.
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
 SHARED = Path("/dev/shm")  # through which, where there is one, workers hand their batches over
 # Settings that may differ when a run goes on: they change where it runs, not what comes out.
 MAY_VARY = ("out", "source", "val", "no_check", "workers", "output", "resume", "baseline", "device")
+HEADER = (
+    "  epoch  phase  train loss  val loss  accuracy     balanced      F1    many  medium     few"
+    "  draws/class  distinct  images/s   left"
+)
 BLUE, ORANGE = "#2f6fb0", "#d9822b"
 MOST_LABELS, MOST_WHISKERS = 30, 200  # that can be told apart below a chart and in it
 MISTAKES, TILE = 24, 244  # how many are shown, and pixels a side of each
@@ -395,9 +403,9 @@ def load_data(args: Namespace) -> Data:
     if not len(val):
         reason = "holds no other image" if args.val else "no class has two different images"
         raise DataError(f"{args.val or root}: {reason}; nothing to validate on")
-    paths, names, every = map(list, zip(*ours, *new, strict=True))
+    paths, names, all_labels = map(list, zip(*ours, *new, strict=True))
     counted = len(new), len(copies), unreadable
-    return Data(classes, paths, names, torch.tensor(every), train, val, *counted)
+    return Data(classes, paths, names, torch.tensor(all_labels), train, val, *counted)
 
 
 def list_images(root: Path) -> tuple[list[str], list[Named]]:
@@ -601,7 +609,7 @@ def seeded(purpose: str, seed: int, epoch: int) -> torch.Generator:
 
 
 def draw_images(weights: Tensor, weighted: bool, generator: torch.Generator) -> Tensor:
-    """N of the places in N `weights`, by weight with replacement or else each once: (N,) int64."""
+    """N random places in N `weights`, by weight with replacement or else each once: (N,) int64."""
     if not weighted:
         return torch.randperm(len(weights), generator=generator)
     sampler = WeightedRandomSampler(weights.tolist(), len(weights), generator=generator)
@@ -787,9 +795,6 @@ class Phase(NamedTuple):
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
     scaler: torch.amp.GradScaler
-
-
-STATEFUL = ("start", "average", "optimizer", "scheduler", "scaler")  # whose state is stored
 
 
 def phase_epochs(args: Namespace) -> tuple[range, range]:
@@ -1085,11 +1090,6 @@ def search_shares(job: Job, phase: Phase, start: nn.Module) -> dict[float, float
 # ------------------------------------------------------------------------------- measures
 
 
-# The part of the images that is right, and the mean recall of all classes, of those with over 100
-# training images, with 20 to 100 and with under 20; NaN where nothing was asked.
-MEASURES = ("accuracy", "balanced_accuracy", "many", "medium", "few")
-
-
 def confusion_matrix(targets: Tensor, predicted: Tensor, classes: int) -> Tensor:
     """How often each class was taken for each: (C, C) int64, rows true, columns predicted."""
     pairs = torch.bincount(targets * classes + predicted, minlength=classes**2)
@@ -1355,15 +1355,11 @@ def load_state(args: Namespace) -> dict[str, Any]:
         raise DataError(f"--resume: {args.output / STATE}: damaged; start a new run") from None
     for name in ("arch", "image_size"):  # as the weights had it that may be gone by now
         setattr(args, name, getattr(args, name) or state["settings"][name])
-    given = settings(args)
-    other = [
-        f"--{name.replace('_', '-')} {old} (not {given[name]})"
-        for name, old in state["settings"].items()
-        if given[name] != old
-    ]
-    if other:
+    old, new = state["settings"], settings(args)
+    if other := [name for name in old if new[name] != old[name]]:
+        flags = [f"--{name.replace('_', '-')} {old[name]} (not {new[name]})" for name in other]
         hint = "; the learning rates depend on --epochs" if "epochs" in " ".join(other) else ""
-        raise DataError(f"--resume: the run was started with {', '.join(other)}{hint}")
+        raise DataError(f"--resume: the run was started with {', '.join(flags)}{hint}")
     # A scaler that was not needed has no state, and one that is needed would refuse that.
     state["phase"] = {name: part for name, part in state["phase"].items() if part}
     return state
@@ -1407,12 +1403,9 @@ def print_start(job: Job, origin: str) -> None:
         f"{len(data.train)} training images in {len(data.classes)} classes of {counts.max()} to "
         f"{counts.min()}, imbalance ratio {counts.max() / counts.min():.1f}; "
         f"{describe_val(job)}; {len(data.unreadable)} unreadable left out\n"
-        f"{args.arch}, {origin}; {job.compute.name()}, {job.compute.amp or torch.float32}\n",
-        HEADER,
-        *(format_epoch(row, args.epochs) for row in job.history),
-        sep="\n",
-        flush=True,
+        f"{args.arch}, {origin}; {job.compute.name()}, {job.compute.amp or torch.float32}\n"
     )
+    print(HEADER, *(format_epoch(row, args.epochs) for row in job.history), sep="\n", flush=True)
 
 
 def describe_val(job: Job) -> str:
@@ -1424,12 +1417,6 @@ def describe_val(job: Job) -> str:
     elif args.source:
         text += f" of OUT and {data.added} others of SRC"
     return text + f" ({data.copies} copies of training images left out)" * (data.copies > 0)
-
-
-HEADER = (
-    "  epoch  phase  train loss  val loss  accuracy     balanced      F1    many  medium     few"
-    "  draws/class  distinct  images/s   left"
-)
 
 
 def format_epoch(row: dict[str, Any], epochs: int) -> str:
