@@ -653,9 +653,9 @@ class Batches(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         """The batches in order."""
-        parts = (values.tensor_split(len(self)) for values in (self.indices, self.seeds))
-        for indices, seeds in zip(*parts, strict=True):
-            yield list(zip(indices[self.part].tolist(), seeds[self.part].tolist(), strict=True))
+        pairs = torch.stack([self.indices, self.seeds], 1)
+        for batch in pairs.tensor_split(len(self)):
+            yield [(index, seed) for index, seed in batch[self.part].tolist()]
 
 
 def make_loader(dataset: Dataset, batches: Batches, args: Namespace) -> DataLoader:
@@ -730,7 +730,7 @@ def download(weights: models.WeightsEnum, name: str) -> dict[str, Tensor]:
         return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
     except (OSError, RuntimeError) as error:
         text = f"{weights.url} could not be fetched ({error}); put the file into "
-        text += f"{torch.hub.get_dir()}/checkpoints, or do with --weights PATH or --weights none"
+        text += f"{torch.hub.get_dir()}/checkpoints, or take --weights PATH or --weights none"
         raise DataError(f"--weights {name}: {text}") from None
 
 
@@ -1576,16 +1576,13 @@ def class_panels(job: Job, last: Evaluation) -> list[Panel]:
 
 def draw_chart(panels: list[Panel]) -> Image.Image:
     """A picture of the panels, one below the other."""
-    charts = [Image.new("RGB", (1600, 640), "white") for _ in panels]
-    for chart, panel in zip(charts, panels, strict=True):
-        draw_axes(chart, panel)
-        draw_series(ImageDraw.Draw(chart), panel)
-    return Image.fromarray(np.vstack([np.asarray(chart) for chart in charts]))
+    return Image.fromarray(np.vstack([np.asarray(draw_panel(panel)) for panel in panels]))
 
 
-def draw_axes(chart: Image.Image, panel: Panel) -> None:
-    """Draw a panel without its series; labels that do not fit side by side are slanted."""
-    draw, font = ImageDraw.Draw(chart), ImageFont.load_default(26)
+def draw_panel(panel: Panel) -> Image.Image:
+    """A picture of one panel; labels that do not fit side by side are slanted."""
+    chart, font = Image.new("RGB", (1600, 640), "white"), ImageFont.load_default(26)
+    draw = ImageDraw.Draw(chart)
     draw.text((20, 24), panel.title, "black", font, "lm")
     for level in panel.levels:
         y = panel.spot(0, level)[1]
@@ -1605,6 +1602,8 @@ def draw_axes(chart: Image.Image, panel: Panel) -> None:
         mask = mask.rotate(45 * slanted, Image.Resampling.BICUBIC, expand=True)
         left = panel.spot(place + 0.4, 0)[0] - mask.width * (0.9 if slanted else 0.5)
         chart.paste("black", (int(left), 448), mask)
+    draw_series(draw, panel)
+    return chart
 
 
 def draw_series(draw: ImageDraw.ImageDraw, panel: Panel) -> None:
