@@ -1473,9 +1473,8 @@ def print_summary(job: Job, last: Evaluation) -> None:
     print("most frequent confusions, last epoch:")
     for pair in wrong.flatten().topk(min(5, wrong.numel())).indices.tolist():
         true, taken = divmod(pair, len(names))
-        if wrong[true, taken]:
-            share = f"{wrong[true, taken]:8} of {val_counts[true]:4}"
-            print(f"{share}  {names[true]} taken for {names[taken]}")
+        if count := wrong[true, taken]:
+            print(f"{count:8} of {val_counts[true]:4}  {names[true]} taken for {names[taken]}")
     print(f"measured on {describe_val(job)}")
     if left_out := len(job.data.unreadable):
         print(f"unreadable images, left out and listed in config.json: {left_out}")
