@@ -276,7 +276,7 @@ def our_loader(setting: Setting) -> Figure:
 @functools.cache
 def pillow_images(folder: Path) -> Subset[tuple[Tensor, int]]:
     """The same number of images, in the same crops, read by Pillow."""
-    crop = v2.RandomResizedCrop(224, training.CROP_SCALE)
+    crop = v2.RandomResizedCrop(224, (0.5, 1.0))
     images = ImageFolder(folder, v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()]))
     chosen = random.sample(range(len(images)), len(images))
     return Subset(images, list(itertools.islice(itertools.cycle(chosen), READ)))
@@ -458,7 +458,7 @@ def grow(images: int, folder: Path) -> dict[str, float]:
     lap("split")
     weights = training.sample_weights(labels[train], 1.0)
     lap("weights")
-    drawn = train[training.draw_images(weights, True, 0, 1)]
+    drawn = train[training.draw_images(weights, True, training.seeded("draw", 0, 1))]
     lap("draw")
     batches = training.Batches(train, 64)
     batches.assign(drawn, training.seeded("augment", 0, 1))

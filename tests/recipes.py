@@ -36,7 +36,7 @@ def usual_loop(run: Path, lr: float, epochs: int, seed: int) -> None:
     args.image_size, args.no_flip = settings["image_size"], settings["no_flip"]
     args.crop_scale, args.batch_size = settings["crop_scale"], settings["batch_size"]
     args.arch, args.weights, args.workers = (settings[k] for k in ("arch", "weights", "workers"))
-    data, compute = training.load_split(args, []), training.pick_compute(args.device, None)
+    data, compute = training.load_split(args, 0, []), training.pick_compute(args.device, None)
     started = time.perf_counter()
     torch.manual_seed(seed)
     state, _ = training.load_weights(args)

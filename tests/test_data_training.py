@@ -1,6 +1,7 @@
 """What `data_training.py` promises, on tiny images, random weights and a CPU."""
 
 import contextlib
+import copy
 import io
 import json
 import math
@@ -786,6 +787,31 @@ def test_auto_ends_where_it_says_on_the_line_from_the_head_to_firm(
 
 
 @pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        (["--finetune", "auto"], False),
+        (["--finetune", "firm"], False),
+        (["--finetune", "gentle"], True),
+        (["--frozen-epochs", "0"], True),  # it may be the weights' own
+    ],
+)
+def test_the_head_is_less_sure_where_the_whole_network_begins_to_move(
+    flags: list[str], kept: bool, folder: Path
+) -> None:
+    path = weights_file(folder.parent / "s.pth")
+    job = make_job(folder, "--epochs", "2", "--weights", str(path), *flags)
+    torch.nn.init.ones_(job.model.fc.bias)
+    head = copy.deepcopy(job.model.fc.state_dict())
+    phase = training.begin_phase(job, 1)
+    same = job.model if kept else phase.start
+    for name, value in same.fc.state_dict().items() if same else ():
+        assert torch.equal(value, head[name])
+    if not kept:
+        for name, value in job.model.fc.state_dict().items():
+            torch.testing.assert_close(value, head[name] / 10)
+
+
+@pytest.mark.parametrize(
     ("recalls", "best"),
     [
         ({1.0: 5, 0.0: 1, 0.75: 9, 0.5: 9, 0.25: 8}, 0.75),  # the farther of equals
@@ -1163,6 +1189,7 @@ def test_a_run_with_a_folder_to_validate_on_is_compared_and_goes_on(
     moved = val.rename(tmp_path / "moved")
     command[2] = str(moved)
     assert training.main([*command, "--output", str(tmp_path / "two"), "--resume"]) == 0
+    assert f"of {moved} (2 copies of training images left out)" in capsys.readouterr().out
     rows = rows_of(tmp_path / "two/classes.csv")
     assert [row["recall"] == "nan" for row in rows] == [False, False, True]
     assert {row["part"] for row in rows_of(tmp_path / "two/split.csv")} == {"train", "val"}

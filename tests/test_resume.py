@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import math
 import os
 import random
@@ -189,6 +190,9 @@ def test_a_finished_run_has_nothing_left_to_do(
     printed = capsys.readouterr().out
     assert "nothing is left to do" in printed and "  4/4    full " in printed
     assert_same_run(whole, output)
+    configs = [json.loads((run / "config.json").read_text()) for run in (whole, output)]
+    shares = [config["balanced_accuracy_by_share"] for config in configs]
+    assert shares[0] == shares[1] and shares[0]["1.0"] > 0
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -241,7 +245,7 @@ def test_the_split_is_part_of_the_run(
     validated = {row["path"] for row in rows_of(whole / "predictions.csv")}
     assert {row["path"] for row in rows if row["part"] == "val"} == validated
     args = training.parse_args([*settings, "--output", str(whole)])
-    data = training.load_split(args, [])
+    data = training.load_split(args, 0, [])
     fresh = load(folder)
     assert torch.equal(data.labels, fresh.labels) and torch.equal(data.val, fresh.val)
     assert data[:3] == fresh[:3] and torch.equal(data.train, fresh.train)
