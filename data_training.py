@@ -76,6 +76,7 @@ HEAD_STEPS = 1000  # at least, of training the head alone: on features they cost
 # Peak learning rates of the backbone by AdamW; a new head of pretrained weights gets 3 times that.
 BACKBONE_LR = {"auto": 3e-4, "firm": 3e-4, "gentle": 2e-5, "scratch": 1e-3}
 SOFTENED = 0.1  # what is left of the head's logits as the training of the whole network begins
+TRIAL_STEPS = 50  # of the whole network, at least, before "auto" judges what they bought
 SEARCHED = 2000  # validation images that "auto" looks at to choose, at most
 # Of a pretrained backbone, what "gentle" keeps: general, and two fifths of the time of a step.
 FIRST_HALF = ("conv1.", "bn1.", "layer1.", "layer2.")
@@ -97,7 +98,7 @@ MAY_DIFFER = (
     *("out", "source", "val", "no_check", "workers", "output", "resume", "baseline", "device"),
 )
 HEADER = (
-    "  epoch  phase  train loss  val loss  accuracy     balanced      F1    many  medium     few"
+    "  epoch  phase   train loss  val loss  accuracy     balanced      F1    many  medium     few"
     "  draws/class  distinct  images/s   left"
 )
 BLUE, ORANGE = "#2f6fb0", "#d9822b"
@@ -173,9 +174,14 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--epochs", metavar="N", type=whole, default=10, help="0 evaluates the given weights")
     add("--frozen-epochs", metavar="N", type=auto_or(whole), default="auto",
         help="first epochs, head alone; auto: one before them; 0 with --weights none")  # fmt: skip
-    add("--finetune", choices=("auto", "firm", "gentle"), default="auto",
-        help="then the whole network, and of the way from the head alone to there the part that "
-        "validates best; all of it; or the second half with small steps")  # fmt: skip
+    add(
+        "--finetune",
+        choices=("auto", "firm", "gentle"),
+        default="auto",
+        help="then the whole network; or its second half with small steps; auto: the first on "
+        "trial, then what the trial speaks for, and of each way the part that validates best",
+    )
+    # fmt: skip
     add("--rebalance", choices=("sampler", "late", "loss", "none"), default="sampler",
         help="weighted sampler; the same in the last quarter of each phase only; balanced softmax "
         "loss; or nothing")  # fmt: skip
@@ -777,7 +783,8 @@ class Job:
     history: list[dict[str, Any]]  # a row an epoch, from the first one on
     draws: Tensor  # of each class so far: (C,) int64
     stored: dict[str, Any]  # what the parts of a phase that goes on had in them; empty once used
-    shares: dict[float, float] = field(default_factory=dict)  # what `search_shares` found
+    # What `search_shares` found, for each phase.
+    shares: dict[str, dict[float, float]] = field(default_factory=dict)
     waits: list[float] = field(default_factory=list)  # seconds for each batch of this epoch
     best: dict[str, Any] = field(default_factory=dict)  # the best network, if not written yet
     written: float = field(default_factory=time.perf_counter)  # when the files were, last
@@ -802,26 +809,33 @@ class Phase(NamedTuple):
     scaler: torch.amp.GradScaler
 
 
-def phase_epochs(args: Namespace) -> tuple[range, range]:
-    """The epochs of the head alone, and those of the whole network; 0 if nothing is trained.
+def phase_epochs(job: Job) -> tuple[range, range, range]:
+    """The epochs of the head alone, of the trial of "auto", and of the rest; 0 if none is trained.
 
-    By default the head has epoch 0: on features it costs a third of an epoch.
+    By default the head has epoch 0: on features it costs a third of an epoch. The trial takes
+    `TRIAL_STEPS`, in whole epochs, but no more than half of what is left.
     """
-    if args.epochs and args.frozen_epochs is None and args.weights != "none":
-        return range(1), range(1, args.epochs + 1)
-    frozen = args.frozen_epochs or 0
-    return range(1, frozen + 1), range(min(frozen + 1, args.epochs), args.epochs + 1)
+    args, steps = job.args, len(Batches(job.data.train, job.args.batch_size))
+    if not args.epochs:
+        return range(0), range(0), range(1)
+    own = args.frozen_epochs is None and args.weights != "none"
+    head = range(1) if own else range(1, 1 + (args.frozen_epochs or 0))
+    full = range(head.stop, args.epochs + 1)
+    tried = min(math.ceil(TRIAL_STEPS / steps), max(1, len(full) // 2))
+    tried *= args.finetune == "auto"
+    return head, full[:tried], full[tried:]
 
 
 def begin_phase(job: Job, epoch: int) -> Phase:
     """The phase of this epoch, at its start or, in the middle of it, as it was stored."""
-    head, full = phase_epochs(job.args)
-    phase = head_phase(job, head) if epoch in head else full_phase(job, full)
-    if epoch != phase.epochs[0]:
+    head, trial, rest = phase_epochs(job)
+    epochs = next(each for each in (head, trial, rest) if epoch in each)
+    phase = head_phase(job, epochs) if epoch in head else full_phase(job, epochs)
+    if epoch != epochs[0]:
         for name, state in job.stored.items():
             getattr(phase, name).load_state_dict(state)
         match_layout(phase.optimizer)  # may be another on the device where it was stored
-    elif head and epoch in full and job.args.finetune in ("auto", "firm"):
+    elif head and epoch == head.stop and phase.name != "gentle":
         # A confident head holds the backbone to the old features, a new one pulls it anywhere. With
         # a tenth of its logits it ended higher: dogs 76.5 % (75.1 new, 74.8 as it was), textures
         # 81.1 (79.6, 77.7), MRI scans 95.5 (95.7, 94.5). ResNet-18 at 112 pixels, one seed.
@@ -887,16 +901,19 @@ def full_phase(job: Job, epochs: range) -> Phase:
     "gentle" keeps the first half of the backbone and BatchNorm's statistics, and its result is the
     average of the weights from the start on (Izmailov et al. 2018, arXiv:1803.05407).
     """
-    args, data, model = job.args, job.data, job.model
-    gentle, factor = args.finetune == "gentle", 1 if args.finetune == "scratch" else 3
-    for name, weight in model.named_parameters():
-        weight.requires_grad = not (gentle and name.startswith(FIRST_HALF))
-    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    rest = [weight for name, weight in trained if not name.startswith("fc.")]
-    head = {"params": list(model.fc.parameters()), "lr": factor * args.backbone_lr}
-    backbone = {"params": rest, "lr": args.backbone_lr, "weight_decay": 0.0}
+    args, data, model, name = job.args, job.data, job.model, full_name(job, epochs)
+    gentle, auto = name == "gentle", args.finetune == "auto"
+    rate = args.backbone_lr
+    if gentle and auto:
+        rate *= BACKBONE_LR["gentle"] / BACKBONE_LR["auto"]
+    for key, weight in model.named_parameters():
+        weight.requires_grad = not (gentle and key.startswith(FIRST_HALF))
+    trained = [(key, weight) for key, weight in model.named_parameters() if weight.requires_grad]
+    rest = [weight for key, weight in trained if not key.startswith("fc.")]
+    head = {"params": list(model.fc.parameters()), "lr": rate * (1 if name == "full" else 3)}
+    backbone = {"params": rest, "lr": rate, "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([head, backbone], weight_decay=args.weight_decay, fused=True)
-    start = copy.deepcopy(model) if args.epochs and args.finetune == "auto" else None
+    start = copy.deepcopy(model) if args.epochs and auto and not gentle else None
     average = AveragedModel(model) if gentle else None
     if average:
         average.update_parameters(model)
@@ -905,9 +922,20 @@ def full_phase(job: Job, epochs: range) -> Phase:
     sets = (Images(data.paths, data.labels, each) for each in views)
     train, val = (make_loader(*pair, args) for pair in zip(sets, batches, strict=True))
     networks = wrap_ddp(model.train(not gentle), job.compute), result, result, start, average
-    name = "full" if args.epochs else "given"
     parts = schedule(optimizer, len(epochs) * len(batches[0]), job.compute)
     return Phase(name, epochs, 1, *networks, batches[0], train, val, *parts)
+
+
+def full_name(job: Job, epochs: range) -> str:
+    """How the whole network is trained in these epochs; "auto" goes on as its trial found."""
+    way = job.args.finetune
+    if not job.args.epochs:
+        return "given"
+    if way == "auto" and epochs == phase_epochs(job)[1]:
+        return "trial"
+    if way == "auto":
+        return "firm" if best_share(job.shares["trial"]) > 0 else "gentle"
+    return "full" if way == "scratch" else way
 
 
 def cut_batches(job: Job) -> tuple[Batches, Batches]:
@@ -1094,8 +1122,13 @@ def search_shares(job: Job, phase: Phase, start: nn.Module) -> dict[float, float
         found[share] = look(share)
         if found[share] < found[share + 0.25]:
             break
-    go(max(found, key=found.__getitem__))
+    go(best_share(found))
     return found
+
+
+def best_share(found: dict[float, float]) -> float:
+    """The share of the way with the highest balanced accuracy, the first of equals."""
+    return max(found, key=found.__getitem__)
 
 
 # ------------------------------------------------------------------------------- measures
@@ -1449,7 +1482,7 @@ def format_epoch(row: dict[str, Any], epochs: int) -> str:
     # The head's first epoch computes the features, and after its last one come slower ones.
     left = "-" if row["phase"] == "head" else f"{hours}h{minutes:02}"
     return (
-        f"{row['epoch']:3}/{epochs:<3}  {row['phase']:5}  {row['train_loss']:10.3f}  "
+        f"{row['epoch']:3}/{epochs:<3}  {row['phase']:6}  {row['train_loss']:10.3f}  "
         f"{row['val_loss']:8.3f}  {cells['accuracy']:>8}  {balanced:>11}  {cells['macro_f1']:>6}  "
         f"{cells['many']:>6}  {cells['medium']:>6}  {cells['few']:>6}  "
         f"{draws:>11}  {cells['distinct_images']:>8}  {row['images_per_second']:8.1f}  {left:>5}"
@@ -1476,13 +1509,10 @@ def print_summary(job: Job, last: Evaluation) -> None:
     note = "(picked on the validation images, so slightly optimistic)"
     print(f"\nlast epoch {row['epoch']}: balanced accuracy {row['balanced_accuracy']:.1%}")
     print(f"best epoch {best['epoch']}: balanced accuracy {best['balanced_accuracy']:.1%} {note}")
-    if job.shares:
-        tried = ", ".join(f"{share:.0%} {value:.1%}" for share, value in job.shares.items())
-        best_share = max(job.shares, key=job.shares.__getitem__)
-        print(
-            f"went {best_share:.0%} of the way from the head alone to the end of fine-tuning, "
-            f"where validation images are recognised best: {tried}"
-        )
+    for name, found in job.shares.items():
+        tried = ", ".join(f"{value:.1%} at {share:.0%}" for share, value in found.items())
+        kept = f"of what phase {name} changed, {best_share(found):.0%} was kept"
+        print(f"{kept}: balanced accuracy {tried}")
     recall, val_counts = recall_by_class(last.confusion), last.confusion.sum(1)
     names = [printable(name) for name in job.data.classes]
     known = [label for label in recall.argsort(stable=True).tolist() if val_counts[label]]
@@ -1753,8 +1783,11 @@ def run(args: Namespace) -> None:
     job.model.to(compute.device, memory_format=memory_format(compute.device))
     if compute.rank == 0:
         start_run(job, origin)
-    head, full = phase_epochs(args)
-    first = job.history[-1]["epoch"] + 1 if job.history else (head or full)[0]
+    first = (
+        job.history[-1]["epoch"] + 1
+        if job.history
+        else min(map(min, filter(None, phase_epochs(job))))
+    )
     phase, last = None, None
     for epoch in range(first, args.epochs + 1):
         started = time.perf_counter()
@@ -1764,8 +1797,8 @@ def run(args: Namespace) -> None:
         drawn = draw_epoch(job, phase, epoch)
         loss = train_epoch(job, phase) if args.epochs else math.nan
         seconds, waited = time.perf_counter() - started, sum(job.waits)
-        if phase.start and epoch == args.epochs:
-            job.shares = search_shares(job, phase, phase.start)
+        if phase.start and epoch == phase.epochs[-1]:
+            job.shares[phase.name] = search_shares(job, phase, phase.start)
         last = evaluate(phase.evaluated, timed(phase.val, "validation", job), compute)
         row = {
             "epoch": epoch,

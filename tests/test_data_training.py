@@ -736,7 +736,8 @@ def pretrained_runs(folder: Path) -> dict[str, dict]:
     states = {"given": torch.load(path, weights_only=True)}
     for way in ("head", "firm", "gentle", "auto"):
         output = folder.parent / way
-        command = [str(folder), "--weights", str(path), "--epochs", "2", "--output", str(output)]
+        epochs = "1" if way in ("firm", "auto") else "2"
+        command = [str(folder), "--weights", str(path), "--epochs", epochs, "--output", str(output)]
         command += ["--frozen-epochs", "2"] if way == "head" else ["--finetune", way]
         assert training.main([*command, *TINY]) == 0
         states[way] = torch.load(output / "last.pt", weights_only=True)["state_dict"]
@@ -768,22 +769,69 @@ def test_gentle_fine_tuning_moves_the_second_half_but_no_batchnorm_statistics(
             assert torch.equal(gentle[name], value) is not moves, name
 
 
-def test_auto_ends_where_it_says_on_the_line_from_the_head_to_firm(
+def test_the_trial_ends_where_it_says_on_the_line_from_the_head_to_firm(
     pretrained_runs: dict[str, dict], folder: Path
 ) -> None:
     config = json.loads((folder.parent / "auto/config.json").read_text())
     rows = rows_of(folder.parent / "auto/history.csv")
-    assert [(row["epoch"], row["phase"]) for row in rows] == [
-        *(("0", "head"), ("1", "full"), ("2", "full"))
-    ]
-    found = {float(share): value for share, value in config["balanced_accuracy_by_share"].items()}
+    assert [(row["epoch"], row["phase"]) for row in rows] == [("0", "head"), ("1", "trial")]
+    values = config["balanced_accuracy_by_share"]["trial"]
+    found = {float(share): value for share, value in values.items()}
     assert list(found)[:3] == [1.0, 0.0, 0.75]
     share = max(found, key=found.get)
-    last = rows_of(folder.parent / "auto/history.csv")[-1]
-    assert float(last["balanced_accuracy"]) == pytest.approx(found[share], abs=1e-6)
+    assert float(rows[-1]["balanced_accuracy"]) == pytest.approx(found[share], abs=1e-6)
     given, firm, auto = (pretrained_runs[name] for name in ("given", "firm", "auto"))
     for name in ("conv1.weight", "layer4.1.bn2.running_var"):
         torch.testing.assert_close(auto[name], given[name] + share * (firm[name] - given[name]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "phases"),
+    [  # 87 training images in batches of 16 are 6 steps, so that 50 of them take 9 epochs
+        ("--epochs 0", ([], [], [0])),
+        ("--epochs 1", ([0], [1], [])),
+        ("--epochs 5", ([0], [1, 2], [3, 4, 5])),
+        ("--epochs 20", ([0], list(range(1, 10)), list(range(10, 21)))),
+        ("--epochs 4 --frozen-epochs 2", ([1, 2], [3], [4])),
+        ("--epochs 2 --frozen-epochs 2", ([1, 2], [], [])),
+        ("--epochs 2 --frozen-epochs 0", ([], [1], [2])),
+        ("--epochs 2 --finetune firm", ([0], [], [1, 2])),
+        ("--epochs 2 --finetune gentle --frozen-epochs 1", ([1], [], [2])),
+        ("--epochs 20 --batch-size 1", ([0], [1], list(range(2, 21)))),
+        ("--epochs 2 --weights none", ([], [], [1, 2])),
+    ],
+)
+def test_the_epochs_are_those_of_the_head_of_a_trial_and_of_the_rest(
+    flags: str, phases: tuple[list[int], ...], folder: Path
+) -> None:
+    path = weights_file(folder.parent / "s.pth")
+    job = make_job(folder, "--weights", str(path), "--batch-size", "16", *flags.split())
+    assert tuple(map(list, training.phase_epochs(job))) == phases
+
+
+@pytest.mark.parametrize(
+    ("found", "flags", "name", "rates"),
+    [
+        ({1.0: 0.7, 0.0: 0.6, 0.75: 0.6}, [], "firm", [9e-4, 3e-4]),
+        ({1.0: 0.5, 0.0: 0.6, 0.75: 0.6, 0.5: 0.6, 0.25: 0.7}, [], "firm", [9e-4, 3e-4]),
+        ({1.0: 0.5, 0.0: 0.6, 0.75: 0.5}, [], "gentle", [6e-5, 2e-5]),
+        ({1.0: 0.5, 0.0: 0.6, 0.75: 0.5}, ["--backbone-lr", "3e-3"], "gentle", [6e-4, 2e-4]),
+    ],
+)
+def test_auto_goes_on_as_its_trial_found(
+    found: dict[float, float], flags: list[str], name: str, rates: list[float], folder: Path
+) -> None:
+    path = weights_file(folder.parent / "s.pth")
+    job = make_job(folder, "--weights", str(path), "--epochs", "2", "--batch-size", "16", *flags)
+    job.shares["trial"] = found
+    head = copy.deepcopy(job.model.fc.state_dict())
+    phase = training.begin_phase(job, 2)
+    assert phase.name == name and bool(phase.start) is (name == "firm")
+    groups = phase.optimizer.param_groups
+    assert [group["max_lr"] for group in groups] == pytest.approx(rates)
+    assert job.model.conv1.weight.requires_grad is (name == "firm")
+    for key, value in job.model.fc.state_dict().items():
+        assert torch.equal(value, head[key])
 
 
 @pytest.mark.parametrize(
@@ -824,7 +872,7 @@ def test_the_search_takes_the_best_place(
     recalls: dict[float, int], best: float, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = make_job(folder, "--epochs", "2", "--weights", str(weights_file(folder.parent / "s.pth")))
-    phase = training.begin_phase(job, 2)
+    phase = training.begin_phase(job, 1)
     for weight in job.model.parameters():
         torch.nn.init.ones_(weight)
         weight.requires_grad = False
@@ -1003,6 +1051,7 @@ def test_a_step_asks_no_value_and_copies_its_batch_alone(
     path = str(weights_file(folder.parent / "watched.pth"))
     small = ["--weights", path, "--epochs", "2", "--image-size", "32", "--batch-size", "48"]
     job = make_job(folder, *small)
+    job.shares["trial"] = {1.0: 0.5, 0.0: 0.6}  # so that epoch 2 is a gentle one, with an average
     phase = training.begin_phase(job, epoch)
     training.draw_epoch(job, phase, epoch)
     mode = Unanswered()
@@ -1236,10 +1285,10 @@ def test_every_way_works_in_both_phases_and_draws_as_it_says(
 ) -> None:
     path, output = weights_file(tmp_path / "w.pth"), tmp_path / "run"
     command = [str(folder), "--weights", str(path), "--epochs", "5", "--frozen-epochs", "3"]
-    command += ["--rebalance", rebalance, "--output", str(output), *TINY]
+    command += ["--finetune", "firm", "--rebalance", rebalance, "--output", str(output), *TINY]
     assert training.main(command) == 0
     history = rows_of(output / "history.csv")
-    assert [row["phase"] for row in history] == ["head", "head", "head", "full", "full"]
+    assert [row["phase"] for row in history] == ["head", "head", "head", "firm", "firm"]
     passes = [62] * 3 + [1] * 2  # for 1,000 steps of 16 with the head, over 87 images
     counts = [(row["fewest_draws"], row["most_draws"]) for row in history]
     each_once = [

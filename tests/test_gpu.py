@@ -22,7 +22,7 @@ from test_resume import assert_same_run, interrupt_after, start
 import data_training as training
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-EPOCHS = ("head", "head", "full", "full")
+EPOCHS = ("head", "head", "firm", "firm")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,9 +41,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def settings(folder: Path) -> list[str]:
-    """Two epochs of the head and two of everything, two steps each; the device is to be added."""
+    """Two epochs of the head and two of everything; the device is to be added."""
     weights = weights_file(folder.parent / "pretrained.pth")
     command = [str(folder), "--arch", "resnet18", "--weights", str(weights), "--epochs", "4"]
+    command += ["--frozen-epochs", "2", "--finetune", "firm"]
     return [*command, "--image-size", "32", "--batch-size", "24", "--workers", "2", "--device"]
 
 

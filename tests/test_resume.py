@@ -42,9 +42,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def settings(folder: Path) -> list[str]:
-    """Two epochs of the head and two of everything."""
+    """Two epochs of the head, one on trial, and two of what it speaks for."""
     weights = weights_file(folder.parent / "pretrained.pth")
-    command = [str(folder), "--arch", "resnet18", "--weights", str(weights), "--epochs", "4"]
+    command = [str(folder), "--arch", "resnet18", "--weights", str(weights), "--epochs", "5"]
     command += ["--frozen-epochs", "2"]
     return [*command, "--image-size", "32", "--batch-size", "24", "--device", "cpu"]
 
@@ -146,7 +146,7 @@ def test_a_run_goes_on_from_the_middle_of_writing_a_file(
         assert_goes_on(settings, moved, whole)
 
 
-@pytest.mark.parametrize(("step", "number"), [("training", 4), ("validation", 2)])
+@pytest.mark.parametrize(("step", "number"), [("training", 4), ("training", 5), ("validation", 2)])
 def test_a_run_goes_on_from_the_middle_of_an_epoch(
     step: str,
     number: int,
@@ -188,11 +188,11 @@ def test_a_finished_run_has_nothing_left_to_do(
     assert training.main([*settings, "--output", str(output), "--resume"]) == 0
     assert not list(output.glob(".*"))
     printed = capsys.readouterr().out
-    assert "nothing is left to do" in printed and "  4/4    full " in printed
+    assert "nothing is left to do" in printed and "  3/5    trial " in printed
     assert_same_run(whole, output)
     configs = [json.loads((run / "config.json").read_text()) for run in (whole, output)]
     shares = [config["balanced_accuracy_by_share"] for config in configs]
-    assert shares[0] == shares[1] and shares[0]["1.0"] > 0
+    assert shares[0] == shares[1] and shares[0]["trial"]["1.0"] > 0
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -202,7 +202,7 @@ def test_a_stopped_run_says_in_one_line_how_to_go_on(
     output = tmp_path / "run"
     process = start(*settings, "--output", str(output))
     for line in process.stdout:
-        if line.startswith("  1/4"):
+        if line.startswith("  1/5"):
             break
     process.send_signal(number)
     sent = time.monotonic()
@@ -293,7 +293,7 @@ def test_short_epochs_go_on_from_the_middle_of_writing_a_file(
     short_epochs: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Stopped in any write of the two ends of a phase; a table is never of another epoch."""
+    """Stopped in any write of the first two ends of a phase; a table is never of another epoch."""
     output, numbers = tmp_path / "run", itertools.count(1)
 
     def interrupt(_: int) -> None:
@@ -339,8 +339,8 @@ CPU = training.Compute(torch.device("cpu"), None)
 
 @pytest.fixture(scope="module")
 def in_full_phase(settings: list[str], folder: Path) -> Path:
-    """The run, stopped after the first epoch of everything."""
-    return interrupt_after(3, settings, folder.parent / "in_full_phase")
+    """The run, stopped after the first epoch of what followed the trial."""
+    return interrupt_after(4, settings, folder.parent / "in_full_phase")
 
 
 @pytest.fixture
@@ -353,14 +353,14 @@ def resumed(settings: list[str], in_full_phase: Path, tmp_path: Path) -> list[st
 def test_a_run_goes_on_in_float16_and_back_without_it(resumed: list[str]) -> None:
     job, _ = training.prepare(training.parse_args(resumed), CPU._replace(amp=torch.float16))
     assert "scaler" not in job.stored  # it was not needed
-    phase = training.begin_phase(job, 4)
-    phase.batches.assign(job.data.train[:4], training.seeded("augment", 0, 4))
+    phase = training.begin_phase(job, 5)
+    phase.batches.assign(job.data.train[:4], training.seeded("augment", 0, 5))
     assert math.isfinite(training.train_epoch(job, phase)) and phase.scaler.get_scale() > 1
-    job.history.append(job.history[-1] | {"epoch": 4})
+    job.history.append(job.history[-1] | {"epoch": 5})
     training.save_state(job, phase)
     job, _ = training.prepare(training.parse_args(resumed), CPU)
     assert job.stored["scaler"]["scale"] == phase.scaler.get_scale()
-    assert not training.begin_phase(job, 4).scaler.is_enabled()
+    assert not training.begin_phase(job, 5).scaler.is_enabled()
 
 
 @pytest.mark.parametrize("units", [True, False])
@@ -379,7 +379,7 @@ def test_a_run_goes_on_where_weights_are_laid_out_in_another_way(resumed: list[s
     stored = job.stored["optimizer"]["state"]
     for state in stored.values():
         state["exp_avg"] = state["exp_avg"].contiguous()  # as from where that is the layout
-    phase, differ = training.begin_phase(job, 4), 0
+    phase, differ = training.begin_phase(job, 5), 0
     for weight, before in zip(phase.optimizer.state, stored.values(), strict=True):
         after = phase.optimizer.state[weight]["exp_avg"]
         assert after.stride() == weight.stride() and torch.equal(after, before["exp_avg"])
@@ -414,7 +414,7 @@ def test_settings_that_change_the_result_are_listed_in_one_error(
 ) -> None:
     command = [*stopped, "--epochs", "6", "--lr", "0.1", "--seed", "3", "--rebalance", "loss"]
     error = refusal(command, capsys)
-    for part in ("--epochs 4 (not 6)", "--lr 0.03 (not 0.1)", "--seed 0 (not 3)"):
+    for part in ("--epochs 5 (not 6)", "--lr 0.03 (not 0.1)", "--seed 0 (not 3)"):
         assert part in error
     assert "--rebalance sampler (not loss)" in error and "depend on --epochs" in error
     assert "--batch-size" not in error
