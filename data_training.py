@@ -34,6 +34,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -951,7 +952,9 @@ def wrap_ddp(network: nn.Module, compute: Compute) -> nn.Module:
         return network
     if compute.device.type != "cpu":  # PyTorch has no synchronised BatchNorm for CPUs
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    # The statistics of BatchNorm matter in evaluation alone, which sends them round.
+    # The statistics of BatchNorm matter in evaluation alone, which sends them round. The option has
+    # another name from torch 2.13 on, which torch 2.6 does not know.
+    warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)
     return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 
@@ -1783,11 +1786,8 @@ def run(args: Namespace) -> None:
     job.model.to(compute.device, memory_format=memory_format(compute.device))
     if compute.rank == 0:
         start_run(job, origin)
-    first = (
-        job.history[-1]["epoch"] + 1
-        if job.history
-        else min(map(min, filter(None, phase_epochs(job))))
-    )
+    head, trial, rest = phase_epochs(job)
+    first = job.history[-1]["epoch"] + 1 if job.history else (head or trial or rest)[0]
     phase, last = None, None
     for epoch in range(first, args.epochs + 1):
         started = time.perf_counter()
