@@ -1690,18 +1690,29 @@ def ticks(low: float, high: float) -> list[float]:
 def draw_mistakes(data: Data, last: Evaluation, found: list[int]) -> Image.Image:
     """A sheet of the validation images at the places `found`, in the square the network sees."""
     sheet = Image.new("RGB", (1600, 70 + 330 * math.ceil(len(found) / 6)), "white")
-    font, view = ImageFont.load_default(24), v2.Compose([v2.Resize(TILE), v2.CenterCrop(TILE)])
+    font, view = ImageFont.load_default(22), v2.Compose([v2.Resize(TILE), v2.CenterCrop(TILE)])
     title = "wrong with the most confidence: what it is, and how surely it is taken for what"
     ImageDraw.Draw(sheet).text((20, 36), title, "black", font, "lm")
     for number, at in enumerate(found):
-        tile = Image.new("RGB", (TILE, 330), "white")  # cuts names that are too long
+        tile = Image.new("RGB", (TILE, 330), "white")
         tile.paste(v2.functional.to_pil_image(view(read_image(data.paths[data.val[at]]))))
         true, taken = (printable(data.classes[each[at]]) for each in (last.targets, last.predicted))
         draw = ImageDraw.Draw(tile)
-        draw.text((0, TILE + 6), true, "black", font)
-        draw.text((0, TILE + 36), f"{last.probability[at]:.0%} {taken}", ORANGE, font)
+        sure = f"{last.probability[at]:.0%} "
+        draw.text((0, TILE + 6), shorten(true, font, TILE), "black", font)
+        room = TILE - font.getlength(sure)
+        draw.text((0, TILE + 36), sure + shorten(taken, font, room), ORANGE, font)
         sheet.paste(tile, (20 + 263 * (number % 6), 70 + 330 * (number // 6)))
     return sheet
+
+
+def shorten(name: str, font: Any, room: float) -> str:
+    """As much of the end of `name` as `room` pixels hold; ImageNet's names begin with numbers."""
+    shown = name
+    while font.getlength(shown) > room:
+        name = name[1:]
+        shown = f"...{name}"
+    return shown
 
 
 def find_mistakes(last: Evaluation) -> list[int]:

@@ -281,6 +281,13 @@ def test_the_sheet_says_how_sure_the_network_was(tmp_path: Path) -> None:
     assert different == [False, True]
 
 
+def test_of_a_name_too_long_for_its_tile_the_end_is_shown() -> None:
+    font = SimpleNamespace(getlength=lambda text: 10 * len(text))
+    assert training.shorten("beagle", font, 60) == "beagle"
+    assert training.shorten("n02088364-beagle", font, 90) == "...beagle"
+    assert training.shorten("n02088364-beagle", font, 95) == "...beagle"
+
+
 def test_a_name_too_long_for_its_tile_is_cut(tmp_path: Path) -> None:
     job = coloured(tmp_path, ["W" * 255, "new\nline" * 30])
     sheet = training.draw_mistakes(job.data, SOME, [3, 0])
