@@ -175,14 +175,9 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--epochs", metavar="N", type=whole, default=10, help="0 evaluates the given weights")
     add("--frozen-epochs", metavar="N", type=auto_or(whole), default="auto",
         help="first epochs, head alone; auto: one before them; 0 with --weights none")  # fmt: skip
-    add(
-        "--finetune",
-        choices=("auto", "firm", "gentle"),
-        default="auto",
-        help="then the whole network; or its second half with small steps; auto: the first on "
-        "trial, then what the trial speaks for, and of each way the part that validates best",
-    )
-    # fmt: skip
+    add("--finetune", choices=("auto", "firm", "gentle"), default="auto",
+        help="after the head: firm trains all layers, gentle the second half in small steps; auto: "
+        "firm on trial, then whichever that speaks for")  # fmt: skip
     add("--rebalance", choices=("sampler", "late", "loss", "none"), default="sampler",
         help="weighted sampler; the same in the last quarter of each phase only; balanced softmax "
         "loss; or nothing")  # fmt: skip
