@@ -188,7 +188,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
         help="peak learning rate of the head alone, by SGD")  # fmt: skip
     add("--backbone-lr", metavar="X", type=auto_or(positive), default="auto",
         help="of the whole network, by AdamW, a pretrained one's head 3 times that; auto: 3e-4, "
-        "gentle 2e-5, from random weights 1e-3")  # fmt: skip
+        "gentle 2e-5, from random weights 1e-3; where auto turns gentle, a fifteenth")  # fmt: skip
     add("--weight-decay", metavar="X", type=at_least_0, default=0.002, help="for the head")
     add("--label-smoothing", metavar="X", type=below_1, default=0.0,
         help="part of each target that is spread over all classes")  # fmt: skip
@@ -831,7 +831,7 @@ def begin_phase(job: Job, epoch: int) -> Phase:
         for name, state in job.stored.items():
             getattr(phase, name).load_state_dict(state)
         match_layout(phase.optimizer)  # may be another on the device where it was stored
-    elif head and epoch == head.stop and phase.name != "gentle":
+    elif head and epoch == head.stop and phase.name in ("trial", "firm"):
         # A confident head holds the backbone to the old features, a new one pulls it anywhere. With
         # a tenth of its logits it ended higher: dogs 76.5 % (75.1 new, 74.8 as it was), textures
         # 81.1 (79.6, 77.7), MRI scans 95.5 (95.7, 94.5). ResNet-18 at 112 pixels, one seed.
