@@ -41,6 +41,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache, partial
+from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from pickle import UnpicklingError
@@ -57,7 +58,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.data import DataLoader, Dataset, Sampler, WeightedRandomSampler
 from torchvision import models
 from torchvision.datasets import ImageFolder
@@ -78,6 +79,8 @@ HEAD_STEPS = 1000  # at least, of training the head alone: on features they cost
 BACKBONE_LR = {"auto": 3e-4, "firm": 3e-4, "gentle": 2e-5, "scratch": 1e-3}
 SOFTENED = 0.1  # what is left of the head's logits as the training of the whole network begins
 TRIAL_STEPS = 50  # of the whole network, at least, before "auto" judges what they bought
+SEEN_ANEW = 16  # batches that tell the BatchNorm of averaged weights its statistics
+FIRM_FROM = 0.5  # part of a trial's way; where a shorter one is best, firm loses more than it gains
 SEARCHED = 2000  # validation images that "auto" looks at to choose, at most
 # Of a pretrained backbone, what "gentle" keeps: general, and two fifths of the time of a step.
 FIRST_HALF = ("conv1.", "bn1.", "layer1.", "layer2.")
@@ -795,21 +798,27 @@ class Phase(NamedTuple):
     network: nn.Module
     evaluated: nn.Module
     result: nn.Module  # the whole network, to be saved
-    start: nn.Module | None  # the network as the phase began, where the way from it is searched
-    average: AveragedModel | None  # of the weights of `network` from step to step
     batches: Batches  # what `train` loads, another draw each epoch
     train: DataLoader
     val: DataLoader
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
     scaler: torch.amp.GradScaler
+    start: nn.Module | None = None  # the network before it, where the way from there is searched
+    average: AveragedModel | None = None  # of the weights of `network` after each step
+    skipped: int = 0  # first steps that the average leaves out
+
+    def states(self) -> dict[str, Any]:
+        """What is in the parts that change from step to step, and in the start."""
+        parts = {name: getattr(self, name) for name in STATEFUL}
+        return {name: part.state_dict() for name, part in parts.items() if part}
 
 
 def phase_epochs(job: Job) -> tuple[range, range, range]:
     """The epochs of the head alone, of the trial of "auto", and of the rest; 0 if none is trained.
 
     By default the head has epoch 0: on features it costs a third of an epoch. The trial takes
-    `TRIAL_STEPS`, in whole epochs, but no more than half of what is left.
+    `TRIAL_STEPS`, in whole epochs, but no more than half of what is left; of one epoch, none.
     """
     args, steps = job.args, len(Batches(job.data.train, job.args.batch_size))
     if not args.epochs:
@@ -817,19 +826,21 @@ def phase_epochs(job: Job) -> tuple[range, range, range]:
     own = args.frozen_epochs is None and args.weights != "none"
     head = range(1) if own else range(1, 1 + (args.frozen_epochs or 0))
     full = range(head.stop, args.epochs + 1)
-    tried = min(math.ceil(TRIAL_STEPS / steps), max(1, len(full) // 2))
-    tried *= args.finetune == "auto"
+    tried = min(math.ceil(TRIAL_STEPS / steps), len(full) // 2) * (args.finetune == "auto")
     return head, full[:tried], full[tried:]
 
 
 def begin_phase(job: Job, epoch: int) -> Phase:
-    """The phase of this epoch, at its start or, in the middle of it, as it was stored."""
+    """The phase of this epoch, at its start or, in the middle of it, as it was stored.
+
+    "firm" begins in the middle of the trial's optimizer, schedule and so on.
+    """
     head, trial, rest = phase_epochs(job)
     epochs = next(each for each in (head, trial, rest) if epoch in each)
     phase = head_phase(job, epochs) if epoch in head else full_phase(job, epochs)
-    if epoch != epochs[0]:
-        for name, state in job.stored.items():
-            getattr(phase, name).load_state_dict(state)
+    if epoch != epochs[0] or (trial and phase.name == "firm"):
+        for name in filter(partial(getattr, phase), job.stored):
+            getattr(phase, name).load_state_dict(job.stored[name])
         match_layout(phase.optimizer)  # may be another on the device where it was stored
     elif head and epoch == head.stop and phase.name in ("trial", "firm"):
         # A confident head holds the backbone to the old features, a new one pulls it anywhere. With
@@ -865,8 +876,7 @@ def head_phase(job: Job, epochs: range) -> Phase:
     passes = math.ceil(HEAD_STEPS * args.batch_size / (len(epochs) * images))
     steps = len(epochs) * math.ceil(passes * images / args.batch_size)
     parts = schedule(optimizer, steps, job.compute)
-    networks = network, model.fc, model, None, None
-    return Phase("head", epochs, passes, *networks, batches[0], train, val, *parts)
+    return Phase("head", epochs, passes, network, model.fc, model, batches[0], train, val, *parts)
 
 
 @torch.no_grad()
@@ -895,31 +905,45 @@ def full_phase(job: Job, epochs: range) -> Phase:
     """The whole network, trained on images.
 
     "gentle" keeps the first half of the backbone and BatchNorm's statistics, and its result is the
-    average of the weights from the start on (Izmailov et al. 2018, arXiv:1803.05407).
+    average of the weights from the start on (Izmailov et al. 2018, arXiv:1803.05407). That of a
+    trial is the average of its second half: at the peak of its learning rate a network looks worse
+    than it is going to be, and averaged about as if the rate had fallen to 0.
     """
     args, data, model, name = job.args, job.data, job.model, full_name(job, epochs)
-    gentle, auto = name == "gentle", args.finetune == "auto"
-    rate = args.backbone_lr
-    if gentle and auto:
-        rate *= BACKBONE_LR["gentle"] / BACKBONE_LR["auto"]
-    for key, weight in model.named_parameters():
-        weight.requires_grad = not (gentle and key.startswith(FIRST_HALF))
-    trained = [(key, weight) for key, weight in model.named_parameters() if weight.requires_grad]
-    rest = [weight for key, weight in trained if not key.startswith("fc.")]
-    head = {"params": list(model.fc.parameters()), "lr": rate * (1 if name == "full" else 3)}
-    backbone = {"params": rest, "lr": rate, "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW([head, backbone], weight_decay=args.weight_decay, fused=True)
-    start = copy.deepcopy(model) if args.epochs and auto and not gentle else None
-    average = AveragedModel(model) if gentle else None
+    gentle = name == "gentle"
+    optimizer = full_optimizer(job, name)
+    auto = args.finetune == "auto" and args.epochs > 0
+    start = copy.deepcopy(model) if auto and not gentle else None
+    average = AveragedModel(model) if name in ("trial", "gentle") else None
     if average:
         average.update_parameters(model)
     result = average.module if average else model
     batches, views = cut_batches(job), transforms(args)
     sets = (Images(data.paths, data.labels, each) for each in views)
     train, val = (make_loader(*pair, args) for pair in zip(sets, batches, strict=True))
-    networks = wrap_ddp(model.train(not gentle), job.compute), result, result, start, average
-    parts = schedule(optimizer, len(epochs) * len(batches[0]), job.compute)
-    return Phase(name, epochs, 1, *networks, batches[0], train, val, *parts)
+    skipped = len(epochs) * len(batches[0]) // 2 * (name == "trial")
+    networks = wrap_ddp(model.train(not gentle), job.compute), result, result
+    _, trial, rest = phase_epochs(job)
+    steps = (len(rest) + len(trial) * (not gentle)) * len(batches[0])  # "firm" goes on in a trial's
+    # A trial that is the warm-up of many epochs would not show what the full rate does.
+    warm_up = 0.0 if name in ("trial", "firm") else 0.1
+    parts = schedule(optimizer, steps, job.compute, warm_up)
+    loaded, searched = (batches[0], train, val), (start, average, skipped)
+    return Phase(name, epochs, 1, *networks, *loaded, *parts, *searched)
+
+
+def full_optimizer(job: Job, name: str) -> torch.optim.Optimizer:
+    """AdamW for what a phase of this name trains; gradients are asked for that alone."""
+    args, model, rate = job.args, job.model, job.args.backbone_lr
+    if name == "gentle" and args.finetune == "auto":
+        rate *= BACKBONE_LR["gentle"] / BACKBONE_LR["auto"]
+    for key, weight in model.named_parameters():
+        weight.requires_grad = not (name == "gentle" and key.startswith(FIRST_HALF))
+    trained = [(key, weight) for key, weight in model.named_parameters() if weight.requires_grad]
+    rest = [weight for key, weight in trained if not key.startswith("fc.")]
+    head = {"params": list(model.fc.parameters()), "lr": rate * (1 if name == "full" else 3)}
+    backbone = {"params": rest, "lr": rate, "weight_decay": 0.0}
+    return torch.optim.AdamW([head, backbone], weight_decay=args.weight_decay, fused=True)
 
 
 def full_name(job: Job, epochs: range) -> str:
@@ -930,7 +954,8 @@ def full_name(job: Job, epochs: range) -> str:
     if way == "auto" and epochs == phase_epochs(job)[1]:
         return "trial"
     if way == "auto":
-        return "firm" if best_share(job.shares["trial"]) > 0 else "gentle"
+        kept = best_share(job.shares.get("trial", {1.0: 1}))
+        return "firm" if kept >= FIRM_FROM else "gentle"
     return "full" if way == "scratch" else way
 
 
@@ -954,14 +979,14 @@ def wrap_ddp(network: nn.Module, compute: Compute) -> nn.Module:
 
 
 def schedule(
-    optimizer: torch.optim.Optimizer, steps: int, compute: Compute
+    optimizer: torch.optim.Optimizer, steps: int, compute: Compute, warm_up: float = 0.1
 ) -> tuple[torch.optim.Optimizer, LRScheduler, torch.amp.GradScaler]:
-    """Warm-up over a tenth of the steps and a cosine towards 0; gradients scaled for float16."""
+    """Warm-up over a part of the steps and a cosine towards 0; gradients scaled for float16."""
     peaks = [group["lr"] for group in optimizer.param_groups]
     # OneCycleLR divides by zero where either part of the cycle has a single step.
     steps = max(4, steps)
-    warm_up = max(0.1, 2 / steps)
-    scheduler = OneCycleLR(optimizer, peaks, steps, pct_start=warm_up, cycle_momentum=False)
+    rising = max(warm_up, 2 / steps)
+    scheduler = OneCycleLR(optimizer, peaks, steps, pct_start=rising, cycle_momentum=False)
     scaled = compute.amp is torch.float16
     return optimizer, scheduler, torch.amp.GradScaler(compute.device.type, enabled=scaled)
 
@@ -1048,7 +1073,8 @@ def train_epoch(job: Job, phase: Phase) -> float:
             both = (phase.average.parameters(), phase.network.parameters())
             kept, latest = ([weight.detach() for weight in weights] for weights in both)
             moved = torch._foreach_sub(latest, kept)
-            torch._foreach_add_(kept, torch._foreach_div(moved, phase.scheduler.last_epoch + 1))
+            averaged = max(1, phase.scheduler.last_epoch + 1 - phase.skipped)
+            torch._foreach_add_(kept, torch._foreach_div(moved, averaged))
         total += loss.detach() * len(targets)
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -1091,15 +1117,31 @@ def evaluate(network: nn.Module, batches: Iterable[list[Tensor]], compute: Compu
     return Evaluation(losses.mean().item(), targets, predicted, probability, true, confusion)
 
 
+def end_epoch(job: Job, phase: Phase, epoch: int) -> None:
+    """What follows the training of an epoch; after the last one the phase's way is searched.
+
+    Averaged weights know no statistics for BatchNorm. A trial hands on its parts, or what it found.
+    """
+    if phase.name == "trial":
+        batches = islice(phase.train, SEEN_ANEW)
+        with job.compute.autocast():
+            update_bn((to_input(each, job.compute.device) for each, _ in batches), phase.result)
+    if phase.start and epoch == phase.epochs[-1]:
+        job.stored = phase.states()
+        job.shares[phase.name] = found = search_shares(job, phase, phase.start)
+        if phase.name == "trial" and best_share(found) < FIRM_FROM:
+            job.model.load_state_dict(phase.result.state_dict())
+
+
 def search_shares(job: Job, phase: Phase, start: nn.Module) -> dict[float, float]:
     """Balanced accuracy after parts of the way from `start` to the phase's end: all, none, 3/4, ...
 
-    The network becomes the best of them (Wortsman et al. 2022, arXiv:2109.01903). On images like
-    those that the weights know, the end has lost what a part of the way keeps; on others it has
-    not. Each takes an evaluation, on at most `SEARCHED` of the validation images, so the search
+    The phase's result becomes the best of them (Wortsman et al. 2022, arXiv:2109.01903). On images
+    like those that the weights know, the end has lost what a part of the way keeps; on others it
+    has not. Each takes an evaluation, on at most `SEARCHED` of the validation images, so the search
     ends where it gets worse.
     """
-    val, compute, model = job.data.val, job.compute, job.model
+    val, compute, model = job.data.val, job.compute, phase.result
     few = val[:: math.ceil(len(val) / SEARCHED)][compute.rank :: compute.world_size]
     loader = make_loader(phase.val.dataset, Batches(few, job.args.batch_size), job.args)
     one, two = start.state_dict(), copy.deepcopy(model.state_dict())
@@ -1382,7 +1424,6 @@ def pack_model(job: Job, phase: Phase) -> dict[str, Any]:
 
 def save_state(job: Job, phase: Phase | None) -> None:
     """Write what a run needs to go on."""
-    parts = {name: getattr(phase, name) for name in STATEFUL} if phase else {}
     state = {
         "settings": settings(job.args),
         "history": job.history,
@@ -1391,7 +1432,7 @@ def save_state(job: Job, phase: Phase | None) -> None:
         "copies": job.data.copies,
         "unreadable": job.data.unreadable,
         "model": job.model.state_dict(),
-        "phase": {name: part.state_dict() for name, part in parts.items() if part},
+        "phase": phase.states() if phase else {},
     }
     write_file(job.args.output / STATE, partial(torch.save, state))
 
@@ -1803,8 +1844,7 @@ def run(args: Namespace) -> None:
         drawn = draw_epoch(job, phase, epoch)
         loss = train_epoch(job, phase) if args.epochs else math.nan
         seconds, waited = time.perf_counter() - started, sum(job.waits)
-        if phase.start and epoch == phase.epochs[-1]:
-            job.shares[phase.name] = search_shares(job, phase, phase.start)
+        end_epoch(job, phase, epoch)
         last = evaluate(phase.evaluated, timed(phase.val, "validation", job), compute)
         row = {
             "epoch": epoch,

@@ -1,24 +1,37 @@
-"""Train the loop that people write on the split of a run, and compare the two.
+"""Train what other people train on the split of a run, and compare the two.
 
-    python tests/recipes.py RUN --lr 3e-4 --epochs 3
+    python tests/recipes.py RUN --lr 3e-4 --epochs 3                  # the loop that people write
+    python tests/recipes.py RUN --lr 3e-4 --epochs 3 --timm FOLDER    # timm's train.py
 
-RUN is a run folder of `data_training.py`, with the images where they were. The loop differs from
-the script in its recipe alone: same weights, training and validation images, weighted sampler,
-mixed precision, image sizes, crops and batch size; but a new head, every layer trained from the
-first step with AdamW at one rate that falls along a cosine, BatchNorm in train mode, and the last
-weights taken as they are. It prints the balanced accuracy after the last epoch, what RUN has more,
-with 95 % intervals, and the seconds of both.
+RUN is a run folder of `data_training.py`, with the images where they were; its settings give the
+others their weights, training and validation images, image sizes and batch size.
+
+The loop differs from the script in its recipe alone: same weighted sampler, mixed precision and
+crops; but a new head, every layer trained from the first step with AdamW at one rate that falls
+along a cosine, BatchNorm in train mode, and the last weights taken as they are.
+
+FOLDER is a clone of https://github.com/huggingface/pytorch-image-models, whose `train.py` runs with
+its own augmentation, label smoothing and loader, and without rebalancing, in a Python that has what
+timm needs (`pip install timm`). Its last weights are judged here, as the loop's are.
+
+Printed are the balanced accuracy after the last epoch, what RUN has more, with 95 % intervals, and
+the seconds of both.
 """
 
 import argparse
 import csv
 import json
+import os
+import subprocess
 import sys
+import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.data import DataLoader, WeightedRandomSampler
 from tqdm import tqdm
 
@@ -27,8 +40,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import data_training as training  # noqa: E402
 
 
-def usual_loop(run: Path, lr: float, epochs: int, seed: int) -> None:
-    """Train, evaluate and print."""
+def load_run(run: Path) -> tuple[Namespace, training.Data, training.Compute]:
+    """What a run was started with, its images and where it computes."""
     settings = json.loads((run / "config.json").read_text())["settings"]
     flags = [settings["out"], "--output", str(run)]
     flags += [f"--{key}={settings[key]}" for key in ("val", "source") if settings[key]]
@@ -36,25 +49,34 @@ def usual_loop(run: Path, lr: float, epochs: int, seed: int) -> None:
     args.image_size, args.no_flip = settings["image_size"], settings["no_flip"]
     args.crop_scale, args.batch_size = settings["crop_scale"], settings["batch_size"]
     args.arch, args.weights, args.workers = (settings[k] for k in ("arch", "weights", "workers"))
-    data, compute = training.load_split(args, 0, []), training.pick_compute(args.device, None)
-    started = time.perf_counter()
-    torch.manual_seed(seed)
+    return args, training.load_split(args, 0, []), training.pick_compute(args.device, None)
+
+
+def new_model(args: Namespace, data: training.Data) -> nn.Module:
+    """The network of a run with a new head."""
     state, _ = training.load_weights(args)
     model, _ = training.build_model(args.arch, data.classes, state, ["another head"])
     torch.nn.init.normal_(model.fc.weight, 0, 0.01)
-    model.to(compute.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, fused=True)
-    steps = epochs * -(-len(data.train) // args.batch_size)
+    return model
+
+
+def usual_loop(given: Namespace) -> tuple[nn.Module, float]:
+    """The network that the usual loop trains, and the seconds it takes."""
+    args, data, compute = load_run(given.run)
+    started = time.perf_counter()
+    torch.manual_seed(given.seed)
+    model = new_model(args, data).to(compute.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), given.lr, fused=True)
+    steps = given.epochs * -(-len(data.train) // args.batch_size)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     weights = training.sample_weights(data.labels[data.train], 1.0)
-    views = training.transforms(args)
-    images = [training.Images(data.paths, data.labels, view) for view in views]
-    for epoch in range(1, epochs + 1):
+    images = training.Images(data.paths, data.labels, training.transforms(args)[0])
+    for epoch in range(1, given.epochs + 1):
         model.train()
         drawn = data.train[list(WeightedRandomSampler(weights.tolist(), len(weights)))]
         batches = training.Batches(data.train, args.batch_size)
-        batches.assign(drawn, training.seeded("usual", seed, epoch))
-        loader = DataLoader(images[0], batch_sampler=batches, num_workers=args.workers)
+        batches.assign(drawn, training.seeded("usual", given.seed, epoch))
+        loader = DataLoader(images, batch_sampler=batches, num_workers=args.workers)
         for inputs, targets in tqdm(loader, f"epoch {epoch}", leave=False, disable=None):
             with compute.autocast():
                 logits = model(training.to_input(inputs, compute.device))
@@ -63,19 +85,56 @@ def usual_loop(run: Path, lr: float, epochs: int, seed: int) -> None:
             loss.backward()
             optimizer.step()
             cosine.step()
-    seconds = time.perf_counter() - started
-    val = DataLoader(images[1], batch_sampler=training.Batches(data.val, args.batch_size))
+    return model, time.perf_counter() - started
+
+
+def timm_loop(given: Namespace) -> tuple[nn.Module, float]:
+    """The network that timm's `train.py` trains, and the seconds it takes."""
+    args, data, compute = load_run(given.run)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part, places in (("train", data.train), ("validation", data.val)):
+            for at in places.tolist():
+                image, label = Path(data.paths[at]).resolve(), data.classes[data.labels[at]]
+                (folder / part / label).mkdir(parents=True, exist_ok=True)
+                (folder / part / label / f"{at}{image.suffix}").symlink_to(image)
+        command = [
+            *(sys.executable, "train.py", "--data-dir", name, "--output", name),
+            *("--experiment", "run", "--model", args.arch, "--pretrained"),
+            *("--pretrained-path", str(Path(args.weights).resolve())),
+            *("--num-classes", str(len(data.classes)), "--img-size", str(args.image_size)),
+            *("--opt", "adamw", "--lr", str(given.lr), "--weight-decay", "0.01"),
+            *("--epochs", str(given.epochs), "--warmup-epochs", "0", "--sched-on-updates"),
+            *("--batch-size", str(args.batch_size), "--hflip", "0" if args.no_flip else "0.5"),
+            *("--workers", str(max(1, args.workers)), "--seed", str(given.seed)),
+            *("--device", args.device, "--amp", "--amp-dtype", "bfloat16", "--channels-last"),
+        ]
+        started = time.perf_counter()
+        timm = {**os.environ, "PYTHONPATH": str(given.timm.resolve())}
+        subprocess.run(command, cwd=given.timm, env=timm, check=True, stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - started
+        stored = torch.load(folder / "run" / "last.pth.tar", "cpu", weights_only=False)
+    model = new_model(args, data)
+    model.load_state_dict(stored["state_dict"])
+    return model.to(compute.device, memory_format=torch.channels_last), seconds
+
+
+def judge(given: Namespace, name: str, model: nn.Module, seconds: float) -> str:
+    """What there is to say of `model` on the validation images of the run, in a line."""
+    args, data, compute = load_run(given.run)
+    images = training.Images(data.paths, data.labels, training.transforms(args)[1])
+    val = DataLoader(images, batch_sampler=training.Batches(data.val, args.batch_size))
     last = training.evaluate(model, val, compute)
     counts = data.counts(data.train)
     measures = training.measure(last.confusion, counts)
-    theirs = training.load_baseline(run, data)
+    theirs = training.load_baseline(given.run, data)
     change = training.compare(last.targets, last.predicted, theirs, counts)[1]
-    with open(run / "history.csv", newline="") as file:
+    with open(given.run / "history.csv", newline="") as file:
         ours = sum(float(row["seconds"]) for row in csv.DictReader(file))
-    print(
-        f"usual loop, AdamW {lr:g}, {epochs} epochs: balanced accuracy "
+    return (
+        f"{name}, AdamW {given.lr:g}, {given.epochs} epochs: balanced accuracy "
         f"{measures['balanced_accuracy']:.1%} ± {100 * measures['half_width']:.1f} "
-        f"in {seconds:.0f} s; {run}: {change.after:.1%} in {ours:.0f} s with evaluations, "
+        f"in {seconds:.0f} s; {given.run}: {change.after:.1%} in {ours:.0f} s with evaluations, "
         f"{100 * change.difference:+.1f} [{100 * change.low:.1f}, {100 * change.high:.1f}]"
     )
 
@@ -86,5 +145,9 @@ if __name__ == "__main__":
     parser.add_argument("--lr", metavar="X", type=float, default=3e-4, help="of AdamW, at its peak")
     parser.add_argument("--epochs", metavar="N", type=int, default=3, help="over all images")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of draws and head")
-    given = parser.parse_args()
-    usual_loop(given.run, given.lr, given.epochs, given.seed)
+    parser.add_argument("--timm", metavar="FOLDER", type=Path, help="clone of timm, to run instead")
+    chosen = parser.parse_args()
+    if chosen.timm:
+        print(judge(chosen, "timm's train.py", *timm_loop(chosen)))
+    else:
+        print(judge(chosen, "usual loop", *usual_loop(chosen)))

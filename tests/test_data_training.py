@@ -769,13 +769,13 @@ def test_gentle_fine_tuning_moves_the_second_half_but_no_batchnorm_statistics(
             assert torch.equal(gentle[name], value) is not moves, name
 
 
-def test_the_trial_ends_where_it_says_on_the_line_from_the_head_to_firm(
+def test_auto_ends_where_it_says_on_the_line_from_the_head_to_firm(
     pretrained_runs: dict[str, dict], folder: Path
 ) -> None:
     config = json.loads((folder.parent / "auto/config.json").read_text())
     rows = rows_of(folder.parent / "auto/history.csv")
-    assert [(row["epoch"], row["phase"]) for row in rows] == [("0", "head"), ("1", "trial")]
-    values = config["balanced_accuracy_by_share"]["trial"]
+    assert [(row["epoch"], row["phase"]) for row in rows] == [("0", "head"), ("1", "firm")]
+    values = config["balanced_accuracy_by_share"]["firm"]
     found = {float(share): value for share, value in values.items()}
     assert list(found)[:3] == [1.0, 0.0, 0.75]
     share = max(found, key=found.get)
@@ -789,7 +789,7 @@ def test_the_trial_ends_where_it_says_on_the_line_from_the_head_to_firm(
     ("flags", "phases"),
     [  # 87 training images in batches of 16 are 6 steps, so that 50 of them take 9 epochs
         ("--epochs 0", ([], [], [0])),
-        ("--epochs 1", ([0], [1], [])),
+        ("--epochs 1", ([0], [], [1])),
         ("--epochs 5", ([0], [1, 2], [3, 4, 5])),
         ("--epochs 20", ([0], list(range(1, 10)), list(range(10, 21)))),
         ("--epochs 4 --frozen-epochs 2", ([1, 2], [3], [4])),
@@ -813,7 +813,8 @@ def test_the_epochs_are_those_of_the_head_of_a_trial_and_of_the_rest(
     ("found", "flags", "name", "rates"),
     [
         ({1.0: 0.7, 0.0: 0.6, 0.75: 0.6}, [], "firm", [9e-4, 3e-4]),
-        ({1.0: 0.5, 0.0: 0.6, 0.75: 0.6, 0.5: 0.6, 0.25: 0.7}, [], "firm", [9e-4, 3e-4]),
+        ({1.0: 0.5, 0.0: 0.6, 0.75: 0.6, 0.5: 0.7, 0.25: 0.6}, [], "firm", [9e-4, 3e-4]),
+        ({1.0: 0.5, 0.0: 0.6, 0.75: 0.6, 0.5: 0.6, 0.25: 0.7}, [], "gentle", [6e-5, 2e-5]),
         ({1.0: 0.5, 0.0: 0.6, 0.75: 0.5}, [], "gentle", [6e-5, 2e-5]),
         ({1.0: 0.5, 0.0: 0.6, 0.75: 0.5}, ["--backbone-lr", "3e-3"], "gentle", [6e-4, 2e-4]),
     ],
@@ -832,6 +833,104 @@ def test_auto_goes_on_as_its_trial_found(
     assert job.model.conv1.weight.requires_grad is (name == "firm")
     for key, value in job.model.fc.state_dict().items():
         assert torch.equal(value, head[key])
+
+
+def trial_of_six_steps(
+    folder: Path, found: dict[float, float]
+) -> tuple[training.Job, training.Phase, list[dict]]:
+    """A job and its trial, at the end of which this is `found`, and the weights after each step."""
+    path = weights_file(folder.parent / "s.pth")
+    small = ["--weights", str(path), "--epochs", "2", "--batch-size", "16", "--image-size", "32"]
+    job = make_job(folder, *small, "--no-flip", "--crop-scale", "1")
+    phase, passed = training.begin_phase(job, 1), []
+    training.draw_epoch(job, phase, 1)
+    phase.optimizer.register_step_post_hook(
+        lambda *_: passed.append(copy.deepcopy(job.model.state_dict()))
+    )
+    training.train_epoch(job, phase)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "search_shares", lambda *_: found)
+        training.end_epoch(job, phase, 1)
+    return job, phase, passed
+
+
+def test_a_trial_is_judged_by_the_average_of_its_second_half(folder: Path) -> None:
+    job, phase, passed = trial_of_six_steps(folder, {1.0: 0.7, 0.0: 0.6})
+    assert phase.name == "trial" and len(passed) == 6
+    judged = phase.result.state_dict()
+    for name, _ in job.model.named_parameters():
+        mean = torch.stack([weights[name] for weights in passed[2:]]).mean(0)
+        torch.testing.assert_close(judged[name], mean)
+        assert torch.equal(job.model.state_dict()[name], passed[-1][name])
+
+
+def test_batchnorm_of_a_trial_s_average_knows_the_images_that_were_drawn(folder: Path) -> None:
+    _, phase, _ = trial_of_six_steps(folder, {1.0: 0.7, 0.0: 0.6})
+    inputs = [training.to_input(images, torch.device("cpu")) for images, _ in phase.train]
+    means = [phase.result.conv1(batch).mean((0, 2, 3)) for batch in inputs]
+    expected = torch.stack(means).mean(0)
+    torch.testing.assert_close(phase.result.bn1.running_mean, expected, atol=1e-5, rtol=1e-4)
+    phase.result.eval()
+    assert phase.result.bn1.momentum == 0.1
+
+
+def test_firm_goes_on_from_the_last_step_of_the_trial(folder: Path) -> None:
+    job, trial, passed = trial_of_six_steps(folder, {1.0: 0.7, 0.0: 0.6})
+    firm = training.begin_phase(job, 2)
+    assert firm.name == "firm" and firm.result is job.model
+    assert firm.scheduler.last_epoch == 6 and firm.scheduler.total_steps == 12
+    assert firm.scheduler.get_last_lr() == trial.scheduler.get_last_lr()
+    for name, value in job.model.named_parameters():
+        assert torch.equal(value, passed[-1][name])
+        assert firm.optimizer.state[value]["step"] == 6
+    for one, two in zip(firm.start.parameters(), trial.start.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_auto_that_goes_on_after_its_trial_ends_as_firm_does(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, states = weights_file(folder.parent / "s.pth"), []
+    monkeypatch.setattr(training, "best_share", lambda found: 1.0)
+    for way in ("auto", "firm"):
+        output = folder.parent / f"on_{way}"
+        command = [str(folder), "--weights", str(path), "--epochs", "4", "--finetune", way]
+        assert training.main([*command, "--output", str(output), *TINY]) == 0
+        states.append(torch.load(output / "last.pt", weights_only=True)["state_dict"])
+    assert [row["phase"] for row in rows_of(folder.parent / "on_auto/history.csv")][2:4] == [
+        "trial",
+        "firm",
+    ]
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+
+
+@pytest.mark.parametrize(("way", "rising"), [("auto", 1), ("firm", 1), ("gentle", 11)])
+def test_gentle_alone_warms_up_for_a_tenth_of_its_steps(
+    way: str, rising: int, folder: Path
+) -> None:
+    path = weights_file(folder.parent / "s.pth")
+    flags = ["--finetune", way, "--epochs", "20", "--batch-size", "16"]  # 120 steps
+    job = make_job(folder, "--weights", str(path), *flags)
+    phase = training.begin_phase(job, 1)
+    rates = []
+    for _ in range(20):
+        rates.append(phase.optimizer.param_groups[1]["lr"])
+        phase.optimizer.step()
+        phase.scheduler.step()
+    assert rates.index(max(rates)) == rising
+    assert max(rates) == pytest.approx(2e-5 if way == "gentle" else 3e-4)
+
+
+def test_gentle_begins_after_the_trial_at_the_best_place_of_its_way(folder: Path) -> None:
+    job, trial, _ = trial_of_six_steps(folder, {1.0: 0.5, 0.0: 0.6})
+    gentle = training.begin_phase(job, 2)
+    assert gentle.name == "gentle" and gentle.scheduler.total_steps == 6
+    assert gentle.scheduler.last_epoch == 0 and not gentle.optimizer.state
+    found = trial.result.state_dict()
+    for network in (job.model, gentle.result):
+        for name, value in network.state_dict().items():
+            assert torch.equal(value, found[name]), name
 
 
 @pytest.mark.parametrize(
@@ -872,7 +971,7 @@ def test_the_head_is_less_sure_where_the_whole_network_begins_to_move(
 def test_the_search_takes_the_best_place(
     recalls: dict[float, int], best: float, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = make_job(folder, "--epochs", "2", "--weights", str(weights_file(folder.parent / "s.pth")))
+    job = make_job(folder, "--epochs", "1", "--weights", str(weights_file(folder.parent / "s.pth")))
     phase = training.begin_phase(job, 1)
     for weight in job.model.parameters():
         torch.nn.init.ones_(weight)

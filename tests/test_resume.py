@@ -42,9 +42,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def settings(folder: Path) -> list[str]:
-    """Two epochs of the head, one on trial, and two of what it speaks for."""
+    """Two epochs of the head, two on trial, and two of what it speaks for."""
     weights = weights_file(folder.parent / "pretrained.pth")
-    command = [str(folder), "--arch", "resnet18", "--weights", str(weights), "--epochs", "5"]
+    command = [str(folder), "--arch", "resnet18", "--weights", str(weights), "--epochs", "6"]
     command += ["--frozen-epochs", "2"]
     return [*command, "--image-size", "32", "--batch-size", "24", "--device", "cpu"]
 
@@ -180,6 +180,24 @@ def test_a_run_that_stopped_after_the_head_s_own_epoch_goes_on(
     assert_goes_on(command, interrupt_after(1, command, tmp_path / "run"), tmp_path / "whole")
 
 
+@pytest.mark.parametrize("stopped", [2, 3, 4])
+@pytest.mark.parametrize(("share", "phase"), [(1.0, "firm"), (0.0, "gentle")])
+def test_a_run_goes_on_from_its_trial_and_after_it(
+    share: float,
+    phase: str,
+    stopped: int,
+    settings: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(training, "best_share", lambda found: share)
+    command = [*settings, "--frozen-epochs", "auto", "--epochs", "5", "--batch-size", "20"]
+    assert training.main([*command, "--output", str(tmp_path / "whole")]) == 0
+    phases = [row["phase"] for row in rows_of(tmp_path / "whole/history.csv")]
+    assert phases == ["head", "trial", "trial", phase, phase, phase]
+    assert_goes_on(command, interrupt_after(stopped, command, tmp_path / "run"), tmp_path / "whole")
+
+
 def test_a_finished_run_has_nothing_left_to_do(
     settings: list[str], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,7 +206,7 @@ def test_a_finished_run_has_nothing_left_to_do(
     assert training.main([*settings, "--output", str(output), "--resume"]) == 0
     assert not list(output.glob(".*"))
     printed = capsys.readouterr().out
-    assert "nothing is left to do" in printed and "  3/5    trial " in printed
+    assert "nothing is left to do" in printed and "  4/6    trial " in printed
     assert_same_run(whole, output)
     configs = [json.loads((run / "config.json").read_text()) for run in (whole, output)]
     shares = [config["balanced_accuracy_by_share"] for config in configs]
@@ -202,7 +220,7 @@ def test_a_stopped_run_says_in_one_line_how_to_go_on(
     output = tmp_path / "run"
     process = start(*settings, "--output", str(output))
     for line in process.stdout:
-        if line.startswith("  1/5"):
+        if line.startswith("  1/6"):
             break
     process.send_signal(number)
     sent = time.monotonic()
@@ -340,7 +358,7 @@ CPU = training.Compute(torch.device("cpu"), None)
 @pytest.fixture(scope="module")
 def in_full_phase(settings: list[str], folder: Path) -> Path:
     """The run, stopped after the first epoch of what followed the trial."""
-    return interrupt_after(4, settings, folder.parent / "in_full_phase")
+    return interrupt_after(5, settings, folder.parent / "in_full_phase")
 
 
 @pytest.fixture
@@ -353,14 +371,14 @@ def resumed(settings: list[str], in_full_phase: Path, tmp_path: Path) -> list[st
 def test_a_run_goes_on_in_float16_and_back_without_it(resumed: list[str]) -> None:
     job, _ = training.prepare(training.parse_args(resumed), CPU._replace(amp=torch.float16))
     assert "scaler" not in job.stored  # it was not needed
-    phase = training.begin_phase(job, 5)
-    phase.batches.assign(job.data.train[:4], training.seeded("augment", 0, 5))
+    phase = training.begin_phase(job, 6)
+    phase.batches.assign(job.data.train[:4], training.seeded("augment", 0, 6))
     assert math.isfinite(training.train_epoch(job, phase)) and phase.scaler.get_scale() > 1
-    job.history.append(job.history[-1] | {"epoch": 5})
+    job.history.append(job.history[-1] | {"epoch": 6})
     training.save_state(job, phase)
     job, _ = training.prepare(training.parse_args(resumed), CPU)
     assert job.stored["scaler"]["scale"] == phase.scaler.get_scale()
-    assert not training.begin_phase(job, 5).scaler.is_enabled()
+    assert not training.begin_phase(job, 6).scaler.is_enabled()
 
 
 @pytest.mark.parametrize("units", [True, False])
@@ -412,9 +430,9 @@ def refusal(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_settings_that_change_the_result_are_listed_in_one_error(
     stopped: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [*stopped, "--epochs", "6", "--lr", "0.1", "--seed", "3", "--rebalance", "loss"]
+    command = [*stopped, "--epochs", "7", "--lr", "0.1", "--seed", "3", "--rebalance", "loss"]
     error = refusal(command, capsys)
-    for part in ("--epochs 5 (not 6)", "--lr 0.03 (not 0.1)", "--seed 0 (not 3)"):
+    for part in ("--epochs 6 (not 7)", "--lr 0.03 (not 0.1)", "--seed 0 (not 3)"):
         assert part in error
     assert "--rebalance sampler (not loss)" in error and "depend on --epochs" in error
     assert "--batch-size" not in error
