@@ -1095,12 +1095,17 @@ class Evaluation(NamedTuple):
     confusion: Tensor  # (C, C) int64, rows true, columns predicted
 
 
+def share_statistics(network: nn.Module) -> None:
+    """Give all processes the statistics that BatchNorm has in the first; each gathers its own."""
+    if dist.is_initialized():
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
+
+
 @torch.inference_mode()
 def evaluate(network: nn.Module, batches: Iterable[list[Tensor]], compute: Compute) -> Evaluation:
     """What `network` says of the images in the `batches` of all processes."""
-    if dist.is_initialized():  # the statistics of BatchNorm are each process's own
-        for buffer in network.buffers():
-            dist.broadcast(buffer, 0)
+    share_statistics(network)
     faster = fuse(copy.deepcopy(network).eval(), inplace=True)
     results = []
     for inputs, targets in batches:
@@ -1126,6 +1131,7 @@ def end_epoch(job: Job, phase: Phase, epoch: int) -> None:
         batches = islice(phase.train, SEEN_ANEW)
         with job.compute.autocast():
             update_bn((to_input(each, job.compute.device) for each, _ in batches), phase.result)
+        share_statistics(phase.result)
     if phase.start and epoch == phase.epochs[-1]:
         job.stored = phase.states()
         job.shares[phase.name] = found = search_shares(job, phase, phase.start)

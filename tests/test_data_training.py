@@ -874,6 +874,19 @@ def test_batchnorm_of_a_trial_s_average_knows_the_images_that_were_drawn(folder:
     assert phase.result.bn1.momentum == 0.1
 
 
+def test_processes_go_on_from_a_trial_with_the_statistics_of_the_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, phase, _ = trial_of_six_steps(folder, {1.0: 0.5, 0.0: 0.6})
+    phase, sent = phase._replace(train=list(phase.train)), []
+    monkeypatch.setattr(training.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(training.dist, "broadcast", lambda value, rank: sent.append(value + rank))
+    monkeypatch.setattr(training, "search_shares", lambda *_: {1.0: 0.5, 0.0: 0.6})
+    training.end_epoch(job, phase, 1)
+    for given, value in zip(sent, job.model.buffers(), strict=True):
+        assert torch.equal(given, value)
+
+
 def test_firm_goes_on_from_the_last_step_of_the_trial(folder: Path) -> None:
     job, trial, passed = trial_of_six_steps(folder, {1.0: 0.7, 0.0: 0.6})
     firm = training.begin_phase(job, 2)
