@@ -846,7 +846,7 @@ def begin_phase(job: Job, epoch: int) -> Phase:
     elif head and epoch == head.stop and phase.name in ("trial", "firm"):
         # A confident head holds the backbone to the old features, a new one pulls it anywhere. With
         # a tenth of its logits it ended higher: dogs 76.5 % (75.1 zeroed, 74.8 as it was), textures
-        # 81.1 (79.6, 77.7), MRI scans 95.5 (95.7, 94.5). ResNet-18 at 112 pixels and 3e-4, one seed.
+        # 81.1 (79.6, 77.7), MRI scans 95.5 (95.7, 94.5). ResNet-18, 112 pixels, 3e-4, one seed.
         for weight in job.model.fc.parameters():
             weight.data.mul_(SOFTENED)
     job.stored = {}
