@@ -39,7 +39,7 @@ from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cache, partial
 from itertools import islice
 from multiprocessing.pool import ThreadPool
@@ -58,7 +58,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
-from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn, update_bn
 from torch.utils.data import DataLoader, Dataset, Sampler, WeightedRandomSampler
 from torchvision import models
 from torchvision.datasets import ImageFolder
@@ -81,9 +81,10 @@ SOFTENED = 0.1  # what is left of the head's logits as the training of the whole
 TRIAL_STEPS = 50  # of the whole network, at least, before "auto" judges what they bought
 SEEN_ANEW = 16  # batches that tell the BatchNorm of averaged weights its statistics
 FIRM_FROM = 0.5  # part of a trial's way; where a shorter one is best, firm loses more than it gains
-SEARCHED = 2000  # validation images that "auto" looks at to choose, at most
+SEARCHED = 2000  # validation images that "auto" looks at to choose, about; all of rare classes
 # Of a pretrained backbone, what "gentle" keeps: general, and two fifths of the time of a step.
 FIRST_HALF = ("conv1.", "bn1.", "layer1.", "layer2.")
+average_weights = get_swa_multi_avg_fn()  # moves a first list of weights towards a second one
 CLIP_NORM = 1.0  # longest gradient followed; tiny BatchNorm variances can make it explode
 MANY, FEW = 100, 20  # "many": more training images than that, "few": fewer
 # The part of the images that is right, and the mean recall of all classes and of those with many,
@@ -149,6 +150,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     positive = number(float, lambda x: 0 < x < math.inf, "a number above 0")
     at_least_0 = number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
     power = number(float, lambda x: 0 <= x <= 10, "a number from 0 to 10")
+    bits = number(int, lambda n: -(2**63) <= n < 2**63, "a whole number of 64 bits")
     parser.add_argument("out", metavar="DATA", type=Path, help="folder of class folders")
     group = parser.add_argument_group("data")
     add = group.add_mutually_exclusive_group().add_argument
@@ -203,7 +205,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
         help="go on with the run in --output DIR")  # fmt: skip
     add("--baseline", metavar="RUN", type=Path, default=argparse.SUPPRESS,
         help="folder of an earlier run on the same validation images, to compare with")  # fmt: skip
-    add("--seed", metavar="N", type=int, default=0, help="of split, draws and augmentation")
+    add("--seed", metavar="N", type=bits, default=0, help="of split, draws and augmentation")
     add("--device", metavar="NAME", default="auto", help="auto: an accelerator, else cpu")
     add("--amp", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
         help="mixed precision (default: where the hardware gains from it)")  # fmt: skip
@@ -312,7 +314,9 @@ def join_processes(name: str, amp: bool | None) -> Compute:
     if kind not in BACKENDS:
         raise DataError(f"--device {kind}: serves one process alone; start without torchrun")
     shared = int(os.environ["LOCAL_WORLD_SIZE"]) > torch.accelerator.device_count()
-    dist.init_process_group("gloo" if shared else BACKENDS[kind])  # nccl would refuse to share
+    backend = "gloo" if shared else BACKENDS[kind]  # nccl would refuse to share
+    # Process 0 reads and checks all images while the others wait for it.
+    dist.init_process_group(backend, timeout=timedelta(hours=3))
     return compute._replace(rank=dist.get_rank(), world_size=dist.get_world_size())
 
 
@@ -669,7 +673,9 @@ class Batches(Sampler[list[tuple[int, int]]]):
             yield [(index, seed) for index, seed in batch[self.part].tolist()]
 
 
-def make_loader(dataset: Dataset, batches: Batches, args: Namespace) -> DataLoader:
+def make_loader(
+    dataset: Dataset, batches: Iterable[list[tuple[int, int]]], args: Namespace
+) -> DataLoader:
     """A loader of images; its workers live as long as it does."""
     return DataLoader(
         dataset,
@@ -739,8 +745,8 @@ def download(weights: models.WeightsEnum, name: str) -> dict[str, Tensor]:
     """The weights from torch's cache folder, after filling it from their address if need be."""
     try:
         return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
-    except (OSError, RuntimeError) as error:
-        text = f"{weights.url} could not be fetched ({error}); put the file into "
+    except Exception as error:  # a damaged file raises nearly anything
+        text = f"{weights.url} could not be fetched or read ({error}); put the file into "
         text += f"{torch.hub.get_dir()}/checkpoints, or take --weights PATH or --weights none"
         raise DataError(f"--weights {name}: {text}") from None
 
@@ -922,7 +928,7 @@ def full_phase(job: Job, epochs: range) -> Phase:
     batches, views = cut_batches(job), transforms(args)
     sets = (Images(data.paths, data.labels, each) for each in views)
     train, val = (make_loader(*pair, args) for pair in zip(sets, batches, strict=True))
-    skipped = len(epochs) * len(batches[0]) // 2 * (name == "trial")
+    skipped = max(1, len(epochs) * len(batches[0]) // 2) * (name == "trial")
     networks = wrap_ddp(model.train(not gentle), job.compute), result, result
     _, trial, rest = phase_epochs(job)
     planned = rest if gentle else [*trial, *rest]  # a trial and "firm" share one schedule
@@ -1071,11 +1077,9 @@ def train_epoch(job: Job, phase: Phase) -> float:
         phase.scaler.update()
         phase.scheduler.step()
         if phase.average:
-            both = (phase.average.parameters(), phase.network.parameters())
-            kept, latest = ([weight.detach() for weight in weights] for weights in both)
-            moved = torch._foreach_sub(latest, kept)
-            averaged = max(1, phase.scheduler.last_epoch + 1 - phase.skipped)
-            torch._foreach_add_(kept, torch._foreach_div(moved, averaged))
+            # `update_parameters` would ask the device how many steps it has averaged.
+            both = (list(each.parameters()) for each in (phase.average, phase.network))
+            average_weights(*both, max(0, phase.scheduler.last_epoch - phase.skipped))
         total += loss.detach() * len(targets)
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -1129,7 +1133,9 @@ def end_epoch(job: Job, phase: Phase, epoch: int) -> None:
     Averaged weights know no statistics for BatchNorm. A trial hands on its parts, or what it found.
     """
     if phase.name == "trial":
-        batches = islice(phase.train, SEEN_ANEW)
+        # Not `phase.train` itself: its workers would keep what they have read ahead.
+        drawn = list(islice(phase.batches, SEEN_ANEW))
+        batches = make_loader(phase.train.dataset, drawn, job.args)
         with job.compute.autocast():
             update_bn((to_input(each, job.compute.device) for each, _ in batches), phase.result)
         share_statistics(phase.result)
@@ -1145,18 +1151,15 @@ def search_shares(job: Job, phase: Phase, start: nn.Module) -> dict[float, float
 
     The phase's result becomes the best of them (Wortsman et al. 2022, arXiv:2109.01903). On images
     like those that the weights know, the end has lost what a part of the way keeps; on others it
-    has not. Each takes an evaluation, on at most `SEARCHED` of the validation images, so the search
-    ends where it gets worse.
+    has not. Each takes an evaluation, so the search ends where it gets worse.
     """
-    val, compute, model = job.data.val, job.compute, phase.result
-    few = val[:: math.ceil(len(val) / SEARCHED)][compute.rank :: compute.world_size]
+    compute, model = job.compute, phase.result
+    few = pick_searched(job.data)[compute.rank :: compute.world_size]
     loader = make_loader(phase.val.dataset, Batches(few, job.args.batch_size), job.args)
     one, two = start.state_dict(), copy.deepcopy(model.state_dict())
 
     def go(share: float) -> None:
-        parts = {
-            name: torch.lerp(one[name].float(), end.float(), share) for name, end in two.items()
-        }
+        parts = {key: torch.lerp(one[key].float(), two[key].float(), share) for key in two}
         model.load_state_dict(parts)
 
     def look(share: float) -> float:
@@ -1171,6 +1174,13 @@ def search_shares(job: Job, phase: Phase, start: nn.Module) -> dict[float, float
             break
     go(best_share(found))
     return found
+
+
+def pick_searched(data: Data) -> Tensor:
+    """The validation images to choose by: about `SEARCHED`, evenly spread, of every class some."""
+    labels = data.labels[data.val]
+    chosen = torch.arange(len(labels)) % math.ceil(len(labels) / SEARCHED) == 0
+    return data.val[chosen | ~torch.isin(labels, labels[chosen])]
 
 
 def best_share(found: dict[float, float]) -> float:
@@ -1484,7 +1494,8 @@ def write_config(job: Job) -> None:
         "train_images": data.counts(data.train).tolist(),
         "val_images": data.counts(data.val).tolist(),
         "val_images_added": data.added,
-        "balanced_accuracy_by_share": job.shares,
+        "phases": list(dict.fromkeys(row["phase"] for row in job.history)),
+        "validation_balanced_accuracy_by_share": job.shares,
         "left_out": data.unreadable,
     }
     text = json.dumps(content, indent=1, default=str)  # of paths and of the precision
@@ -1558,7 +1569,9 @@ def print_summary(job: Job, last: Evaluation) -> None:
     for name, found in job.shares.items():
         tried = ", ".join(f"{value:.1%} at {share:.0%}" for share, value in found.items())
         kept = f"of what phase {name} changed, {best_share(found):.0%} was kept"
-        print(f"{kept}: balanced accuracy {tried}")
+        kept += f" and {row['phase']} came next" * (name == "trial")
+        looked = len(pick_searched(job.data))
+        print(f"{kept}, by balanced accuracy on {looked} validation images: {tried}")
     recall, val_counts = recall_by_class(last.confusion), last.confusion.sum(1)
     names = [printable(name) for name in job.data.classes]
     known = [label for label in recall.argsort(stable=True).tolist() if val_counts[label]]
@@ -1782,15 +1795,24 @@ def prepare(args: Namespace, compute: Compute) -> tuple[Job, str]:
         state = {"model": weights, "history": [], "draws": draws, "phase": {}, "shares": {}}
     args.workers = count_workers(args)
     baseline = load_baseline(args.baseline, data) if args.baseline else None
-    smallest = min(len(data.train) // len(Batches(data.train, args.batch_size)), len(data.val))
-    processes = compute.world_size
-    if args.batch_size % processes or smallest < processes:
-        text = f"cannot be divided among {processes} processes; take a multiple, or fewer processes"
-        raise DataError(f"--batch-size {args.batch_size}: {text}")
+    check_batches(args, data, compute.world_size)
     torch.manual_seed(args.seed)
     model, origin = build_model(args.arch, data.classes, state["model"], named)
     kept = state["history"], state["draws"], state["phase"], state["shares"]
     return Job(args, compute, data, baseline, model, *kept), origin
+
+
+def check_batches(args: Namespace, data: Data, processes: int) -> None:
+    """Raise `DataError` where batches cannot be divided, or hold too little for BatchNorm."""
+    smallest = len(data.train) // len(Batches(data.train, args.batch_size))
+    learns = args.finetune != "gentle" and (args.frozen_epochs or 0) < args.epochs
+    text = ""
+    if args.batch_size % processes or min(smallest, len(data.val)) < processes:
+        text = f"cannot be divided among {processes} processes; take a multiple, or fewer processes"
+    elif learns and smallest // processes == 1 and args.image_size <= STRIDE:
+        text = f"one image of --image-size {args.image_size} is no batch for BatchNorm; take more"
+    if text:
+        raise DataError(f"--batch-size {args.batch_size}: {text}")
 
 
 def start_run(job: Job, origin: str) -> None:
@@ -1825,8 +1847,7 @@ def report(job: Job, phase: Phase, last: Evaluation) -> None:
         job.best = {}
     write_tables(job, last)
     write_pictures(job, last)
-    if job.shares:
-        write_config(job)
+    write_config(job)
     save_state(job, phase)
     job.written = time.perf_counter()
 

@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, WeightedRandomSampler
+from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -49,7 +50,9 @@ def load_run(run: Path) -> tuple[Namespace, training.Data, training.Compute]:
     args.image_size, args.no_flip = settings["image_size"], settings["no_flip"]
     args.crop_scale, args.batch_size = settings["crop_scale"], settings["batch_size"]
     args.arch, args.weights, args.workers = (settings[k] for k in ("arch", "weights", "workers"))
-    return args, training.load_split(args, 0, []), training.pick_compute(args.device, None)
+    args.power = 1.0 if settings["power"] is None else settings["power"]
+    compute = training.pick_compute(args.device, settings["amp"])
+    return args, training.load_split(args, 0, []), compute
 
 
 def new_model(args: Namespace, data: training.Data) -> nn.Module:
@@ -65,11 +68,14 @@ def usual_loop(given: Namespace) -> tuple[nn.Module, float]:
     args, data, compute = load_run(given.run)
     started = time.perf_counter()
     torch.manual_seed(given.seed)
-    model = new_model(args, data).to(compute.device, memory_format=torch.channels_last)
+    model = new_model(args, data).to(
+        compute.device, memory_format=training.memory_format(compute.device)
+    )
+    scaler = torch.amp.GradScaler(enabled=compute.amp is torch.float16)
     optimizer = torch.optim.AdamW(model.parameters(), given.lr, fused=True)
     steps = given.epochs * -(-len(data.train) // args.batch_size)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    weights = training.sample_weights(data.labels[data.train], 1.0)
+    weights = training.sample_weights(data.labels[data.train], args.power)
     images = training.Images(data.paths, data.labels, training.transforms(args)[0])
     for epoch in range(1, given.epochs + 1):
         model.train()
@@ -82,8 +88,9 @@ def usual_loop(given: Namespace) -> tuple[nn.Module, float]:
                 logits = model(training.to_input(inputs, compute.device))
             loss = F.cross_entropy(logits.float(), targets.to(compute.device))
             optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
             cosine.step()
     return model, time.perf_counter() - started
 
@@ -95,19 +102,27 @@ def timm_loop(given: Namespace) -> tuple[nn.Module, float]:
         folder = Path(name)
         for part, places in (("train", data.train), ("validation", data.val)):
             for at in places.tolist():
-                image, label = Path(data.paths[at]).resolve(), data.classes[data.labels[at]]
-                (folder / part / label).mkdir(parents=True, exist_ok=True)
-                (folder / part / label / f"{at}{image.suffix}").symlink_to(image)
+                # timm orders folders by another rule, and reads these kinds of files alone.
+                image, place = Path(data.paths[at]), folder / part / f"{data.labels[at]:05}"
+                place.mkdir(parents=True, exist_ok=True)
+                if image.suffix.lower() in (".jpg", ".jpeg", ".png"):
+                    (place / f"{at}{image.suffix}").symlink_to(image.resolve())
+                else:
+                    read = training.read_image(str(image))
+                    to_pil_image(read).save(place / f"{at}.png")
+        start, _ = training.load_weights(args)
+        torch.save(start, folder / "start.pth")
         command = [
             *(sys.executable, "train.py", "--data-dir", name, "--output", name),
-            *("--experiment", "run", "--model", args.arch, "--pretrained"),
-            *("--pretrained-path", str(Path(args.weights).resolve())),
+            *("--experiment", "run", "--model", args.arch),
+            *(["--pretrained", "--pretrained-path", f"{name}/start.pth"] if start else []),
             *("--num-classes", str(len(data.classes)), "--img-size", str(args.image_size)),
             *("--opt", "adamw", "--lr", str(given.lr), "--weight-decay", "0.01"),
             *("--epochs", str(given.epochs), "--warmup-epochs", "0", "--sched-on-updates"),
             *("--batch-size", str(args.batch_size), "--hflip", "0" if args.no_flip else "0.5"),
             *("--workers", str(max(1, args.workers)), "--seed", str(given.seed)),
-            *("--device", args.device, "--amp", "--amp-dtype", "bfloat16", "--channels-last"),
+            *("--device", args.device, "--channels-last"),
+            *(["--amp", "--amp-dtype", str(compute.amp).split(".")[1]] if compute.amp else []),
         ]
         started = time.perf_counter()
         timm = {**os.environ, "PYTHONPATH": str(given.timm.resolve())}
@@ -116,7 +131,7 @@ def timm_loop(given: Namespace) -> tuple[nn.Module, float]:
         stored = torch.load(folder / "run" / "last.pth.tar", "cpu", weights_only=False)
     model = new_model(args, data)
     model.load_state_dict(stored["state_dict"])
-    return model.to(compute.device, memory_format=torch.channels_last), seconds
+    return model.to(compute.device), seconds
 
 
 def judge(given: Namespace, name: str, model: nn.Module, seconds: float) -> str:

@@ -775,7 +775,8 @@ def test_auto_ends_where_it_says_on_the_line_from_the_head_to_firm(
     config = json.loads((folder.parent / "auto/config.json").read_text())
     rows = rows_of(folder.parent / "auto/history.csv")
     assert [(row["epoch"], row["phase"]) for row in rows] == [("0", "head"), ("1", "firm")]
-    values = config["balanced_accuracy_by_share"]["firm"]
+    assert config["phases"] == ["head", "firm"]
+    values = config["validation_balanced_accuracy_by_share"]["firm"]
     found = {float(share): value for share, value in values.items()}
     assert list(found)[:3] == [1.0, 0.0, 0.75]
     share = max(found, key=found.get)
@@ -836,12 +837,12 @@ def test_auto_goes_on_as_its_trial_found(
 
 
 def trial_of_six_steps(
-    folder: Path, found: dict[float, float]
+    folder: Path, found: dict[float, float], batch_size: int = 16
 ) -> tuple[training.Job, training.Phase, list[dict]]:
     """A job and its trial, at the end of which this is `found`, and the weights after each step."""
     path = weights_file(folder.parent / "s.pth")
-    small = ["--weights", str(path), "--epochs", "2", "--batch-size", "16", "--image-size", "32"]
-    job = make_job(folder, *small, "--no-flip", "--crop-scale", "1")
+    small = ["--weights", str(path), "--epochs", "2", "--image-size", "32", "--no-flip"]
+    job = make_job(folder, *small, "--batch-size", str(batch_size), "--crop-scale", "1")
     phase, passed = training.begin_phase(job, 1), []
     training.draw_epoch(job, phase, 1)
     phase.optimizer.register_step_post_hook(
@@ -874,11 +875,30 @@ def test_batchnorm_of_a_trial_s_average_knows_the_images_that_were_drawn(folder:
     assert phase.result.bn1.momentum == 0.1
 
 
+def test_a_trial_of_one_step_is_judged_by_the_weights_after_it(folder: Path) -> None:
+    job, phase, passed = trial_of_six_steps(folder, {1.0: 0.7, 0.0: 0.6}, batch_size=87)
+    assert phase.name == "trial" and len(passed) == 1
+    judged = phase.result.state_dict()
+    for name, _ in job.model.named_parameters():
+        assert torch.equal(judged[name], passed[0][name]), name
+
+
+def test_the_images_to_choose_by_are_spread_and_leave_no_class_out() -> None:
+    labels = torch.tensor([0] * 3001 + [1] * 2 + [2] * 1000 + [3] * 999)
+    data = training.Data(list("abcd"), [], [], labels, labels[:0], torch.arange(5002), 0, 0, [])
+    chosen = training.pick_searched(data)  # every third image, of which none is of class 1
+    assert data.counts(chosen).tolist() == [1001, 2, 334, 333]
+    assert chosen[:3].tolist() == [0, 3, 6] and (chosen.diff() > 0).all()
+    few = data._replace(val=torch.arange(1500, 3500))
+    assert torch.equal(training.pick_searched(few), few.val)
+
+
 def test_processes_go_on_from_a_trial_with_the_statistics_of_the_first(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, phase, _ = trial_of_six_steps(folder, {1.0: 0.5, 0.0: 0.6})
-    phase, sent = phase._replace(train=list(phase.train)), []
+    batches, sent = list(phase.train), []
+    monkeypatch.setattr(training, "make_loader", lambda *_: batches)
     monkeypatch.setattr(training.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(training.dist, "broadcast", lambda value, rank: sent.append(value + rank))
     monkeypatch.setattr(training, "search_shares", lambda *_: {1.0: 0.5, 0.0: 0.6})
@@ -1552,6 +1572,11 @@ ERRORS = {
     "learning rate of 0": (["{src}/good", "--lr", "0"], "--lr"),
     "not a number": (["{src}/good", "--lr", "nan"], "--lr"),
     "batches of 0": (["{src}/good", "--batch-size", "0"], "--batch-size"),
+    "batches of one small image": (
+        ["{src}/good", "--weights", "none", "--batch-size", "1", "--image-size", "32"],
+        "--batch-size 1: one image",
+    ),
+    "a seed of 65 bits": (["{src}/good", "--seed", str(2**63)], "--seed"),
     "unknown flag": (["{src}/good", "--nonsense"], "--nonsense"),
     "no folder": ([], "DATA"),
     "unknown architecture": (["{src}/good", "--arch", "vgg16"], "choose from resnet"),
@@ -1680,6 +1705,6 @@ def test_running_out_of_memory_names_a_smaller_batch(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.endswith("out of memory on cpu; try 8 or a smaller --image-size, in a new run")
     command[-1] = str(tmp_path / "smaller")
-    assert training.main([*command, *TINY, "--batch-size", "1"]) == 2
+    assert training.main([*command, *TINY, "--batch-size", "1", "--image-size", "64"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.endswith("out of memory on cpu; try a smaller --image-size, in a new run")

@@ -322,6 +322,24 @@ def test_the_tables_have_precision_f1_and_the_probability_of_the_true_class(tmp_
     assert shares == ["0.7", "0.01", "0.98", "0.8"]
 
 
+def test_the_summary_says_what_was_kept_on_which_images_and_what_came_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = coloured(tmp_path, ["ape", "bee"])
+    job.args.source = job.args.val = None
+    job.history[-1]["phase"] = "gentle"
+    job.shares["trial"] = {1.0: 0.5, 0.0: 0.75, 0.75: 0.4}
+    training.print_summary(job, SOME)
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        "of what phase trial changed, 0% was kept and gentle came next, by balanced accuracy "
+        "on 4 validation images: 50.0% at 100%, 75.0% at 0%, 40.0% at 75%"
+    ) in lines
+    job.shares = {"firm": {1.0: 0.5, 0.0: 0.25, 0.75: 0.4}}
+    training.print_summary(job, SOME)
+    assert "of what phase firm changed, 100% was kept, by" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------ the progress
 
 
@@ -363,6 +381,17 @@ def test_a_download_shows_a_bar_in_a_terminal_alone(
     with pytest.raises(training.DataError, match="could not be fetched"):
         training.load_weights(training.parse_args(["x", "--arch", "resnet18"]))
     assert ("15.0" in sys.stderr.getvalue()) is shown  # bytes
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>no weights</html>"])
+def test_weights_in_the_cache_that_cannot_be_read_are_told_with_their_place(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth").write_bytes(content)
+    with pytest.raises(training.DataError, match="DEFAULT.*or read.*checkpoints"):
+        training.load_weights(training.parse_args(["x", "--arch", "resnet18"]))
 
 
 # ---------------------------------------------------------------------------------- the help

@@ -210,8 +210,10 @@ def test_a_finished_run_has_nothing_left_to_do(
     assert "nothing is left to do" in printed and "  4/6    trial " in printed
     assert_same_run(whole, output)
     configs = [json.loads((run / "config.json").read_text()) for run in (whole, output)]
-    shares = [config["balanced_accuracy_by_share"] for config in configs]
+    shares = [config["validation_balanced_accuracy_by_share"] for config in configs]
     assert shares[0] == shares[1] and shares[0]["trial"]["1.0"] > 0
+    phases = list(dict.fromkeys(row["phase"] for row in rows_of(whole / "history.csv")))
+    assert phases[:2] == ["head", "trial"] and [each["phases"] for each in configs] == [phases] * 2
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
