@@ -59,7 +59,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn, update_bn
-from torch.utils.data import DataLoader, Dataset, Sampler, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, WeightedRandomSampler
 from torchvision import models
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
@@ -343,12 +343,24 @@ def pick_compute(name: str, amp: bool | None) -> Compute:
     return Compute(device, kind if amp or (amp is None and helps) else None)
 
 
-def broadcast(value: Any) -> Any:
-    """What process 0 calls `value`, in every process."""
-    values = [value]
+def first_makes(make: Callable[[], Any], compute: Compute) -> Any:
+    """What `make` returns in process 0, in every process; where it fails, the others end with it.
+
+    Only process 0 tells what was wrong: the others would say that they have lost it.
+    """
+    made, problem = [None], None
+    if compute.rank == 0:
+        try:
+            made = [make()]
+        except Exception as error:
+            problem = error
     if dist.is_initialized():
-        dist.broadcast_object_list(values, 0)
-    return values[0]
+        dist.broadcast_object_list(made, 0)
+    if problem:
+        raise problem
+    if made[0] is None:
+        sys.exit(2)
+    return made[0]
 
 
 def gather(part: Tensor, compute: Compute) -> Tensor:
@@ -550,16 +562,12 @@ class Images(Dataset[tuple[Tensor, int]]):
         return image.permute(1, 2, 0), int(self.labels[index])
 
 
-@dataclass(frozen=True)
-class Features(Dataset[tuple[Tensor, int]]):
-    """Rows of a table by (index, seed), without augmentation."""
+class Features(TensorDataset):
+    """Rows of tables by (index, seed), without augmentation."""
 
-    features: Tensor  # (N, D)
-    labels: Tensor
-
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
-        """The features of an image, and its label."""
-        return self.features[item[0]], int(self.labels[item[0]])
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, ...]:
+        """The features of an image (D,) and its label."""
+        return super().__getitem__(item[0])
 
 
 class RandomResizedCrop(v2.RandomResizedCrop):
@@ -1856,7 +1864,7 @@ def run(args: Namespace) -> None:
     """Train and evaluate as `args` say, and fill the run folder."""
     compute = join_processes(args.device, args.amp)
     args.device = compute.device.type
-    job, origin = broadcast(prepare(args, compute) if compute.rank == 0 else (None, ""))
+    job, origin = first_makes(partial(prepare, args, compute), compute)
     job.compute, args = compute, job.args
     job.model.to(compute.device, memory_format=memory_format(compute.device))
     if compute.rank == 0:

@@ -587,6 +587,14 @@ def test_the_statistics_of_batchnorm_are_the_first_process_s_own(
         assert float(one["probability"]) == pytest.approx(float(two["probability"]), abs=1e-4)
 
 
+def test_bad_input_is_told_by_one_process_alone(settings: list[str]) -> None:
+    process = start(*settings, "--frozen-epochs", "9", processes=2)
+    _, said = process.communicate(timeout=120)
+    lines = [line for line in said.splitlines() if "data_training.py: error: " in line]
+    assert len(lines) == 1 and "--frozen-epochs 9: more than --epochs 6" in lines[0]
+    assert f'File "{SCRIPT}"' not in said  # no traceback of the other
+
+
 def test_a_process_that_dies_takes_the_others_down(settings: list[str], tmp_path: Path) -> None:
     long = ["--epochs", "400", "--frozen-epochs", "0", "--output", str(tmp_path / "x")]
     process = start(*settings, *long, processes=2)
