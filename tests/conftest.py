@@ -1,11 +1,15 @@
-"""One factory for all tests: a class folder of tiny images that a network can tell apart."""
+"""What several tests need: a class folder of tiny images that can be told apart, and runs."""
 
 import csv
 import io
+import itertools
 import os
 import random
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 # A network this small gains nothing from threads, and two tests at once would fight for the cores.
@@ -20,6 +24,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import data_training as training  # noqa: E402
 
+SCRIPT = Path(training.__file__)
 COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan", "white", "black")
 
 
@@ -76,3 +81,34 @@ def weights_file(path: Path, size: int = 7, classes: list[str] | None = None) ->
     state = models.resnet18(num_classes=size).state_dict()
     torch.save({"state_dict": state, "classes": classes} if classes else state, path)
     return path
+
+
+def start(*arguments: str, processes: int = 0) -> subprocess.Popen[str]:
+    """The script in a process of its own, or in several under torchrun."""
+    command = [sys.executable, str(SCRIPT)]
+    if processes:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [*torchrun, f"--nproc-per-node={processes}", str(SCRIPT)]
+    return subprocess.Popen(
+        [*command, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests run in the background may have been told to ignore SIGINT, and would pass it on.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def interrupt_after(epochs: int, command: list[str], output: Path) -> Path:
+    """The run, stopped when so many epochs are written."""
+    save_state, calls = training.save_state, itertools.count()
+
+    def interrupt(*args: object) -> None:
+        save_state(*args)
+        if next(calls) == epochs:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "save_state", interrupt)
+        assert training.main([*command, "--output", str(output)]) == 130
+    return output

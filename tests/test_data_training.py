@@ -927,10 +927,10 @@ def test_auto_that_goes_on_after_its_trial_ends_as_firm_does(
     monkeypatch.setattr(training, "best_share", lambda found: 1.0)
     for way in ("auto", "firm"):
         output = folder.parent / f"on_{way}"
-        command = [str(folder), "--weights", str(path), "--epochs", "4", "--finetune", way]
+        command = [str(folder), "--weights", str(path), "--epochs", "2", "--finetune", way]
         assert training.main([*command, "--output", str(output), *TINY]) == 0
         states.append(torch.load(output / "last.pt", weights_only=True)["state_dict"])
-    assert [row["phase"] for row in rows_of(folder.parent / "on_auto/history.csv")][2:4] == [
+    assert [row["phase"] for row in rows_of(folder.parent / "on_auto/history.csv")][1:] == [
         "trial",
         "firm",
     ]

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import rows_of, weights_file, write_folder
-from test_resume import assert_same_run, interrupt_after, start
+from conftest import interrupt_after, rows_of, start, weights_file, write_folder
+from test_resume import assert_same_run
 
 import data_training as training
 
