@@ -1,0 +1,192 @@
+"""What `data_training.py` promises of runs that are spread over several processes."""
+
+import contextlib
+import os
+import signal
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import SCRIPT, interrupt_after, rows_of, start, weights_file, write_folder
+
+import data_training as training
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("data") / "src", {"ape": 30, "bee": 18, "cat": 9})
+
+
+@pytest.fixture(scope="module")
+def settings(folder: Path) -> list[str]:
+    """With the statistics of BatchNorm kept: on CPUs each process would have its own."""
+    weights = weights_file(folder.parent / "pretrained.pth")
+    command = [str(folder), "--arch", "resnet18", "--weights", str(weights), "--epochs", "6"]
+    command += ["--frozen-epochs", "2", "--finetune", "gentle"]
+    return [*command, "--image-size", "32", "--batch-size", "24", "--device", "cpu"]
+
+
+def test_a_device_that_serves_one_process_is_refused_under_torchrun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(training.DataError, match="--device meta: .* without torchrun"):
+        training.join_processes("meta", None)
+
+
+@pytest.fixture(scope="module")
+def alone(settings: list[str], folder: Path) -> Path:
+    """A run on one process."""
+    assert training.main([*settings, "--output", str(folder.parent / "alone")]) == 0
+    return folder.parent / "alone"
+
+
+@pytest.fixture(scope="module")
+def spread(settings: list[str], folder: Path) -> Path:
+    """The same run, the first epoch on one process, the others on two."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "WRITE_EVERY", 0.0)
+        output = interrupt_after(1, settings, folder.parent / "spread")
+    process = start(*settings, "--output", str(output), "--resume", processes=2)
+    printed, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert printed.count("training images in 3 classes") == 1  # only one of them prints
+    return output
+
+
+def test_two_processes_draw_and_split_as_one_does(spread: Path, alone: Path) -> None:
+    assert (spread / "split.csv").read_bytes() == (alone / "split.csv").read_bytes()
+    keys = ("epoch", "phase", "fewest_draws", "most_draws", "distinct_images", "learning_rate")
+    one, two = (rows_of(run / "history.csv") for run in (alone, spread))
+    assert [[row[key] for key in keys] for row in one] == [
+        [row[key] for key in keys] for row in two
+    ]
+    draws = [[row["draws"] for row in rows_of(run / "classes.csv")] for run in (alone, spread)]
+    assert draws[0] == draws[1]
+    for ours, theirs in zip(one, two, strict=True):  # the same run but for rounding
+        assert float(ours["train_loss"]) == pytest.approx(float(theirs["train_loss"]), abs=0.02)
+
+
+def test_two_processes_evaluate_as_one_does(
+    spread: Path, settings: list[str], tmp_path: Path
+) -> None:
+    weights = ["--weights", str(spread / "last.pt")]
+    command = [*settings, "--epochs", "0", "--frozen-epochs", "0", *weights]
+    assert training.main([*command, "--output", str(tmp_path / "one")]) == 0
+    tables = [rows_of(run / "predictions.csv") for run in (tmp_path / "one", spread)]
+    for one, two in zip(*tables, strict=True):
+        assert all(one[key] == two[key] for key in ("path", "class", "predicted"))
+        assert float(one["probability"]) == pytest.approx(float(two["probability"]), abs=1e-4)
+    one, last = (rows_of(run / "history.csv")[-1] for run in (tmp_path / "one", spread))
+    for key in ("accuracy", "balanced_accuracy", "medium", "few", "half_width"):
+        assert one[key] == last[key]
+    assert float(one["val_loss"]) == pytest.approx(float(last["val_loss"]), rel=1e-4)
+
+
+def test_the_statistics_of_batchnorm_are_the_first_process_s_own(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Each process has seen other batches; what is evaluated is what is saved."""
+    command = [str(folder), "--arch", "resnet18", "--image-size", "32", "--device", "cpu"]
+    scratch = [*command, "--weights", "none", "--epochs", "1", "--batch-size", "16"]
+    process = start(*scratch, "--output", str(tmp_path / "two"), processes=2)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    given = [*command, "--weights", str(tmp_path / "two/last.pt"), "--epochs", "0"]
+    assert training.main([*given, "--output", str(tmp_path / "one")]) == 0
+    for one, two in zip(
+        *(rows_of(tmp_path / name / "predictions.csv") for name in ("one", "two")), strict=True
+    ):
+        assert float(one["probability"]) == pytest.approx(float(two["probability"]), abs=1e-4)
+
+
+def test_bad_input_is_told_by_one_process_alone(settings: list[str]) -> None:
+    process = start(*settings, "--frozen-epochs", "9", processes=2)
+    _, said = process.communicate(timeout=120)
+    lines = [line for line in said.splitlines() if "data_training.py: error: " in line]
+    assert len(lines) == 1 and "--frozen-epochs 9: more than --epochs 6" in lines[0]
+    assert f'File "{SCRIPT}"' not in said  # no traceback of the other
+
+
+def test_a_process_that_dies_takes_the_others_down(settings: list[str], tmp_path: Path) -> None:
+    long = ["--epochs", "400", "--frozen-epochs", "0", "--output", str(tmp_path / "x")]
+    process = start(*settings, *long, processes=2)
+    for line in process.stdout:
+        if line.startswith("  1/400"):
+            break
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    )
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+
+
+def test_a_step_is_that_of_the_whole_batch_when_parts_differ_in_size() -> None:
+    """Five images over two processes, three and two: the mean of their gradients."""
+    stream = torch.Generator().manual_seed(0)
+    inputs, targets = torch.randn(5, 2, generator=stream) / 10, torch.tensor([0, 1, 1, 0, 1])
+
+    def step(rank: int, world_size: int) -> torch.Tensor:
+        head = torch.nn.Linear(2, 2)
+        for weight in head.parameters():
+            torch.nn.init.zeros_(weight)
+        job = SimpleNamespace(
+            args=SimpleNamespace(rebalance="none", label_smoothing=0.0),
+            data=SimpleNamespace(train=None, counts=lambda _: torch.tensor([2, 3])),
+            compute=training.Compute(torch.device("cpu"), None, rank, world_size),
+            waits=[],
+        )
+        phase = SimpleNamespace(
+            name="head",
+            network=head,
+            optimizer=torch.optim.SGD(head.parameters(), 1.0),
+            average=None,
+            scaler=torch.amp.GradScaler("cpu", enabled=False),
+            scheduler=SimpleNamespace(step=lambda: None),
+            batches=SimpleNamespace(sizes=lambda: [5]),
+            train=[[inputs[rank::world_size], targets[rank::world_size]]],
+        )
+        training.train_epoch(job, phase)
+        return head.weight.detach()
+
+    torch.testing.assert_close((step(0, 2) + step(1, 2)) / 2, step(0, 1))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_parts_of_the_processes_make_up_what_one_draws_in_order(world_size: int) -> None:
+    def batches(rank: int, world_size: int) -> list[list[tuple[int, int]]]:
+        result = training.Batches(torch.arange(50), 12, rank, world_size)
+        result.assign(torch.arange(50).flip(0), training.seeded("augment", 0, 1))
+        assert result.sizes() == [10] * 5
+        return list(result)
+
+    alone = batches(0, 1)
+    parts = [batches(rank, world_size) for rank in range(world_size)]
+    for step, batch in enumerate(alone):
+        for place, item in enumerate(batch):
+            assert parts[place % world_size][step][place // world_size] == item
+        assert sum(len(part[step]) for part in parts) == len(batch)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "processes", "divides"),
+    [(9, 2, False), (9, 3, True), (4, 4, False), (12, 12, False), (64, 1, True)],
+)
+def test_a_batch_must_divide_among_the_processes(
+    batch_size: int, processes: int, divides: bool, settings: list[str], tmp_path: Path
+) -> None:
+    """There are 46 images, so batches of 4 have 3 or 4; and 11 to validate on."""
+    command = [*settings, "--batch-size", str(batch_size), "--output", str(tmp_path / "x")]
+    args = training.parse_args(command)
+    with (
+        contextlib.nullcontext()
+        if divides
+        else pytest.raises(
+            training.DataError, match=f"--batch-size {batch_size}: .* {processes} processes"
+        )
+    ):
+        training.prepare(args, training.Compute(torch.device("cpu"), None, 0, processes))
