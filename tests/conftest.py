@@ -58,6 +58,12 @@ def make_folder(tmp_path: Path) -> Callable[..., Path]:
     return lambda counts, name="src", size=32: write_folder(tmp_path / name, counts, size)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes, 57 images; one folder for all tests of a file."""
+    return write_folder(tmp_path_factory.mktemp("data") / "src", {"ape": 30, "bee": 18, "cat": 9})
+
+
 def load(folder: Path, *arguments: str) -> training.Data:
     """The images of the folder, as the script reads them."""
     return training.load_data(training.parse_args([str(folder), *arguments]))

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import interrupt_after, rows_of, start, weights_file, write_folder
+from conftest import interrupt_after, rows_of, start, weights_file
 from test_resume import assert_same_run
 
 import data_training as training
@@ -32,11 +32,6 @@ def every_epoch_is_written() -> Iterator[None]:
         patch.setattr(training, "WRITE_EVERY", 0.0)
         patch.setattr(torch.backends.cudnn, "allow_tf32", False)
         yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("data") / "src", {"ape": 30, "bee": 18, "cat": 9})
 
 
 @pytest.fixture(scope="module")

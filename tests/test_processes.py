@@ -9,14 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SCRIPT, interrupt_after, rows_of, start, weights_file, write_folder
+from conftest import SCRIPT, interrupt_after, rows_of, start, weights_file
 
 import data_training as training
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("data") / "src", {"ape": 30, "bee": 18, "cat": 9})
 
 
 @pytest.fixture(scope="module")

@@ -32,11 +32,6 @@ def every_epoch_is_written() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("data") / "src", {"ape": 30, "bee": 18, "cat": 9})
-
-
-@pytest.fixture(scope="module")
 def settings(folder: Path) -> list[str]:
     """Two epochs of the head, two on trial, and two of what it speaks for."""
     weights = weights_file(folder.parent / "pretrained.pth")
