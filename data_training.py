@@ -85,11 +85,15 @@ SEARCHED = 2000  # validation images that "auto" looks at to choose, about; all 
 # Of a pretrained backbone, what "gentle" keeps: general, and two fifths of the time of a step.
 FIRST_HALF = ("conv1.", "bn1.", "layer1.", "layer2.")
 average_weights = get_swa_multi_avg_fn()  # moves a first list of weights towards a second one
+PRIOR = 2.0  # images for which "nothing to calibrate" counts
+MOST_FITTED = 2**22  # logits that calibration is fitted on: more would tell two numbers little new
+BLOCK = 2**13  # images whose probabilities are held at once
 CLIP_NORM = 1.0  # longest gradient followed; tiny BatchNorm variances can make it explode
 MANY, FEW = 100, 20  # "many": more training images than that, "few": fewer
 # The part of the images that is right, and the mean recall of all classes and of those with many,
 # in between and with few training images; NaN where nothing was asked.
 MEASURES = ("accuracy", "balanced_accuracy", "many", "medium", "few")
+BINS = 15  # of probability, to measure calibration by
 Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
 MOST_DRAWN = 2**24  # torch.multinomial takes no more weights
 STATE = "resume.pt"  # in a run folder: all that it takes to go on
@@ -103,8 +107,8 @@ MAY_DIFFER = (
     *("out", "source", "val", "no_check", "workers", "output", "resume", "baseline", "device"),
 )
 HEADER = (
-    "  epoch  phase   train loss  val loss  accuracy     balanced      F1    many  medium     few"
-    "  draws/class  distinct  images/s   left"
+    "  epoch  phase   train loss  val loss  accuracy     balanced  as trained    many  medium"
+    "     few  draws/class  distinct  images/s   left"
 )
 BLUE, ORANGE = "#2f6fb0", "#d9822b"
 MOST_LABELS, MOST_WHISKERS = 30, 200  # that can be told apart below a chart and in it
@@ -198,6 +202,9 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--weight-decay", metavar="X", type=at_least_0, default=0.002, help="for the head")
     add("--label-smoothing", metavar="X", type=below_1, default=0.0,
         help="part of each target that is spread over all classes")  # fmt: skip
+    add("--no-calibration", action="store_true", default=argparse.SUPPRESS,
+        help="leave the logits as trained: they favour frequent classes and are too sure; else "
+        "two numbers fitted on the validation images correct both")  # fmt: skip
     add = parser.add_argument_group("run").add_argument
     add("--output", metavar="DIR", type=auto_or(Path), default="auto",
         help="new folder for the results; auto: runs/DATE-TIME")  # fmt: skip
@@ -210,7 +217,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--amp", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
         help="mixed precision (default: where the hardware gains from it)")  # fmt: skip
     absent = dict.fromkeys(("source", "val", "power", "baseline", "amp"))
-    flags = dict.fromkeys(("no_check", "no_flip", "resume"), False)
+    flags = dict.fromkeys(("no_check", "no_flip", "no_calibration", "resume"), False)
     return parser.parse_args(argv, Namespace(**absent, **flags))
 
 
@@ -397,6 +404,10 @@ class Data(NamedTuple):
     def counts(self, part: Tensor) -> Tensor:
         """Images of each class among the indices `part`: (C,) int64."""
         return torch.bincount(self.labels[part], minlength=len(self.classes))
+
+    def log_share(self) -> Tensor:
+        """The logarithm of each class's share of the training images: (C,) float32."""
+        return (self.counts(self.train) / len(self.train)).log()
 
 
 def load_data(args: Namespace) -> Data:
@@ -617,15 +628,6 @@ def is_weighted(rebalance: str, epoch: int, epochs: range) -> bool:
     return rebalance == "sampler"
 
 
-def log_prior(train_images: Tensor) -> Tensor:
-    """The logarithm of each class's share of the (C,) training images, for balanced softmax.
-
-    Added to the logits while training, it leaves them to learn the posterior of balanced classes
-    (Ren et al. 2020, arXiv:2007.10740; Menon et al. 2021, arXiv:2007.07314).
-    """
-    return (train_images / train_images.sum()).log()
-
-
 def seeded(purpose: str, seed: int, epoch: int) -> torch.Generator:
     """A random stream for this purpose, seed and epoch alone."""
     return torch.Generator().manual_seed(random.Random(f"{purpose}/{seed}/{epoch}").getrandbits(63))
@@ -802,6 +804,10 @@ class Job:
     waits: list[float] = field(default_factory=list)  # seconds for each batch of this epoch
     best: dict[str, Any] = field(default_factory=dict)  # the best network, if not written yet
     written: float = field(default_factory=time.perf_counter)  # when the files were, last
+
+    def calibrated(self) -> bool:
+        """Whether logits are calibrated: not those of weights that are only to be judged."""
+        return self.args.epochs > 0 and not self.args.no_calibration
 
 
 class Phase(NamedTuple):
@@ -1064,7 +1070,9 @@ def to_input(batch: Tensor, device: torch.device) -> Tensor:
 def train_epoch(job: Job, phase: Phase) -> float:
     """Train on what the phase's loader was given; the loss averaged over its images."""
     args, data, compute = job.args, job.data, job.compute
-    prior = log_prior(data.counts(data.train)) * (args.rebalance == "loss")
+    # Balanced softmax: with the log share added in training, logits learn the posterior of balanced
+    # classes (Ren et al. 2020, arXiv:2007.10740; Menon et al. 2021, arXiv:2007.07314).
+    prior = data.log_share() if args.rebalance == "loss" else torch.zeros(len(data.classes))
     prior, total = prior.to(compute.device), torch.zeros((), device=compute.device)
     weights = [weight for group in phase.optimizer.param_groups for weight in group["params"]]
     sizes = phase.batches.sizes()
@@ -1097,15 +1105,56 @@ def train_epoch(job: Job, phase: Phase) -> float:
     return total.item() / sum(sizes)
 
 
+# ----------------------------------------------------------------------------- evaluation
+
+
+class Calibration(NamedTuple):
+    """Two numbers that make calibrated logits of a network's: scale * logits - shift * log_share.
+
+    Drawn equally often, a rare class is still recognised less often in the end: its few images are
+    known by heart and teach nothing any more. `shift` gives back what frequent classes gained by
+    that (logit adjustment, Menon et al. 2021, arXiv:2007.07314), and `scale` takes back confidence
+    that is not earned (temperature, Guo et al. 2017, arXiv:1706.04599).
+    """
+
+    scale: float = 1.0
+    shift: float = 0.0
+
+
 class Evaluation(NamedTuple):
-    """What a network says of M images of C classes, in their order."""
+    """What a network says of M images of C classes, in their order; calibrated, if not said."""
 
     loss: float  # averaged over images
     targets: Tensor  # (M,) int64
     predicted: Tensor  # (M,) int64
     probability: Tensor  # (M,) float32, of the predicted class
     true_probability: Tensor  # (M,) float32, of the true one
+    as_trained: Tensor  # (M,) int64, predicted without calibration
+    natural: Tensor  # (M,) int64, predicted where classes are as frequent as in training
     confusion: Tensor  # (C, C) int64, rows true, columns predicted
+    calibration: Calibration  # fitted on all images, for those to come
+
+
+def evaluate(job: Job, network: nn.Module, batches: Iterable[list[Tensor]]) -> Evaluation:
+    """What `network` says of the images in the `batches` of all processes."""
+    return assess(*predict(network, batches, job.compute), job.data.log_share(), job.calibrated())
+
+
+@torch.no_grad()
+def predict(
+    network: nn.Module, batches: Iterable[list[Tensor]], compute: Compute
+) -> tuple[Tensor, Tensor]:
+    """Logits (M, C), of the type that `network` gives, and targets (M,) int64 of all processes."""
+    share_statistics(network)
+    faster = fuse(copy.deepcopy(network).eval(), inplace=True)
+    outputs = []
+    for inputs, targets in batches:
+        with compute.autocast():
+            outputs.append((faster(to_input(inputs, compute.device)), targets))
+    logits, targets = (
+        gather(torch.cat(each).cpu(), compute) for each in zip(*outputs, strict=True)
+    )
+    return logits, targets
 
 
 def share_statistics(network: nn.Module) -> None:
@@ -1115,24 +1164,87 @@ def share_statistics(network: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
-@torch.inference_mode()
-def evaluate(network: nn.Module, batches: Iterable[list[Tensor]], compute: Compute) -> Evaluation:
-    """What `network` says of the images in the `batches` of all processes."""
-    share_statistics(network)
-    faster = fuse(copy.deepcopy(network).eval(), inplace=True)
-    results = []
-    for inputs, targets in batches:
-        targets = to_device(targets, compute.device)
-        with compute.autocast():
-            logits = faster(to_input(inputs, compute.device)).float()
-        losses = F.cross_entropy(logits, targets, reduction="none")
-        shares = logits.softmax(1)
-        true = shares.gather(1, targets[:, None]).flatten()
-        results.append((losses, targets, true, *shares.max(1)))
-    columns = (gather(torch.cat(each).cpu(), compute) for each in zip(*results, strict=True))
-    losses, targets, true, probability, predicted = columns
-    confusion = confusion_matrix(targets, predicted, logits.shape[1])
-    return Evaluation(losses.mean().item(), targets, predicted, probability, true, confusion)
+def assess(logits: Tensor, targets: Tensor, log_share: Tensor, calibrated: bool) -> Evaluation:
+    """What (M, C) logits say; each half of the images is calibrated by what fits the other half."""
+    half, final = pick_half(targets), Calibration()
+    numbers = torch.tensor([final, final])
+    if calibrated:
+        final = fit_calibration(logits, targets, log_share)
+        parts = half, ~half
+        fits = [fit_calibration(logits[part], targets[part], log_share) for part in parts]
+        numbers = torch.tensor(fits)
+    columns = []
+    for rows in torch.arange(len(targets)).split(BLOCK):
+        scale, shift = numbers[half[rows].long()].T[..., None]
+        trained = logits[rows].float()
+        adjusted = scale * trained - shift * log_share
+        losses = F.cross_entropy(adjusted, targets[rows], reduction="none")
+        probability, predicted = adjusted.softmax(1).max(1)
+        natural = (adjusted + log_share).argmax(1)
+        columns.append((losses, predicted, probability, trained.argmax(1), natural))
+    losses, predicted, probability, as_trained, natural = map(torch.cat, zip(*columns, strict=True))
+    return Evaluation(
+        loss=losses.mean().item(),
+        targets=targets,
+        predicted=predicted,
+        probability=probability,
+        true_probability=(-losses).exp(),
+        as_trained=as_trained,
+        natural=natural,
+        confusion=confusion_matrix(targets, predicted, len(log_share)),
+        calibration=final,
+    )
+
+
+def pick_half(targets: Tensor) -> Tensor:
+    """Which of M images are in the first half, at random, of every class half: (M,) bool."""
+    order = torch.randperm(len(targets), generator=seeded("half", 0, 0))
+    order = order[targets[order].argsort(stable=True)]
+    half = torch.zeros(len(targets), dtype=torch.bool)
+    half[order[::2]] = True
+    return half
+
+
+@torch.enable_grad()
+def fit_calibration(logits: Tensor, targets: Tensor, log_share: Tensor) -> Calibration:
+    """The numbers with the lowest cross entropy of (M, C) logits, each class counting the same.
+
+    The problem is convex. A prior worth `PRIOR` images holds the numbers near 1 and 0 where there
+    is little to go by, or all is right and ever larger logits would be better still. Images with
+    weights w that sum to 1 tell as much as 1 / sum(w^2) of equal weight (Kish 1965).
+    """
+    if not len(targets):
+        return Calibration()
+    few = pick_evenly(targets, MOST_FITTED // len(log_share))
+    logits, targets = logits[few].double(), targets[few]
+    weights = 1 / torch.bincount(targets)[targets].double()
+    weights /= weights.sum()
+    spread = max(log_share.double().std(correction=0).item(), 1e-9)  # 0 if all are as frequent
+    steps = (log_share.double() - log_share.double().mean()) / spread
+    numbers = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([numbers], max_iter=50, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        adjusted = numbers[0] * logits - numbers[1] * steps
+        losses = F.cross_entropy(adjusted, targets, reduction="none")
+        far = (numbers[0] - 1) ** 2 + numbers[1] ** 2
+        value = weights @ losses + PRIOR * weights @ weights * far
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    scale, shift = numbers.tolist()
+    return Calibration(scale, shift / spread)
+
+
+def pick_evenly(labels: Tensor, most: int) -> Tensor:
+    """About `most` of M places, evenly spread, and all of a class it would miss: (M,) bool."""
+    chosen = torch.arange(len(labels)) % math.ceil(len(labels) / most) == 0
+    return chosen | ~torch.isin(labels, labels[chosen])
+
+
+# ------------------------------------------------------------------------------- choosing
 
 
 def end_epoch(job: Job, phase: Phase, epoch: int) -> None:
@@ -1161,8 +1273,8 @@ def search_shares(job: Job, phase: Phase, start: nn.Module) -> dict[float, float
     like those that the weights know, the end has lost what a part of the way keeps; on others it
     has not. Each takes an evaluation, so the search ends where it gets worse.
     """
-    compute, model = job.compute, phase.result
-    few = pick_searched(job.data)[compute.rank :: compute.world_size]
+    model = phase.result
+    few = pick_searched(job.data)[job.compute.rank :: job.compute.world_size]
     loader = make_loader(phase.val.dataset, Batches(few, job.args.batch_size), job.args)
     one, two = start.state_dict(), copy.deepcopy(model.state_dict())
 
@@ -1172,7 +1284,7 @@ def search_shares(job: Job, phase: Phase, start: nn.Module) -> dict[float, float
 
     def look(share: float) -> float:
         go(share)
-        last = evaluate(model, timed(loader, f"choosing, {share:.0%}", job), compute)
+        last = evaluate(job, model, timed(loader, f"choosing, {share:.0%}", job))
         return recall_by_class(last.confusion).nanmean().item()
 
     found = {1.0: look(1.0), 0.0: look(0.0)}
@@ -1186,9 +1298,7 @@ def search_shares(job: Job, phase: Phase, start: nn.Module) -> dict[float, float
 
 def pick_searched(data: Data) -> Tensor:
     """The validation images to choose by: about `SEARCHED`, evenly spread, of every class some."""
-    labels = data.labels[data.val]
-    chosen = torch.arange(len(labels)) % math.ceil(len(labels) / SEARCHED) == 0
-    return data.val[chosen | ~torch.isin(labels, labels[chosen])]
+    return data.val[pick_evenly(data.labels[data.val], SEARCHED)]
 
 
 def best_share(found: dict[float, float]) -> float:
@@ -1240,6 +1350,42 @@ def measure(confusion: Tensor, train_counts: Tensor) -> dict[str, float]:
     half = half_widths(recall_variance(recall, val_counts), weights)[1].item()
     f1 = f1_by_class(confusion).nanmean().item()
     return dict(zip(MEASURES, values, strict=True)) | {"half_width": half, "macro_f1": f1}
+
+
+def measure_all(last: Evaluation, train_counts: Tensor) -> dict[str, float]:
+    """What the history holds of an evaluation: its measures, those as trained, its calibration."""
+    classes = len(train_counts)
+    trained = measure(confusion_matrix(last.targets, last.as_trained, classes), train_counts)
+    return {
+        **measure(last.confusion, train_counts),
+        **{f"as_trained_{name}": trained[name] for name in MEASURES},
+        "natural_accuracy": natural_accuracy(last, train_counts),
+        "calibration_error": calibration_error(last),
+        "logit_scale": last.calibration.scale,
+        "logit_shift": last.calibration.shift,
+    }
+
+
+def natural_accuracy(last: Evaluation, train_counts: Tensor) -> float:
+    """The accuracy where classes are as frequent as in training, by `natural` predictions.
+
+    Recalls weighted by class frequency: the validation images may have another skew.
+    """
+    recall = recall_by_class(confusion_matrix(last.targets, last.natural, len(train_counts)))
+    weights = train_counts * ~recall.isnan()
+    return (recall.nan_to_num() @ weights.double() / weights.sum()).item()
+
+
+def calibration_error(last: Evaluation) -> float:
+    """The gap between probability and being right in `BINS` bins, each class counting the same.
+
+    The expected calibration error of Guo et al. 2017 (arXiv:1706.04599).
+    """
+    val_counts = last.confusion.sum(1)
+    weights = 1 / (val_counts[last.targets] * (val_counts > 0).sum())
+    gaps = weights.double() * (last.probability - (last.predicted == last.targets).float())
+    bins = (last.probability * BINS).long().clamp(max=BINS - 1)
+    return torch.bincount(bins, gaps, BINS).abs().sum().item()
 
 
 def recall_variance(recall: Tensor, val_counts: Tensor) -> Tensor:
@@ -1434,16 +1580,20 @@ def changes_since_baseline(job: Job, last: Evaluation) -> list[Change]:
     return compare(last.targets, job.baseline, last.predicted, train_counts)
 
 
-def pack_model(job: Job, phase: Phase) -> dict[str, Any]:
-    """All that it takes to use the network, copied from the device."""
-    state = phase.result.state_dict()
+def pack_model(job: Job, phase: Phase, calibration: Calibration) -> dict[str, Any]:
+    """All that it takes to use the network, copied from the device; its head is calibrated."""
+    state = {key: value.to("cpu", copy=True) for key, value in phase.result.state_dict().items()}
+    state["fc.weight"] *= calibration.scale
+    state["fc.bias"] *= calibration.scale
+    state["fc.bias"] -= calibration.shift * job.data.log_share()
     return {
         "arch": job.args.arch,
         "classes": job.data.classes,
+        "train_images": job.data.counts(job.data.train).tolist(),
         "crop_size": job.args.image_size,
         "image_size": eval_size(job.args.image_size),
         "epoch": job.history[-1]["epoch"],
-        "state_dict": {key: value.to("cpu", copy=True) for key, value in state.items()},
+        "state_dict": state,
     }
 
 
@@ -1548,7 +1698,8 @@ def format_epoch(row: dict[str, Any], epochs: int) -> str:
     left = "-" if row["phase"] == "head" else f"{hours}h{minutes:02}"
     return (
         f"{row['epoch']:3}/{epochs:<3}  {row['phase']:6}  {row['train_loss']:10.3f}  "
-        f"{row['val_loss']:8.3f}  {cells['accuracy']:>8}  {balanced:>11}  {cells['macro_f1']:>6}  "
+        f"{row['val_loss']:8.3f}  {cells['accuracy']:>8}  {balanced:>11}  "
+        f"{cells['as_trained_balanced_accuracy']:>10}  "
         f"{cells['many']:>6}  {cells['medium']:>6}  {cells['few']:>6}  "
         f"{draws:>11}  {cells['distinct_images']:>8}  {row['images_per_second']:8.1f}  {left:>5}"
     )
@@ -1573,6 +1724,8 @@ def print_summary(job: Job, last: Evaluation) -> None:
     row, best = job.history[-1], best_epoch(job.history)
     note = "(picked on the validation images, so slightly optimistic)"
     print(f"\nlast epoch {row['epoch']}: balanced accuracy {row['balanced_accuracy']:.1%}")
+    if job.calibrated():
+        print_calibration(row)
     print(f"best epoch {best['epoch']}: balanced accuracy {best['balanced_accuracy']:.1%} {note}")
     for name, found in job.shares.items():
         tried = ", ".join(f"{value:.1%} at {share:.0%}" for share, value in found.items())
@@ -1595,6 +1748,17 @@ def print_summary(job: Job, last: Evaluation) -> None:
     print(f"measured on {describe_val(job)}")
     if left_out := len(job.data.unreadable):
         print(f"unreadable images, left out and listed in config.json: {left_out}")
+
+
+def print_calibration(row: dict[str, Any]) -> None:
+    """Print what the calibration of an epoch did."""
+    print(
+        f"{row['as_trained_balanced_accuracy']:.1%} of that as trained: frequent classes were "
+        "favoured, and two numbers, fitted on validation images, make up for it\n"
+        f"probabilities and being right are {row['calibration_error']:.1%} apart\n"
+        f"where classes are as frequent as in DATA, log(share) added to the logits gives "
+        f"{row['natural_accuracy']:.1%} accuracy"
+    )
 
 
 def print_changes(job: Job, last: Evaluation) -> None:
@@ -1845,10 +2009,10 @@ def report(job: Job, phase: Phase, last: Evaluation) -> None:
     print(format_epoch(row, job.args.epochs), flush=True)
     best = row is best_epoch(job.history)
     if best:
-        job.best = pack_model(job, phase)
+        job.best = pack_model(job, phase, last.calibration)
     if row["epoch"] < phase.epochs[-1] and time.perf_counter() - job.written < WRITE_EVERY:
         return
-    last_model = job.best if best else pack_model(job, phase)
+    last_model = job.best if best else pack_model(job, phase, last.calibration)
     write_file(output / "last.pt", partial(torch.save, last_model))
     if job.best:
         write_file(output / "best.pt", partial(torch.save, job.best))
@@ -1881,13 +2045,13 @@ def run(args: Namespace) -> None:
         loss = train_epoch(job, phase) if args.epochs else math.nan
         seconds, waited = time.perf_counter() - started, sum(job.waits)
         end_epoch(job, phase, epoch)
-        last = evaluate(phase.evaluated, timed(phase.val, "validation", job), compute)
+        last = evaluate(job, phase.evaluated, timed(phase.val, "validation", job))
         row = {
             "epoch": epoch,
             "phase": phase.name,
             "train_loss": loss,
             "val_loss": last.loss,
-            **measure(last.confusion, job.data.counts(job.data.train)),
+            **measure_all(last, job.data.counts(job.data.train)),
             **count_draws(job.data, drawn),
             "learning_rate": phase.scheduler.get_last_lr()[0] if args.epochs else math.nan,
             "images_per_second": len(drawn) / seconds,

@@ -466,9 +466,9 @@ def grow(images: int, folder: Path) -> dict[str, float]:
         pass
     lap("batches")
     targets, predicted = labels[val], labels[val].roll(1)
-    confusion = training.confusion_matrix(targets, predicted, len(classes))
-    last = training.Evaluation(0.0, targets, predicted, *torch.ones(2, len(val)), confusion)
-    history = [training.measure(confusion, data.counts(train)) | training.count_draws(data, drawn)]
+    logits = F.one_hot(predicted, len(classes)).float()
+    last = training.assess(logits, targets, data.log_share(), True)
+    history = [training.measure_all(last, data.counts(train)) | training.count_draws(data, drawn)]
     args = argparse.Namespace(output=folder.parent)
     counts, compute = data.counts(drawn), training.Compute(torch.device("cpu"), None)
     job = training.Job(args, compute, data, None, models.resnet18(), history, counts, {})

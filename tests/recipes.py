@@ -139,8 +139,11 @@ def judge(given: Namespace, name: str, model: nn.Module, seconds: float) -> str:
     args, data, compute = load_run(given.run)
     images = training.Images(data.paths, data.labels, training.transforms(args)[1])
     val = DataLoader(images, batch_sampler=training.Batches(data.val, args.batch_size))
-    last = training.evaluate(model, val, compute)
+    logits, targets = training.predict(model, val, compute)
+    last = training.assess(logits, targets, data.log_share(), True)
     counts = data.counts(data.train)
+    trained = training.confusion_matrix(targets, last.as_trained, len(counts))
+    as_trained = training.measure(trained, counts)["balanced_accuracy"]
     measures = training.measure(last.confusion, counts)
     theirs = training.load_baseline(given.run, data)
     change = training.compare(last.targets, last.predicted, theirs, counts)[1]
@@ -148,7 +151,8 @@ def judge(given: Namespace, name: str, model: nn.Module, seconds: float) -> str:
         ours = sum(float(row["seconds"]) for row in csv.DictReader(file))
     return (
         f"{name}, AdamW {given.lr:g}, {given.epochs} epochs: balanced accuracy "
-        f"{measures['balanced_accuracy']:.1%} ± {100 * measures['half_width']:.1f} "
+        f"{as_trained:.1%} as trained, {measures['balanced_accuracy']:.1%} ± "
+        f"{100 * measures['half_width']:.1f} calibrated "
         f"in {seconds:.0f} s; {given.run}: {change.after:.1%} in {ours:.0f} s with evaluations, "
         f"{100 * change.difference:+.1f} [{100 * change.low:.1f}, {100 * change.high:.1f}]"
     )

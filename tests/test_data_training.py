@@ -317,7 +317,7 @@ def test_the_validation_loss_is_averaged_over_images_not_over_batches() -> None:
     sure, unsure = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])
     zero = torch.zeros(1, dtype=torch.int64)
     batches = [(sure.repeat(3, 1), zero.repeat(3)), (unsure, zero)]
-    result = training.evaluate(Answers(), batches, CPU)
+    result = training.assess(*training.predict(Answers(), batches, CPU), torch.zeros(2), False)
     assert result.confusion.tolist() == [[4, 0], [0, 0]]
     assert result.loss == pytest.approx((3 * math.log(1 + math.exp(-2)) + math.log(2)) / 4)
     assert result.predicted.tolist() == [0, 0, 0, 0]
@@ -632,7 +632,10 @@ def test_the_history_has_a_row_an_epoch_and_shows_what_the_sampler_did(scratch_r
     history = rows_of(scratch_run / "history.csv")
     assert list(history[0]) == [
         *("epoch", "phase", "train_loss", "val_loss", "accuracy", "balanced_accuracy", "many"),
-        *("medium", "few", "half_width", "macro_f1", "fewest_draws", "most_draws"),
+        *("medium", "few", "half_width", "macro_f1", "as_trained_accuracy"),
+        *("as_trained_balanced_accuracy", "as_trained_many", "as_trained_medium"),
+        *("as_trained_few", "natural_accuracy", "calibration_error", "logit_scale", "logit_shift"),
+        *("fewest_draws", "most_draws"),
         *("distinct_images", "learning_rate", "images_per_second", "data_wait", "seconds"),
     ]
     assert [row["epoch"] for row in history] == [str(epoch) for epoch in range(1, 5)]
@@ -1013,7 +1016,7 @@ def test_the_search_takes_the_best_place(
         torch.nn.init.zeros_(weight)
     places, asked = [], []
 
-    def evaluate(model: torch.nn.Module, batches: object, compute: object) -> SimpleNamespace:
+    def evaluate(_: object, model: torch.nn.Module, batches: object) -> SimpleNamespace:
         places.append(model.fc.bias[0].item())
         right = recalls[places[-1]]
         asked.append(len(list(batches)))
@@ -1085,7 +1088,8 @@ def test_evaluation_is_larger_by_up_to_a_seventh_in_whole_cells_of_32_pixels() -
 def test_a_checkpoint_records_the_size_it_was_evaluated_at(folder: Path) -> None:
     job = make_job(folder, "--weights", "none")
     job.history.append({"epoch": 1})
-    assert training.pack_model(job, SimpleNamespace(result=job.model))["image_size"] == 256
+    content = training.pack_model(job, SimpleNamespace(result=job.model), training.Calibration())
+    assert content["image_size"] == 256
 
 
 def test_evaluation_shows_objects_about_as_large_as_training_crops_do() -> None:

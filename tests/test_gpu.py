@@ -83,7 +83,7 @@ def test_the_features_and_the_evaluation_of_one_network_agree_with_the_cpu(
         job, phase = begin(settings, device, 3)
         features = training.extract_features(job)
         assert features.device.type == "cpu"
-        results.append((features, training.evaluate(phase.evaluated, phase.val, job.compute)))
+        results.append((features, training.evaluate(job, phase.evaluated, phase.val)))
     (ours, cpu), (theirs, gpu) = results
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(cpu.probability, gpu.probability, atol=1e-4, rtol=1e-3)
@@ -186,8 +186,8 @@ def test_neither_evaluation_nor_the_feature_pass_waits_for_the_gpu_in_between(
 ) -> None:
     job, phase = begin(settings, "cuda", 3)
     batches = list(phase.val)
-    expected = training.evaluate(phase.evaluated, batches, job.compute)
-    result = training.evaluate(phase.evaluated, Unwaiting(batches), job.compute)
+    expected = training.evaluate(job, phase.evaluated, batches)
+    result = training.evaluate(job, phase.evaluated, Unwaiting(batches))
     torch.testing.assert_close(result.probability, expected.probability)
     features = training.extract_features(job)
 

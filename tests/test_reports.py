@@ -46,7 +46,7 @@ def test_a_class_without_images_has_no_f1_though_others_are_taken_for_it() -> No
 
 def test_evaluation_knows_the_probability_of_the_true_class() -> None:
     logits, targets = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0])
-    result = training.evaluate(torch.nn.Identity(), [[logits, targets]], CPU)
+    result = training.assess(logits, targets, torch.zeros(2), False)
     sure = 1 / (1 + math.exp(-2))
     assert result.probability.tolist() == pytest.approx([sure, sure])
     assert result.true_probability.tolist() == pytest.approx([sure, 1 - sure])
@@ -61,6 +61,7 @@ def row(epoch: int, **others: object) -> dict[str, object]:
         **{"epoch": epoch, "phase": "full", "train_loss": 1.5, "val_loss": 123.456},
         **{"accuracy": 1.0, "balanced_accuracy": 0.9, "half_width": 0.1234, "macro_f1": 0.765},
         **{"many": math.nan, "medium": 1.0, "few": 0.5, "fewest_draws": 1234, "most_draws": 56789},
+        **{"as_trained_balanced_accuracy": 0.765, "natural_accuracy": 1.0},
         **{"distinct_images": 0.57, "images_per_second": 12345.6, "seconds": 60.0, **others},
     }
 
@@ -68,8 +69,8 @@ def row(epoch: int, **others: object) -> dict[str, object]:
 @pytest.mark.parametrize("phase", ["head", "full", "given"])
 def test_the_line_of_an_epoch_stands_under_its_header(phase: str) -> None:
     line = training.format_epoch(row(7, phase=phase), 100)
-    assert len(line) == len(training.HEADER) <= 132
-    end = training.HEADER.index("F1") + 2
+    assert len(line) == len(training.HEADER) <= 136
+    end = training.HEADER.index("as trained") + len("as trained")
     assert line[:end].endswith(" 76.5%") and "90.0% ±12.3" in line
 
 
@@ -173,7 +174,8 @@ def job_of(names: list[str], baseline: bool = False) -> tuple[training.Job, trai
     data = training.Data(names, [], [], labels, *parts, 0, 0, [])
     confusion = training.confusion_matrix(targets, predicted, classes)
     share = torch.full((len(targets),), 0.5)
-    last = training.Evaluation(1.0, targets, predicted, share, share, confusion)
+    answers = predicted, share, share, predicted, predicted
+    last = training.Evaluation(1.0, targets, *answers, confusion, training.Calibration())
     before = targets if baseline else None
     return training.Job(None, CPU, data, before, None, [], None, {}), last
 
@@ -231,9 +233,9 @@ def test_names_are_slanted_where_they_do_not_fit_side_by_side_and_cut_where_too_
 
 def evaluation(targets: list[int], predicted: list[int], sure: list[float]) -> training.Evaluation:
     true, taken, share = torch.tensor(targets), torch.tensor(predicted), torch.tensor(sure)
-    return training.Evaluation(
-        1.0, true, taken, share, share, training.confusion_matrix(true, taken, 2)
-    )
+    confusion = training.confusion_matrix(true, taken, 2)
+    answers = taken, share, share, taken, taken
+    return training.Evaluation(1.0, true, *answers, confusion, training.Calibration())
 
 
 def test_mistakes_are_sorted_by_confidence_and_right_answers_are_none() -> None:
@@ -327,6 +329,7 @@ def test_the_summary_says_what_was_kept_on_which_images_and_what_came_next(
 ) -> None:
     job = coloured(tmp_path, ["ape", "bee"])
     job.args.source = job.args.val = None
+    job.args.no_calibration = True
     job.history[-1]["phase"] = "gentle"
     job.shares["trial"] = {1.0: 0.5, 0.0: 0.75, 0.75: 0.4}
     training.print_summary(job, SOME)

@@ -297,9 +297,10 @@ def test_the_best_network_is_kept_until_it_is_written(
     job, origin = training.prepare(training.parse_args([*command, "--workers", "0"]), CPU)
     training.start_run(job, origin)
     phase = training.begin_phase(job, 1)
-    last = training.evaluate(phase.evaluated, phase.val, CPU)
+    last = training.evaluate(job, phase.evaluated, phase.val)
+    last = last._replace(calibration=training.Calibration())
     data = job.data
-    row = training.measure(last.confusion, data.counts(data.train))
+    row = training.measure_all(last, data.counts(data.train))
     row |= training.count_draws(data, data.train)
     names = ("train_loss", "val_loss", "learning_rate", "images_per_second", "data_wait", "seconds")
     row |= dict.fromkeys(names, 1.0) | {"phase": "head"}

@@ -1,0 +1,281 @@
+"""What calibration promises: two numbers, fitted on other images than those they are judged on."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load, rows_of, write_folder
+from torchvision import models
+
+import data_training as training
+
+CPU = training.Compute(torch.device("cpu"), None)
+TINY = ["--arch", "resnet18", "--image-size", "32", "--batch-size", "16", "--device", "cpu"]
+
+
+def two_kinds(times: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits, targets and the log shares of two classes, one of them four times as frequent.
+
+    Images look like kind x or kind y, whose logits favour class 0 by 3 and by 1. Of class 0, 80 %
+    look like x; of class 1, 30 %. As each class counts the same, the odds of class 0 are 8 : 3
+    for x and 2 : 7 for y.
+    """
+    counts = {(0, 3.0): 32, (0, 1.0): 8, (1, 3.0): 3, (1, 1.0): 7}
+    rows = [(target, by) for (target, by), count in counts.items() for _ in range(count * times)]
+    logits = torch.tensor([[by, 0.0] for _, by in rows])
+    return logits, torch.tensor([target for target, _ in rows]), torch.tensor([0.8, 0.2]).log()
+
+
+def test_the_two_numbers_give_the_odds_of_classes_that_count_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(training, "PRIOR", 0.0)
+    scale, shift = training.fit_calibration(*two_kinds())
+    # 3 scale - shift log 4 = log(8 / 3) and scale - shift log 4 = log(2 / 7)
+    expected = (math.log(8 / 3) - math.log(2 / 7)) / 2
+    assert scale == pytest.approx(expected, abs=1e-4)
+    assert shift == pytest.approx((3 * expected - math.log(8 / 3)) / math.log(4), abs=1e-4)
+
+
+def test_the_prior_counts_less_the_more_images_there_are() -> None:
+    exact = (math.log(8 / 3) - math.log(2 / 7)) / 2
+    scales = [training.fit_calibration(*two_kinds(times)).scale for times in (1, 10, 1000)]
+    assert scales == sorted(scales) and scales[0] < 0.9 * exact
+    assert scales[2] == pytest.approx(exact, abs=2e-3)
+
+
+def test_where_the_probabilities_are_right_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "PRIOR", 0.0)
+    _, targets, log_share = two_kinds()
+    kind = two_kinds()[0][:, 0] == 3
+    logits = torch.where(kind[:, None], torch.tensor([8.0, 3.0]), torch.tensor([2.0, 7.0])).log()
+    fitted = training.fit_calibration(logits, targets, log_share)
+    assert fitted == pytest.approx((1, 0), abs=1e-4)
+
+
+@pytest.mark.parametrize("classes", [2, 1000])
+def test_the_numbers_stay_near_1_and_0_where_everything_is_right(classes: int) -> None:
+    targets = torch.arange(classes).repeat(3)
+    logits = 20.0 * torch.nn.functional.one_hot(targets, classes)
+    log_share = (torch.arange(classes) + 1.0).log()
+    assert training.fit_calibration(logits, targets, log_share) == pytest.approx((1, 0), abs=0.05)
+
+
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_hardly_an_image_changes_hardly_anything(images: int) -> None:
+    logits, targets, log_share = two_kinds()
+    logits, targets = logits[:images], targets[:images]
+    scale, shift = training.fit_calibration(logits, targets, log_share)
+    assert abs(scale - 1) < 0.3 and abs(shift) < 0.3
+    if images:
+        last = training.assess(logits, targets, log_share, True)
+        assert last.predicted.tolist() == [0] * images and math.isfinite(last.loss)
+
+
+def test_classes_as_frequent_as_each_other_are_not_shifted() -> None:
+    logits, targets, _ = two_kinds()
+    scale, shift = training.fit_calibration(logits, targets, torch.tensor([0.5, 0.5]).log())
+    assert shift == 0 and 0 < scale < 1
+
+
+def test_a_class_without_validation_images_may_still_be_predicted() -> None:
+    logits = torch.tensor([[1.0, 0.0, 5.0]]).repeat(8, 1)
+    targets = torch.tensor([0, 1] * 4)
+    last = training.assess(logits, targets, torch.tensor([0.5, 0.4, 0.1]).log(), True)
+    assert last.confusion.shape == (3, 3) and last.confusion[2].sum() == 0
+    assert math.isfinite(last.loss) and all(map(math.isfinite, last.calibration))
+
+
+def test_a_part_of_very_many_logits_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    scale, shift = training.fit_calibration(*two_kinds(100))
+    monkeypatch.setattr(training, "MOST_FITTED", 1000)  # 500 of 5,000 images
+    seen, entropy = [], torch.nn.functional.cross_entropy
+
+    def noting(logits: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        seen.append(len(logits))
+        return entropy(logits, *args, **kwargs)
+
+    monkeypatch.setattr(training.F, "cross_entropy", noting)
+    part = training.fit_calibration(*two_kinds(100))
+    assert part.scale == pytest.approx(scale, abs=0.1)
+    assert part.shift == pytest.approx(shift, abs=0.2)
+    assert set(seen) == {500}
+
+
+def test_each_class_is_halved() -> None:
+    targets = torch.tensor([0] * 7 + [1] * 4 + [2])
+    half = training.pick_half(targets)
+    first, second = (torch.bincount(targets[part], minlength=3) for part in (half, ~half))
+    assert (first - second).abs().tolist() == [1, 0, 1] and first.sum() == second.sum()
+    assert torch.equal(half, training.pick_half(targets))
+
+
+def test_no_image_is_judged_by_numbers_that_were_fitted_on_it() -> None:
+    logits, targets, log_share = two_kinds(4)
+    half = training.pick_half(targets)
+    before = training.assess(logits, targets, log_share, True)
+    # Other logits, too, so that every number fitted on this half is another one.
+    changed = torch.where(half[:, None], logits.flip(1), logits)
+    after = training.assess(changed, targets, log_share, True)
+    other = training.fit_calibration(logits[~half], targets[~half], log_share)
+    expected = (other.scale * changed - other.shift * log_share).softmax(1).max(1)
+    torch.testing.assert_close(after.probability[half], expected[0][half])
+    assert torch.equal(after.predicted[half], expected[1][half])
+    assert not torch.isclose(after.probability[~half], before.probability[~half]).any()
+
+
+def test_an_evaluation_is_the_same_whole_and_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, targets, log_share = two_kinds()
+    whole = training.assess(logits, targets, log_share, True)
+    monkeypatch.setattr(training, "BLOCK", 7)
+    for one, other in zip(whole, training.assess(logits, targets, log_share, True), strict=True):
+        torch.testing.assert_close(one, other) if isinstance(one, torch.Tensor) else None
+    assert whole.loss == pytest.approx(training.assess(logits, targets, log_share, True).loss)
+
+
+def test_without_calibration_logits_are_taken_as_they_are() -> None:
+    logits, targets, log_share = two_kinds()
+    last = training.assess(logits, targets, log_share, False)
+    assert last.calibration == (1.0, 0.0)
+    assert torch.equal(last.predicted, last.as_trained) and not last.predicted.any()
+    torch.testing.assert_close(last.probability, logits.softmax(1)[:, 0])
+
+
+def test_as_trained_and_natural_predictions_stand_beside_the_calibrated_ones() -> None:
+    logits, targets, log_share = two_kinds(100)
+    last = training.assess(logits, targets, log_share, True)
+    looks_like_x = logits[:, 0] == 3
+    assert not last.as_trained.any()  # both kinds favour class 0
+    assert torch.equal(last.predicted == 0, looks_like_x)
+    # With shares of 0.8 and 0.2 the odds of class 0 are 32 : 3 and 8 : 7.
+    assert not last.natural.any()
+    counts = torch.tensor([800, 200])
+    measures = training.measure_all(last, counts)
+    assert measures["as_trained_balanced_accuracy"] == pytest.approx(0.5)
+    assert measures["balanced_accuracy"] == pytest.approx(0.75)
+    assert measures["natural_accuracy"] == pytest.approx(0.8)
+    assert measures["calibration_error"] == pytest.approx(0, abs=0.02)
+    assert measures["logit_scale"] == last.calibration.scale
+
+
+def test_natural_accuracy_weighs_recalls_by_the_classes_of_training() -> None:
+    """Whatever the skew of the validation images: recalls 3/4 and 1/2, a third class unknown."""
+    last = training.assess(
+        torch.zeros(6, 3), torch.tensor([0, 0, 0, 0, 1, 1]), torch.ones(3), False
+    )
+    last = last._replace(natural=torch.tensor([0, 0, 0, 1, 1, 2]))
+    counts = torch.tensor([90, 10, 50])
+    assert training.natural_accuracy(last, counts) == pytest.approx(0.9 * 0.75 + 0.1 * 0.5)
+
+
+def test_calibration_error_is_the_gap_between_probability_and_being_right() -> None:
+    """Two classes of 4 and 2: in one bin of 0.95, right 3 of 4; in one of 0.55, right 2 of 2."""
+    last = training.Evaluation(
+        loss=0.0,
+        targets=torch.tensor([0, 0, 0, 0, 1, 1]),
+        predicted=torch.tensor([0, 0, 0, 1, 1, 1]),
+        probability=torch.tensor([0.95] * 4 + [0.55] * 2),
+        true_probability=torch.zeros(6),
+        as_trained=torch.zeros(6, dtype=torch.int64),
+        natural=torch.zeros(6, dtype=torch.int64),
+        confusion=torch.tensor([[3, 1], [0, 2]]),
+        calibration=training.Calibration(),
+    )
+    assert training.calibration_error(last) == pytest.approx((0.95 - 0.75) / 2 + (1 - 0.55) / 2)
+
+
+# ------------------------------------------------------------------------------ whole runs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Runs of one epoch from random weights, each made once."""
+    root = tmp_path_factory.mktemp("runs")
+    folder = write_folder(root / "src", {"ape": 60, "bee": 24, "cat": 8})
+
+    def run(*flags: str) -> Path:
+        output = root / "-".join(["run", *map(str, flags)]).replace("/", "_")
+        if not output.exists():
+            command = [str(folder), "--weights", "none", "--epochs", "2", *TINY, *flags]
+            assert training.main([*command, "--output", str(output)]) == 0
+        return output
+
+    return run
+
+
+def test_what_is_saved_gives_the_calibrated_logits(runs: Callable[..., Path]) -> None:
+    output = runs()
+    content = torch.load(output / "last.pt", weights_only=True)
+    assert content["train_images"] == [48, 19, 6]
+    plain = torch.load(output / "resume.pt", weights_only=True)["model"]
+    row = rows_of(output / "history.csv")[-1]
+    scale, shift = float(row["logit_scale"]), float(row["logit_shift"])
+    assert scale != 1 and shift != 0
+    images = torch.randn(4, 3, 32, 32)
+    answers = []
+    for state in (plain, content["state_dict"]):
+        model = models.resnet18(num_classes=3).eval()
+        model.load_state_dict(state)
+        with torch.no_grad():
+            answers.append(model(images))
+    log_share = (torch.tensor([48, 19, 6]) / 73).log()
+    expected = scale * answers[0] - shift * log_share
+    torch.testing.assert_close(answers[1], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_training_goes_on_without_calibration(runs: Callable[..., Path]) -> None:
+    with_it, without = runs(), runs("--no-calibration")
+    states = [
+        torch.load(each / "resume.pt", weights_only=True)["model"] for each in (with_it, without)
+    ]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    for ours, theirs in zip(
+        *(rows_of(each / "history.csv") for each in (with_it, without)), strict=True
+    ):
+        for name in training.MEASURES:
+            assert ours[f"as_trained_{name}"] == theirs[name] == theirs[f"as_trained_{name}"]
+        assert (theirs["logit_scale"], theirs["logit_shift"]) == ("1", "0")
+
+
+def test_given_weights_are_judged_as_they_are(runs: Callable[..., Path]) -> None:
+    """A test folder must not tune what it tests."""
+    weights = runs() / "last.pt"
+    output = runs("--epochs", "0", "--weights", str(weights))
+    row = rows_of(output / "history.csv")[-1]
+    assert (row["logit_scale"], row["logit_shift"]) == ("1", "0")
+    state, given = (
+        torch.load(path, weights_only=True)["state_dict"] for path in (output / "last.pt", weights)
+    )
+    assert all(torch.equal(state[name], given[name]) for name in given)
+
+
+def test_the_summary_says_what_calibration_did(
+    runs: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = json.loads((runs() / "config.json").read_text())["settings"]
+    command = [settings["out"], "--weights", "none", "--epochs", "1", *TINY]
+    for flags, said in (([], True), (["--no-calibration"], False)):
+        assert training.main([*command, *flags, "--output", str(tmp_path / str(said))]) == 0
+        out = capsys.readouterr().out
+        assert ("as trained: frequent classes were favoured" in out) is said
+
+
+def test_the_search_compares_calibrated_networks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_folder(tmp_path / "src", {"ape": 30, "bee": 12})
+    data = load(folder)
+    logits = torch.tensor([[3.0, 0.0], [1.0, 0.0]])[data.labels[data.val]].repeat(1, 1)
+    monkeypatch.setattr(training, "predict", lambda *_: (logits, data.labels[data.val]))
+    args = training.parse_args([str(folder), "--epochs", "1", *TINY])
+    args.workers, args.image_size = 0, 32
+    job = training.Job(args, CPU, data, None, models.resnet18(), [], torch.zeros(2), {})
+    monkeypatch.setattr(training, "PRIOR", 1e-6)
+    assert (
+        training.evaluate(job, job.model, []).predicted.tolist() == data.labels[data.val].tolist()
+    )
+    args.no_calibration = True
+    assert not training.evaluate(job, job.model, []).predicted.any()
