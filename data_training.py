@@ -1130,6 +1130,7 @@ class Evaluation(NamedTuple):
     probability: Tensor  # (M,) float32, of the predicted class
     true_probability: Tensor  # (M,) float32, of the true one
     as_trained: Tensor  # (M,) int64, predicted without calibration
+    trained_probability: Tensor  # (M,) float32, of that
     natural: Tensor  # (M,) int64, predicted where classes are as frequent as in training
     confusion: Tensor  # (C, C) int64, rows true, columns predicted
     calibration: Calibration  # fitted on all images, for those to come
@@ -1181,15 +1182,18 @@ def assess(logits: Tensor, targets: Tensor, log_share: Tensor, calibrated: bool)
         losses = F.cross_entropy(adjusted, targets[rows], reduction="none")
         probability, predicted = adjusted.softmax(1).max(1)
         natural = (adjusted + log_share).argmax(1)
-        columns.append((losses, predicted, probability, trained.argmax(1), natural))
-    losses, predicted, probability, as_trained, natural = map(torch.cat, zip(*columns, strict=True))
+        columns.append((losses, probability, predicted, natural, *trained.softmax(1).max(1)))
+    losses, probability, predicted, natural, *as_trained = map(
+        torch.cat, zip(*columns, strict=True)
+    )
     return Evaluation(
         loss=losses.mean().item(),
         targets=targets,
         predicted=predicted,
         probability=probability,
         true_probability=(-losses).exp(),
-        as_trained=as_trained,
+        as_trained=as_trained[1],
+        trained_probability=as_trained[0],
         natural=natural,
         confusion=confusion_matrix(targets, predicted, len(log_share)),
         calibration=final,
@@ -1360,7 +1364,10 @@ def measure_all(last: Evaluation, train_counts: Tensor) -> dict[str, float]:
         **measure(last.confusion, train_counts),
         **{f"as_trained_{name}": trained[name] for name in MEASURES},
         "natural_accuracy": natural_accuracy(last, train_counts),
-        "calibration_error": calibration_error(last),
+        "calibration_error": calibration_error(last.targets, last.predicted, last.probability),
+        "as_trained_calibration_error": calibration_error(
+            last.targets, last.as_trained, last.trained_probability
+        ),
         "logit_scale": last.calibration.scale,
         "logit_shift": last.calibration.shift,
     }
@@ -1376,15 +1383,14 @@ def natural_accuracy(last: Evaluation, train_counts: Tensor) -> float:
     return (recall.nan_to_num() @ weights.double() / weights.sum()).item()
 
 
-def calibration_error(last: Evaluation) -> float:
+def calibration_error(targets: Tensor, predicted: Tensor, probability: Tensor) -> float:
     """The gap between probability and being right in `BINS` bins, each class counting the same.
 
     The expected calibration error of Guo et al. 2017 (arXiv:1706.04599).
     """
-    val_counts = last.confusion.sum(1)
-    weights = 1 / (val_counts[last.targets] * (val_counts > 0).sum())
-    gaps = weights.double() * (last.probability - (last.predicted == last.targets).float())
-    bins = (last.probability * BINS).long().clamp(max=BINS - 1)
+    weights = 1 / torch.bincount(targets)[targets].double()
+    gaps = weights / weights.sum() * (probability - (predicted == targets).float())
+    bins = (probability * BINS).long().clamp(max=BINS - 1)
     return torch.bincount(bins, gaps, BINS).abs().sum().item()
 
 
@@ -1752,12 +1758,19 @@ def print_summary(job: Job, last: Evaluation) -> None:
 
 def print_calibration(row: dict[str, Any]) -> None:
     """Print what the calibration of an epoch did."""
+    print("measure            as trained  calibrated")
+    for name in MEASURES:
+        if not math.isnan(row[name]):  # as of an empty group
+            label = name.replace("_", " ")
+            print(f"{label:17}  {row[f'as_trained_{name}']:10.1%}  {row[name]:10.1%}")
     print(
-        f"{row['as_trained_balanced_accuracy']:.1%} of that as trained: frequent classes were "
-        "favoured, and two numbers, fitted on validation images, make up for it\n"
-        f"probabilities and being right are {row['calibration_error']:.1%} apart\n"
-        f"where classes are as frequent as in DATA, log(share) added to the logits gives "
-        f"{row['natural_accuracy']:.1%} accuracy"
+        "calibrated: frequent classes are no longer favoured, since logits are multiplied by "
+        f"{row['logit_scale']:.2f}, minus {row['logit_shift']:.2f} x log(class share)\n"
+        "both numbers are fitted on validation images, and each half is judged by the other half's\n"
+        f"expected calibration error {row['calibration_error']:.1%} "
+        f"(as trained: {row['as_trained_calibration_error']:.1%})\n"
+        f"with log(class share) added, for classes as frequent as in DATA: "
+        f"accuracy {row['natural_accuracy']:.1%}"
     )
 
 

@@ -158,7 +158,10 @@ def test_as_trained_and_natural_predictions_stand_beside_the_calibrated_ones() -
     assert measures["balanced_accuracy"] == pytest.approx(0.75)
     assert measures["natural_accuracy"] == pytest.approx(0.8)
     assert measures["calibration_error"] == pytest.approx(0, abs=0.02)
-    assert measures["logit_scale"] == last.calibration.scale
+    # As trained class 0 has 0.95 for x, 0.73 for y; weighed, 55 % look like x and 40 are right.
+    x, y = (1 / (1 + math.exp(-by)) for by in (3, 1))
+    gaps = (0.55 * x - 0.4) + (0.45 * y - 0.1)
+    assert measures["as_trained_calibration_error"] == pytest.approx(gaps, abs=1e-4)
 
 
 def test_natural_accuracy_weighs_recalls_by_the_classes_of_training() -> None:
@@ -173,18 +176,10 @@ def test_natural_accuracy_weighs_recalls_by_the_classes_of_training() -> None:
 
 def test_calibration_error_is_the_gap_between_probability_and_being_right() -> None:
     """Two classes of 4 and 2: in one bin of 0.95, right 3 of 4; in one of 0.55, right 2 of 2."""
-    last = training.Evaluation(
-        loss=0.0,
-        targets=torch.tensor([0, 0, 0, 0, 1, 1]),
-        predicted=torch.tensor([0, 0, 0, 1, 1, 1]),
-        probability=torch.tensor([0.95] * 4 + [0.55] * 2),
-        true_probability=torch.zeros(6),
-        as_trained=torch.zeros(6, dtype=torch.int64),
-        natural=torch.zeros(6, dtype=torch.int64),
-        confusion=torch.tensor([[3, 1], [0, 2]]),
-        calibration=training.Calibration(),
-    )
-    assert training.calibration_error(last) == pytest.approx((0.95 - 0.75) / 2 + (1 - 0.55) / 2)
+    targets = torch.tensor([0, 0, 0, 0, 1, 1])
+    predicted = torch.tensor([0, 0, 0, 1, 1, 1])
+    error = training.calibration_error(targets, predicted, torch.tensor([0.95] * 4 + [0.55] * 2))
+    assert error == pytest.approx((0.95 - 0.75) / 2 + (1 - 0.55) / 2)
 
 
 # ------------------------------------------------------------------------------ whole runs
@@ -260,7 +255,7 @@ def test_the_summary_says_what_calibration_did(
     for flags, said in (([], True), (["--no-calibration"], False)):
         assert training.main([*command, *flags, "--output", str(tmp_path / str(said))]) == 0
         out = capsys.readouterr().out
-        assert ("as trained: frequent classes were favoured" in out) is said
+        assert ("frequent classes are no longer favoured" in out) is said
 
 
 def test_the_search_compares_calibrated_networks(

@@ -634,7 +634,8 @@ def test_the_history_has_a_row_an_epoch_and_shows_what_the_sampler_did(scratch_r
         *("epoch", "phase", "train_loss", "val_loss", "accuracy", "balanced_accuracy", "many"),
         *("medium", "few", "half_width", "macro_f1", "as_trained_accuracy"),
         *("as_trained_balanced_accuracy", "as_trained_many", "as_trained_medium"),
-        *("as_trained_few", "natural_accuracy", "calibration_error", "logit_scale", "logit_shift"),
+        *("as_trained_few", "natural_accuracy", "calibration_error"),
+        *("as_trained_calibration_error", "logit_scale", "logit_shift"),
         *("fewest_draws", "most_draws"),
         *("distinct_images", "learning_rate", "images_per_second", "data_wait", "seconds"),
     ]

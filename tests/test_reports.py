@@ -174,7 +174,7 @@ def job_of(names: list[str], baseline: bool = False) -> tuple[training.Job, trai
     data = training.Data(names, [], [], labels, *parts, 0, 0, [])
     confusion = training.confusion_matrix(targets, predicted, classes)
     share = torch.full((len(targets),), 0.5)
-    answers = predicted, share, share, predicted, predicted
+    answers = predicted, share, share, predicted, share, predicted
     last = training.Evaluation(1.0, targets, *answers, confusion, training.Calibration())
     before = targets if baseline else None
     return training.Job(None, CPU, data, before, None, [], None, {}), last
@@ -234,7 +234,7 @@ def test_names_are_slanted_where_they_do_not_fit_side_by_side_and_cut_where_too_
 def evaluation(targets: list[int], predicted: list[int], sure: list[float]) -> training.Evaluation:
     true, taken, share = torch.tensor(targets), torch.tensor(predicted), torch.tensor(sure)
     confusion = training.confusion_matrix(true, taken, 2)
-    answers = taken, share, share, taken, taken
+    answers = taken, share, share, taken, share, taken
     return training.Evaluation(1.0, true, *answers, confusion, training.Calibration())
 
 
