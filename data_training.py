@@ -85,7 +85,8 @@ SEARCHED = 2000  # validation images that "auto" looks at to choose, about; all 
 # Of a pretrained backbone, what "gentle" keeps: general, and two fifths of the time of a step.
 FIRST_HALF = ("conv1.", "bn1.", "layer1.", "layer2.")
 average_weights = get_swa_multi_avg_fn()  # moves a first list of weights towards a second one
-PRIOR = 2.0  # images for which "nothing to calibrate" counts
+PRIOR = 6.0  # images for which "nothing to calibrate" counts
+LEAST_SCALE = 0.01
 MOST_FITTED = 2**22  # logits that calibration is fitted on: more would tell two numbers little new
 BLOCK = 2**13  # images whose probabilities are held at once
 CLIP_NORM = 1.0  # longest gradient followed; tiny BatchNorm variances can make it explode
@@ -1239,7 +1240,8 @@ def fit_calibration(logits: Tensor, targets: Tensor, log_share: Tensor) -> Calib
 
     optimizer.step(loss)
     scale, shift = numbers.tolist()
-    return Calibration(scale, shift / spread)
+    # A network worse than chance is not turned round: it knows nothing.
+    return Calibration(max(scale, LEAST_SCALE), shift / spread)
 
 
 def pick_evenly(labels: Tensor, most: int) -> Tensor:
@@ -1766,7 +1768,7 @@ def print_calibration(row: dict[str, Any]) -> None:
     print(
         "calibrated: frequent classes are no longer favoured, since logits are multiplied by "
         f"{row['logit_scale']:.2f}, minus {row['logit_shift']:.2f} x log(class share)\n"
-        "both numbers are fitted on validation images, and each half is judged by the other half's\n"
+        "fitted on validation images, of which each half is judged by what fits the other half\n"
         f"expected calibration error {row['calibration_error']:.1%} "
         f"(as trained: {row['as_trained_calibration_error']:.1%})\n"
         f"with log(class share) added, for classes as frequent as in DATA: "

@@ -44,7 +44,7 @@ def test_the_prior_counts_less_the_more_images_there_are() -> None:
     exact = (math.log(8 / 3) - math.log(2 / 7)) / 2
     scales = [training.fit_calibration(*two_kinds(times)).scale for times in (1, 10, 1000)]
     assert scales == sorted(scales) and scales[0] < 0.9 * exact
-    assert scales[2] == pytest.approx(exact, abs=2e-3)
+    assert scales[2] == pytest.approx(exact, abs=5e-3)
 
 
 def test_where_the_probabilities_are_right_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +75,45 @@ def test_hardly_an_image_changes_hardly_anything(images: int) -> None:
         assert last.predicted.tolist() == [0] * images and math.isfinite(last.loss)
 
 
+def test_a_network_that_is_mostly_wrong_is_not_turned_round() -> None:
+    targets = torch.tensor([0, 1] * 500)
+    logits = 5.0 * torch.nn.functional.one_hot(1 - targets)
+    scale, _ = training.fit_calibration(logits, targets, torch.tensor([0.8, 0.2]).log())
+    assert scale == training.LEAST_SCALE > 0
+
+
+@pytest.mark.parametrize("images", [50, 200])
+@pytest.mark.parametrize(("classes", "ratio", "apart"), [(2, 35, 2.0), (7, 20, 1.5), (40, 15, 2.0)])
+def test_where_there_is_nothing_to_mend_it_does_no_harm(
+    classes: int, ratio: int, apart: float, images: int
+) -> None:
+    """Normal distributions, whose logits are known, seen through few images of skewed classes.
+
+    Over forty draws the mean recall on many other images falls by less than 0.2 points.
+    """
+    stream = torch.Generator().manual_seed(0)
+
+    def make(val_counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        targets = torch.repeat_interleave(torch.arange(classes), val_counts)
+        points = apart * torch.eye(classes)[targets]
+        points += torch.randn(points.shape, generator=stream)
+        return apart * points, targets
+
+    def recall(logits: torch.Tensor) -> float:
+        confusion = training.confusion_matrix(targets, logits.argmax(1), classes)
+        return training.recall_by_class(confusion).mean().item()
+
+    share = torch.logspace(0, -math.log10(ratio), classes)
+    share /= share.sum()
+    whole, targets = make(torch.full((classes,), 20_000 // classes))
+    before, after = recall(whole), []
+    for _ in range(40):
+        few = make((images * share).round().long().clamp(min=1))
+        scale, shift = training.fit_calibration(*few, share.log())
+        after.append(recall(scale * whole - shift * share.log()))
+    assert sum(after) / 40 > before - 0.002
+
+
 def test_classes_as_frequent_as_each_other_are_not_shifted() -> None:
     logits, targets, _ = two_kinds()
     scale, shift = training.fit_calibration(logits, targets, torch.tensor([0.5, 0.5]).log())
@@ -90,6 +129,7 @@ def test_a_class_without_validation_images_may_still_be_predicted() -> None:
 
 
 def test_a_part_of_very_many_logits_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "PRIOR", 0.0)
     scale, shift = training.fit_calibration(*two_kinds(100))
     monkeypatch.setattr(training, "MOST_FITTED", 1000)  # 500 of 5,000 images
     seen, entropy = [], torch.nn.functional.cross_entropy
