@@ -36,8 +36,8 @@ import sys
 import time
 import warnings
 from argparse import Namespace
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cache, partial
@@ -104,9 +104,8 @@ WRITE_EVERY = 30.0  # seconds; on a fast GPU the files of an epoch take longer t
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
 SHARED = Path("/dev/shm")  # through which, where there is one, workers hand their batches over
 # Settings that may differ when a run goes on: they change where it runs, not what comes out.
-MAY_DIFFER = (
-    *("out", "source", "val", "no_check", "workers", "output", "resume", "baseline", "device"),
-)
+OPTIONAL = ("source", "val", "split")  # but not whether these are given
+MAY_DIFFER = (*OPTIONAL, "out", "no_check", "workers", "output", "resume", "baseline", "device")
 HEADER = (
     "  epoch  phase   train loss  val loss  accuracy     balanced  as trained    many  medium"
     "     few  draws/class  distinct  images/s   left"
@@ -162,9 +161,12 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--val-fraction", metavar="F", type=inside, default=0.2, help="part kept for validation")
     add("--val", metavar="DIR", type=Path, default=argparse.SUPPRESS,
         help="folder of class folders to validate on; then nothing is split off")  # fmt: skip
+    add("--split", metavar="FILE", type=Path, default=argparse.SUPPRESS,
+        help="CSV file of path (class/file) and part (train, val, or source for images of SRC), "
+        "like a run's split.csv; what it does not name is left out")  # fmt: skip
+    add = group.add_argument
     add("--source", metavar="SRC", type=Path, default=argparse.SUPPRESS,
         help="the folder DATA was made from: what it left out is validated on as well")  # fmt: skip
-    add = group.add_argument
     add("--image-size", metavar="PX", type=auto_or(some), default="auto",
         help="side of a training crop; evaluation takes up to 8/7 of it, 256 for 224; auto: that "
         "of --weights, else 224")  # fmt: skip
@@ -217,7 +219,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--device", metavar="NAME", default="auto", help="auto: an accelerator, else cpu")
     add("--amp", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
         help="mixed precision (default: where the hardware gains from it)")  # fmt: skip
-    absent = dict.fromkeys(("source", "val", "power", "baseline", "amp"))
+    absent = dict.fromkeys(("source", "val", "split", "power", "baseline", "amp"))
     flags = dict.fromkeys(("no_check", "no_flip", "no_calibration", "resume"), False)
     return parser.parse_args(argv, Namespace(**absent, **flags))
 
@@ -244,8 +246,12 @@ def check_settings(args: Namespace) -> None:
     for flag, folder in (("DATA", args.out), ("--source", args.source), ("--val", args.val)):
         if folder and not folder.is_dir():
             raise DataError(f"{flag} {folder}: no such folder; pass one that holds class folders")
-    if args.no_check and (args.source or args.val):
-        raise DataError("--no-check: --source and --val need the check for copies; drop it")
+    if args.source and args.val:
+        raise DataError("--source: not allowed with argument --val; drop one of them")
+    if args.no_check and (args.source or args.val or args.split):
+        raise DataError(
+            "--no-check: --source, --val and --split need the check for copies; drop it"
+        )
     if args.power is not None and args.rebalance != "sampler":
         raise DataError(f"--power: of the sampler; drop it or --rebalance {args.rebalance}")
     if (args.frozen_epochs or 0) > args.epochs:
@@ -266,6 +272,8 @@ def check_settings(args: Namespace) -> None:
     for folder in filter(None, (args.out, args.val)):
         if args.output.resolve().is_relative_to(folder.resolve()):
             raise DataError(f"--output {args.output}: would be a class of {folder}; move it out")
+    if args.split and not args.resume and args.split.resolve().parent == args.output.resolve():
+        raise DataError(f"{args.split}: --output would write its own files there; move it out")
 
 
 def count_workers(args: Namespace) -> int:
@@ -386,7 +394,13 @@ def gather(part: Tensor, compute: Compute) -> Tensor:
 # ------------------------------------------------------------------------------------ data
 
 
-Named = tuple[str, str, int]  # of an image: its path, its name, its label
+class Row(NamedTuple):
+    """An image: a row of `split.csv`."""
+
+    path: str
+    name: str  # its path below OUT, SRC or `--val`: class/file
+    label: int
+    part: str  # "train", "val", or "source": validated on as well
 
 
 class Data(NamedTuple):
@@ -394,12 +408,12 @@ class Data(NamedTuple):
 
     classes: list[str]
     paths: list[str]
-    names: list[str]  # their paths below OUT, SRC or `--val`: class/file
+    names: list[str]
     labels: Tensor  # (N,) int64
     train: Tensor  # indices, int64
-    val: Tensor  # those of OUT, then those of `--source` or `--val`
-    added: int  # how many of `val` are of `--source` or `--val`
-    copies: int  # how many there were left out as copies of training images
+    val: Tensor  # those of part "val", then of "source"
+    parts: list[str]
+    copies: int  # how many were left out of validation as copies of training images
     unreadable: list[str]  # paths left out
 
     def counts(self, part: Tensor) -> Tensor:
@@ -412,43 +426,74 @@ class Data(NamedTuple):
 
 
 def load_data(args: Namespace) -> Data:
-    """The images of OUT, split, and those that only `--source` has; or all of OUT, and of `--val`.
+    """The images of a new run: those of OUT, and of `--val` or `--source`, each in its part.
 
     What cannot be decoded is named and left out, and so is a copy of a training image elsewhere.
     """
-    root, other = args.out, args.val or args.source
-    classes, ours = list_images(root)
-    share = 0.0 if args.val else args.val_fraction
-    if (1 - share) * len(ours) > MOST_DRAWN:
-        raise DataError(f"{root}: over 2^24 training images, more than torch.multinomial can draw")
-    others = list_others(args, classes, ours) if other else []
-    paths = [path for path, *_ in ours + others]
+    classes, rows = list_images(args.out)
+    if args.val or args.source:
+        rows += list_others(args, classes, rows)
+    if args.split:
+        rows = take_split(args, rows)
+    share = 0.0 if args.val or args.split else args.val_fraction
+    if (1 - share) * sum(row.part == "train" for row in rows) > MOST_DRAWN:
+        raise DataError(f"{args.out}: over 2^24 training images; torch.multinomial draws no more")
+    paths = [row.path for row in rows]
     digests = dict(zip(paths, paths, strict=True)) if args.no_check else check_images(paths)
-    unreadable = [path for path in paths if path not in digests]
-    ours, others = ([image for image in part if image[0] in digests] for part in (ours, others))
-    labels = torch.tensor([label for *_, label in ours], dtype=torch.int64)
-    for name, count in zip(classes, labels.bincount(minlength=len(classes)), strict=True):
-        if count == 0:
-            raise DataError(f"{root / name}: no image of this class can be read; mend or remove it")
-    train, val = torch.arange(len(ours)), torch.arange(0)
-    if not args.val:
-        train, val = split_images(labels, [digests[path] for path, *_ in ours], share, args.seed)
-    trained = {digests[ours[index][0]] for index in train.tolist()}
-    copies = [path for path, *_ in others if digests[path] in trained]
+    rows = [row for row in rows if row.path in digests]
+    if share:
+        rows = split_images(rows, digests, share, args.seed)
+    trained = {digests[row.path] for row in rows if row.part == "train"}
+    copies = [row.path for row in rows if row.part != "train" and digests[row.path] in trained]
     for path in copies:
         print(f"warning: {printable(path)}: copy of a training image; left out", file=sys.stderr)
-    new = [image for image in others if digests[image[0]] not in trained]
-    val = torch.cat([val, torch.arange(len(ours), len(ours) + len(new))])
-    if not len(val):
-        reason = "holds no other image" if args.val else "no class has two different images"
-        raise DataError(f"{args.val or root}: {reason}; nothing to validate on")
-    paths, names, all_labels = map(list, zip(*ours, *new, strict=True))
-    counted = len(new), len(copies), unreadable
-    return Data(classes, paths, names, torch.tensor(all_labels), train, val, *counted)
+    kept = [row for row in rows if row.part == "train" or digests[row.path] not in trained]
+    unreadable = [path for path in paths if path not in digests]
+    return make_data(args, classes, kept, len(copies), unreadable)
 
 
-def list_images(root: Path) -> tuple[list[str], list[Named]]:
-    """The classes of `root`, and of each image its path, its name and its label."""
+def make_data(
+    args: Namespace, classes: list[str], rows: list[Row], copies: int, unreadable: list[str]
+) -> Data:
+    """The images of a run; `DataError` if a class has none to train on, or none is validated on."""
+    trained = torch.tensor([row.part == "train" for row in rows])
+    if bare := sorted(set(classes) - {classes[row.label] for row in rows if row.part == "train"}):
+        text = "no image of this class to train on that can be read; add one or remove the class"
+        raise DataError(f"{args.split or args.out}: {bare[0]}: {text}; such classes: {len(bare)}")
+    if trained.all():
+        text = "no image differs from those trained on; nothing to validate on"
+        raise DataError(f"{args.val or args.split or args.out}: {text}")
+    paths, names, labels, parts = map(list, zip(*rows, strict=True))
+    train, val = trained.nonzero().flatten(), (~trained).nonzero().flatten()
+    return Data(classes, paths, names, torch.tensor(labels), train, val, parts, copies, unreadable)
+
+
+def take_split(args: Namespace, rows: list[Row]) -> list[Row]:
+    """Those of `rows` that the table `--split` names, each in its part there; others are counted.
+
+    Raises `DataError` for a part or an image that is not there, and for one that is named twice.
+    """
+    added, parts, wrong = {row.name: row.part == "source" for row in rows}, {}, []
+    for line in read_table(args.split, "path", "part"):
+        name, part = line["path"], line["part"]
+        if part not in ("train", "val", "source"):
+            wrong.append(f"{name}: no part {part!r}; write train, val or source")
+        elif added.get(name) is not (part == "source"):
+            where = "among what --source SRC adds to DATA" if part == "source" else "in DATA"
+            wrong.append(f"{name}: not {where}; write class/file as there")
+        elif name in parts:
+            wrong.append(f"{name}: named before; leave one row of it")
+        parts[name] = part
+    if wrong:
+        raise DataError(f"{args.split}: {wrong[0]}; such rows: {len(wrong)}")
+    if left_out := len(rows) - len(parts):
+        text = f"{printable(str(args.split))}: {left_out} images are not named there; left out"
+        print(f"warning: {text}", file=sys.stderr)
+    return [row._replace(part=parts[row.name]) for row in rows if row.name in parts]
+
+
+def list_images(root: Path) -> tuple[list[str], list[Row]]:
+    """The classes of `root`, and its images, for the time being all to train on."""
     try:
         folder = ImageFolder(root)
     except FileNotFoundError as error:
@@ -457,7 +502,8 @@ def list_images(root: Path) -> tuple[list[str], list[Named]]:
         raise DataError(f"{root}: fewer than two classes; pass the folder that holds the classes")
     if hidden := [name for name in folder.classes if name.startswith(".")]:
         raise DataError(f"{root / hidden[0]}: hidden, but would count as a class; remove it")
-    return folder.classes, [(path, below(root, path), label) for path, label in folder.samples]
+    rows = [Row(path, below(root, path), label, "train") for path, label in folder.samples]
+    return folder.classes, rows
 
 
 def below(folder: Path, path: str) -> str:
@@ -465,17 +511,19 @@ def below(folder: Path, path: str) -> str:
     return path.removeprefix(str(folder)).replace(os.sep, "/").lstrip("/")
 
 
-def list_others(args: Namespace, classes: list[str], ours: list[Named]) -> list[Named]:
+def list_others(args: Namespace, classes: list[str], ours: list[Row]) -> list[Row]:
     """The images of `--val`, or those of `--source` with other names than `ours`; no hidden one."""
-    flag, folder = ("--val", args.val) if args.val else ("--source", args.source)
+    folder, part = (args.val, "val") if args.val else (args.source, "source")
     folders = {entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."}
     if strange := ", ".join(sorted(folders.difference(classes))):
-        raise DataError(f"{flag} {folder}: not classes of {args.out}: {strange}; rename or remove")
+        raise DataError(
+            f"--{part} {folder}: not classes of {args.out}: {strange}; rename or remove"
+        )
     labels = {name: label for label, name in enumerate(classes)}
     samples = make_dataset(folder, labels, IMG_EXTENSIONS, allow_empty=True)
-    images = [(path, below(folder, path), label) for path, label in samples]
-    known = {name for _, name, _ in ours if args.source}
-    return [image for image in images if image[1] not in known and "/." not in image[1]]
+    rows = [Row(path, below(folder, path), label, part) for path, label in samples]
+    known = {row.name for row in ours if args.source}
+    return [row for row in rows if row.name not in known and "/." not in row.name]
 
 
 def check_images(paths: list[str]) -> dict[str, str]:
@@ -533,29 +581,29 @@ def read_image(path: str) -> Tensor:
 
 
 def split_images(
-    labels: Tensor, digests: Sequence[str], fraction: float, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Sorted indices for training and for validation; no file is in both, not even as a copy.
+    rows: list[Row], digests: Mapping[str, str], fraction: float, seed: int
+) -> list[Row]:
+    """`rows`, some of whose training images are for validation now, and none of their copies.
 
     Of each class, `fraction` goes to validation, at least one image and never all. Images with
     equal digests stay together; they are for training if they stand in several classes.
     """
-    copies, groups_of = defaultdict(list), defaultdict(list)
-    label_of, counts = labels.tolist(), torch.bincount(labels).tolist()
-    for index, digest in enumerate(digests):
-        copies[digest].append(index)
+    copies, groups_of, val = defaultdict(list), defaultdict(list), set()
+    ours = [row for row in rows if row.part == "train"]
+    counts = Counter(row.label for row in ours)
+    for row in ours:
+        copies[digests[row.path]].append(row)
     for group in copies.values():
-        if len({label_of[index] for index in group}) == 1:
-            groups_of[label_of[group[0]]].append(group)
-    in_val = torch.zeros(len(labels), dtype=torch.bool)
+        if len({row.label for row in group}) == 1:
+            groups_of[group[0].label].append(group)
     for label, groups in groups_of.items():
         room = min(max(1, round(fraction * counts[label])), counts[label] - 1)
         stream = random.Random(f"split/{seed}/{label}")
         for group in sorted(groups, key=lambda _: stream.random()):
             if len(group) <= room:
-                in_val[group] = True
+                val.update(group)
                 room -= len(group)
-    return (~in_val).nonzero().flatten(), in_val.nonzero().flatten()
+    return [row._replace(part="val") if row in val else row for row in rows]
 
 
 @dataclass(frozen=True)
@@ -1457,14 +1505,10 @@ def compare(targets: Tensor, before: Tensor, after: Tensor, train_counts: Tensor
 def write_split(job: Job) -> None:
     """Write which image is in which part, so that a run that goes on need not split again."""
     data = job.data
-    trained = set(data.train.tolist())
-    part = ["train" if index in trained else "val" for index in range(len(data.paths))]
-    if job.args.source:
-        part[len(part) - data.added :] = ["source"] * data.added
     columns = {
         "path": data.names,
         "class": [data.classes[label] for label in data.labels.tolist()],
-        "part": part,
+        "part": data.parts,
         "bytes": map(os.path.getsize, data.paths),
     }
     write_table(job.args.output / "split.csv", columns)
@@ -1473,47 +1517,47 @@ def write_split(job: Job) -> None:
 def load_split(args: Namespace, copies: int, unreadable: list[str]) -> Data:
     """The images of a run that goes on; raises `DataError` for one that is gone or has changed."""
     folders = {"train": args.out, "val": args.val or args.out, "source": args.source}
-    rows = read_table(args.output / "split.csv")
-    paths = [os.path.join(folders[row["part"]], row["path"]) for row in rows]
-    for path, row in zip(paths, rows, strict=True):
+    rows, labels = list[Row](), dict[str, int]()
+    for row in read_table(args.output / "split.csv", "path", "part", "bytes"):
+        path = os.path.join(folders[row["part"]], row["path"])
         there = os.path.isfile(path)
         if not there or os.path.getsize(path) != int(row["bytes"]):
             what = "changed" if there else "gone"
             raise DataError(f"{path}: {what} since the run began; put it back, or start a new run")
-    classes = list(dict.fromkeys(row["class"] for row in rows))
-    label_of = {name: label for label, name in enumerate(classes)}
-    labels = torch.tensor([label_of[row["class"]] for row in rows])
-    trained = torch.tensor([row["part"] == "train" for row in rows])
-    train, val = trained.nonzero().flatten(), (~trained).nonzero().flatten()
-    added = sum(row["part"] == ("val" if args.val else "source") for row in rows)
-    names = [row["path"] for row in rows]
-    return Data(classes, paths, names, labels, train, val, added, copies, unreadable)
+        label = labels.setdefault(row["path"].partition("/")[0], len(labels))
+        rows.append(Row(path, row["path"], label, row["part"]))
+    return make_data(args, list(labels), rows, copies, unreadable)
 
 
-def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file."""
-    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        return list(csv.DictReader(file))
+def read_table(path: Path, *columns: str) -> list[dict[str, str]]:
+    """The rows of a CSV file; `DataError` if there are none, or not with all of `columns`."""
+    reason = "no rows with these columns"
+    try:
+        # Spreadsheets begin UTF-8 with a mark, which is no part of the first name.
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            rows = list(csv.DictReader(file))
+        if rows and rows[0].keys() >= set(columns):
+            return rows
+    except (OSError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+    raise DataError(f"{path}: {reason}; needed is a CSV file of {', '.join(columns)}")
 
 
 def load_baseline(run: Path, data: Data) -> Tensor:
     """What the run in the folder `run` predicted for the validation images: (M,) int64."""
     labels = {name: label for label, name in enumerate(data.classes)}
+    rows = read_table(run / "predictions.csv", "path", "class", "predicted")
     try:
-        rows = read_table(run / "predictions.csv")
         theirs = {(row["path"], row["class"]): labels[row["predicted"]] for row in rows}
-    except FileNotFoundError:
-        raise DataError(f"--baseline {run}: no predictions.csv; name an earlier run") from None
-    except (KeyError, csv.Error) as error:
-        text = f"predictions.csv: not a table of these classes: {error}"
-        raise DataError(f"--baseline {run}: {text}") from None
+    except KeyError as error:
+        raise DataError(f"--baseline {run}: not of these classes: {error}") from None
     ours = [(data.names[index], data.classes[data.labels[index]]) for index in data.val.tolist()]
     if other := sorted(theirs.keys() ^ ours):
         there = sum(each in theirs for each in other)
         raise DataError(
             f"--baseline {run}: validated on other images: {there} only there and "
             f"{len(other) - there} only here, {other[0][0]} for one; give both runs the same OUT, "
-            "--source, --val, --val-fraction and --seed"
+            "--source, --val, --split, --val-fraction and --seed"
         )
     return torch.tensor([theirs[each] for each in ours])
 
@@ -1643,7 +1687,7 @@ def load_state(args: Namespace) -> dict[str, Any]:
 def settings(args: Namespace) -> dict[str, Any]:
     """The settings that decide what comes out of a run."""
     kept = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
-    return kept | {"source": args.source is not None, "val": args.val is not None}
+    return kept | {name: vars(args)[name] is not None for name in OPTIONAL}
 
 
 def write_config(job: Job) -> None:
@@ -1659,7 +1703,7 @@ def write_config(job: Job) -> None:
         "classes": data.classes,
         "train_images": data.counts(data.train).tolist(),
         "val_images": data.counts(data.val).tolist(),
-        "val_images_added": data.added,
+        "val_images_added": data.parts.count("source"),
         "phases": list(dict.fromkeys(row["phase"] for row in job.history)),
         "validation_balanced_accuracy_by_share": job.shares,
         "left_out": data.unreadable,
@@ -1687,11 +1731,11 @@ def print_start(job: Job, origin: str) -> None:
 def describe_val(job: Job) -> str:
     """How many validation images there are, and where they are from."""
     args, data = job.args, job.data
-    text = f"{len(data.val) - (data.added if args.source else 0)} validation images"
-    if args.val:
-        text += f" of {printable(str(args.val))}"
-    elif args.source:
-        text += f" of OUT and {data.added} others of SRC"
+    text = f"{data.parts.count('val')} validation images"
+    if where := args.val or args.split or (args.source and "OUT"):
+        text += f" of {printable(str(where))}"
+    if args.source:
+        text += f" and {data.parts.count('source')} others of SRC"
     return text + f" ({data.copies} copies of training images left out)" * (data.copies > 0)
 
 

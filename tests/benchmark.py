@@ -454,7 +454,7 @@ def grow(images: int, folder: Path) -> dict[str, float]:
     labels = torch.tensor([label for _, _, label in found])
     paths, names = [path for path, _, _ in found], [name for _, name, _ in found]
     train, val = training.split_images(labels, paths, 0.2, 0)
-    data = training.Data(classes, paths, names, labels, train, val, 0, 0, [])
+    data = training.Data(classes, paths, names, labels, train, val, [], 0, [])
     lap("split")
     weights = training.sample_weights(labels[train], 1.0)
     lap("weights")

@@ -26,6 +26,7 @@ from torchvision.transforms import v2
 
 import data_training as training
 
+PARTS = ("train", "val")
 BLUE, ORANGE = (0x2F, 0x6F, 0xB0), (0xD9, 0x82, 0x2B)
 TINY = ["--arch", "resnet18", "--image-size", "32", "--batch-size", "16", "--device", "cpu"]
 
@@ -109,11 +110,21 @@ def test_batches_differ_by_one_image_at_most(
 # ------------------------------------------------------------------------- split, by hand
 
 
-def split(counts: list[int], fraction: float = 0.2, seed: int = 0) -> tuple[list[int], list[int]]:
-    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    parts = training.split_images(labels, [str(i) for i in range(len(labels))], fraction, seed)
-    assert sorted(torch.cat(parts).tolist()) == list(range(len(labels)))
-    return tuple(torch.bincount(labels[part], minlength=len(counts)).tolist() for part in parts)
+def split_by(
+    labels: list[int], digests: list[str], fraction: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """The places of the images for training and of those for validation."""
+    rows = [training.Row(str(at), "", label, "train") for at, label in enumerate(labels)]
+    digest_of = {row.path: digest for row, digest in zip(rows, digests, strict=True)}
+    after = training.split_images(rows, digest_of, fraction, seed)
+    assert [row._replace(part="train") for row in after] == rows
+    return tuple([at for at, row in enumerate(after) if row.part == part] for part in PARTS)
+
+
+def split(counts: list[int], fraction: float = 0.2, seed: int = 0) -> list[list[int]]:
+    labels = [label for label, count in enumerate(counts) for _ in range(count)]
+    sides = split_by(labels, [str(i) for i in range(len(labels))], fraction, seed)
+    return [[[labels[at] for at in side].count(label) for label in set(labels)] for side in sides]
 
 
 @pytest.mark.parametrize(
@@ -134,35 +145,32 @@ def test_each_class_gives_its_part_and_keeps_a_training_image(
 
 
 def test_the_split_depends_on_the_seed() -> None:
-    labels, digests = torch.zeros(50, dtype=torch.int64), [str(i) for i in range(50)]
-    first = training.split_images(labels, digests, 0.2, 0)[1]
-    assert torch.equal(training.split_images(labels, digests, 0.2, 0)[1], first)
-    assert not torch.equal(training.split_images(labels, digests, 0.2, 1)[1], first)
+    labels, digests = [0] * 50, [str(i) for i in range(50)]
+    first = split_by(labels, digests, 0.2, 0)
+    assert split_by(labels, digests, 0.2, 0) == first
+    assert split_by(labels, digests, 0.2, 1) != first
 
 
 def test_no_copy_of_a_training_image_is_validated() -> None:
     for seed in range(30):
         stream = random.Random(seed)
-        labels = torch.tensor([stream.randrange(3) for _ in range(60)] + [0, 1, 2])
+        labels = [stream.randrange(3) for _ in range(60)] + [0, 1, 2]
         digests = [str(stream.randrange(25)) for _ in range(63)]
-        train, val = training.split_images(labels, digests, 0.3, seed)
+        train, val = split_by(labels, digests, 0.3, seed)
         assert not {digests[i] for i in train} & {digests[i] for i in val}
-        assert set(labels[train].tolist()) == {0, 1, 2}
+        assert {labels[i] for i in train} == {0, 1, 2}
 
 
 def test_an_image_that_stands_in_two_classes_is_for_training_alone() -> None:
-    labels = torch.tensor([0] * 8 + [1] * 8)
     digests = ["both", *"abcdefg", "both", *"hijklmn"]
     for seed in range(20):
-        train, val = training.split_images(labels, digests, 0.5, seed)
-        assert {0, 8} <= set(train.tolist()) and len(val) == 8
+        train, val = split_by([0] * 8 + [1] * 8, digests, 0.5, seed)
+        assert {0, 8} <= set(train) and len(val) == 8
 
 
 def test_a_class_of_copies_of_one_image_is_for_training_alone() -> None:
-    train, val = training.split_images(
-        torch.tensor([0, 0, 0, 1, 1]), ["a", "a", "a", "b", "c"], 0.5, 0
-    )
-    assert train[:3].tolist() == [0, 1, 2] and len(val) == 1 and val[0] >= 3
+    train, val = split_by([0, 0, 0, 1, 1], ["a", "a", "a", "b", "c"], 0.5, 0)
+    assert train[:3] == [0, 1, 2] and len(val) == 1 and val[0] >= 3
 
 
 # ---------------------------------------------------------------------- measures, by hand
@@ -889,7 +897,7 @@ def test_a_trial_of_one_step_is_judged_by_the_weights_after_it(folder: Path) -> 
 
 def test_the_images_to_choose_by_are_spread_and_leave_no_class_out() -> None:
     labels = torch.tensor([0] * 3001 + [1] * 2 + [2] * 1000 + [3] * 999)
-    data = training.Data(list("abcd"), [], [], labels, labels[:0], torch.arange(5002), 0, 0, [])
+    data = training.Data(list("abcd"), [], [], labels, labels[:0], torch.arange(5002), [], 0, [])
     chosen = training.pick_searched(data)  # every third image, of which none is of class 1
     assert data.counts(chosen).tolist() == [1001, 2, 334, 333]
     assert chosen[:3].tolist() == [0, 3, 6] and (chosen.diff() > 0).all()
@@ -1282,7 +1290,11 @@ def test_source_validates_on_what_out_left_out_and_leaves_the_split_alone(
     (source / ".cache").mkdir()
     alone = load(out)
     data = load(out, "--source", str(source))
-    assert data.added == 25 and len(data.val) == len(alone.val) + 25 and not data.unreadable
+    assert (
+        data.parts.count("source") == 25
+        and len(data.val) == len(alone.val) + 25
+        and not data.unreadable
+    )
     names = [[data.names[index] for index in part] for part in (data.train, data.val)]
     assert names[0] == [alone.names[index] for index in alone.train]
     assert names[1][:-25] == [alone.names[index] for index in alone.val]
@@ -1306,7 +1318,7 @@ def test_source_never_gives_a_training_image_by_path_or_by_bytes(
     other = sorted((source / "bee").iterdir())[12].read_bytes()
     (source / first).write_bytes(other)  # the same path with other bytes
     data = load(out, "--source", str(source))
-    assert data.added == 25 and data.copies == 24
+    assert data.parts.count("source") == 25 and data.copies == 24
     assert capsys.readouterr().err.count("copy of a training image; left out") == 24
     train, val = ([data.paths[index] for index in part] for part in (data.train, data.val))
     assert not {Path(path).read_bytes() for path in train} & {Path(p).read_bytes() for p in val}
@@ -1353,7 +1365,9 @@ def test_a_folder_to_validate_on_leaves_all_of_the_other_for_training(
     train, val = own
     data = load(train, "--val", str(val))
     assert data.counts(data.train).tolist() == [10, 10, 10]
-    assert data.counts(data.val).tolist() == [4, 4, 0] and data.added == 8
+    assert (
+        data.counts(data.val).tolist() == [4, 4, 0] and data.parts == ["train"] * 30 + ["val"] * 8
+    )
     assert all(Path(data.paths[index]).is_relative_to(val) for index in data.val)
     warnings = [line for line in capsys.readouterr().err.splitlines() if "copy of a" in line]
     assert [line.split(": ")[1] for line in warnings] == [
@@ -1383,6 +1397,194 @@ def test_a_run_with_a_folder_to_validate_on_is_compared_and_goes_on(
     without = [*command[:1], *command[3:], "--output", str(tmp_path / "two"), "--resume"]
     assert training.main(without) == 2
     assert "--val True (not False)" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------- a split from a file
+
+
+def write_parts(path: Path, parts: dict[str, str], encoding: str = "utf-8") -> Path:
+    """A table as other tools write it: rows in any order, and a column more."""
+    rows = [f"{name},{number},{part}" for number, (name, part) in enumerate(parts.items())]
+    random.Random(0).shuffle(rows)
+    path.write_text("\n".join(["path,patient,part", *rows, ""]), encoding)
+    return path
+
+
+@pytest.fixture
+def six(make_folder: Callable[..., Path]) -> tuple[Path, dict[str, str]]:
+    """Six images of each of two classes, and the parts of all but the last of each."""
+    sides = ("train", "val", "train", "val", "train")
+    names = ("ape", "bee")
+    parts = {f"{x}/{x}_{at:03}.jpg": part for x in names for at, part in enumerate(sides)}
+    return make_folder({"ape": 6, "bee": 6}), parts
+
+
+def names_of(data: training.Data, part: torch.Tensor) -> list[str]:
+    return [data.names[index] for index in part.tolist()]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_split_from_a_file_is_kept_to_and_what_it_does_not_name_is_counted(
+    encoding: str, six: tuple[Path, dict[str, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, parts = six
+    file = write_parts(folder.parent / "parts.csv", parts, encoding)
+    for seed in ("0", "1"):
+        data = load(folder, "--split", str(file), "--seed", seed)
+        assert names_of(data, data.train) == [name for name in parts if parts[name] == "train"]
+        assert names_of(data, data.val) == [name for name in parts if parts[name] == "val"]
+        assert data.classes == ["ape", "bee"] and data.labels.tolist() == [0] * 5 + [1] * 5
+        warning = f"warning: {file}: 2 images are not named there; left out"
+        assert warning in capsys.readouterr().err.splitlines()
+
+
+def test_a_split_from_a_file_that_names_every_image_leaves_none_out(
+    six: tuple[Path, dict[str, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, parts = six
+    parts |= {"ape/ape_005.jpg": "val", "bee/bee_005.jpg": "train"}
+    data = load(folder, "--split", str(write_parts(folder.parent / "parts.csv", parts)))
+    assert len(data.train) + len(data.val) == 12 and "left out" not in capsys.readouterr().err
+
+
+def test_a_split_from_a_file_takes_from_the_source_what_it_names(
+    left_out: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """20 images of each class, of which OUT has the first 10 and the first 5."""
+    source, out = left_out
+    parts = {"ape/ape_000.jpg": "train", "ape/ape_001.jpg": "val", "bee/bee_000.jpg": "train"}
+    parts |= {"bee/bee_019.jpg": "source", "ape/ape_010.jpg": "source"}
+    file = write_parts(out.parent / "parts.csv", parts)
+    data = load(out, "--split", str(file), "--source", str(source))
+    assert data.parts == ["train", "val", "train", "source", "source"]
+    assert names_of(data, data.val) == ["ape/ape_001.jpg", "ape/ape_010.jpg", "bee/bee_019.jpg"]
+    folders = [Path(path).parents[1] for path in data.paths]
+    assert folders == [out] * 3 + [source] * 2
+    assert f"{file}: 35 images are not named there" in capsys.readouterr().err
+
+
+def test_copies_across_the_parts_of_a_file_are_named_and_not_validated(
+    six: tuple[Path, dict[str, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, parts = six
+    for name, copied in (
+        ("ape/ape_001.jpg", "ape/ape_000.jpg"),
+        ("bee/bee_003.jpg", "ape/ape_002.jpg"),
+    ):
+        (folder / name).write_bytes((folder / copied).read_bytes())
+    data = load(folder, "--split", str(write_parts(folder.parent / "parts.csv", parts)))
+    assert names_of(data, data.val) == ["ape/ape_003.jpg", "bee/bee_001.jpg"]
+    assert len(data.train) == 6 and data.copies == 2
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "copy of a" in line]
+    assert [line.split(": ")[1] for line in warnings] == [
+        str(folder / "ape/ape_001.jpg"),
+        str(folder / "bee/bee_003.jpg"),
+    ]
+
+
+def test_seeds_are_compared_on_the_split_of_a_run_which_may_be_gone_when_one_goes_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(folder), "--weights", "none", "--epochs", "1", *TINY]
+    assert training.main([*command, "--output", str(tmp_path / "one")]) == 0
+    split = tmp_path / "one/split.csv"
+    given = ["--split", str(split), "--seed", "1", "--baseline", str(tmp_path / "one")]
+    command += [*given, "--output", str(tmp_path / "two")]
+    assert training.main(command) == 0
+    assert capsys.readouterr().out.count(f"validation images of {split}\n") == 1
+    assert (tmp_path / "two/split.csv").read_bytes() == split.read_bytes()
+    histories = [rows_of(tmp_path / run / "history.csv") for run in ("one", "two")]
+    assert histories[0][0]["train_loss"] != histories[1][0]["train_loss"]
+    assert len(rows_of(tmp_path / "two/comparison.csv")) == 5
+    config = json.loads((tmp_path / "two/config.json").read_text())
+    assert config["settings"]["split"] == str(split)
+    split.unlink()
+    assert training.main([*command, "--resume"]) == 0
+    without = [argument for argument in command if argument not in given[:2]]
+    assert training.main([*without, "--resume"]) == 2
+    assert "--split True (not False)" in capsys.readouterr().err
+
+
+def test_a_split_may_name_files_that_no_text_can_spell(
+    six: tuple[Path, dict[str, str]],
+) -> None:
+    folder, parts = six
+    name = os.fsdecode(b'ape/\xff, "\n.jpg')
+    try:
+        (folder / "ape/ape_000.jpg").rename(folder / name)
+    except OSError:
+        pytest.skip("not on this file system")
+    columns = {"path": [name, *list(parts)[1:]], "part": parts.values()}
+    training.write_table(folder.parent / "parts.csv", columns)
+    data = load(folder, "--split", str(folder.parent / "parts.csv"))
+    assert name in names_of(data, data.train) and len(data.train) == 6
+
+
+GOOD = ["path,part", "ape/ape_000.jpg,train", "ape/ape_001.jpg,val", "bee/bee_000.jpg,train"]
+SPLITS = {
+    "an empty file": ([], "no rows with these columns; needed is a CSV file of path, part"),
+    "a first line alone": (GOOD[:1], "no rows with these columns"),
+    "no column of parts": (["path,fold", *GOOD[1:]], "no rows with these columns"),
+    "semicolons": ([line.replace(",", ";") for line in GOOD], "no rows with these columns"),
+    "an endless cell": ([*GOOD, '"' + 200_000 * "x"], "field larger than field limit"),
+    "other words for the parts": (
+        [*GOOD[:2], "ape/ape_001.jpg,Val", "ape/ape_002.jpg,test"],
+        "ape/ape_001.jpg: no part 'Val'; write train, val or source; such rows: 2",
+    ),
+    "a row without a part": ([*GOOD, "ape/ape_002.jpg"], "ape/ape_002.jpg: no part None"),
+    "images that are not there": (
+        [*GOOD, "ape/none.jpg,train", "good/ape/ape_002.jpg,val", "./bee/bee_001.jpg,val"],
+        "ape/none.jpg: not in DATA; write class/file as there; such rows: 3",
+    ),
+    "backslashes": (
+        ["path,part", "ape\\ape_000.jpg,train"],
+        "ape\\ape_000.jpg: not in DATA; write",
+    ),
+    "a part of a source that is not given": (
+        [*GOOD, "ape/ape_002.jpg,source"],
+        "ape/ape_002.jpg: not among what --source SRC adds to DATA; write",
+    ),
+    "an image named twice": (
+        [*GOOD, GOOD[1]],
+        "ape/ape_000.jpg: named before; leave one row of it; such rows: 1",
+    ),
+    "a class that is not trained": (
+        [*GOOD[:3], "bee/bee_000.jpg,val"],
+        "bee: no image of this class to train on that can be read; add one or remove the class; "
+        "such classes: 1",
+    ),
+    "a class that is left out": (GOOD[:3], "bee: no image of this class to train on"),
+    "nothing to validate on": (
+        [line.replace("val", "train") for line in GOOD],
+        "no image differs from those trained on; nothing to validate on",
+    ),
+    "a file that is none": (None, "No such file or directory; needed is a CSV file of path, part"),
+}
+
+
+@pytest.mark.parametrize("case", SPLITS)
+def test_a_split_that_cannot_be_followed_gets_one_line_and_status_2(
+    case: str, make_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_folder({"ape": 3, "bee": 3}, "good")
+    file, (lines, expected) = folder.parent / "parts.csv", SPLITS[case]
+    if lines is not None:
+        file.write_text("".join(f"{line}\n" for line in lines))
+    assert training.main([str(folder), "--weights", "none", "--split", str(file), *TINY]) == 2
+    *warnings, error = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"data_training.py: error: {file}: ") and expected in error
+    assert all(line.startswith("warning: ") for line in warnings)
+
+
+def test_an_image_of_data_is_none_that_the_source_adds(
+    left_out: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, out = left_out
+    parts = {"ape/ape_000.jpg": "train", "bee/bee_000.jpg": "train", "ape/ape_001.jpg": "source"}
+    for name, part in (("ape/ape_001.jpg", "source"), ("ape/ape_019.jpg", "val")):
+        file = write_parts(tmp_path / "parts.csv", {**parts, "ape/ape_001.jpg": "val", name: part})
+        with pytest.raises(training.DataError, match=f"parts.csv: {name}: not .*; such rows: 1"):
+            load(out, "--split", str(file), "--source", str(source))
 
 
 def test_a_checkpoint_brings_its_architecture_and_image_size(
@@ -1517,7 +1719,7 @@ def test_a_run_compared_with_itself_is_undecided_with_a_difference_of_exactly_0(
         (lambda rows: [*rows, "dog/new.jpg,dog,cat,0.5"], "1 only there and 0 only here"),
         (lambda rows: [*rows[:-1], rows[-1].replace(",dog,", ",cat,", 1)], "1 only there and 1"),
         (lambda rows: [*rows[:-1], "dog/dog_000.jpg,dog,eel,0.5"], "eel"),
-        (lambda rows: ["no", "table"], "predictions.csv"),
+        (lambda rows: ["no", "table"], "predictions.csv: no rows with these columns"),
     ],
 )
 def test_a_baseline_on_other_images_is_refused_before_anything_is_trained(
@@ -1535,7 +1737,8 @@ def test_a_baseline_on_other_images_is_refused_before_anything_is_trained(
     command += ["--output", str(tmp_path / "run"), "--baseline", str(tmp_path / "before")]
     assert training.main(command) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("data_training.py: error: --baseline ") and expected in error
+    assert error.startswith("data_training.py: error: ") and expected in error
+    assert str(tmp_path / "before") in error
     assert not (tmp_path / "run").exists()
 
 
@@ -1562,7 +1765,10 @@ ERRORS = {
     "one class": (["{src}/one", "--weights", "none"], "fewer than two classes"),
     "empty class": (["{src}/hollow", "--weights", "none"], "hollow"),
     "hidden class": (["{src}/veiled", "--weights", "none"], "veiled/.bee: hidden"),
-    "only broken images": (["{src}/broken", "--weights", "none"], "broken/bee: no image of this"),
+    "only broken images": (
+        ["{src}/broken", "--weights", "none"],
+        "broken: bee: no image of this class to train on",
+    ),
     "one image a class": (["{src}/single", "--weights", "none"], "nothing to validate on"),
     "epochs below 0": (["{src}/good", "--epochs", "-1"], "--epochs"),
     "epochs in words": (["{src}/good", "--epochs", "ten"], "--epochs"),
@@ -1609,7 +1815,7 @@ ERRORS = {
     ),
     "validation on the training images": (
         ["{src}/good", "--weights", "none", "--val", "{src}/good"],
-        "good: holds no other image; nothing to validate on",
+        "good: no image differs from those trained on; nothing to validate on",
     ),
     "no such folder to validate on": (["{src}/good", "--val", "{src}/none"], "--val {src}/none"),
     "two ways to validate": (
@@ -1624,6 +1830,22 @@ ERRORS = {
         ["{src}/good", "--val", "{src}/more", "--output", "{src}/more/run"],
         "would be a class",
     ),
+    "split of another folder": (
+        ["{src}/good", "--val", "{src}/more", "--split", "{src}/text.pth"],
+        "not allowed with argument",
+    ),
+    "fraction of a split": (
+        ["{src}/good", "--split", "{src}/text.pth", "--val-fraction", "0.2"],
+        "not allowed with argument",
+    ),
+    "split without check": (
+        ["{src}/good", "--split", "{src}/text.pth", "--no-check"],
+        "--no-check: --source, --val and --split need",
+    ),
+    "split where the run is to be": (
+        ["{src}/good", "--split", "{src}/more/split.csv", "--output", "{src}/more"],
+        "{src}/more/split.csv: --output would write",
+    ),
     "source without check": (["{src}/good", "--source", "{src}/more", "--no-check"], "--no-check"),
     "power of the loss": (["{src}/good", "--rebalance", "loss", "--power", "1"], "--power"),
     "power when late": (["{src}/good", "--rebalance", "late", "--power", "0.5"], "--power"),
@@ -1631,7 +1853,7 @@ ERRORS = {
     "unknown way to rebalance": (["{src}/good", "--rebalance", "magic"], "--rebalance"),
     "baseline without predictions": (
         ["{src}/good", "--weights", "none", "--baseline", "{src}/taken"],
-        "taken: no predictions.csv",
+        "taken/predictions.csv: No such file or directory; needed is a CSV file of path, class,",
     ),
     "run already there": (["{src}/good", "--output", "{src}/taken"], "already holds a run"),
     "output is a file": (["{src}/good", "--output", "{src}/text.pth"], "a file"),

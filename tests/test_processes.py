@@ -65,6 +65,22 @@ def test_two_processes_draw_and_split_as_one_does(spread: Path, alone: Path) -> 
         assert float(ours["train_loss"]) == pytest.approx(float(theirs["train_loss"]), abs=0.02)
 
 
+def test_two_processes_keep_to_the_split_of_a_file(
+    alone: Path, settings: list[str], tmp_path: Path
+) -> None:
+    command = [*settings, "--epochs", "0", "--frozen-epochs", "0", "--seed", "1"]
+    command += ["--split", str(alone / "split.csv"), "--output", str(tmp_path / "two")]
+    process = start(*command, processes=2)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert (tmp_path / "two/split.csv").read_bytes() == (alone / "split.csv").read_bytes()
+    paths = [
+        [row["path"] for row in rows_of(run / "predictions.csv")]
+        for run in (alone, tmp_path / "two")
+    ]
+    assert paths[0] == paths[1]
+
+
 def test_two_processes_evaluate_as_one_does(
     spread: Path, settings: list[str], tmp_path: Path
 ) -> None:

@@ -171,7 +171,7 @@ def job_of(names: list[str], baseline: bool = False) -> tuple[training.Job, trai
     predicted = torch.where(torch.arange(len(targets)) % 4 < 2, targets, (targets + 1) % classes)
     labels = torch.cat([train, targets])
     parts = torch.arange(len(labels)).tensor_split([len(train)])
-    data = training.Data(names, [], [], labels, *parts, 0, 0, [])
+    data = training.Data(names, [], [], labels, *parts, [], 0, [])
     confusion = training.confusion_matrix(targets, predicted, classes)
     share = torch.full((len(targets),), 0.5)
     answers = predicted, share, share, predicted, share, predicted
@@ -253,7 +253,7 @@ def coloured(folder: Path, names: list[str]) -> training.Job:
     paths = [str(folder / f"{name}.png") for name in COLOURS]
     labels = torch.tensor([0, 1, 0, 0, 1, 1])
     parts = torch.tensor([0, 1]), torch.tensor([2, 3, 4, 5])
-    data = training.Data(names, [*paths[:2], *paths], [*"abcdef"], labels, *parts, 0, 0, [])
+    data = training.Data(names, [*paths[:2], *paths], [*"abcdef"], labels, *parts, [], 0, [])
     args = SimpleNamespace(output=folder, epochs=1)
     draws = torch.zeros(2, dtype=torch.int64)
     return training.Job(args, CPU, data, None, None, [row(1)], draws, {})
@@ -328,7 +328,7 @@ def test_the_summary_says_what_was_kept_on_which_images_and_what_came_next(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = coloured(tmp_path, ["ape", "bee"])
-    job.args.source = job.args.val = None
+    job.args.source = job.args.val = job.args.split = None
     job.args.no_calibration = True
     job.history[-1]["phase"] = "gentle"
     job.shares["trial"] = {1.0: 0.5, 0.0: 0.75, 0.75: 0.4}
