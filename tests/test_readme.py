@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import load, rows_of, write_folder
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,6 +55,65 @@ def test_the_snippet_answers_what_the_run_predicted(tried: Path) -> None:
         name, probability = answers[f"sample/{row['path']}"]
         assert name == row["predicted"]
         assert probability == pytest.approx(float(row["probability"]), abs=0.1)  # not bfloat16
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three scans each of patients 0 to 9, who are ill, and 8 to 24, who are well: two are both."""
+    folder = write_folder(tmp_path_factory.mktemp("recipes") / "scans", {"ill": 30, "well": 51})
+    for name, first in (("ill", 0), ("well", 8)):
+        for number, path in enumerate(sorted((folder / name).iterdir())):
+            patient, scan = divmod(number, 3)
+            path.rename(folder / name / f"P{first + patient:02}_{scan}.png")
+    return folder
+
+
+def patients_of(scans: Path, split: str) -> tuple[set[str], set[str]]:
+    """Those to train and those to validate on, who have images of both classes."""
+    data = load(scans, "--split", str(scans.parent / split))
+    assert len(data.names) == 81 and data.counts(data.val).min() >= 3
+    parts = data.train.tolist(), data.val.tolist()
+    return tuple({Path(data.names[at]).name.split("_")[0] for at in part} for part in parts)
+
+
+def test_the_recipe_with_names_keeps_every_patient_on_one_side(scans: Path) -> None:
+    subprocess.run([sys.executable, "-c", block("split by names")], cwd=scans.parent, check=True)
+    train, val = patients_of(scans, "split.csv")
+    assert not train & val and len(train | val) == 25 and 4 <= len(val) <= 6
+
+
+def test_in_the_recipe_with_scikit_learn_every_patient_is_validated_once(scans: Path) -> None:
+    pytest.importorskip("sklearn")
+    recipe = block("split by scikit-learn")
+    subprocess.run([sys.executable, "-c", recipe], cwd=scans.parent, check=True)
+    folds = [patients_of(scans, f"fold_{fold}.csv") for fold in range(5)]
+    assert all(not train & val for train, val in folds)
+    assert sorted(name for _, val in folds for name in val) == [f"P{at:02}" for at in range(25)]
+
+
+def test_the_command_lists_the_labels_that_are_likely_wrong_first(tried: Path) -> None:
+    command = [sys.executable, "-c", block("wrong labels")]
+    shown = subprocess.run(command, cwd=tried, capture_output=True, text=True, check=True).stdout
+    assert len(shown.splitlines()) == 20
+    rows = rows_of(tried / "runs/sample/predictions.csv")
+    least = min(rows, key=lambda row: float(row["true_probability"]))
+    assert shown.splitlines()[0] == " ".join(least.values())
+    last = [float(line.split()[-1]) for line in shown.splitlines()]
+    assert last == sorted(float(row["true_probability"]) for row in rows)[:20]
+
+
+def test_the_roc_curve_by_hand(tmp_path: Path) -> None:
+    """Two that are ill, of scores 0.9 and 0.4, and two that are well, of 0.4 and 0.1."""
+    (tmp_path / "runs/scans").mkdir(parents=True)
+    rows = ["class,true_probability", "ill,0.9", "ill,0.4", "well,0.6", "well,0.9"]
+    (tmp_path / "runs/scans/predictions.csv").write_text("\n".join(rows) + "\n")
+    command = [sys.executable, "-c", block("roc curve")]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert [line.split() for line in shown.splitlines()[1:]] == [
+        ["0.9000", "50.0%", "0.0%"],
+        ["0.4000", "100.0%", "50.0%"],
+        ["0.1000", "100.0%", "100.0%"],
+    ]
 
 
 def test_every_option_the_readme_names_exists() -> None:
