@@ -1303,6 +1303,8 @@ def test_source_validates_on_what_out_left_out_and_leaves_the_split_alone(
     for index in data.val[-25:].tolist():
         assert data.paths[index] == str(source / data.names[index])
         assert data.names[index].startswith(data.classes[data.labels[index]] + "/")
+    half = load(out, "--source", str(source), "--val-fraction", "0.5")
+    assert [half.parts.count(part) for part in ("train", "val", "source")] == [8, 7, 25]
 
 
 def test_source_never_gives_a_training_image_by_path_or_by_bytes(
