@@ -77,6 +77,8 @@ STRIDE = 32  # pixels a cell of a ResNet's last feature map
 HEAD_STEPS = 1000  # at least, of training the head alone: on features they cost next to nothing
 # Peak learning rates of the backbone by AdamW; a new head of pretrained weights gets 3 times that.
 BACKBONE_LR = {"auto": 1.5e-4, "firm": 1.5e-4, "gentle": 2e-5, "scratch": 1e-3}
+# The scale of weights that these rates are for, see `rescale`.
+CONV_SCALE, FEATURE_SCALE = 0.5, 2.0
 SOFTENED = 0.1  # what is left of the head's logits as the training of the whole network begins
 TRIAL_STEPS = 50  # of the whole network, at least, before "auto" judges what they bought
 SEEN_ANEW = 16  # batches that tell the BatchNorm of averaged weights its statistics
@@ -196,8 +198,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--power", metavar="P", type=power, default=argparse.SUPPRESS,
         help="the sampler's weights are 1 / count ** P; 0.5: square root (default: 1)")  # fmt: skip
     add("--batch-size", metavar="N", type=some, default=64, help="images per step")
-    add("--lr", metavar="X", type=positive, default=0.03,
-        help="peak learning rate of the head alone, by SGD")  # fmt: skip
+    add("--lr", metavar="X", type=positive, default=0.02,
+        help="peak learning rate of the head alone, by SGD, for features of mean square 1")  # fmt: skip
     add("--backbone-lr", metavar="X", type=auto_or(positive), default="auto",
         help="of the whole network, by AdamW, a pretrained one's head 3 times that; auto: "
         "1.5e-4, gentle 2e-5 (where auto turns gentle, 2/15 of it), from random weights "
@@ -766,7 +768,8 @@ def load_weights(args: Namespace) -> tuple[dict[str, Tensor], list[str]]:
         return content.get("state_dict", {}), content.get("classes", [])
     named = models.get_model_weights(args.arch)
     if source in named.__members__:
-        return download(named[source], source), []
+        args.weights = named[source].name  # what DEFAULT means may change
+        return download(named[source], args.weights), []
     names = ", ".join(named.__members__)
     raise DataError(f"--weights {source}: no such file; pass one, or {names}, or none")
 
@@ -821,7 +824,7 @@ def build_model(
     nn.init.zeros_(model.fc.weight)
     nn.init.zeros_(model.fc.bias)
     if not state:
-        return model, "random weights"
+        return model, "a new network"
     old = len(state.get("fc.bias", ()))
     keep = old == len(classes) and named in ([], classes)
     backbone = {key: value for key, value in state.items() if not key.startswith("fc.")}
@@ -830,7 +833,33 @@ def build_model(
     except RuntimeError as error:
         reason = " ".join(str(error).split("\n\t")[1].split())[:200]
         raise DataError(f"--weights: not of a {arch}: {reason} ...; pass their --arch") from None
-    return model, "head kept" if keep else f"weights' head of {old} classes dropped for a new one"
+    return model, "head kept" if keep else f"head of {old} classes dropped for a new one"
+
+
+@torch.no_grad()
+def rescale(model: models.ResNet) -> None:
+    """Give weights the scale that the learning rates are for; what `model` computes stays.
+
+    AdamW moves a weight by the rate whatever its size, and files differ a hundredfold in that.
+    BatchNorm undoes the scale of a convolution: each gets a root mean square of `CONV_SCALE` /
+    sqrt(fan-in). The scale of the features is undone by the head: the BatchNorms that add up to
+    them get a root mean square of `FEATURE_SCALE`.
+    """
+    blocks = list(model.layer4)
+    added = [getattr(block, "bn3", block.bn2) for block in blocks] + [blocks[0].downsample[1]]
+    size = sum((norm.weight**2 + norm.bias**2).mean() for norm in added).sqrt()
+    for norm in added:
+        norm.weight *= FEATURE_SCALE / size
+        norm.bias *= FEATURE_SCALE / size
+    for layer in [block.conv1 for block in blocks[1:]] + [model.fc]:
+        layer.weight *= size / FEATURE_SCALE
+    kinds = nn.Conv2d | nn.BatchNorm2d
+    layers: list[Any] = [each for each in model.modules() if isinstance(each, kinds)]
+    for conv, norm in zip(layers[::2], layers[1::2], strict=True):
+        factor = CONV_SCALE / conv.weight.square().sum((1, 2, 3)).mean().sqrt()
+        conv.weight *= factor
+        norm.running_mean *= factor
+        norm.running_var.add_(norm.eps).mul_(factor**2).sub_(norm.eps)
 
 
 # ------------------------------------------------------------------------------- training
@@ -888,7 +917,8 @@ def phase_epochs(job: Job) -> tuple[range, range, range]:
     """The epochs of the head alone, of the trial of "auto", and of the rest; 0 if none is trained.
 
     By default the head has epoch 0: on features it costs a third of an epoch. The trial takes
-    `TRIAL_STEPS`, in whole epochs, but no more than half of what is left; of one epoch, none.
+    `TRIAL_STEPS`, in whole epochs. Where that is more than half of what is left there is none: a
+    shorter one says too little, and what is judged is the end.
     """
     args, steps = job.args, len(Batches(job.data.train, job.args.batch_size))
     if not args.epochs:
@@ -896,7 +926,9 @@ def phase_epochs(job: Job) -> tuple[range, range, range]:
     own = args.frozen_epochs is None and args.weights != "none"
     head = range(1) if own else range(1, 1 + (args.frozen_epochs or 0))
     full = range(head.stop, args.epochs + 1)
-    tried = min(math.ceil(TRIAL_STEPS / steps), len(full) // 2) * (args.finetune == "auto")
+    tried = math.ceil(TRIAL_STEPS / steps)
+    if args.finetune != "auto" or tried > len(full) // 2:
+        tried = 0
     return head, full[:tried], full[tried:]
 
 
@@ -936,11 +968,18 @@ def head_phase(job: Job, epochs: range) -> Phase:
     Few images make few steps an epoch: they are passed over again, for `HEAD_STEPS` in all.
     """
     args, model = job.args, job.model
-    features = Features(extract_features(job), job.data.labels)
-    group = {"params": list(model.fc.parameters()), "lr": args.lr}
-    optimizer = torch.optim.SGD([group], momentum=0.9, weight_decay=args.weight_decay, fused=True)
+    features = extract_features(job)
+    # As if the features had a mean square of 1: weights the smaller, the larger they are.
+    square = features[job.data.train].square().mean().item()
+    weight, bias = model.fc.weight, model.fc.bias
+    groups = [
+        {"params": [weight], "lr": args.lr / square, "weight_decay": args.weight_decay * square},
+        {"params": [bias], "lr": args.lr, "weight_decay": args.weight_decay},
+    ]
+    optimizer = torch.optim.SGD(groups, momentum=0.9, fused=True)
     batches = cut_batches(job)
-    train, val = (DataLoader(features, batch_sampler=each) for each in batches)
+    table = Features(features, job.data.labels)
+    train, val = (DataLoader(table, batch_sampler=each) for each in batches)
     network = wrap_ddp(model.fc, job.compute)
     images = len(job.data.train)
     passes = math.ceil(HEAD_STEPS * args.batch_size / (len(epochs) * images))
@@ -1136,8 +1175,9 @@ def train_epoch(job: Job, phase: Phase) -> float:
         # Gradients are averaged over processes, whose parts of a batch may differ by one image.
         part = len(targets) * compute.world_size / size
         phase.scaler.scale(loss * part).backward()
-        phase.scaler.unscale_(phase.optimizer)
-        nn.utils.clip_grad_norm_(weights, CLIP_NORM)
+        if phase.name != "head":  # the head alone is a convex problem
+            phase.scaler.unscale_(phase.optimizer)
+            nn.utils.clip_grad_norm_(weights, CLIP_NORM)
         phase.scaler.step(phase.optimizer)
         phase.scaler.update()
         phase.scheduler.step()
@@ -1642,6 +1682,7 @@ def pack_model(job: Job, phase: Phase, calibration: Calibration) -> dict[str, An
         "arch": job.args.arch,
         "classes": job.data.classes,
         "train_images": job.data.counts(job.data.train).tolist(),
+        "weights": job.args.weights,
         "crop_size": job.args.image_size,
         "image_size": eval_size(job.args.image_size),
         "epoch": job.history[-1]["epoch"],
@@ -1674,6 +1715,8 @@ def load_state(args: Namespace) -> dict[str, Any]:
         raise DataError(f"--resume: {args.output / STATE}: damaged; start a new run") from None
     for name in ("arch", "image_size"):  # as the weights had it that may be gone by now
         setattr(args, name, getattr(args, name) or state["settings"][name])
+    if args.weights == "DEFAULT":
+        args.weights = state["settings"]["weights"]
     old, new = state["settings"], settings(args)
     if other := [name for name in old if new.get(name) != old[name]]:
         flags = [f"--{name.replace('_', '-')} {old[name]} (not {new.get(name)})" for name in other]
@@ -1723,7 +1766,8 @@ def print_start(job: Job, origin: str) -> None:
         f"{len(data.train)} training images in {len(data.classes)} classes of {counts.max()} to "
         f"{counts.min()}, imbalance ratio {counts.max() / counts.min():.1f}; "
         f"{describe_val(job)}; {len(data.unreadable)} unreadable left out\n"
-        f"{args.arch}, {origin}; {job.compute.name()}, {job.compute.amp or torch.float32}\n"
+        f"{args.arch}, {printable(args.weights)}: {origin}; {job.compute.name()}, "
+        f"{job.compute.amp or torch.float32}\n"
     )
     print(HEADER, *(format_epoch(row, args.epochs) for row in job.history), sep="\n", flush=True)
 
@@ -2029,6 +2073,8 @@ def prepare(args: Namespace, compute: Compute) -> tuple[Job, str]:
     check_batches(args, data, compute.world_size)
     torch.manual_seed(args.seed)
     model, origin = build_model(args.arch, data.classes, state["model"], named)
+    if args.epochs and args.weights != "none" and not args.resume:
+        rescale(model)
     kept = state["history"], state["draws"], state["phase"], state["shares"]
     return Job(args, compute, data, baseline, model, *kept), origin
 
