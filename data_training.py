@@ -199,7 +199,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
         help="the sampler's weights are 1 / count ** P; 0.5: square root (default: 1)")  # fmt: skip
     add("--batch-size", metavar="N", type=some, default=64, help="images per step")
     add("--lr", metavar="X", type=positive, default=0.02,
-        help="peak learning rate of the head alone, by SGD, for features of mean square 1")  # fmt: skip
+        help="peak learning rate of the head alone, by SGD, for features of mean square "
+        "1")  # fmt: skip
     add("--backbone-lr", metavar="X", type=auto_or(positive), default="auto",
         help="of the whole network, by AdamW, a pretrained one's head 3 times that; auto: "
         "1.5e-4, gentle 2e-5 (where auto turns gentle, 2/15 of it), from random weights "

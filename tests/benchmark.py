@@ -451,10 +451,10 @@ def grow(images: int, folder: Path) -> dict[str, float]:
 
     classes, found = training.list_images(folder)
     lap("scan")
-    labels = torch.tensor([label for _, _, label in found])
-    paths, names = [path for path, _, _ in found], [name for _, name, _ in found]
-    train, val = training.split_images(labels, paths, 0.2, 0)
-    data = training.Data(classes, paths, names, labels, train, val, [], 0, [])
+    rows = training.split_images(found, {row.path: row.path for row in found}, 0.2, 0)
+    args = argparse.Namespace(output=folder.parent, out=folder, split=None, val=None)
+    data = training.make_data(args, classes, rows, 0, [])
+    labels, train, val = data.labels, data.train, data.val
     lap("split")
     weights = training.sample_weights(labels[train], 1.0)
     lap("weights")
@@ -469,7 +469,6 @@ def grow(images: int, folder: Path) -> dict[str, float]:
     logits = F.one_hot(predicted, len(classes)).float()
     last = training.assess(logits, targets, data.log_share(), True)
     history = [training.measure_all(last, data.counts(train)) | training.count_draws(data, drawn)]
-    args = argparse.Namespace(output=folder.parent)
     counts, compute = data.counts(drawn), training.Compute(torch.device("cpu"), None)
     job = training.Job(args, compute, data, None, models.resnet18(), history, counts, {})
     training.write_tables(job, last)
