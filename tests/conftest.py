@@ -89,9 +89,15 @@ def weights_file(path: Path, size: int = 7, classes: list[str] | None = None) ->
     return path
 
 
-def start(*arguments: str, processes: int = 0) -> subprocess.Popen[str]:
+@pytest.fixture
+def short_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if one step told enough: with so few images fifty would be most of a run."""
+    monkeypatch.setattr(training, "TRIAL_STEPS", 1)
+
+
+def start(*arguments: str, processes: int = 0, script: Path = SCRIPT) -> subprocess.Popen[str]:
     """The script in a process of its own, or in several under torchrun."""
-    command = [sys.executable, str(SCRIPT)]
+    command = [sys.executable, str(script)]
     if processes:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command = [*torchrun, f"--nproc-per-node={processes}", str(SCRIPT)]

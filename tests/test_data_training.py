@@ -803,11 +803,11 @@ def test_auto_ends_where_it_says_on_the_line_from_the_head_to_firm(
     [  # 87 training images in batches of 16 are 6 steps, so that 50 of them take 9 epochs
         ("--epochs 0", ([], [], [0])),
         ("--epochs 1", ([0], [], [1])),
-        ("--epochs 5", ([0], [1, 2], [3, 4, 5])),
-        ("--epochs 20", ([0], list(range(1, 10)), list(range(10, 21)))),
-        ("--epochs 4 --frozen-epochs 2", ([1, 2], [3], [4])),
+        ("--epochs 17", ([0], [], list(range(1, 18)))),  # more than half of them: no trial
+        ("--epochs 18", ([0], list(range(1, 10)), list(range(10, 19)))),
+        ("--epochs 20 --frozen-epochs 2", ([1, 2], list(range(3, 12)), list(range(12, 21)))),
         ("--epochs 2 --frozen-epochs 2", ([1, 2], [], [])),
-        ("--epochs 2 --frozen-epochs 0", ([], [1], [2])),
+        ("--epochs 18 --frozen-epochs 0", ([], list(range(1, 10)), list(range(10, 19)))),
         ("--epochs 2 --finetune firm", ([0], [], [1, 2])),
         ("--epochs 2 --finetune gentle --frozen-epochs 1", ([1], [], [2])),
         ("--epochs 20 --batch-size 1", ([0], [1], list(range(2, 21)))),
@@ -822,6 +822,7 @@ def test_the_epochs_are_those_of_the_head_of_a_trial_and_of_the_rest(
     assert tuple(map(list, training.phase_epochs(job))) == phases
 
 
+@pytest.mark.usefixtures("short_trial")
 @pytest.mark.parametrize(
     ("found", "flags", "name", "rates"),
     [
@@ -867,6 +868,7 @@ def trial_of_six_steps(
     return job, phase, passed
 
 
+@pytest.mark.usefixtures("short_trial")
 def test_a_trial_is_judged_by_the_average_of_its_second_half(folder: Path) -> None:
     job, phase, passed = trial_of_six_steps(folder, {1.0: 0.7, 0.0: 0.6})
     assert phase.name == "trial" and len(passed) == 6
@@ -877,6 +879,7 @@ def test_a_trial_is_judged_by_the_average_of_its_second_half(folder: Path) -> No
         assert torch.equal(job.model.state_dict()[name], passed[-1][name])
 
 
+@pytest.mark.usefixtures("short_trial")
 def test_batchnorm_of_a_trial_s_average_knows_the_images_that_were_drawn(folder: Path) -> None:
     _, phase, _ = trial_of_six_steps(folder, {1.0: 0.7, 0.0: 0.6})
     inputs = [training.to_input(images, torch.device("cpu")) for images, _ in phase.train]
@@ -887,6 +890,7 @@ def test_batchnorm_of_a_trial_s_average_knows_the_images_that_were_drawn(folder:
     assert phase.result.bn1.momentum == 0.1
 
 
+@pytest.mark.usefixtures("short_trial")
 def test_a_trial_of_one_step_is_judged_by_the_weights_after_it(folder: Path) -> None:
     job, phase, passed = trial_of_six_steps(folder, {1.0: 0.7, 0.0: 0.6}, batch_size=87)
     assert phase.name == "trial" and len(passed) == 1
@@ -905,6 +909,7 @@ def test_the_images_to_choose_by_are_spread_and_leave_no_class_out() -> None:
     assert torch.equal(training.pick_searched(few), few.val)
 
 
+@pytest.mark.usefixtures("short_trial")
 def test_processes_go_on_from_a_trial_with_the_statistics_of_the_first(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -919,6 +924,7 @@ def test_processes_go_on_from_a_trial_with_the_statistics_of_the_first(
         assert torch.equal(given, value)
 
 
+@pytest.mark.usefixtures("short_trial")
 def test_firm_goes_on_from_the_last_step_of_the_trial(folder: Path) -> None:
     job, trial, passed = trial_of_six_steps(folder, {1.0: 0.7, 0.0: 0.6})
     firm = training.begin_phase(job, 2)
@@ -932,6 +938,7 @@ def test_firm_goes_on_from_the_last_step_of_the_trial(folder: Path) -> None:
         assert torch.equal(one, two)
 
 
+@pytest.mark.usefixtures("short_trial")
 def test_auto_that_goes_on_after_its_trial_ends_as_firm_does(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

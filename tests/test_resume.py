@@ -31,6 +31,14 @@ def every_epoch_is_written() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def trial_of_two_epochs() -> Iterator[None]:
+    """Of two steps each: with so few images fifty would be more than the run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "TRIAL_STEPS", 4)
+        yield
+
+
 @pytest.fixture(scope="module")
 def settings(folder: Path) -> list[str]:
     """Two epochs of the head, two on trial, and two of what it speaks for."""
@@ -78,9 +86,11 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_the_whole_one(
     settings: list[str], whole: Path, tmp_path: Path
 ) -> None:
     output, stream, kills = tmp_path / "run", random.Random(0), 0
+    script, code = tmp_path / "data_training.py", SCRIPT.read_text(encoding="utf-8")
+    script.write_text(code.replace("TRIAL_STEPS = 50", "TRIAL_STEPS = 4"), encoding="utf-8")
     while True:
         resume = ["--resume"] if (output / training.STATE).exists() else []
-        process = start(*settings, "--output", str(output), *resume)
+        process = start(*settings, "--output", str(output), *resume, script=script)
         try:
             process.communicate(timeout=stream.uniform(4.0, 8.0) if kills < 3 else 60)
         except subprocess.TimeoutExpired:
