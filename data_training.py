@@ -82,6 +82,9 @@ CONV_SCALE, FEATURE_SCALE = 0.5, 2.0
 SOFTENED = 0.1  # what is left of the head's logits as the training of the whole network begins
 TRIAL_STEPS = 50  # of the whole network, at least, before "auto" judges what they bought
 SEEN_ANEW = 16  # batches that tell the BatchNorm of averaged weights its statistics
+# With fewer images per process and step BatchNorm takes its statistics over all processes, which
+# waits for the GPU three times a layer, 159 times a step of ResNet-50 (torch's _functions.py).
+SYNCHRONISED = 8
 FIRM_FROM = 0.5  # part of a trial's way; where a shorter one is best, firm loses more than it gains
 SEARCHED = 2000  # validation images that "auto" looks at to choose, about; all of rare classes
 # Of a pretrained backbone, what "gentle" keeps: general, and two fifths of the time of a step.
@@ -981,7 +984,7 @@ def head_phase(job: Job, epochs: range) -> Phase:
     batches = cut_batches(job)
     table = Features(features, job.data.labels)
     train, val = (DataLoader(table, batch_sampler=each) for each in batches)
-    network = wrap_ddp(model.fc, job.compute)
+    network = wrap_ddp(model.fc, job)
     images = len(job.data.train)
     passes = math.ceil(HEAD_STEPS * args.batch_size / (len(epochs) * images))
     steps = len(epochs) * math.ceil(passes * images / args.batch_size)
@@ -1032,7 +1035,7 @@ def full_phase(job: Job, epochs: range) -> Phase:
     sets = (Images(data.paths, data.labels, each) for each in views)
     train, val = (make_loader(*pair, args) for pair in zip(sets, batches, strict=True))
     skipped = max(1, len(epochs) * len(batches[0]) // 2) * (name == "trial")
-    networks = wrap_ddp(model.train(not gentle), job.compute), result, result
+    networks = wrap_ddp(model.train(not gentle), job), result, result
     _, trial, rest = phase_epochs(job)
     planned = rest if gentle else [*trial, *rest]  # a trial and "firm" share one schedule
     # A trial that is the warm-up of many epochs would not show what the full rate does.
@@ -1076,11 +1079,13 @@ def cut_batches(job: Job) -> tuple[Batches, Batches]:
     return train, Batches(job.data.val[rank::world_size], job.args.batch_size)
 
 
-def wrap_ddp(network: nn.Module, compute: Compute) -> nn.Module:
+def wrap_ddp(network: nn.Module, job: Job) -> nn.Module:
     """`network` itself, or with its gradients averaged over the processes after each step."""
+    compute = job.compute
     if compute.world_size == 1:
         return network
-    if compute.device.type != "cpu":  # PyTorch has no synchronised BatchNorm for CPUs
+    few = job.args.batch_size // compute.world_size < SYNCHRONISED
+    if few and compute.device.type != "cpu":  # PyTorch has no synchronised BatchNorm for CPUs
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     # The statistics of BatchNorm matter in evaluation alone, which sends them round. The option has
     # another name from torch 2.13 on, which torch 2.6 does not know.

@@ -136,6 +136,26 @@ def test_a_process_that_dies_takes_the_others_down(settings: list[str], tmp_path
     assert process.returncode != 0
 
 
+@pytest.mark.parametrize(
+    ("device", "batch_size", "synchronised"),
+    [("cuda", 64, False), ("cuda", 60, True), ("xpu", 8, True), ("cpu", 8, False)],
+)
+def test_batchnorm_is_synchronised_where_a_gpu_has_fewer_than_eight_images(
+    device: str, batch_size: int, synchronised: bool, tmp_path: Path
+) -> None:
+    compute = training.Compute(torch.device(device), None, 0, 8)
+    job = SimpleNamespace(args=SimpleNamespace(batch_size=batch_size), compute=compute)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/met", rank=0, world_size=1)
+    refused = pytest.raises(ValueError, match="SyncBatchNorm layers only work with GPU modules")
+    try:
+        with refused if synchronised else contextlib.nullcontext():  # there is no GPU to put it on
+            training.wrap_ddp(network, job)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert synchronised == isinstance(network[1], torch.nn.SyncBatchNorm)
+
+
 def test_a_step_is_that_of_the_whole_batch_when_parts_differ_in_size() -> None:
     """Five images over two processes, three and two: the mean of their gradients."""
     stream = torch.Generator().manual_seed(0)
