@@ -42,6 +42,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cache, partial
 from itertools import islice
+from multiprocessing import get_start_method
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from pickle import UnpicklingError
@@ -180,7 +181,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--no-flip", action="store_true", default=argparse.SUPPRESS,
         help="never mirror a training image: for text, signs, left and right")  # fmt: skip
     add("--workers", metavar="N", type=auto_or(whole), default="auto",
-        help="processes that read images; auto: none on a CPU, else cores less one")  # fmt: skip
+        help="processes that read images; auto: none on a CPU, else cores less one, "
+        "at most 16, or 8 where they do not fork")  # fmt: skip
     add("--no-check", action="store_true", default=argparse.SUPPRESS,
         help="do not look for broken images and byte-identical copies first")  # fmt: skip
     add = parser.add_argument_group("model").add_argument
@@ -289,7 +291,9 @@ def count_workers(args: Namespace) -> int:
     cores = getattr(os, "process_cpu_count", lambda: len(affinity(0)))() or 1
     workers = args.workers
     if workers is None:
-        workers = 0 if args.device == "cpu" else max(1, (cores - 1) // processes)
+        # Nothing here tells a container's share of the cores, and 8 spawned take 2 GB.
+        most = 16 if get_start_method() == "fork" else 8
+        workers = 0 if args.device == "cpu" else max(1, min(most, (cores - 1) // processes))
     if workers and SHARED.is_dir():  # to write beyond its end would kill a worker
         batch = 3 * eval_size(args.image_size) ** 2 * args.batch_size * processes
         # Each worker has two batches on the way, and one is in use.

@@ -511,19 +511,28 @@ def test_images_are_normalised_by_the_statistics_of_imagenet() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "cores", "processes", "workers"),
+    ("device", "start", "cores", "processes", "workers"),
     [
-        ("cpu", 16, 1, 0),
-        ("cuda", 16, 1, 15),
-        ("cuda", 64, 4, 15),
-        ("cuda", 8, 8, 1),
-        ("mps", 1, 1, 1),
+        ("cpu", "fork", 16, 1, 0),
+        ("cuda", "fork", 16, 1, 15),
+        ("cuda", "fork", 64, 4, 15),
+        ("cuda", "fork", 8, 8, 1),
+        ("cuda", "fork", 192, 1, 16),
+        ("cuda", "forkserver", 16, 1, 8),
+        ("cuda", "spawn", 24, 4, 5),
+        ("mps", "spawn", 1, 1, 1),
     ],
 )
-def test_every_core_but_one_reads_images_for_an_accelerator(
-    device: str, cores: int, processes: int, workers: int, monkeypatch: pytest.MonkeyPatch
+def test_every_core_but_one_reads_images_for_an_accelerator_up_to_a_limit(
+    device: str,
+    start: str,
+    cores: int,
+    processes: int,
+    workers: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(os, "process_cpu_count", lambda: cores, raising=False)
+    monkeypatch.setattr(training, "get_start_method", lambda: start)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.setattr(training, "SHARED", Path("no", "such", "folder"))
     args = training.parse_args(["x", "--device", device])
