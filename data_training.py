@@ -109,6 +109,9 @@ WRITE_EVERY = 30.0  # seconds; on a fast GPU the files of an epoch take longer t
 # What several processes talk by; what is on the CPU goes by gloo in any case.
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
 SHARED = Path("/dev/shm")  # through which, where there is one, workers hand their batches over
+# What a RuntimeError says where memory is out: on CUDA, in main memory that is pinned for it and on
+# MPS; in main memory of Unix and of Windows. Only the first has a class of its own.
+NO_MEMORY = ("out of memory", "allocate memory", "not enough memory")
 # Settings that may differ when a run goes on: they change where it runs, not what comes out.
 OPTIONAL = ("source", "val", "split")  # but not whether these are given
 MAY_DIFFER = (*OPTIONAL, "out", "no_check", "workers", "output", "resume", "baseline", "device")
@@ -2187,7 +2190,9 @@ def main(argv: list[str] | None = None) -> int:
         run(args)
         if dist.is_initialized():  # only now that `run` holds no network that would still use it
             dist.destroy_process_group()
-    except torch.OutOfMemoryError:  # of a batch, in the feature pass and in evaluation too
+    except RuntimeError as error:  # of a batch, in the feature pass and in evaluation too
+        if not any(text in str(error) for text in NO_MEMORY):
+            raise
         processes = int(os.environ.get("WORLD_SIZE", 1))
         half = args.batch_size // 2 // processes * processes
         other = f"{half} or " * (half > 0) + "a smaller --image-size, in a new run"

@@ -1935,16 +1935,26 @@ def test_a_diverging_run_says_so_in_one_line(
     assert "--backbone-lr: the loss became" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    "raised",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 5.56 GB, max allowed: 6.80 GB)."),
+        RuntimeError("CUDA error: out of memory"),  # of main memory that is to be pinned
+        None,  # what torch raises of main memory
+    ],
+)
 def test_running_out_of_memory_names_a_smaller_batch(
+    raised: RuntimeError | None,
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def full(*args: object, **kwargs: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise raised or pytest.raises(RuntimeError, torch.empty, 2**50).value
 
-    monkeypatch.setattr(torch.nn.Conv2d, "forward", full)  # what a full GPU raises
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", full)  # what a full device raises
     command = [str(folder), "--weights", "none", "--epochs", "1", "--output", str(tmp_path / "run")]
     assert training.main([*command, *TINY]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -1953,3 +1963,15 @@ def test_running_out_of_memory_names_a_smaller_batch(
     assert training.main([*command, *TINY, "--batch-size", "1", "--image-size", "64"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.endswith("out of memory on cpu; try a smaller --image-size, in a new run")
+
+
+def test_another_error_of_torch_keeps_its_traceback(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", broken)
+    command = [str(folder), "--weights", "none", "--epochs", "1", "--output", str(tmp_path / "run")]
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        training.main([*command, *TINY])
