@@ -106,6 +106,8 @@ MOST_DRAWN = 2**24  # torch.multinomial takes no more weights
 STATE = "resume.pt"  # in a run folder: all that it takes to go on
 STATEFUL = ("start", "average", "optimizer", "scheduler", "scaler")  # parts of a phase, in there
 WRITE_EVERY = 30.0  # seconds; on a fast GPU the files of an epoch take longer than the epoch
+if not dist.is_available():  # in a torch that is built for one process there is no more of it
+    dist.is_initialized = dist.is_torchelastic_launched = lambda: False
 # What several processes talk by; what is on the CPU goes by gloo in any case.
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
 SHARED = Path("/dev/shm")  # through which, where there is one, workers hand their batches over
@@ -339,14 +341,18 @@ def join_processes(name: str, amp: bool | None) -> Compute:
     compute = pick_compute(name, amp)
     if not dist.is_torchelastic_launched():
         return compute
-    kind = compute.device.type
+    # Process 0 reads and checks all images while the others wait for it.
+    dist.init_process_group(pick_backend(compute.device.type), timeout=timedelta(hours=3))
+    return compute._replace(rank=dist.get_rank(), world_size=dist.get_world_size())
+
+
+def pick_backend(kind: str) -> str:
+    """What several processes on devices of this kind talk by; raises `DataError` if nothing."""
     if kind not in BACKENDS:
         raise DataError(f"--device {kind}: serves one process alone; start without torchrun")
     shared = int(os.environ["LOCAL_WORLD_SIZE"]) > torch.accelerator.device_count()
-    backend = "gloo" if shared else BACKENDS[kind]  # nccl would refuse to share
-    # Process 0 reads and checks all images while the others wait for it.
-    dist.init_process_group(backend, timeout=timedelta(hours=3))
-    return compute._replace(rank=dist.get_rank(), world_size=dist.get_world_size())
+    lacking = kind == "cuda" and not dist.is_nccl_available()  # as on Windows
+    return "gloo" if shared or lacking else BACKENDS[kind]  # nccl would refuse to share
 
 
 def pick_compute(name: str, amp: bool | None) -> Compute:

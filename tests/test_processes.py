@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +31,43 @@ def test_a_device_that_serves_one_process_is_refused_under_torchrun(
         monkeypatch.setenv(name, value)
     with pytest.raises(training.DataError, match="--device meta: .* without torchrun"):
         training.join_processes("meta", None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "gpus", "nccl", "backend"),
+    [
+        ("cuda", 2, True, "cpu:gloo,cuda:nccl"),
+        ("cuda", 1, True, "gloo"),  # two processes share it
+        ("cuda", 2, False, "gloo"),  # Windows
+        ("cpu", 0, False, "gloo"),
+    ],
+)
+def test_processes_talk_by_gloo_where_nccl_is_not_there_or_would_refuse(
+    kind: str, gpus: int, nccl: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
+    assert training.pick_backend(kind) == backend
+
+
+BARE = """
+import sys
+import torch.distributed as dist
+for name in [name for name in vars(dist) if name.startswith("is_")]:
+    delattr(dist, name)
+dist.is_available = lambda: False
+import data_training
+sys.exit(data_training.main(sys.argv[1:]))
+"""
+
+
+def test_a_torch_built_without_distributed_trains(settings: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-c", BARE, *settings, "--epochs", "2", "--frozen-epochs", "1"]
+    command += ["--finetune", "auto", "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=SCRIPT.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(rows_of(tmp_path / "run/history.csv")) == 2
 
 
 @pytest.fixture(scope="module")
