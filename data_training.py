@@ -369,7 +369,10 @@ def pick_compute(name: str, amp: bool | None) -> Compute:
         raise DataError(f"--device {name}: not on this machine; try auto, or {best}") from None
     kind = torch.bfloat16
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # of which the next line asks
+        torch.cuda.set_device(device)  # of which the next lines ask
+        if sys.platform == "win32":  # whose driver would take main memory and crawl, not fail
+            free, total = torch.cuda.mem_get_info()
+            torch.cuda.set_per_process_memory_fraction(free / total)
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         helps, kind = True, torch.bfloat16 if native else torch.float16
     else:  # `get_capabilities` came with torch 2.10

@@ -1965,6 +1965,26 @@ def test_running_out_of_memory_names_a_smaller_batch(
     assert error.endswith("out of memory on cpu; try a smaller --image-size, in a new run")
 
 
+@pytest.mark.parametrize(("platform", "limits"), [("win32", [0.75]), ("linux", [])])
+def test_on_windows_a_gpu_is_full_when_its_own_memory_is(
+    platform: str, limits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver would go on in main memory; 6 of the 8 GB were free."""
+    given: list[float] = []
+    answers = {
+        "set_device": lambda _: None,
+        "mem_get_info": lambda: (6e9, 8e9),
+        "set_per_process_memory_fraction": given.append,
+        "is_bf16_supported": lambda **_: True,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(torch, "empty", lambda _, device: SimpleNamespace(device=device))
+    monkeypatch.setattr(training.sys, "platform", platform)
+    assert training.pick_compute("cuda", None).amp is torch.bfloat16
+    assert given == limits
+
+
 def test_another_error_of_torch_keeps_its_traceback(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
