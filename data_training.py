@@ -1634,12 +1634,34 @@ def write_file(path: Path, save: Callable[[io.BytesIO], Any]) -> None:
             file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        unfinished.replace(path)
+        put(unfinished, path)
     except OSError as error:
         text = f"{error.strerror}; what was written before is whole: make room, then --resume"
         raise DataError(f"{path}: {text}") from None
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def put(unfinished: Path, path: Path) -> None:
+    """Replace `path`, on Windows once no program has it open; what stays open stays as it was.
+
+    Raises `DataError` for what a run cannot go on without.
+    """
+    for pause in (0.2, 0.5, 1.0, 2.0):  # seconds
+        try:
+            unfinished.replace(path)
+            return
+        except PermissionError:
+            time.sleep(pause)
+    if path.suffix == ".pt" or not path.exists():
+        raise DataError(f"{path}: may not be replaced; close what has it open, then --resume")
+    warn_once(f"{path}: may not be replaced and stays as it was; close what has it open")
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Print a warning, the first time alone."""
+    print(f"warning: {printable(text)}", file=sys.stderr)
 
 
 def write_table(path: Path, columns: Mapping[str, Any]) -> None:
@@ -1912,7 +1934,8 @@ def write_pictures(job: Job, last: Evaluation) -> None:
     }
     if job.history[-1]["epoch"] == job.args.epochs and (found := find_mistakes(last)):
         pictures["mistakes.png"] = draw_mistakes(job.data, last, found)
-    (job.args.output / "mistakes.png").unlink(missing_ok=True)
+    with contextlib.suppress(PermissionError):  # Windows: it is open
+        (job.args.output / "mistakes.png").unlink(missing_ok=True)
     for name, picture in pictures.items():
         write_file(job.args.output / name, partial(picture.save, format="PNG"))
 

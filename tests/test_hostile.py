@@ -235,6 +235,67 @@ def test_a_disk_that_fills_up_during_training_leaves_whole_files(
     assert len(rows_of(disk / "run/history.csv")) == 1
 
 
+@pytest.fixture
+def held_open(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`held_open("history.csv")`: as Windows does where a program has it open, from then on."""
+    replace, names = Path.replace, []
+
+    def refuse(self: Path, target: Path) -> Path:
+        if target.name in names and target.exists():
+            raise PermissionError(13, "Access is denied", str(self))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr(training.time, "sleep", lambda _: None)
+    monkeypatch.setattr(training, "WRITE_EVERY", 0.0)
+    return names.append
+
+
+def test_tables_and_pictures_that_are_open_elsewhere_are_left_alone_and_named_once(
+    held_open: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    src = write_folder(tmp_path / "src", {"ape": 6, "bee": 6})
+    for name in ("config.json", "history.csv", "curves.png"):
+        held_open(name)
+    assert train(src, "--output", tmp_path / "run", "--epochs", "3") == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(lines) == 3
+    assert "history.csv: may not be replaced and stays as it was; close what" in "".join(lines)
+    assert not list((tmp_path / "run").glob(".*"))
+    assert len(rows_of(tmp_path / "run/history.csv")) == 1
+
+
+def test_a_state_that_is_open_elsewhere_ends_the_run_which_then_goes_on(
+    held_open: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    src = write_folder(tmp_path / "src", {"ape": 6, "bee": 6})
+    held_open("last.pt")
+    assert train(src, "--output", tmp_path / "run", "--epochs", "2") == 2
+    assert "last.pt: may not be replaced; close what has it open" in one_error(capsys)
+    monkeypatch.undo()
+    assert train(src, "--output", tmp_path / "run", "--epochs", "2", "--resume") == 0
+
+
+def test_a_table_that_is_open_for_a_moment_is_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As by a scanner for viruses."""
+    replace, pauses = Path.replace, []
+
+    def refuse(self: Path, target: Path) -> Path:
+        if len(pauses) < 3:
+            raise PermissionError(13, "Access is denied", str(self))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr(training.time, "sleep", pauses.append)
+    training.write_table(tmp_path / "x.csv", {"a": [1, 2]})
+    assert (tmp_path / "x.csv").read_text() == "a\n1\n2\n"
+
+
 @linux
 def test_a_disk_that_fills_up_during_copying_is_left_empty(
     small_disk: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
