@@ -1370,7 +1370,9 @@ def end_epoch(job: Job, phase: Phase, epoch: int) -> None:
     """
     if phase.name == "trial":
         # Not `phase.train` itself: its workers would keep what they have read ahead.
-        drawn = list(islice(phase.batches, SEEN_ANEW))
+        whole = copy.copy(phase.batches)
+        whole.part = slice(None)  # a part of them would make other statistics, and another choice
+        drawn = list(islice(whole, SEEN_ANEW))
         batches = make_loader(phase.train.dataset, drawn, job.args)
         with job.compute.autocast():
             update_bn((to_input(each, job.compute.device) for each, _ in batches), phase.result)

@@ -174,6 +174,38 @@ def test_a_process_that_dies_takes_the_others_down(settings: list[str], tmp_path
     assert process.returncode != 0
 
 
+END_OF_TRIAL = """
+import functools, sys, torch
+import data_training as training
+path, *command = sys.argv[1:]
+args = training.parse_args(command)
+compute = training.join_processes(args.device, args.amp)
+job, _ = training.first_makes(functools.partial(training.prepare, args, compute), compute)
+job.compute = compute
+phase = training.begin_phase(job, 1)
+training.draw_epoch(job, phase, 1)
+training.search_shares = lambda *_: {1.0: 0.7, 0.0: 0.6}
+training.end_epoch(job, phase, 1)
+if compute.rank == compute.world_size - 1:
+    torch.save(phase.result.state_dict(), path)
+"""
+
+
+def test_averaged_weights_get_the_statistics_of_the_same_images_in_two_processes(
+    settings: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "end.py").write_text(END_OF_TRIAL)
+    command = [*settings, "--frozen-epochs", "0", "--finetune", "auto"]
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for name, way in (("one", []), ("two", several)):
+        line = [sys.executable, *way, str(tmp_path / "end.py"), str(tmp_path / name), *command]
+        subprocess.run(line, check=True, env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)})
+    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one", "two"))
+    assert one["bn1.num_batches_tracked"] == 2  # 46 images, 24 a batch
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("device", "batch_size", "synchronised"),
     [("cuda", 64, False), ("cuda", 60, True), ("xpu", 8, True), ("cpu", 8, False)],
