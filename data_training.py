@@ -75,6 +75,8 @@ STD = [255 * channel for channel in (0.229, 0.224, 0.225)]
 # up for most of it by images up to so much larger (Touvron et al. 2019, arXiv:1906.06423).
 EVAL_SCALE = 8 / 7
 STRIDE = 32  # pixels a cell of a ResNet's last feature map
+MOST_KEPT = 2**31  # bytes of images for evaluation in main memory, and at most a quarter of it
+MOST_PINNED = 2**28  # features, 1 GB: what is pinned takes a power of two of bytes, and stays
 HEAD_STEPS = 1000  # at least, of training the head alone: on features they cost next to nothing
 # Peak learning rates of the backbone by AdamW; a new head of pretrained weights gets 3 times that.
 BACKBONE_LR = {"auto": 1.5e-4, "firm": 1.5e-4, "gentle": 2e-5, "scratch": 1e-3}
@@ -405,11 +407,14 @@ def gather(part: Tensor, compute: Compute) -> Tensor:
     """The rows of all processes, of which process r has every `world_size`-th from r on."""
     if not dist.is_initialized():
         return part
-    parts = [part] * compute.world_size
-    dist.all_gather_object(parts, part)
-    whole = part.new_empty(sum(map(len, parts)), *part.shape[1:])
-    for rank, rows in enumerate(parts):
-        whole[rank :: compute.world_size] = rows
+    count = torch.tensor(len(part))
+    dist.all_reduce(count)
+    whole = part.new_empty(int(count), *part.shape[1:])
+    for rank in range(compute.world_size):  # one after the other, to need little memory
+        rows = whole[rank :: compute.world_size]
+        sent = part if rank == compute.rank else rows.contiguous()
+        dist.broadcast(sent, rank)
+        rows.copy_(sent)
     return whole
 
 
@@ -635,10 +640,13 @@ class Images(Dataset[tuple[Tensor, int]]):
     paths: list[str]
     labels: Tensor
     transform: nn.Module
+    kept: dict[int, Tensor] = field(default_factory=dict)  # what need not be read again
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
         """The image as (size, size, 3) uint8, and its label."""
         index, seed = item
+        if index in self.kept:
+            return self.kept[index], int(self.labels[index])
         torch.default_generator.manual_seed(seed)  # the transforms draw from it
         image = self.transform(read_image(self.paths[index]))
         return image.permute(1, 2, 0), int(self.labels[index])
@@ -755,14 +763,15 @@ class Batches(Sampler[list[tuple[int, int]]]):
 
 
 def make_loader(
-    dataset: Dataset, batches: Iterable[list[tuple[int, int]]], args: Namespace
+    dataset: Any, batches: Iterable[list[tuple[int, int]]], args: Namespace
 ) -> DataLoader:
-    """A loader of images; its workers live as long as it does."""
+    """A loader of images; its workers live as long as it does. What was kept takes none."""
+    workers = 0 if dataset.kept else args.workers
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        num_workers=args.workers,
-        persistent_workers=args.workers > 0,
+        num_workers=workers,
+        persistent_workers=workers > 0,
         pin_memory=args.device == "cuda",
     )
 
@@ -899,6 +908,7 @@ class Job:
     stored: dict[str, Any]  # what the parts of a phase that goes on had in them; empty once used
     # What `search_shares` found, for each phase.
     shares: dict[str, dict[float, float]] = field(default_factory=dict)
+    views: dict[int, Tensor] = field(default_factory=dict)  # of images that are evaluated, uint8
     waits: list[float] = field(default_factory=list)  # seconds for each batch of this epoch
     best: dict[str, Any] = field(default_factory=dict)  # the best network, if not written yet
     written: float = field(default_factory=time.perf_counter)  # when the files were, last
@@ -1012,22 +1022,55 @@ def head_phase(job: Job, epochs: range) -> Phase:
 def extract_features(job: Job) -> Tensor:
     """What the backbone makes of each image, BatchNorm as in evaluation: (N, D) float32."""
     args, data, compute, model = job.args, job.data, job.compute, job.model
-    images = Images(data.paths, data.labels, transforms(args)[1])
     ours = torch.arange(compute.rank, len(data.labels), compute.world_size)
     batches = Batches(ours, math.ceil(args.batch_size / compute.world_size))
     backbone = copy.deepcopy(model).eval()
     backbone.fc = nn.Identity()
     backbone = fuse(backbone, inplace=True)  # BatchNorm becomes a part of the convolutions
-    cuda = compute.device.type == "cuda"
-    features = torch.empty(len(ours), model.fc.in_features, pin_memory=cuda)
-    loader = timed(make_loader(images, batches, args), "features", job)
+    shape = len(ours), model.fc.in_features
+    pinned = compute.device.type == "cuda" and math.prod(shape) < MOST_PINNED
+    features = torch.empty(shape, pin_memory=pinned)
+    views = read_views(batches, "features", job)
     with compute.autocast():
-        for rows, (inputs, _) in zip(features.split(batches.sizes()), loader, strict=True):
+        for rows, inputs in zip(features.split(batches.sizes()), views, strict=True):
             outputs = backbone(to_input(inputs, compute.device)).float()
-            rows.copy_(outputs, non_blocking=cuda)
-    if cuda:
+            rows.copy_(outputs, non_blocking=pinned)
+    if pinned:
         torch.cuda.synchronize()  # until all rows are there
     return gather(features, compute)
+
+
+def evaluated_again(job: Job) -> set[int]:
+    """The images that this process evaluates after each epoch, if there is room for their views."""
+    args, rank, world_size = job.args, job.compute.rank, job.compute.world_size
+    parts = [each[rank::world_size] for each in (job.data.val, pick_searched(job.data))]
+    images = set(torch.cat(parts).tolist())
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):  # Windows does not tell
+        memory = 2 * MOST_KEPT
+    room = min(memory // 4, MOST_KEPT) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    fits = 3 * eval_size(args.image_size) ** 2 * len(images) <= room
+    return images if fits and (args.frozen_epochs or 0) < args.epochs else set()
+
+
+def read_views(batches: Batches, title: str, job: Job) -> Iterator[Tensor]:
+    """Images as evaluation sees them, (B, S, S, 3) uint8; what it sees again the job keeps."""
+    images = Images(job.data.paths, job.data.labels, transforms(job.args)[1])
+    again, indices = evaluated_again(job), iter(batches.indices.tolist())
+    for views, _ in timed(make_loader(images, batches, job.args), title, job):
+        for view, index in zip(views, islice(indices, len(views)), strict=True):
+            if index in again:
+                job.views[index] = view.clone()  # without the rest of its batch
+        yield views
+
+
+def kept_views(job: Job) -> dict[int, Tensor]:
+    """The views of the images that are evaluated again, after reading those that no one has."""
+    if rest := sorted(evaluated_again(job) - job.views.keys()):
+        for _ in read_views(Batches(torch.tensor(rest), job.args.batch_size), "reading", job):
+            pass
+    return job.views
 
 
 def full_phase(job: Job, epochs: range) -> Phase:
@@ -1048,7 +1091,8 @@ def full_phase(job: Job, epochs: range) -> Phase:
         average.update_parameters(model)
     result = average.module if average else model
     batches, views = cut_batches(job), transforms(args)
-    sets = (Images(data.paths, data.labels, each) for each in views)
+    kept: tuple[dict[int, Tensor], ...] = ({}, kept_views(job))
+    sets = (Images(data.paths, data.labels, *each) for each in zip(views, kept, strict=True))
     train, val = (make_loader(*pair, args) for pair in zip(sets, batches, strict=True))
     skipped = max(1, len(epochs) * len(batches[0]) // 2) * (name == "trial")
     networks = wrap_ddp(model.train(not gentle), job), result, result

@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 from urllib.error import URLError
 
@@ -1963,6 +1963,51 @@ def test_running_out_of_memory_names_a_smaller_batch(
     assert training.main([*command, *TINY, "--batch-size", "1", "--image-size", "64"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.endswith("out of memory on cpu; try a smaller --image-size, in a new run")
+
+
+@pytest.mark.parametrize("weights", ["given", "none"])
+def test_an_image_for_evaluation_is_read_once_where_there_is_room(
+    weights: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the feature pass, or where there is none before; with or without: the same results."""
+    monkeypatch.setattr(training, "MISTAKES", 0)
+    path = weights_file(tmp_path / "w.pth") if weights == "given" else "none"
+    command = [str(folder), "--weights", str(path), "--epochs", "2", "--no-check", *TINY]
+    read: Counter[str] = Counter()
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code is training.read_image.__code__:
+            read[frame.f_locals["path"]] += 1
+
+    for name, room in (("room", 2**31), ("none", 0)):
+        monkeypatch.setattr(training, "MOST_KEPT", room)
+        read.clear()
+        sys.setprofile(note)
+        try:
+            assert training.main([*command, "--output", str(tmp_path / name)]) == 0
+        finally:
+            sys.setprofile(None)
+        rows = rows_of(tmp_path / name / "split.csv")
+        times = {read[str(folder / row["path"])] for row in rows if row["part"] == "val"}
+        assert (times == {1}) == (name == "room"), times
+    tables = ((tmp_path / name / "predictions.csv").read_bytes() for name in ("room", "none"))
+    assert next(tables) == next(tables)
+
+
+def test_views_that_fit_no_quarter_of_the_memory_are_not_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(folder, "--weights", "none", "--epochs", "1", "--image-size", "32")
+    assert training.evaluated_again(job) == set(job.data.val.tolist())
+    count = len(job.data.val)
+    size = count * 32 * 32 * 3
+    for pages, kept in ((4 * size, count), (4 * size - 1, 0)):
+        monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": pages, "SC_PAGE_SIZE": 1}.get)
+        assert len(training.evaluated_again(job)) == kept
+    monkeypatch.delattr(os, "sysconf")  # Windows
+    assert len(training.evaluated_again(job)) == count
+    job.compute = CPU._replace(rank=1, world_size=2)
+    assert training.evaluated_again(job) == set(job.data.val[1::2].tolist())
 
 
 @pytest.mark.parametrize(("platform", "limits"), [("win32", [0.75]), ("linux", [])])
