@@ -586,13 +586,20 @@ def read_bytes(path: str) -> bytes:
     return Path(path).read_bytes()
 
 
-def read_image(path: str) -> Tensor:
-    """The image upright and in RGB: (3, height, width) uint8."""
+def read_image(path: str, least: int = 0) -> Tensor:
+    """The image upright and in RGB, what is transparent over white: (3, height, width) uint8.
+
+    With `least` a large JPEG is decoded to a half, quarter or eighth, its sides no shorter.
+    """
     content = read_bytes(path)
     try:
         # Reads the header alone, and raises if it claims too many pixels.
         picture: Image.Image = Image.open(io.BytesIO(content))
-        if picture.format in ("JPEG", "PNG"):
+        size = picture.size
+        if least:
+            picture.draft(None, (least, least))
+        plain = picture.size == size and not picture.has_transparency_data
+        if plain and picture.format in ("JPEG", "PNG"):
             with contextlib.suppress(RuntimeError):  # some rare files only Pillow reads
                 encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
                 image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
@@ -604,6 +611,9 @@ def read_image(path: str) -> Tensor:
         raise DataError(f"{printable(path)}: {reason}") from None
     if picture.mode.startswith("I"):  # 16 bits, which `convert` would clip instead of scale
         picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return v2.functional.pil_to_tensor(picture.convert("RGB"))
 
 
@@ -640,6 +650,7 @@ class Images(Dataset[tuple[Tensor, int]]):
     paths: list[str]
     labels: Tensor
     transform: nn.Module
+    least: int = 0  # pixels a side that the transform needs
     kept: dict[int, Tensor] = field(default_factory=dict)  # what need not be read again
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
@@ -648,7 +659,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         if index in self.kept:
             return self.kept[index], int(self.labels[index])
         torch.default_generator.manual_seed(seed)  # the transforms draw from it
-        image = self.transform(read_image(self.paths[index]))
+        image = self.transform(read_image(self.paths[index], self.least))
         return image.permute(1, 2, 0), int(self.labels[index])
 
 
@@ -682,6 +693,14 @@ def transforms(args: Namespace) -> tuple[nn.Module, nn.Module]:
     crop = RandomResizedCrop(size, (args.crop_scale, 1.0))
     train = v2.Compose([crop, v2.RandomHorizontalFlip(0.0 if args.no_flip else 0.5)])
     return train, v2.Compose([v2.Resize(larger), v2.CenterCrop(larger)])
+
+
+def least_side(args: Namespace) -> int:
+    """The pixels a side of an image whose smallest crop is not enlarged; evaluation takes fewer.
+
+    A crop shows `--crop-scale` of the area at least, in proportions up to 3 : 4.
+    """
+    return math.ceil(args.image_size * math.sqrt(4 / 3 / args.crop_scale))
 
 
 def eval_size(size: int) -> int:
@@ -1056,7 +1075,8 @@ def evaluated_again(job: Job) -> set[int]:
 
 def read_views(batches: Batches, title: str, job: Job) -> Iterator[Tensor]:
     """Images as evaluation sees them, (B, S, S, 3) uint8; what it sees again the job keeps."""
-    images = Images(job.data.paths, job.data.labels, transforms(job.args)[1])
+    data, view = job.data, transforms(job.args)[1]
+    images = Images(data.paths, data.labels, view, least_side(job.args))
     again, indices = evaluated_again(job), iter(batches.indices.tolist())
     for views, _ in timed(make_loader(images, batches, job.args), title, job):
         for view, index in zip(views, islice(indices, len(views)), strict=True):
@@ -1091,8 +1111,8 @@ def full_phase(job: Job, epochs: range) -> Phase:
         average.update_parameters(model)
     result = average.module if average else model
     batches, views = cut_batches(job), transforms(args)
-    kept: tuple[dict[int, Tensor], ...] = ({}, kept_views(job))
-    sets = (Images(data.paths, data.labels, *each) for each in zip(views, kept, strict=True))
+    images, kept = partial(Images, data.paths, data.labels, least=least_side(args)), kept_views(job)
+    sets = images(views[0]), images(views[1], kept=kept)
     train, val = (make_loader(*pair, args) for pair in zip(sets, batches, strict=True))
     skipped = max(1, len(epochs) * len(batches[0]) // 2) * (name == "trial")
     networks = wrap_ddp(model.train(not gentle), job), result, result

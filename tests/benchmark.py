@@ -29,11 +29,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -49,12 +49,17 @@ from torchvision import models
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import data_training as training  # noqa: E402
 
-STEPS = {"cpu": 4, "cuda": 50}  # in a turn of training
+STEPS = defaultdict(lambda: 50, cpu=4)  # in a turn of training
 READ = 512  # images in a turn of a loader
 SIZES = (10_000, 100_000, 1_000_000)
 DRAWN = "photographs"  # the folder of those that are drawn
@@ -114,18 +119,23 @@ def take_turns(contenders: list[Contender], repetitions: int) -> list[Turns]:
 
 
 def own_peak() -> float:
-    """The most memory that this process has had, in bytes."""
-    return getrusage(RUSAGE_SELF).ru_maxrss * RSS_UNIT
+    """The most memory that this process has had, in bytes; 0 on Windows, which does not say."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT if resource else 0.0
 
 
 # Run in a small process of its own: a command is charged with the memory of the one that starts it.
 CLOCK = """
 import os, subprocess, sys, time
-os.sync()
+getattr(os, "sync", int)()
 started = time.perf_counter()
 process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-_, status, usage = os.wait4(process.pid, 0)
-print(time.perf_counter() - started, usage.ru_maxrss)
+peak = 0
+if hasattr(os, "wait4"):  # not on Windows
+    _, status, usage = os.wait4(process.pid, 0)
+    peak = usage.ru_maxrss
+else:
+    status = process.wait()
+print(time.perf_counter() - started, peak)
 sys.exit(bool(status))
 """
 
@@ -160,7 +170,7 @@ def prepare(setting: Setting) -> Prepared:
     compute = training.join_processes(args.device, args.amp)
     args.device = compute.device.type
     job, _ = training.prepare(args, compute)
-    job.model.to(compute.device, memory_format=torch.channels_last)
+    job.model.to(compute.device, memory_format=training.memory_format(compute.device))
     phase = training.begin_phase(job, 1)
     drawn = training.draw_epoch(job, phase, 1)
     images = STEPS[compute.device.type] * setting.batch_size
@@ -592,7 +602,8 @@ def main() -> None:
         print("| what | ours | other | ratio | goal | our peak, MB | other's, MB |")
         print("|---|---|---|---|---|---|---|", flush=True)
         for name, race in PARTS.items():
-            if name in args.only:
+            there = name != "copying" or shutil.which("cp")  # Windows has none
+            if name in args.only and there:
                 print(*race(setting), sep="\n", flush=True)
         if "job" in args.only:
             print("", *measure_job(setting), sep="\n", flush=True)

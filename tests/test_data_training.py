@@ -447,6 +447,79 @@ def test_images_come_out_upright(tmp_path: Path, suffix: str, orientation: int, 
     assert np.abs(np.array(corners(image)) - np.array(wanted)).max() < 25
 
 
+@pytest.mark.parametrize("kind", ["RGBA.png", "LA.png", "P.png", "RGBA.webp", "RGBA.tif", "P.gif"])
+def test_what_is_transparent_shows_white_not_the_colour_below(tmp_path: Path, kind: str) -> None:
+    mode, path = kind.partition(".")[0], tmp_path / f"x.{kind}"
+    picture = Image.new("LA", (24, 24), (0, 0))  # black, and nowhere to be seen
+    picture.paste((100, 255), (0, 0, 12, 24))
+    if mode == "P":
+        picture = Image.new("P", (24, 24), 1)
+        picture.putpalette([100] * 3 + [0] * 3)
+        picture.paste(0, (0, 0, 12, 24))
+    options = {"P": {"transparency": 1}, "RGBA": {"lossless": True}}.get(mode, {})
+    (picture if mode == "P" else picture.convert(mode)).save(path, **options)
+    image = training.read_image(str(path))
+    assert image.shape == (3, 24, 24)
+    assert (image[..., :12] == 100).all() and (image[..., 12:] == 255).all()
+
+
+def write_photograph(path: Path, width: int, height: int, **options: object) -> Path:
+    stream = np.random.default_rng(0).integers(256, size=(12, 16, 3), dtype=np.uint8)
+    Image.fromarray(stream).resize((width, height), Image.Resampling.BICUBIC).save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize(("least", "side"), [(300, 300), (301, 600), (600, 600), (149, 150)])
+def test_a_large_jpeg_is_decoded_to_what_is_needed(tmp_path: Path, least: int, side: int) -> None:
+    """A half, a quarter or an eighth of 1,200 pixels, upright."""
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by a quarter
+    path = str(write_photograph(tmp_path / "x.jpg", 1600, 1200, quality=95, exif=exif))
+    image, whole = training.read_image(path, least), training.read_image(path)
+    assert whole.shape == (3, 1600, 1200) and image.shape == (3, side // 3 * 4, side)
+    same = v2.functional.resize(whole, list(image.shape[1:])).float()
+    assert (image.float() - same).abs().mean() < 1
+
+
+@pytest.mark.parametrize("name", ["small.jpg", "x.png"])
+def test_other_images_are_read_to_the_same_pixels_whatever_is_needed(
+    tmp_path: Path, name: str
+) -> None:
+    size = (731, 400) if name == "small.jpg" else (1600, 1200)
+    path = str(write_photograph(tmp_path / name, *size))
+    assert torch.equal(training.read_image(path, 366), training.read_image(path))
+
+
+@pytest.mark.parametrize("scale", ["0.08", "0.5", "1"])
+def test_no_crop_of_what_is_decoded_is_enlarged(scale: str, tmp_path: Path) -> None:
+    args = training.parse_args(["x", "--image-size", "32", "--crop-scale", scale])
+    least = training.least_side(args)
+    assert least >= training.eval_size(32)
+    crop = training.RandomResizedCrop(32, (args.crop_scale, 1.0))
+    image = torch.zeros(3, least, least, dtype=torch.uint8)
+    parts = [crop.make_params([image]) for _ in range(500)]
+    assert min(min(part["height"], part["width"]) for part in parts) >= 31  # they are rounded
+
+
+def test_training_and_evaluation_decode_large_photographs_to_what_they_need(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(folder, "--weights", "none", "--epochs", "1", "--image-size", "32")
+    phase, shapes = training.begin_phase(job, 1), []
+    path = write_photograph(tmp_path / "x.jpg", 1600, 1200)
+    job.data.paths[0] = str(path)  # the list that all share
+    decode = training.v2.functional.pil_to_tensor
+    monkeypatch.setattr(
+        training.v2.functional,
+        "pil_to_tensor",
+        lambda image: shapes.append(image.size) or decode(image),
+    )
+    job.views.pop(0, None)
+    for loader in (phase.train, phase.val):
+        loader.dataset[0, 0]
+    assert shapes == [(200, 150)] * 2  # 53 pixels were enough
+
+
 def views(size: int, *arguments: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     """How images are seen in training and in evaluation."""
     args = training.parse_args(["x", "--image-size", str(size), *arguments])

@@ -2,10 +2,12 @@
 
     python -m pytest tests/test_gpu.py
 
-A minute on one GPU. Two tests of several processes: two that share a GPU, and two GPUs.
+A minute on one GPU. Two tests of several processes: two that share a GPU, and two GPUs. On a GPU
+that is not CUDA's the default run alone: most of the others ask CUDA when it waits, or fill it.
 """
 
 import gc
+import json
 import os
 
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before the first product: to the same bits
@@ -21,7 +23,9 @@ from test_resume import assert_same_run
 
 import data_training as training
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU of CUDA")
+FOUND = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
+SHARES = "validation_balanced_accuracy_by_share"
 EPOCHS = ("head", "head", "firm", "firm")
 
 
@@ -66,6 +70,7 @@ def assert_near(one: Path, other: Path, tolerance: float) -> None:
     assert draws[0] == draws[1]
 
 
+@cuda
 @pytest.mark.parametrize(("amp", "tolerance"), [("--no-amp", 2e-3), ("--amp", 5e-2)])
 def test_both_phases_and_evaluation_agree_with_the_cpu(
     amp: str, tolerance: float, settings: list[str], on_cpu: Path, tmp_path: Path
@@ -75,6 +80,7 @@ def test_both_phases_and_evaluation_agree_with_the_cpu(
     assert_near(on_cpu, tmp_path / "run", tolerance)
 
 
+@cuda
 def test_the_features_and_the_evaluation_of_one_network_agree_with_the_cpu(
     settings: list[str],
 ) -> None:
@@ -88,6 +94,23 @@ def test_the_features_and_the_evaluation_of_one_network_agree_with_the_cpu(
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(cpu.probability, gpu.probability, atol=1e-4, rtol=1e-3)
     assert torch.equal(cpu.targets, gpu.targets) and cpu.loss == pytest.approx(gpu.loss, abs=1e-4)
+
+
+@pytest.mark.skipif(not FOUND, reason="needs a GPU")
+def test_a_default_run_passes_through_head_trial_and_search_on_any_gpu(
+    settings: list[str], tmp_path: Path
+) -> None:
+    """What the trial chooses may differ from the CPU's by rounding, what the head learns not."""
+    command = [*settings[:5], "--epochs", "2", "--image-size", "32", "--batch-size", "24"]
+    tables = []
+    for device in ("cpu", FOUND.type):
+        output = tmp_path / f"on_{device}"
+        assert training.main([*command, "--device", device, "--output", str(output)]) == 0
+        tables.append(rows_of(output / "history.csv"))
+        assert "trial" in json.loads((output / "config.json").read_text())[SHARES]
+    assert [row["phase"] for row in tables[1][:2]] == ["head", "trial"] and len(tables[1]) == 3
+    losses = [float(rows[0]["val_loss"]) for rows in tables]
+    assert losses[0] == pytest.approx(losses[1], abs=5e-2)
 
 
 def begin(settings: list[str], device: str, epoch: int) -> tuple[training.Job, training.Phase]:
@@ -104,6 +127,7 @@ def begin(settings: list[str], device: str, epoch: int) -> tuple[training.Job, t
 # ----------------------------------------------------------------------------------- resume
 
 
+@cuda
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_a_run_goes_on_to_the_bit_where_algorithms_are_deterministic(
     epochs: int, settings: list[str], tmp_path: Path
@@ -119,6 +143,7 @@ def test_a_run_goes_on_to_the_bit_where_algorithms_are_deterministic(
     assert_same_run(tmp_path / "whole", output)
 
 
+@cuda
 def test_a_run_goes_on_nearly_the_same_where_they_are_not(
     settings: list[str], tmp_path: Path
 ) -> None:
@@ -129,6 +154,7 @@ def test_a_run_goes_on_nearly_the_same_where_they_are_not(
     assert_near(tmp_path / "whole", output, 2e-3)
 
 
+@cuda
 def test_a_run_goes_from_the_cpu_to_the_gpu_and_back(
     settings: list[str], on_cpu: Path, tmp_path: Path
 ) -> None:
@@ -138,6 +164,7 @@ def test_a_run_goes_from_the_cpu_to_the_gpu_and_back(
     assert_near(on_cpu, output, 5e-2)
 
 
+@cuda
 def test_a_gpu_without_bfloat16_trains_in_float16_and_goes_on_with_a_run_in_bfloat16(
     settings: list[str], on_cpu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +192,7 @@ class Unwaiting(list):
             torch.cuda.set_sync_debug_mode("default")
 
 
+@cuda
 @pytest.mark.parametrize("epoch", [1, 3])
 @pytest.mark.parametrize("pinned", [True, False])
 def test_no_step_waits_for_the_gpu(epoch: int, pinned: bool, settings: list[str]) -> None:
@@ -181,6 +209,7 @@ def test_no_step_waits_for_the_gpu(epoch: int, pinned: bool, settings: list[str]
             training.train_epoch(job, phase._replace(train=each))
 
 
+@cuda
 def test_neither_evaluation_nor_the_feature_pass_waits_for_the_gpu_in_between(
     settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +227,7 @@ def test_neither_evaluation_nor_the_feature_pass_waits_for_the_gpu_in_between(
     torch.testing.assert_close(training.extract_features(job), features)
 
 
+@cuda
 @pytest.mark.parametrize("frozen", ["1", "0", "none"])
 def test_a_full_gpu_gets_one_line_of_advice(
     frozen: str, settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -220,6 +250,7 @@ def test_a_full_gpu_gets_one_line_of_advice(
 # ------------------------------------------------------------------------- several processes
 
 
+@cuda
 @pytest.mark.parametrize("weights", ["given", "none"])
 def test_two_processes_share_a_gpu_or_have_one_each(
     weights: str, settings: list[str], on_cpu: Path, tmp_path: Path
