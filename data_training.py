@@ -124,7 +124,7 @@ HEADER = (
     "     few  draws/class  distinct  images/s   left"
 )
 BLUE, ORANGE = "#2f6fb0", "#d9822b"
-MOST_LABELS, MOST_WHISKERS = 30, 200  # that can be told apart below a chart and in it
+MOST_LABELS, GROUPS = 30, 10  # that can be read below a chart; of more classes, bars in it
 MISTAKES, TILE = 24, 244  # how many are shown, and pixels a side of each
 EXAMPLES = """examples:
   python data_training.py dogs --epochs 10
@@ -1964,7 +1964,7 @@ def print_calibration(row: dict[str, Any]) -> None:
             label = name.replace("_", " ")
             print(f"{label:17}  {row[f'as_trained_{name}']:10.1%}  {row[name]:10.1%}")
     print(
-        "calibrated: frequent classes are no longer favoured, since logits are multiplied by "
+        "calibrated: no class is favoured for being frequent, since logits are multiplied by "
         f"{row['logit_scale']:.2f}, minus {row['logit_shift']:.2f} x log(class share)\n"
         "fitted on validation images, of which each half is judged by what fits the other half\n"
         f"expected calibration error {row['calibration_error']:.1%} "
@@ -2047,25 +2047,44 @@ def robust_top(values: list[float]) -> float:
 
 
 def class_panels(job: Job, last: Evaluation) -> list[Panel]:
-    """The recall of each class, most training images first, over its number of them."""
+    """Recall over training images, most first: of each class, or of `GROUPS` groups if many."""
     counts = job.data.counts(job.data.train)
     order = counts.argsort(descending=True, stable=True)
-    predicted, recalls = {"recall": last.predicted}, {}
+    groups, labels = order.split(1), [job.data.classes[label] for label in order]
+    title = "recall, most training images first (lines: 95 % intervals)"
+    if len(order) > MOST_LABELS:
+        groups = order.tensor_split(GROUPS)
+        labels = [f"{counts[group[0]]} to {counts[group[-1]]}" for group in groups]
+        title = f"mean recall of {len(order)} classes by training images (lines: 95 % intervals)"
+    predicted = {"recall": last.predicted}
     if job.baseline is not None:
-        predicted = {"before": job.baseline, "after": last.predicted}
-    whiskers = len(order) * len(predicted) <= MOST_WHISKERS
+        predicted = {job.args.baseline.name: job.baseline, "this run": last.predicted}
+    recalls = {}
     for name, answers in predicted.items():
         matrix = confusion_matrix(last.targets, answers, len(order))
-        ends = wilson_interval(matrix.diag(), matrix.sum(1))[: 2 * whiskers]
-        recalls[name] = torch.stack([recall_by_class(matrix), *ends])[:, order].T.tolist()
-    named = len(order) <= MOST_LABELS
-    labels = [job.data.classes[at] if named else str(place) for place, at in enumerate(order)]
-    title = "recall" + " (lines: 95 % intervals)" * whiskers + ", most training images first"
-    bars, most = {"images": counts[order][:, None].tolist()}, counts.max().item()
+        recalls[name] = [group_recall(matrix, group) for group in groups]
+    images = [[counts[group].double().mean().item()] for group in groups]
+    most = counts.max().item()
     return [
         Panel(title, labels, recalls, ticks(0, 1), 1),
-        Panel("training images", labels, bars, ticks(0, most), most),
+        Panel("training images per class", labels, {"images": images}, ticks(0, most), most),
     ]
+
+
+def group_recall(confusion: Tensor, group: Tensor) -> list[float]:
+    """The mean recall of some classes and the ends of its interval; NaN where none is known."""
+    right, val_counts = confusion.diag()[group], confusion.sum(1)[group]
+    if len(group) == 1:
+        return [
+            (right / val_counts).item(),
+            *(x.item() for x in wilson_interval(right, val_counts)),
+        ]
+    recall = recall_by_class(confusion)[group]
+    known = val_counts > 0
+    weights = known.double()[None] / known.sum()
+    half = half_widths(recall_variance(recall, val_counts), weights).item()
+    mean = recall.nanmean().item()
+    return [mean, max(0.0, mean - half), min(1.0, mean + half)]
 
 
 def draw_chart(panels: list[Panel]) -> Image.Image:
@@ -2087,7 +2106,7 @@ def draw_panel(panel: Panel) -> Image.Image:
         draw.line([x, 44, x, 440], "#999999", 2)
         draw.text((x + 10, 54), name, "#777777", font, "lm")
     places = len(panel.labels)
-    step = 1 if places <= MOST_LABELS else int(ticks(0, places)[1])
+    step = 1 if places <= MOST_LABELS else int(ticks(0, places)[1])  # of many epochs
     labels = {at: printable(panel.labels[at]) for at in range(0, places, step)}
     slanted = max(map(font.getlength, labels.values())) > 1300 / len(labels)
     for place, label in labels.items():
@@ -2097,7 +2116,7 @@ def draw_panel(panel: Panel) -> Image.Image:
         left = panel.spot(place + 0.4, 0)[0] - mask.width * (0.9 if slanted else 0.5)
         chart.paste("black", (int(left), 448), mask)
     draw_series(draw, panel)
-    return chart
+    return chart if slanted else chart.crop((0, 0, 1600, 500))
 
 
 def draw_series(draw: ImageDraw.ImageDraw, panel: Panel) -> None:
@@ -2106,7 +2125,8 @@ def draw_series(draw: ImageDraw.ImageDraw, panel: Panel) -> None:
     half = 0.4 / (len(panel.series) if bars else 1)
     for number, (name, places) in enumerate(panel.series.items()):
         colour = (ORANGE, BLUE)[number - len(panel.series)]  # what is new, or validated, is blue
-        draw.text((1560 - 180 * (len(panel.series) - number), 24), name, colour, font, "lm")
+        label = shorten(printable(name), font, 230)
+        draw.text((1560 - 250 * (len(panel.series) - number), 24), label, colour, font, "lm")
         shift = half * (2 * number * bars + 1)
         known = [(at + shift, *each) for at, each in enumerate(places) if not math.isnan(each[0])]
         for middle, value, *ends in known:

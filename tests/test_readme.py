@@ -25,7 +25,7 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("data_creation.py", "data_training.py", "tests"):
         (folder / name).symlink_to(ROOT / name)
     commands = [line for line in block("try it").splitlines() if line.startswith("python ")]
-    assert len(commands) == 3
+    assert len(commands) == 4
     for command in commands:
         arguments = [sys.executable, *command.replace("--epochs 20", "--epochs 3").split()[1:]]
         done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True)
@@ -42,19 +42,35 @@ def test_the_first_minute_ends_with_pictures_and_a_network_that_learned(tried: P
     assert float(history[-1]["balanced_accuracy"]) > 0.25  # chance: 0.08
 
 
-def test_the_snippet_answers_what_the_run_predicted(tried: Path) -> None:
-    snippet = block("use it").replace("best.pt", "last.pt")
+def answers(tried: Path, snippet: str) -> dict[str, tuple[str, float]]:
+    """What the snippet writes of each image."""
     subprocess.run([sys.executable, "-c", snippet], cwd=tried, check=True)
     with open(tried / "answers.csv", newline="") as file:
-        answers = {path: (name, float(probability)) for path, name, probability in csv.reader(file)}
-    assert len(answers) == len(list((tried / "sample/husky").iterdir())) > 40
-    with open(tried / "runs/sample/predictions.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["class"] == "husky"]
+        return {path: (name, float(probability)) for path, name, probability in csv.reader(file)}
+
+
+def test_the_snippet_answers_what_the_saved_network_says(tried: Path) -> None:
+    given = ["--weights", "runs/sample/best.pt", "--epochs", "0", "--output", "runs/given"]
+    command = [sys.executable, "data_training.py", "sample_imbalanced", *given]
+    subprocess.run(command, cwd=tried, check=True, capture_output=True)
+    found = answers(tried, block("use it"))
+    assert len(found) == len(list((tried / "sample/husky").iterdir())) > 40
+    rows = [row for row in rows_of(tried / "runs/given/predictions.csv") if row["class"] == "husky"]
     assert len(rows) > 3
     for row in rows:
-        name, probability = answers[f"sample/{row['path']}"]
+        name, probability = found[f"sample/{row['path']}"]
         assert name == row["predicted"]
         assert probability == pytest.approx(float(row["probability"]), abs=0.1)  # not bfloat16
+
+
+def test_the_line_in_the_snippet_favours_classes_as_frequent_as_in_training(tried: Path) -> None:
+    snippet = block("use it").replace("sample/husky", "sample/akita")  # the most frequent breed
+    line = re.search(r"# (logits \+= .*?)  #", snippet)
+    same, skewed = (
+        answers(tried, each) for each in (snippet, snippet.replace(line[0], f"{line[1]}  #"))
+    )
+    votes = [[name for name, _ in found.values()].count("akita") for found in (same, skewed)]
+    assert votes[1] > votes[0]
 
 
 @pytest.fixture(scope="module")
@@ -100,20 +116,6 @@ def test_the_command_lists_the_labels_that_are_likely_wrong_first(tried: Path) -
     assert shown.splitlines()[0] == " ".join(least.values())
     last = [float(line.split()[-1]) for line in shown.splitlines()]
     assert last == sorted(float(row["true_probability"]) for row in rows)[:20]
-
-
-def test_the_roc_curve_by_hand(tmp_path: Path) -> None:
-    """Two that are ill, of scores 0.9 and 0.4, and two that are well, of 0.4 and 0.1."""
-    (tmp_path / "runs/scans").mkdir(parents=True)
-    rows = ["class,true_probability", "ill,0.9", "ill,0.4", "well,0.6", "well,0.9"]
-    (tmp_path / "runs/scans/predictions.csv").write_text("\n".join(rows) + "\n")
-    command = [sys.executable, "-c", block("roc curve")]
-    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert [line.split() for line in shown.splitlines()[1:]] == [
-        ["0.9000", "50.0%", "0.0%"],
-        ["0.4000", "100.0%", "50.0%"],
-        ["0.1000", "100.0%", "100.0%"],
-    ]
 
 
 def test_every_option_the_readme_names_exists() -> None:
