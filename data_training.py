@@ -1384,22 +1384,38 @@ def pick_half(targets: Tensor) -> Tensor:
     return half
 
 
-@torch.enable_grad()
 def fit_calibration(logits: Tensor, targets: Tensor, log_share: Tensor) -> Calibration:
-    """The numbers with the lowest cross entropy of (M, C) logits, each class counting the same.
+    """The numbers that suit (M, C) logits best; no shift where it would lower the mean recall.
+
+    Cross entropy may gain by a shift that costs right answers, where what rare classes lack does
+    not follow their share.
+    """
+    if not len(targets):
+        return Calibration()
+    few = pick_evenly(targets, MOST_FITTED // len(log_share))
+    logits, targets, log_share = logits[few].double(), targets[few], log_share.double()
+    weights = 1 / torch.bincount(targets)[targets].double()
+    weights /= weights.sum()
+    scale, shift = minimise_cross_entropy(logits, targets, weights, log_share)
+    right = [each.argmax(1) == targets for each in (logits, scale * logits - shift * log_share)]
+    before, after = (weights @ each.double() for each in right)
+    if after < before:
+        scale, shift = minimise_cross_entropy(logits, targets, weights, 0 * log_share)
+    return Calibration(scale, shift)
+
+
+@torch.enable_grad()
+def minimise_cross_entropy(
+    logits: Tensor, targets: Tensor, weights: Tensor, log_share: Tensor
+) -> tuple[float, float]:
+    """The scale and the shift with the lowest cross entropy, (M,) `weights` of images given.
 
     The problem is convex. A prior worth `PRIOR` images holds the numbers near 1 and 0 where there
     is little to go by, or all is right and ever larger logits would be better still. Images with
     weights w that sum to 1 tell as much as 1 / sum(w^2) of equal weight (Kish 1965).
     """
-    if not len(targets):
-        return Calibration()
-    few = pick_evenly(targets, MOST_FITTED // len(log_share))
-    logits, targets = logits[few].double(), targets[few]
-    weights = 1 / torch.bincount(targets)[targets].double()
-    weights /= weights.sum()
-    spread = max(log_share.double().std(correction=0).item(), 1e-9)  # 0 if all are as frequent
-    steps = (log_share.double() - log_share.double().mean()) / spread
+    spread = max(log_share.std(correction=0).item(), 1e-9)  # 0 if all are as frequent
+    steps = (log_share - log_share.mean()) / spread
     numbers = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([numbers], max_iter=50, line_search_fn="strong_wolfe")
 
@@ -1415,7 +1431,7 @@ def fit_calibration(logits: Tensor, targets: Tensor, log_share: Tensor) -> Calib
     optimizer.step(loss)
     scale, shift = numbers.tolist()
     # A network worse than chance is not turned round: it knows nothing.
-    return Calibration(max(scale, LEAST_SCALE), shift / spread)
+    return max(scale, LEAST_SCALE), shift / spread
 
 
 def pick_evenly(labels: Tensor, most: int) -> Tensor:

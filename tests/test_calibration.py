@@ -82,6 +82,19 @@ def test_a_network_that_is_mostly_wrong_is_not_turned_round() -> None:
     assert scale == training.LEAST_SCALE > 0
 
 
+def test_a_shift_that_would_lower_the_mean_recall_is_not_made() -> None:
+    """Most of class 1 is taken for class 0 with certainty: a shift would lose class 0, for none."""
+    margins = torch.tensor([0.5] * 80 + [4.0] * 16 + [-3.0] * 4)
+    logits = torch.stack([margins, torch.zeros(100)], 1)
+    targets, log_share = torch.tensor([0] * 80 + [1] * 20), torch.tensor([0.8, 0.2]).log()
+    weights = torch.tensor([0.5 / 80] * 80 + [0.5 / 20] * 20).double()
+    numbers = logits.double(), targets, weights, log_share.double()
+    scale, shift = training.minimise_cross_entropy(*numbers)
+    assert not (scale * logits - shift * log_share).argmax(1)[:80].eq(0).any()
+    scale, shift = training.fit_calibration(logits, targets, log_share)
+    assert shift == 0 and 0 < scale < 1
+
+
 @pytest.mark.parametrize("images", [50, 200])
 @pytest.mark.parametrize(("classes", "ratio", "apart"), [(2, 35, 2.0), (7, 20, 1.5), (40, 15, 2.0)])
 def test_where_there_is_nothing_to_mend_it_does_no_harm(

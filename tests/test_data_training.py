@@ -1783,7 +1783,8 @@ def test_a_comparison_has_the_measures_of_both_runs_and_their_difference(
         assert float(row["difference"]) == pytest.approx(difference, abs=2e-6)
         low, high = float(row["low"]), float(row["high"])
         assert low <= difference <= high
-        line = next(x for x in printed.splitlines() if x.startswith(name.replace("_", " ") + " "))
+        lines = [x for x in printed.splitlines() if x.startswith(name.replace("_", " ") + " ")]
+        line = lines[-1]  # after those of the calibration
         assert ("undecided" in line) is (low <= 0 <= high)
         assert f"{100 * difference:+.1f}" in line
     assert float(rows[1]["high"]) < 0  # a quarter of the epochs is worse
