@@ -83,14 +83,25 @@ def test_a_network_that_is_mostly_wrong_is_not_turned_round() -> None:
 
 
 def test_a_shift_that_would_lower_the_mean_recall_is_not_made() -> None:
-    """Most of class 1 is taken for class 0 with certainty: a shift would lose class 0, for none."""
-    margins = torch.tensor([0.5] * 80 + [4.0] * 16 + [-3.0] * 4)
-    logits = torch.stack([margins, torch.zeros(100)], 1)
-    targets, log_share = torch.tensor([0] * 80 + [1] * 20), torch.tensor([0.8, 0.2]).log()
-    weights = torch.tensor([0.5 / 80] * 80 + [0.5 / 20] * 20).double()
+    """Class 3 is far from right and gains by a shift, though no answer; class 0 would lose its own.
+
+    Classes 0 and 2 look alike, as do 1 and 3; 0 and 1 are frequent.
+    """
+    rows = [[1.0, -9.0, 0.0, -9.0], [-9.0, 9.0, -9.0, 0.0], [0.0, -9.0, 4.0, -9.0]]
+    rows += [[-9.0, 5.0, -9.0, 0.0]]
+    logits = torch.tensor(rows).repeat_interleave(25, 0)
+    targets = torch.arange(4).repeat_interleave(25)
+    log_share = (torch.tensor([50, 48, 10, 5]) / 113).log()
+    weights = torch.full((100,), 0.01).double()
     numbers = logits.double(), targets, weights, log_share.double()
     scale, shift = training.minimise_cross_entropy(*numbers)
-    assert not (scale * logits - shift * log_share).argmax(1)[:80].eq(0).any()
+    answers = (scale * logits - shift * log_share).argmax(1)
+    assert [(answers[targets == label] == label).float().mean() for label in range(4)] == [
+        0,
+        1,
+        1,
+        0,
+    ]
     scale, shift = training.fit_calibration(logits, targets, log_share)
     assert shift == 0 and 0 < scale < 1
 
