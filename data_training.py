@@ -7,10 +7,12 @@ DATA holds one folder per class; a part of each is kept for validation. Training
 a `WeightedRandomSampler` with weights 1 / (training images of the class), so that every class is
 seen about equally often; `--rebalance` names the alternatives. The head is trained first, on
 features that the frozen backbone computes once; then everything, and of the way from the head alone
-to there the network goes as far as it validates best. After each epoch, or half a minute of short
-ones, a run folder holds the settings, the history, the recall of each class with its interval, the
-predictions, the last and the best network, two charts and, in the end, a sheet of the worst
-mistakes; with `--baseline` also what changed since an earlier run, and how sure that is.
+to there the network goes as far as it validates best. After each epoch two numbers are fitted on
+the validation images, which take back what the network favours frequent classes by; what is judged,
+reported and saved is calibrated so. After an epoch, or half a minute of short ones, a run folder
+holds the settings, the history, the recall of each class with its interval, the predictions, the
+last and the best network, two charts and, in the end, a sheet of the worst mistakes; with
+`--baseline` also what changed since an earlier run, and how sure that is.
 
 A run that was stopped goes on with `--resume` and ends as it would have.
 
