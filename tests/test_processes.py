@@ -17,10 +17,13 @@ import data_training as training
 
 @pytest.fixture(scope="module")
 def settings(folder: Path) -> list[str]:
-    """With the statistics of BatchNorm kept: on CPUs each process would have its own."""
+    """With the statistics of BatchNorm kept: on CPUs each process would have its own.
+
+    Not calibrated, so that the saved network gives the predictions again.
+    """
     weights = weights_file(folder.parent / "pretrained.pth")
     command = [str(folder), "--arch", "resnet18", "--weights", str(weights), "--epochs", "6"]
-    command += ["--frozen-epochs", "2", "--finetune", "gentle"]
+    command += ["--frozen-epochs", "2", "--finetune", "gentle", "--no-calibration"]
     return [*command, "--image-size", "32", "--batch-size", "24", "--device", "cpu"]
 
 
@@ -141,6 +144,7 @@ def test_the_statistics_of_batchnorm_are_the_first_process_s_own(
     """Each process has seen other batches; what is evaluated is what is saved."""
     command = [str(folder), "--arch", "resnet18", "--image-size", "32", "--device", "cpu"]
     scratch = [*command, "--weights", "none", "--epochs", "1", "--batch-size", "16"]
+    scratch += ["--no-calibration"]
     process = start(*scratch, "--output", str(tmp_path / "two"), processes=2)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
