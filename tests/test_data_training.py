@@ -694,6 +694,23 @@ def test_a_failed_download_says_what_to_do(
         assert part in error
 
 
+def test_default_weights_are_recorded_by_the_name_that_they_have_today(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    state = models.resnet18().state_dict()
+    monkeypatch.setattr(models.WeightsEnum, "get_state_dict", lambda *_, **__: state)
+    folder = write_folder(tmp_path / "src", {"ape": 12, "bee": 8})
+    command = [str(folder), "--epochs", "1", "--frozen-epochs", "1", *TINY]
+    command += ["--weights", "DEFAULT", "--output", str(tmp_path / "run")]
+    assert training.main(command) == 0
+    assert "resnet18, IMAGENET1K_V1: head of 1000 classes dropped" in capsys.readouterr().out
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    checkpoint = torch.load(tmp_path / "run/best.pt", weights_only=True)
+    assert config["settings"]["weights"] == checkpoint["weights"] == "IMAGENET1K_V1"
+    assert training.main([*command, "--resume"]) == 0
+
+
 # ------------------------------------------------------------------------------ whole runs
 
 SIZES = {"ape": 44, "bee": 30, "cat": 22, "dog": 12}
