@@ -98,7 +98,7 @@ def test_the_features_and_the_evaluation_of_one_network_agree_with_the_cpu(
 
 @pytest.mark.skipif(not FOUND, reason="needs a GPU")
 def test_a_default_run_passes_through_head_trial_and_search_on_any_gpu(
-    settings: list[str], tmp_path: Path
+    settings: list[str], tmp_path: Path, short_trial: None
 ) -> None:
     """What the trial chooses may differ from the CPU's by rounding, what the head learns not."""
     command = [*settings[:5], "--epochs", "2", "--image-size", "32", "--batch-size", "24"]

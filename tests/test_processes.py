@@ -182,6 +182,7 @@ END_OF_TRIAL = """
 import functools, sys, torch
 import data_training as training
 path, *command = sys.argv[1:]
+training.TRIAL_STEPS = 1
 args = training.parse_args(command)
 compute = training.join_processes(args.device, args.amp)
 job, _ = training.first_makes(functools.partial(training.prepare, args, compute), compute)
