@@ -97,7 +97,9 @@ FIRST_HALF = ("conv1.", "bn1.", "layer1.", "layer2.")
 average_weights = get_swa_multi_avg_fn()  # moves a first list of weights towards a second one
 PRIOR = 6.0  # images for which "nothing to calibrate" counts
 LEAST_SCALE = 0.01
+LEAST_SPREAD = 0.05  # of log shares; what differs less in frequency is not shifted by much
 MOST_FITTED = 2**22  # logits that calibration is fitted on: more would tell two numbers little new
+HIGHEST = 1e4  # logit
 BLOCK = 2**13  # images whose probabilities are held at once
 CLIP_NORM = 1.0  # longest gradient followed; tiny BatchNorm variances can make it explode
 MANY, FEW = 100, 20  # "many": more training images than that, "few": fewer
@@ -213,8 +215,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
         help="the sampler's weights are 1 / count ** P; 0.5: square root (default: 1)")  # fmt: skip
     add("--batch-size", metavar="N", type=some, default=64, help="images per step")
     add("--lr", metavar="X", type=positive, default=0.02,
-        help="peak learning rate of the head alone, by SGD, for features of mean square "
-        "1")  # fmt: skip
+        help="peak learning rate of the head alone, by SGD, for features of squared length "
+        "512")  # fmt: skip
     add("--backbone-lr", metavar="X", type=auto_or(positive), default="auto",
         help="of the whole network, by AdamW, a pretrained one's head 3 times that; auto: "
         "1.5e-4, gentle 2e-5 (where auto turns gentle, 2/15 of it), from random weights "
@@ -450,8 +452,12 @@ class Data(NamedTuple):
         return torch.bincount(self.labels[part], minlength=len(self.classes))
 
     def log_share(self) -> Tensor:
-        """The logarithm of each class's share of the training images: (C,) float32."""
-        return (self.counts(self.train) / len(self.train)).log()
+        """The logarithm of each class's share of the training images: (C,) float32.
+
+        Less their mean: a constant changes no probability, but would cost half precision digits.
+        """
+        logs = self.counts(self.train).log()
+        return logs - logs.mean()
 
 
 def load_data(args: Namespace) -> Data:
@@ -491,6 +497,8 @@ def make_data(
         raise DataError(f"{args.split or args.out}: {bare[0]}: {text}; such classes: {len(bare)}")
     if trained.all():
         text = "no image differs from those trained on; nothing to validate on"
+        if args.split and all(row.part == "train" for row in rows) and not copies:
+            text = "names no image to validate on, as part val or source"
         raise DataError(f"{args.val or args.split or args.out}: {text}")
     paths, names, labels, parts = map(list, zip(*rows, strict=True))
     train, val = trained.nonzero().flatten(), (~trained).nonzero().flatten()
@@ -906,7 +914,7 @@ def rescale(model: models.ResNet) -> None:
     kinds = nn.Conv2d | nn.BatchNorm2d
     layers: list[Any] = [each for each in model.modules() if isinstance(each, kinds)]
     for conv, norm in zip(layers[::2], layers[1::2], strict=True):
-        factor = CONV_SCALE / conv.weight.square().sum((1, 2, 3)).mean().sqrt()
+        factor = CONV_SCALE / conv.weight.square().sum((1, 2, 3)).mean().sqrt().clamp(min=1e-12)
         conv.weight *= factor
         norm.running_mean *= factor
         norm.running_var.add_(norm.eps).mul_(factor**2).sub_(norm.eps)
@@ -1020,8 +1028,9 @@ def head_phase(job: Job, epochs: range) -> Phase:
     """
     args, model = job.args, job.model
     features = extract_features(job)
-    # As if the features had a mean square of 1: weights the smaller, the larger they are.
-    square = features[job.data.train].square().mean().item()
+    # How far a step may go hangs on the length of the features; --lr is for that of a ResNet-18.
+    lengths = torch.linalg.vector_norm(features, dim=1)[job.data.train]
+    square = max(lengths.square().mean().item() / 512, 1e-12)
     weight, bias = model.fc.weight, model.fc.bias
     groups = [
         {"params": [weight], "lr": args.lr / square, "weight_decay": args.weight_decay * square},
@@ -1077,8 +1086,8 @@ def evaluated_again(job: Job) -> set[int]:
 
 def read_views(batches: Batches, title: str, job: Job) -> Iterator[Tensor]:
     """Images as evaluation sees them, (B, S, S, 3) uint8; what it sees again the job keeps."""
-    data, view = job.data, transforms(job.args)[1]
-    images = Images(data.paths, data.labels, view, least_side(job.args))
+    data, transform = job.data, transforms(job.args)[1]
+    images = Images(data.paths, data.labels, transform, least_side(job.args))
     again, indices = evaluated_again(job), iter(batches.indices.tolist())
     for views, _ in timed(make_loader(images, batches, job.args), title, job):
         for view, index in zip(views, islice(indices, len(views)), strict=True):
@@ -1322,17 +1331,21 @@ def evaluate(job: Job, network: nn.Module, batches: Iterable[list[Tensor]]) -> E
 def predict(
     network: nn.Module, batches: Iterable[list[Tensor]], compute: Compute
 ) -> tuple[Tensor, Tensor]:
-    """Logits (M, C), of the type that `network` gives, and targets (M,) int64 of all processes."""
+    """Logits (M, C), of the type that `network` gives, and targets (M,) int64 of all processes.
+
+    Raises `DataError` where they are NaN.
+    """
     share_statistics(network)
     faster = fuse(copy.deepcopy(network).eval(), inplace=True)
     outputs = []
     for inputs, targets in batches:
         with compute.autocast():
             outputs.append((faster(to_input(inputs, compute.device)), targets))
-    logits, targets = (
-        gather(torch.cat(each).cpu(), compute) for each in zip(*outputs, strict=True)
-    )
-    return logits, targets
+    columns = ([each.cpu() for each in column] for column in zip(*outputs, strict=True))
+    logits, targets = (gather(torch.cat(column), compute) for column in columns)
+    if logits.isnan().any():
+        raise DataError("the network's outputs are no numbers; take other weights or lower rates")
+    return logits.clamp(-HIGHEST, HIGHEST), targets  # float16 overflows
 
 
 def share_statistics(network: nn.Module) -> None:
@@ -1344,13 +1357,13 @@ def share_statistics(network: nn.Module) -> None:
 
 def assess(logits: Tensor, targets: Tensor, log_share: Tensor, calibrated: bool) -> Evaluation:
     """What (M, C) logits say; each half of the images is calibrated by what fits the other half."""
-    half, final = pick_half(targets), Calibration()
-    numbers = torch.tensor([final, final])
+    half, numbers = pick_half(targets), torch.tensor([Calibration()] * 3)
     if calibrated:
-        final = fit_calibration(logits, targets, log_share)
-        parts = half, ~half
+        parts = half, ~half, slice(None)
         fits = [fit_calibration(logits[part], targets[part], log_share) for part in parts]
         numbers = torch.tensor(fits)
+    if dist.is_initialized():  # another processor may round otherwise, and choose otherwise
+        dist.broadcast(numbers, 0)
     columns = []
     for rows in torch.arange(len(targets)).split(BLOCK):
         scale, shift = numbers[half[rows].long()].T[..., None]
@@ -1373,7 +1386,7 @@ def assess(logits: Tensor, targets: Tensor, log_share: Tensor, calibrated: bool)
         trained_probability=as_trained[0],
         natural=natural,
         confusion=confusion_matrix(targets, predicted, len(log_share)),
-        calibration=final,
+        calibration=Calibration(*numbers[2].tolist()),
     )
 
 
@@ -1416,7 +1429,7 @@ def minimise_cross_entropy(
     is little to go by, or all is right and ever larger logits would be better still. Images with
     weights w that sum to 1 tell as much as 1 / sum(w^2) of equal weight (Kish 1965).
     """
-    spread = max(log_share.std(correction=0).item(), 1e-9)  # 0 if all are as frequent
+    spread = max(log_share.std(correction=0).item(), LEAST_SPREAD)
     steps = (log_share - log_share.mean()) / spread
     numbers = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([numbers], max_iter=50, line_search_fn="strong_wolfe")
@@ -1665,9 +1678,12 @@ def load_split(args: Namespace, copies: int, unreadable: list[str]) -> Data:
     folders = {"train": args.out, "val": args.val or args.out, "source": args.source}
     rows, labels = list[Row](), dict[str, int]()
     for row in read_table(args.output / "split.csv", "path", "part", "bytes"):
-        path = os.path.join(folders[row["part"]], row["path"])
+        try:
+            path, size = os.path.join(folders[row["part"]], row["path"]), int(row["bytes"])
+        except (KeyError, TypeError, ValueError):
+            raise DataError(f"{args.output / 'split.csv'}: damaged; start a new run") from None
         there = os.path.isfile(path)
-        if not there or os.path.getsize(path) != int(row["bytes"]):
+        if not there or os.path.getsize(path) != size:
             what = "changed" if there else "gone"
             raise DataError(f"{path}: {what} since the run began; put it back, or start a new run")
         label = labels.setdefault(row["path"].partition("/")[0], len(labels))
@@ -1692,7 +1708,10 @@ def read_table(path: Path, *columns: str) -> list[dict[str, str]]:
 def load_baseline(run: Path, data: Data) -> Tensor:
     """What the run in the folder `run` predicted for the validation images: (M,) int64."""
     labels = {name: label for label, name in enumerate(data.classes)}
-    rows = read_table(run / "predictions.csv", "path", "class", "predicted")
+    try:
+        rows = read_table(run / "predictions.csv", "path", "class", "predicted")
+    except DataError as error:
+        raise DataError(f"--baseline: {error}; name an earlier run") from None
     try:
         theirs = {(row["path"], row["class"]): labels[row["predicted"]] for row in rows}
     except KeyError as error:
@@ -1731,7 +1750,7 @@ def put(unfinished: Path, path: Path) -> None:
 
     Raises `DataError` for what a run cannot go on without.
     """
-    for pause in (0.2, 0.5, 1.0, 2.0):  # seconds
+    for pause in (0.2, 0.5, 1.0, 2.0, 0.0):  # seconds
         try:
             unfinished.replace(path)
             return
@@ -1843,7 +1862,8 @@ def load_state(args: Namespace) -> dict[str, Any]:
         raise DataError(f"--resume: {args.output / STATE}: damaged; start a new run") from None
     for name in ("arch", "image_size"):  # as the weights had it that may be gone by now
         setattr(args, name, getattr(args, name) or state["settings"][name])
-    if args.weights == "DEFAULT":
+    named = models.get_model_weights(args.arch).__members__
+    if args.weights == "DEFAULT" and state["settings"]["weights"] in named:
         args.weights = state["settings"]["weights"]
     old, new = state["settings"], settings(args)
     if other := [name for name in old if new.get(name) != old[name]]:
@@ -1982,8 +2002,8 @@ def print_calibration(row: dict[str, Any]) -> None:
             label = name.replace("_", " ")
             print(f"{label:17}  {row[f'as_trained_{name}']:10.1%}  {row[name]:10.1%}")
     print(
-        "calibrated: no class is favoured for being frequent, since logits are multiplied by "
-        f"{row['logit_scale']:.2f}, minus {row['logit_shift']:.2f} x log(class share)\n"
+        f"calibrated: logits times {row['logit_scale']:.2f}, minus {row['logit_shift']:.2f} x "
+        "log(class share), what frequent classes are favoured by\n"
         "fitted on validation images, of which each half is judged by what fits the other half\n"
         f"expected calibration error {row['calibration_error']:.1%} "
         f"(as trained: {row['as_trained_calibration_error']:.1%})\n"
@@ -2076,7 +2096,7 @@ def class_panels(job: Job, last: Evaluation) -> list[Panel]:
         title = f"mean recall of {len(order)} classes by training images (lines: 95 % intervals)"
     predicted = {"recall": last.predicted}
     if job.baseline is not None:
-        predicted = {job.args.baseline.name: job.baseline, "this run": last.predicted}
+        predicted = {job.args.baseline.resolve().name: job.baseline, "this run": last.predicted}
     recalls = {}
     for name, answers in predicted.items():
         matrix = confusion_matrix(last.targets, answers, len(order))
@@ -2307,7 +2327,7 @@ def run(args: Namespace) -> None:
             "val_loss": last.loss,
             **measure_all(last, job.data.counts(job.data.train)),
             **count_draws(job.data, drawn),
-            "learning_rate": phase.scheduler.get_last_lr()[0] if args.epochs else math.nan,
+            "learning_rate": phase.scheduler.get_last_lr()[-1] if args.epochs else math.nan,
             "images_per_second": len(drawn) / seconds,
             "data_wait": waited / seconds,
             "seconds": time.perf_counter() - started,

@@ -409,7 +409,7 @@ def test_settings_that_change_the_result_are_listed_in_one_error(
 ) -> None:
     command = [*stopped, "--epochs", "7", "--lr", "0.1", "--seed", "3", "--rebalance", "loss"]
     error = refusal(command, capsys)
-    for part in ("--epochs 6 (not 7)", "--lr 0.03 (not 0.1)", "--seed 0 (not 3)"):
+    for part in ("--epochs 6 (not 7)", "--lr 0.02 (not 0.1)", "--seed 0 (not 3)"):
         assert part in error
     assert "--rebalance sampler (not loss)" in error and "depend on --epochs" in error
     assert "--batch-size" not in error
