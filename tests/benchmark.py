@@ -156,8 +156,9 @@ def run_command(command: list[str], remove: Path | None = None) -> Figure:
 class Prepared(NamedTuple):
     """A full phase of the script, and the draws of a turn."""
 
-    job: training.Job
-    phase: training.Phase
+    given: training.Given
+    trainer: training.Trainer
+    reader: training.Reader
     drawn: Tensor
 
 
@@ -165,16 +166,17 @@ class Prepared(NamedTuple):
 def prepare(setting: Setting) -> Prepared:
     """What the script has made by the time that it trains everything, with random weights."""
     command = [str(setting.folder), "--arch", setting.arch, "--device", setting.device]
-    command += ["--weights", "none", "--frozen-epochs", "0", "--no-check"]
+    command += ["--weights", "none", "--frozen-epochs", "0"]
     args = training.parse_args([*command, "--batch-size", str(setting.batch_size)])
     compute = training.join_processes(args.device, args.amp)
-    args.device = compute.device.type
-    job, _ = training.prepare(args, compute)
-    job.model.to(compute.device, memory_format=training.memory_format(compute.device))
-    phase = training.begin_phase(job, 1)
-    drawn = training.draw_epoch(job, phase, 1)
+    given, progress = training.prepare(args, compute)
+    progress.model.to(compute.device, memory_format=training.memory_format(compute.device))
+    reader, phase = training.Reader(given), next(training.plan(given, {}))
+    training.begin_phase(given, progress, phase, reader)
+    drawn = training.draw_epoch(given, phase, 1)
     images = STEPS[compute.device.type] * setting.batch_size
-    return Prepared(job, phase, drawn.repeat(1 + images // len(drawn))[:images])
+    drawn = drawn.repeat(1 + images // len(drawn))[:images]
+    return Prepared(given, progress.trainer, reader, drawn)
 
 
 def synchronise(device: torch.device) -> None:
@@ -185,8 +187,8 @@ def synchronise(device: torch.device) -> None:
 
 def bare_step(setting: Setting) -> Figure:
     """Images per second of forward, backward and optimizer, on a batch that is there already."""
-    job, phase, drawn = prepare(setting)
-    compute = job.compute
+    given, trainer, _, drawn = prepare(setting)
+    compute = given.compute
     noise = torch.randint(256, (setting.batch_size, 224, 224, 3), dtype=torch.uint8)
     inputs = training.to_input(noise, compute.device)
     targets = torch.zeros(setting.batch_size, dtype=torch.int64, device=compute.device)
@@ -194,22 +196,22 @@ def bare_step(setting: Setting) -> Figure:
     started = time.perf_counter()
     for _ in range(len(drawn) // setting.batch_size):
         with compute.autocast():
-            logits = phase.network(inputs)
-        phase.optimizer.zero_grad()
+            logits = trainer.network(inputs)
+        trainer.optimizer.zero_grad()
         F.cross_entropy(logits.float(), targets).backward()
-        phase.optimizer.step()
+        trainer.optimizer.step()
     synchronise(compute.device)
     return len(drawn) / (time.perf_counter() - started), own_peak()
 
 
 def epoch_loop(setting: Setting) -> Figure:
     """Images per second of the script's own loop, from the files on."""
-    job, phase, drawn = prepare(setting)
-    phase.batches.assign(drawn, training.seeded("augment", 0, 1))
-    phase.scheduler.last_epoch = 0  # the schedule may not end
+    given, trainer, reader, drawn = prepare(setting)
+    batches = training.cut_batches(drawn, setting.batch_size, training.seeded("augment", 0, 1))
+    trainer.scheduler.last_epoch = 0  # the schedule may not end
     started = time.perf_counter()
-    training.train_epoch(job, phase)
-    synchronise(job.compute.device)
+    training.train_epoch(given, trainer, batches, reader)
+    synchronise(given.compute.device)
     return len(drawn) / (time.perf_counter() - started), own_peak()
 
 
@@ -343,10 +345,11 @@ FIRST_BATCH = """
 import sys
 sys.path.insert(0, {root!r})
 import data_training
-def first_batch(loader, *_):
-    next(iter(loader))
+read = data_training.Reader.read
+def first_batch(*arguments):
+    next(read(*arguments))
     sys.exit()
-data_training.timed = first_batch
+data_training.Reader.read = first_batch
 data_training.main({arguments!r})
 """
 
@@ -399,8 +402,8 @@ def follow_job(command: list[str]) -> dict[str, float]:
                 return function(*args)
             finally:
                 seconds[part] += time.perf_counter() - started
-                if part == "files":
-                    seconds["waiting for data"] += sum(args[0].waits)  # of its epoch
+                if part in ("features", "training"):  # the last argument is what they read from
+                    seconds["waiting for data"] += getattr(args[-1], "waited", 0.0)
 
         setattr(training, name, followed)
 
@@ -470,8 +473,8 @@ def grow(images: int, folder: Path) -> dict[str, float]:
     lap("weights")
     drawn = train[training.draw_images(weights, True, training.seeded("draw", 0, 1))]
     lap("draw")
-    batches = training.Batches(train, 64)
-    batches.assign(drawn, training.seeded("augment", 0, 1))
+    batches = training.Batches()
+    batches.given = training.cut_batches(drawn, 64, training.seeded("augment", 0, 1))
     for _ in batches:
         pass
     lap("batches")
@@ -480,8 +483,9 @@ def grow(images: int, folder: Path) -> dict[str, float]:
     last = training.assess(logits, targets, data.log_share(), True)
     history = [training.measure_all(last, data.counts(train)) | training.count_draws(data, drawn)]
     counts, compute = data.counts(drawn), training.Compute(torch.device("cpu"), None)
-    job = training.Job(args, compute, data, None, models.resnet18(), history, counts, {})
-    training.write_tables(job, last)
+    given = training.Given(args=args, data=data, baseline=None, origin="", compute=compute)
+    progress = training.Progress(models.resnet18(), history, counts, shares={}, stored={})
+    training.write_tables(given, progress, last)
     lap("evaluation")
     return {"images": images, **seconds, "bytes": (own_peak() - before) / images}
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 # A network this small gains nothing from threads, and two tests at once would fight for the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -67,6 +68,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(folder: Path, *arguments: str) -> training.Data:
     """The images of the folder, as the script reads them."""
     return training.load_data(training.parse_args([str(folder), *arguments]))
+
+
+CPU = training.Compute(torch.device("cpu"), None)
+
+
+def prepare(folder: Path, *arguments: str) -> tuple[training.Given, training.Progress]:
+    """A run of a ResNet-18 on the images of the folder, before its first epoch."""
+    command = [str(folder), "--arch", "resnet18", "--device", "cpu", "--workers", "0", *arguments]
+    return training.prepare(training.parse_args(command), CPU)
+
+
+def begin(given: training.Given, progress: training.Progress, epoch: int) -> SimpleNamespace:
+    """The phase of an epoch, as `run` begins it: phase, trainer, reader and source of inputs."""
+    phases = training.plan(given, progress.shares)
+    phase = next(phase for phase in phases if epoch in phase.epochs)
+    reader = training.Reader(given)
+    source = training.begin_phase(given, progress, phase, reader)
+    trainer = progress.trainer
+    return SimpleNamespace(phase=phase, trainer=trainer, reader=reader, source=source)
+
+
+def train(given: training.Given, stage: SimpleNamespace, epoch: int) -> tuple[torch.Tensor, ...]:
+    """Train an epoch; the batches that it trained on."""
+    drawn = training.draw_epoch(given, stage.phase, epoch)
+    stream = training.seeded("augment", given.args.seed, epoch)
+    batches = training.cut_batches(drawn, given.args.batch_size, stream)
+    training.train_epoch(given, stage.trainer, batches, stage.source)
+    return batches
 
 
 class Terminal(io.StringIO):

@@ -15,7 +15,7 @@ its own augmentation, label smoothing and loader, and without rebalancing, in a 
 timm needs (`pip install timm`). Its last weights are judged here, as the loop's are.
 
 Printed are the balanced accuracy after the last epoch, what RUN has more, with 95 % intervals, and
-the seconds of both.
+the seconds of both, the loop evaluated after each epoch as the script is.
 """
 
 import argparse
@@ -32,17 +32,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, WeightedRandomSampler
+from torch.utils.data import WeightedRandomSampler
 from torchvision.transforms.functional import to_pil_image
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import data_training as training  # noqa: E402
 
 
-def load_run(run: Path) -> tuple[Namespace, training.Data, training.Compute]:
-    """What a run was started with, its images and where it computes."""
+def load_run(run: Path) -> training.Given:
+    """What a run was given: its settings and images; computed is here, by one process."""
     settings = json.loads((run / "config.json").read_text())["settings"]
     flags = [settings["out"], "--output", str(run)]
     flags += [f"--{key}={settings[key]}" for key in ("val", "source") if settings[key]]
@@ -50,40 +49,48 @@ def load_run(run: Path) -> tuple[Namespace, training.Data, training.Compute]:
     args.image_size, args.no_flip = settings["image_size"], settings["no_flip"]
     args.crop_scale, args.batch_size = settings["crop_scale"], settings["batch_size"]
     args.arch, args.weights, args.workers = (settings[k] for k in ("arch", "weights", "workers"))
-    args.power = 1.0 if settings["power"] is None else settings["power"]
-    compute = training.pick_compute(args.device, settings["amp"])
-    return args, training.load_split(args, 0, []), compute
-
-
-def new_model(args: Namespace, data: training.Data) -> nn.Module:
-    """The network of a run with a new head."""
-    state, _ = training.load_weights(args)
-    model, _ = training.build_model(args.arch, data.classes, state, ["another head"])
-    torch.nn.init.normal_(model.fc.weight, 0, 0.01)
-    return model
-
-
-def usual_loop(given: Namespace) -> tuple[nn.Module, float]:
-    """The network that the usual loop trains, and the seconds it takes."""
-    args, data, compute = load_run(given.run)
-    started = time.perf_counter()
-    torch.manual_seed(given.seed)
-    model = new_model(args, data).to(
-        compute.device, memory_format=training.memory_format(compute.device)
+    args.power = settings["power"]
+    data = training.load_split(args, 0, [])
+    return training.Given(
+        args=args,
+        data=data,
+        baseline=training.load_baseline(run, data),
+        origin="",
+        compute=training.pick_compute(args.device, settings["amp"]),
     )
+
+
+def new_model(given: training.Given) -> nn.Module:
+    """The network of a run with a new head."""
+    state, _ = training.load_weights(given.args)
+    named = ["another head"]
+    model, _ = training.build_model(given.args.arch, given.data.classes, state, named)
+    torch.nn.init.normal_(model.fc.weight, 0, 0.01)
+    device = given.compute.device
+    return model.to(device, memory_format=training.memory_format(device))
+
+
+def usual_loop(chosen: Namespace) -> tuple[nn.Module, float, float]:
+    """The network that the usual loop trains, the seconds it takes, and those of evaluations.
+
+    It is evaluated after each epoch, as the script is, on images that are read once.
+    """
+    given = load_run(chosen.run)
+    args, data, compute = given.args, given.data, given.compute
+    started = time.perf_counter()
+    torch.manual_seed(chosen.seed)
+    model, reader, evaluating = new_model(given), training.Reader(given), 0.0
     scaler = torch.amp.GradScaler(enabled=compute.amp is torch.float16)
-    optimizer = torch.optim.AdamW(model.parameters(), given.lr, fused=True)
-    steps = given.epochs * -(-len(data.train) // args.batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), chosen.lr, fused=True)
+    steps = chosen.epochs * -(-len(data.train) // args.batch_size)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     weights = training.sample_weights(data.labels[data.train], args.power)
-    images = training.Images(data.paths, data.labels, training.transforms(args)[0])
-    for epoch in range(1, given.epochs + 1):
+    for epoch in range(1, chosen.epochs + 1):
         model.train()
         drawn = data.train[list(WeightedRandomSampler(weights.tolist(), len(weights)))]
-        batches = training.Batches(data.train, args.batch_size)
-        batches.assign(drawn, training.seeded("usual", given.seed, epoch))
-        loader = DataLoader(images, batch_sampler=batches, num_workers=args.workers)
-        for inputs, targets in tqdm(loader, f"epoch {epoch}", leave=False, disable=None):
+        stream = training.seeded("usual", chosen.seed, epoch)
+        batches = training.cut_batches(drawn, args.batch_size, stream)
+        for inputs, targets in reader.read(batches, f"epoch {epoch}"):
             with compute.autocast():
                 logits = model(training.to_input(inputs, compute.device))
             loss = F.cross_entropy(logits.float(), targets.to(compute.device))
@@ -92,12 +99,16 @@ def usual_loop(given: Namespace) -> tuple[nn.Module, float]:
             scaler.step(optimizer)
             scaler.update()
             cosine.step()
-    return model, time.perf_counter() - started
+        trained = time.perf_counter()
+        training.evaluate(given, model, reader, data.val)
+        evaluating += time.perf_counter() - trained
+    return model, time.perf_counter() - started - evaluating, evaluating
 
 
-def timm_loop(given: Namespace) -> tuple[nn.Module, float]:
-    """The network that timm's `train.py` trains, and the seconds it takes."""
-    args, data, compute = load_run(given.run)
+def timm_loop(chosen: Namespace) -> tuple[nn.Module, float, float]:
+    """The network that timm's `train.py` trains, and the seconds it takes, evaluations included."""
+    given = load_run(chosen.run)
+    args, data, compute = given.args, given.data, given.compute
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for part, places in (("train", data.train), ("validation", data.val)):
@@ -117,44 +128,44 @@ def timm_loop(given: Namespace) -> tuple[nn.Module, float]:
             *("--experiment", "run", "--model", args.arch),
             *(["--pretrained", "--pretrained-path", f"{name}/start.pth"] if start else []),
             *("--num-classes", str(len(data.classes)), "--img-size", str(args.image_size)),
-            *("--opt", "adamw", "--lr", str(given.lr), "--weight-decay", "0.01"),
-            *("--epochs", str(given.epochs), "--warmup-epochs", "0", "--sched-on-updates"),
+            *("--opt", "adamw", "--lr", str(chosen.lr), "--weight-decay", "0.01"),
+            *("--epochs", str(chosen.epochs), "--warmup-epochs", "0", "--sched-on-updates"),
             *("--batch-size", str(args.batch_size), "--hflip", "0" if args.no_flip else "0.5"),
-            *("--workers", str(max(1, args.workers)), "--seed", str(given.seed)),
+            *("--workers", str(max(1, args.workers)), "--seed", str(chosen.seed)),
             *("--device", args.device, "--channels-last"),
             *(["--amp", "--amp-dtype", str(compute.amp).split(".")[1]] if compute.amp else []),
         ]
         started = time.perf_counter()
-        timm = {**os.environ, "PYTHONPATH": str(given.timm.resolve())}
-        subprocess.run(command, cwd=given.timm, env=timm, check=True, stdout=subprocess.DEVNULL)
+        timm = {**os.environ, "PYTHONPATH": str(chosen.timm.resolve())}
+        subprocess.run(command, cwd=chosen.timm, env=timm, check=True, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - started
         stored = torch.load(folder / "run" / "last.pth.tar", "cpu", weights_only=False)
-    model = new_model(args, data)
+    model = new_model(given)
     model.load_state_dict(stored["state_dict"])
-    return model.to(compute.device), seconds
+    return model, seconds, 0.0
 
 
-def judge(given: Namespace, name: str, model: nn.Module, seconds: float) -> str:
+def judge(
+    chosen: Namespace, name: str, model: nn.Module, training_seconds: float, evaluating: float
+) -> str:
     """What there is to say of `model` on the validation images of the run, in a line."""
-    args, data, compute = load_run(given.run)
-    images = training.Images(data.paths, data.labels, training.transforms(args)[1])
-    val = DataLoader(images, batch_sampler=training.Batches(data.val, args.batch_size))
-    logits, targets = training.predict(model, val, compute)
+    given = load_run(chosen.run)
+    data, compute = given.data, given.compute
+    reader, batches = training.Reader(given), training.cut_batches(data.val, given.args.batch_size)
+    logits, targets = training.predict(model, reader.read(batches, "judging"), compute)
     last = training.assess(logits, targets, data.log_share(), True)
-    counts = data.counts(data.train)
-    trained = training.confusion_matrix(targets, last.as_trained, len(counts))
-    as_trained = training.measure(trained, counts)["balanced_accuracy"]
-    measures = training.measure(last.confusion, counts)
-    theirs = training.load_baseline(given.run, data)
-    change = training.compare(last.targets, last.predicted, theirs, counts)[1]
-    with open(given.run / "history.csv", newline="") as file:
+    measures = training.measure_all(last, data.counts(data.train))
+    change = training.compare(last.targets, last.predicted, given.baseline, data.counts(data.train))
+    after, *difference = (100 * change[key][1] for key in ("after", "difference", "low", "high"))
+    with open(chosen.run / "history.csv", newline="") as file:
         ours = sum(float(row["seconds"]) for row in csv.DictReader(file))
     return (
-        f"{name}, AdamW {given.lr:g}, {given.epochs} epochs: balanced accuracy "
-        f"{as_trained:.1%} as trained, {measures['balanced_accuracy']:.1%} ± "
-        f"{100 * measures['half_width']:.1f} calibrated "
-        f"in {seconds:.0f} s; {given.run}: {change.after:.1%} in {ours:.0f} s with evaluations, "
-        f"{100 * change.difference:+.1f} [{100 * change.low:.1f}, {100 * change.high:.1f}]"
+        f"{name}, AdamW {chosen.lr:g}, {chosen.epochs} epochs: balanced accuracy "
+        f"{measures['as_trained_balanced_accuracy']:.1%} as trained, "
+        f"{measures['balanced_accuracy']:.1%} ± {100 * measures['half_width']:.1f} calibrated, in "
+        f"{training_seconds + evaluating:.0f} s, {evaluating:.0f} of them evaluations; "
+        f"{chosen.run}: {after:.1f}% in {ours:.0f} s, "
+        f"{difference[0]:+.1f} [{difference[1]:.1f}, {difference[2]:.1f}]"
     )
 
 

@@ -1,5 +1,6 @@
 """What calibration promises: two numbers, fitted on other images than those they are judged on."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -7,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load, rows_of, write_folder
+from conftest import CPU, prepare, rows_of, write_folder
 from torchvision import models
 
 import data_training as training
 
-CPU = training.Compute(torch.device("cpu"), None)
 TINY = ["--arch", "resnet18", "--image-size", "32", "--batch-size", "16", "--device", "cpu"]
 
 
@@ -141,8 +141,8 @@ def test_where_there_is_nothing_to_mend_it_does_no_harm(
 def test_classes_nearly_as_frequent_as_each_other_are_hardly_shifted() -> None:
     """So that the saved head keeps its digits in half precision."""
     logits, targets, _ = two_kinds()
-    data = training.Data([*"ab"], [], [], torch.tensor([0] * 1000 + [1] * 1001), *[[]] * 5)
-    data = data._replace(train=torch.arange(2001))
+    labels, train = torch.tensor([0] * 1000 + [1] * 1001), torch.arange(2001)
+    data = training.Data([*"ab"], [], [], labels, train, train[:0], [], 0, [])
     log_share = data.log_share()
     assert log_share.sum() == 0 and abs(log_share[0]) < 0.001
     scale, shift = training.fit_calibration(logits, targets, log_share)
@@ -215,9 +215,11 @@ def test_an_evaluation_is_the_same_whole_and_in_blocks(monkeypatch: pytest.Monke
     logits, targets, log_share = two_kinds()
     whole = training.assess(logits, targets, log_share, True)
     monkeypatch.setattr(training, "BLOCK", 7)
-    for one, other in zip(whole, training.assess(logits, targets, log_share, True), strict=True):
-        torch.testing.assert_close(one, other) if isinstance(one, torch.Tensor) else None
-    assert whole.loss == pytest.approx(training.assess(logits, targets, log_share, True).loss)
+    blocks = training.assess(logits, targets, log_share, True)
+    for name, value in vars(whole).items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(getattr(blocks, name), value)
+    assert blocks.loss == pytest.approx(whole.loss)
 
 
 def test_without_calibration_logits_are_taken_as_they_are() -> None:
@@ -253,7 +255,7 @@ def test_natural_accuracy_weighs_recalls_by_the_classes_of_training() -> None:
     last = training.assess(
         torch.zeros(6, 3), torch.tensor([0, 0, 0, 0, 1, 1]), torch.ones(3), False
     )
-    last = last._replace(natural=torch.tensor([0, 0, 0, 1, 1, 2]))
+    last = dataclasses.replace(last, natural=torch.tensor([0, 0, 0, 1, 1, 2]))
     counts = torch.tensor([90, 10, 50])
     assert training.natural_accuracy(last, counts) == pytest.approx(0.9 * 0.75 + 0.1 * 0.5)
 
@@ -346,15 +348,12 @@ def test_the_search_compares_calibrated_networks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_folder(tmp_path / "src", {"ape": 30, "bee": 12})
-    data = load(folder)
-    logits = torch.tensor([[3.0, 0.0], [1.0, 0.0]])[data.labels[data.val]].repeat(1, 1)
-    monkeypatch.setattr(training, "predict", lambda *_: (logits, data.labels[data.val]))
-    args = training.parse_args([str(folder), "--epochs", "1", *TINY])
-    args.workers, args.image_size = 0, 32
-    job = training.Job(args, CPU, data, None, models.resnet18(), [], torch.zeros(2), {})
+    given, progress = prepare(folder, "--weights", "none", *TINY)
+    reader, data, model = training.Reader(given), given.data, progress.model
+    targets = data.labels[data.val]
+    logits = torch.tensor([[3.0, 0.0], [1.0, 0.0]])[targets]
+    monkeypatch.setattr(training, "predict", lambda *_: (logits, targets))
     monkeypatch.setattr(training, "PRIOR", 1e-6)
-    assert (
-        training.evaluate(job, job.model, []).predicted.tolist() == data.labels[data.val].tolist()
-    )
-    args.no_calibration = True
-    assert not training.evaluate(job, job.model, []).predicted.any()
+    assert torch.equal(training.evaluate(given, model, reader, data.val).predicted, targets)
+    given.args.no_calibration = True
+    assert not training.evaluate(given, model, reader, data.val).predicted.any()

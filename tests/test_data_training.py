@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import io
 import json
 import math
@@ -18,7 +19,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from conftest import load, rows_of, weights_file, write_folder
+from conftest import CPU, begin, load, prepare, rows_of, train, weights_file, write_folder
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import models
@@ -99,12 +100,15 @@ def test_a_draw_depends_on_seed_and_epoch_alone() -> None:
 def test_batches_differ_by_one_image_at_most(
     images: int, batch_size: int, sizes: list[int]
 ) -> None:
-    batches = training.Batches(torch.arange(images), batch_size)
-    batches.assign(torch.arange(images) * 2, training.seeded("augment", 0, 1))
-    cut = list(batches)
-    assert [len(batch) for batch in cut] == sizes and len(batches) == len(sizes)
-    assert [index for batch in cut for index, _ in batch] == list(range(0, 2 * images, 2))
-    assert len({seed for batch in cut for _, seed in batch}) == images
+    drawn = torch.arange(images) * 2
+    cut = training.cut_batches(drawn, batch_size, training.seeded("augment", 0, 1))
+    assert [len(batch) for batch in cut] == sizes
+    assert torch.cat(cut)[:, 0].tolist() == list(range(0, 2 * images, 2))
+    seeds = torch.cat(cut)[:, 1]
+    assert len(seeds.unique()) == images and seeds.min() >= 0
+    viewed = torch.cat(training.cut_batches(drawn, batch_size))
+    assert torch.equal(viewed[:, 0], drawn) and set(viewed[:, 1].tolist()) == {training.EVALUATED}
+    assert training.cut_batches(drawn[:0], batch_size) == ()
 
 
 # ------------------------------------------------------------------------- split, by hand
@@ -258,6 +262,13 @@ def test_the_half_width_covers_the_truth_as_often_as_it_says(lowest: float, high
     assert 0.93 < covered / 2000 < (0.98 if highest < 1 else 1)
 
 
+def changes(*arguments: torch.Tensor) -> list[SimpleNamespace]:
+    """What `compare` says of each measure."""
+    columns = training.compare(*arguments)
+    rows = zip(*columns.values(), strict=True)
+    return [SimpleNamespace(**dict(zip(columns, row, strict=True))) for row in rows]
+
+
 def two_runs(stream: torch.Generator, sizes: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """True classes of images, and what two runs predict that agree often: class -1 is wrong.
 
@@ -282,7 +293,7 @@ def test_the_interval_of_a_difference_is_that_of_a_paired_bootstrap() -> None:
     shares = {"accuracy": sizes.double() / 2160, "balanced_accuracy": torch.ones(3).double() / 3}
     for group, part in zip(("many", "medium", "few"), torch.eye(3).double(), strict=True):
         shares[group] = part
-    rows = training.compare(targets, before, after, torch.tensor([300, 50, 5]))
+    rows = changes(targets, before, after, torch.tensor([300, 50, 5]))
     assert [row.measure for row in rows] == list(shares)
     for row in rows:
         ends = (shares[row.measure] @ means).quantile(torch.tensor([0.025, 0.975]).double())
@@ -296,22 +307,24 @@ def test_the_interval_of_a_difference_covers_the_truth_as_often_as_it_says() -> 
     stream = torch.Generator().manual_seed(2)
     sizes, covered = torch.arange(24) % 12 * 4 + 3, 0  # 3 to 47 images a class
     for _ in range(1000):
-        row = training.compare(*two_runs(stream, sizes), sizes)[1]
+        row = changes(*two_runs(stream, sizes), sizes)[1]
         covered += row.low <= 0.1 <= row.high  # 0.2 newly right less 0.1 newly wrong
     assert 0.92 < covered / 1000 < 0.98
 
 
 def test_one_image_newly_right_is_no_certain_gain() -> None:
     targets = torch.tensor([0, 1, 1, 1])
-    row = training.compare(targets, torch.tensor([1, 1, 1, 1]), targets, torch.tensor([5, 5]))[1]
+    row = changes(targets, torch.tensor([1, 1, 1, 1]), targets, torch.tensor([5, 5]))[1]
     assert row.difference == 0.5 and row.low < 0 < row.high
 
 
 def test_identical_runs_differ_by_exactly_0_and_an_empty_group_by_nothing() -> None:
     targets, before, _ = two_runs(torch.Generator().manual_seed(3), torch.tensor([9, 1, 30]))
-    rows = training.compare(targets, before, before, torch.tensor([50, 30, 20, 500]))
-    assert [row[3:] for row in rows[:2]] == [(0.0, 0.0, 0.0)] * 2
-    assert all(math.isnan(number) for number in rows[2][1:])  # "many": no image of that class
+    rows = changes(targets, before, before, torch.tensor([50, 30, 20, 500]))
+    for row in rows[:2]:
+        assert (row.difference, row.low, row.high) == (0.0, 0.0, 0.0)
+    _, *many = vars(rows[2]).values()
+    assert all(map(math.isnan, many))  # no image of such a class
 
 
 class Answers(torch.nn.Module):
@@ -332,15 +345,6 @@ def test_the_validation_loss_is_averaged_over_images_not_over_batches() -> None:
     assert result.probability.tolist() == pytest.approx([1 / (1 + math.exp(-2))] * 3 + [0.5])
 
 
-CPU = training.Compute(torch.device("cpu"), None)
-
-
-def make_job(folder: Path, *arguments: str) -> training.Job:
-    """A run of a ResNet-18 on the images of the folder, before its first epoch."""
-    command = [str(folder), "--arch", "resnet18", "--device", "cpu", "--workers", "0", *arguments]
-    return training.prepare(training.parse_args([*command, "--no-check"]), CPU)[0]
-
-
 def fit(
     network: torch.nn.Module,
     batches: list[tuple[torch.Tensor, torch.Tensor]],
@@ -349,21 +353,22 @@ def fit(
     lr: float,
 ) -> float:
     """The loss of `train_epoch` by plain gradient descent; `counts`: training images a class."""
-    optimizer = torch.optim.SGD(network.parameters(), lr)
-    phase = SimpleNamespace(
-        name="head",
-        network=network,
-        average=None,
-        batches=SimpleNamespace(sizes=lambda: [len(targets) for _, targets in batches]),
-        train=batches,
-        optimizer=optimizer,
-        scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-    )
-    args = SimpleNamespace(rebalance=rebalance, label_smoothing=0.0)
+    weights = list(network.parameters())
+
+    def step(loss: torch.Tensor) -> None:
+        for weight, slope in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+            weight.data -= lr * slope
+
     share = torch.tensor(counts) / sum(counts)
-    data = SimpleNamespace(classes=counts, log_share=share.log)
-    return training.train_epoch(SimpleNamespace(args=args, data=data, compute=CPU, waits=[]), phase)
+    given = SimpleNamespace(
+        args=SimpleNamespace(rebalance=rebalance),
+        data=SimpleNamespace(classes=counts, log_share=share.log),
+        compute=CPU,
+    )
+    trainer = SimpleNamespace(phase="head", network=network, step=step)
+    source = SimpleNamespace(read=lambda *_: batches)
+    indices = [targets[:, None] for _, targets in batches]  # of which the number alone counts
+    return training.train_epoch(given, trainer, indices, source)
 
 
 def test_balanced_softmax_by_hand() -> None:
@@ -505,19 +510,17 @@ def test_no_crop_of_what_is_decoded_is_enlarged(scale: str, tmp_path: Path) -> N
 def test_training_and_evaluation_decode_large_photographs_to_what_they_need(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = make_job(folder, "--weights", "none", "--epochs", "1", "--image-size", "32")
-    phase, shapes = training.begin_phase(job, 1), []
-    path = write_photograph(tmp_path / "x.jpg", 1600, 1200)
-    job.data.paths[0] = str(path)  # the list that all share
+    given, _ = prepare(folder, "--weights", "none", "--epochs", "1", "--image-size", "32")
+    images, shapes = training.Reader(given).loader.dataset, []
+    images.paths[0] = str(write_photograph(tmp_path / "x.jpg", 1600, 1200))
     decode = training.v2.functional.pil_to_tensor
     monkeypatch.setattr(
         training.v2.functional,
         "pil_to_tensor",
         lambda image: shapes.append(image.size) or decode(image),
     )
-    job.views.pop(0, None)
-    for loader in (phase.train, phase.val):
-        loader.dataset[0, 0]
+    for seed in (0, training.EVALUATED):
+        images[0, seed]
     assert shapes == [(200, 150)] * 2  # 53 pixels were enough
 
 
@@ -546,22 +549,45 @@ def test_a_crop_shows_at_least_the_part_asked_for(scale: float) -> None:
     assert narrowest - 6 < min(widths) < narrowest + 12
 
 
-def test_an_augmentation_depends_on_its_seed_alone(make_folder: Callable[..., Path]) -> None:
-    data = load(make_folder({"a": 6, "b": 6}))
-    crops = training.Images(data.paths, data.labels, views(24)[0])
-    first = crops[(3, 77)][0]
+def test_an_augmentation_depends_on_its_seed_alone(folder: Path) -> None:
+    given, _ = prepare(folder, "--weights", "none", "--image-size", "24")
+    images = training.Reader(given).loader.dataset
+    first = images[3, 77][0]
     torch.manual_seed(5)
-    crops[(4, 1)]
-    assert torch.equal(crops[(3, 77)][0], first)
-    assert not torch.equal(crops[(3, 78)][0], first)
-    batches = training.Batches(data.train, 4)
-    batches.assign(data.train.repeat(2), training.seeded("augment", 0, 1))
+    images[4, 1]
+    assert torch.equal(images[3, 77][0], first)
+    assert not torch.equal(images[3, 78][0], first)
+    train = given.data.train[:12]
+    batches = training.cut_batches(train.repeat(2), 4, training.seeded("augment", 0, 1))
     loaded = []
     for workers in (0, 1, 4):
-        args = training.parse_args(["x", "--workers", str(workers), "--device", "cpu"])
-        loaded.append([images for images, _ in training.make_loader(crops, batches, args)])
+        given.args.workers = workers
+        reader = training.Reader(given)
+        loaded.append([pixels for pixels, _ in reader.read(batches, "")])
     for each in zip(*loaded, strict=True):
         assert torch.equal(each[0], each[1]) and torch.equal(each[0], each[2])
+
+
+def test_one_loader_reads_the_batches_it_was_last_given_and_keeps_what_is_evaluated(
+    folder: Path,
+) -> None:
+    given, _ = prepare(folder, "--weights", "none", "--epochs", "1", "--image-size", "32")
+    given.args.workers = 2
+    reader, train, val = training.Reader(given), given.data.train, given.data.val
+    viewed = training.cut_batches(val, 8)
+    first = list(reader.read(viewed, ""))
+    workers = reader.loader._iterator._workers
+    assert reader.views.keys() == set(val.tolist())
+    drawn = training.cut_batches(train[:24], 8, training.seeded("augment", 0, 1))
+    trained = list(reader.read(drawn, ""))
+    assert (
+        torch.cat([labels for _, labels in trained]).tolist()
+        == given.data.labels[train[:24]].tolist()
+    )
+    assert reader.loader._iterator._workers is workers and len(workers) == 2
+    reader.loader = None  # from here on nothing is read
+    for (one, labels), (two, same) in zip(first, reader.read(viewed, ""), strict=True):
+        assert torch.equal(one, two) and torch.equal(labels, same)
 
 
 def test_crops_are_those_of_torchvision() -> None:
@@ -923,8 +949,10 @@ def test_the_epochs_are_those_of_the_head_of_a_trial_and_of_the_rest(
     flags: str, phases: tuple[list[int], ...], folder: Path
 ) -> None:
     path = weights_file(folder.parent / "s.pth")
-    job = make_job(folder, "--weights", str(path), "--batch-size", "16", *flags.split())
-    assert tuple(map(list, training.phase_epochs(job))) == phases
+    given, _ = prepare(folder, "--weights", str(path), "--batch-size", "16", *flags.split())
+    found = {phase.name: list(phase.epochs) for phase in training.plan(given, {"trial": {1.0: 1}})}
+    rest = [epoch for name in found.keys() - {"head", "trial"} for epoch in found[name]]
+    assert (found.get("head", []), found.get("trial", []), rest) == phases
 
 
 @pytest.mark.usefixtures("short_trial")
@@ -942,66 +970,71 @@ def test_auto_goes_on_as_its_trial_found(
     found: dict[float, float], flags: list[str], name: str, rates: list[float], folder: Path
 ) -> None:
     path = weights_file(folder.parent / "s.pth")
-    job = make_job(folder, "--weights", str(path), "--epochs", "2", "--batch-size", "16", *flags)
-    job.shares["trial"] = found
-    head = copy.deepcopy(job.model.fc.state_dict())
-    phase = training.begin_phase(job, 2)
-    assert phase.name == name and bool(phase.start) is (name == "firm")
-    groups = phase.optimizer.param_groups
+    flags = ["--weights", str(path), "--epochs", "2", "--batch-size", "16", *flags]
+    given, progress = prepare(folder, *flags)
+    progress.shares["trial"] = found
+    head = copy.deepcopy(progress.model.fc.state_dict())
+    stage = begin(given, progress, 2)
+    assert stage.phase.name == name and stage.trainer.start is None
+    groups = stage.trainer.optimizer.param_groups
     assert [group["max_lr"] for group in groups] == pytest.approx(rates)
-    assert job.model.conv1.weight.requires_grad is (name == "firm")
-    for key, value in job.model.fc.state_dict().items():
+    assert progress.model.conv1.weight.requires_grad is (name == "firm")
+    for key, value in progress.model.fc.state_dict().items():
         assert torch.equal(value, head[key])
 
 
-def trial_of_six_steps(
-    folder: Path, found: dict[float, float], batch_size: int = 16
-) -> tuple[training.Job, training.Phase, list[dict]]:
-    """A job and its trial, at the end of which this is `found`, and the weights after each step."""
+class Trial(SimpleNamespace):
+    """A run after its trial: given, progress, stage, batches and the weights after each step."""
+
+
+def trial_of_six_steps(folder: Path, found: dict[float, float], batch_size: int = 16) -> Trial:
+    """A trial, at the end of which this is `found`."""
     path = weights_file(folder.parent / "s.pth")
     small = ["--weights", str(path), "--epochs", "2", "--image-size", "32", "--no-flip"]
-    job = make_job(folder, *small, "--batch-size", str(batch_size), "--crop-scale", "1")
-    phase, passed = training.begin_phase(job, 1), []
-    training.draw_epoch(job, phase, 1)
-    phase.optimizer.register_step_post_hook(
-        lambda *_: passed.append(copy.deepcopy(job.model.state_dict()))
+    given, progress = prepare(folder, *small, "--batch-size", str(batch_size), "--crop-scale", "1")
+    stage, passed = begin(given, progress, 1), []
+    stage.trainer.optimizer.register_step_post_hook(
+        lambda *_: passed.append(copy.deepcopy(progress.model.state_dict()))
     )
-    training.train_epoch(job, phase)
+    batches = train(given, stage, 1)
+    training.estimate_statistics(given, stage.trainer.average, batches, stage.reader)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "search_shares", lambda *_: found)
-        training.end_epoch(job, phase, 1)
-    return job, phase, passed
+        training.choose(given, progress, stage.reader)
+    progress.history.append({"epoch": 1, "phase": "trial"})
+    return Trial(given=given, progress=progress, stage=stage, batches=batches, passed=passed)
 
 
 @pytest.mark.usefixtures("short_trial")
 def test_a_trial_is_judged_by_the_average_of_its_second_half(folder: Path) -> None:
-    job, phase, passed = trial_of_six_steps(folder, {1.0: 0.7, 0.0: 0.6})
-    assert phase.name == "trial" and len(passed) == 6
-    judged = phase.result.state_dict()
-    for name, _ in job.model.named_parameters():
-        mean = torch.stack([weights[name] for weights in passed[2:]]).mean(0)
+    run = trial_of_six_steps(folder, {1.0: 0.7, 0.0: 0.6})
+    assert run.stage.phase.name == "trial" and len(run.passed) == 6
+    judged = run.progress.trainer.evaluated.state_dict()
+    for name, _ in run.progress.model.named_parameters():
+        mean = torch.stack([weights[name] for weights in run.passed[2:]]).mean(0)
         torch.testing.assert_close(judged[name], mean)
-        assert torch.equal(job.model.state_dict()[name], passed[-1][name])
+        assert torch.equal(run.progress.model.state_dict()[name], run.passed[-1][name])
 
 
 @pytest.mark.usefixtures("short_trial")
 def test_batchnorm_of_a_trial_s_average_knows_the_images_that_were_drawn(folder: Path) -> None:
-    _, phase, _ = trial_of_six_steps(folder, {1.0: 0.7, 0.0: 0.6})
-    inputs = [training.to_input(images, torch.device("cpu")) for images, _ in phase.train]
-    means = [phase.result.conv1(batch).mean((0, 2, 3)) for batch in inputs]
+    run = trial_of_six_steps(folder, {1.0: 0.7, 0.0: 0.6})
+    result = run.progress.trainer.result
+    read = run.stage.reader.read(run.batches, "")
+    inputs = [training.to_input(images, torch.device("cpu")) for images, _ in read]
+    means = [result.conv1(batch).mean((0, 2, 3)) for batch in inputs]
     expected = torch.stack(means).mean(0)
-    torch.testing.assert_close(phase.result.bn1.running_mean, expected, atol=1e-5, rtol=1e-4)
-    phase.result.eval()
-    assert phase.result.bn1.momentum == 0.1
+    torch.testing.assert_close(result.bn1.running_mean, expected, atol=1e-5, rtol=1e-4)
+    assert result.eval().bn1.momentum == 0.1
 
 
 @pytest.mark.usefixtures("short_trial")
 def test_a_trial_of_one_step_is_judged_by_the_weights_after_it(folder: Path) -> None:
-    job, phase, passed = trial_of_six_steps(folder, {1.0: 0.7, 0.0: 0.6}, batch_size=87)
-    assert phase.name == "trial" and len(passed) == 1
-    judged = phase.result.state_dict()
-    for name, _ in job.model.named_parameters():
-        assert torch.equal(judged[name], passed[0][name]), name
+    run = trial_of_six_steps(folder, {1.0: 0.7, 0.0: 0.6}, batch_size=87)
+    assert run.stage.phase.name == "trial" and len(run.passed) == 1
+    judged = run.progress.trainer.result.state_dict()
+    for name, _ in run.progress.model.named_parameters():
+        assert torch.equal(judged[name], run.passed[0][name]), name
 
 
 def test_the_images_to_choose_by_are_spread_and_leave_no_class_out() -> None:
@@ -1018,29 +1051,31 @@ def test_the_images_to_choose_by_are_spread_and_leave_no_class_out() -> None:
 def test_processes_go_on_from_a_trial_with_the_statistics_of_the_first(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job, phase, _ = trial_of_six_steps(folder, {1.0: 0.5, 0.0: 0.6})
-    batches, sent = list(phase.train), []
-    monkeypatch.setattr(training, "make_loader", lambda *_: batches)
+    run, sent = trial_of_six_steps(folder, {1.0: 0.5, 0.0: 0.6}), []
     monkeypatch.setattr(training.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(training.dist, "broadcast", lambda value, rank: sent.append(value + rank))
-    monkeypatch.setattr(training, "search_shares", lambda *_: {1.0: 0.5, 0.0: 0.6})
-    training.end_epoch(job, phase, 1)
-    for given, value in zip(sent, job.model.buffers(), strict=True):
+    monkeypatch.setattr(training, "update_bn", lambda *_: None)
+    average = run.progress.trainer.average
+    training.estimate_statistics(run.given, average, run.batches, run.stage.reader)
+    for given, value in zip(sent, average.buffers(), strict=True):
         assert torch.equal(given, value)
 
 
 @pytest.mark.usefixtures("short_trial")
 def test_firm_goes_on_from_the_last_step_of_the_trial(folder: Path) -> None:
-    job, trial, passed = trial_of_six_steps(folder, {1.0: 0.7, 0.0: 0.6})
-    firm = training.begin_phase(job, 2)
-    assert firm.name == "firm" and firm.result is job.model
-    assert firm.scheduler.last_epoch == 6 and firm.scheduler.total_steps == 12
-    assert firm.scheduler.get_last_lr() == trial.scheduler.get_last_lr()
-    for name, value in job.model.named_parameters():
-        assert torch.equal(value, passed[-1][name])
-        assert firm.optimizer.state[value]["step"] == 6
-    for one, two in zip(firm.start.parameters(), trial.start.parameters(), strict=True):
-        assert torch.equal(one, two)
+    run = trial_of_six_steps(folder, {1.0: 0.7, 0.0: 0.6})
+    rate, stored = run.progress.trainer.rate(), run.progress.trainer.state_dict()
+    gone_on = begin(run.given, run.progress, 2).trainer
+    run.progress.trainer, run.progress.stored = None, copy.deepcopy(stored)
+    resumed = begin(run.given, run.progress, 2).trainer
+    for firm in (gone_on, resumed):
+        assert firm.phase == "firm" and firm.result is run.progress.model and firm.start is None
+        assert firm.scheduler.last_epoch == 6 and firm.scheduler.total_steps == 12
+        assert firm.rate() == rate
+        for name, value in run.progress.model.named_parameters():
+            assert torch.equal(value, run.passed[-1][name])
+            assert firm.optimizer.state[value]["step"] == 6
+    assert not run.progress.stored
 
 
 @pytest.mark.usefixtures("short_trial")
@@ -1068,25 +1103,24 @@ def test_gentle_alone_warms_up_for_a_tenth_of_its_steps(
 ) -> None:
     path = weights_file(folder.parent / "s.pth")
     flags = ["--finetune", way, "--epochs", "20", "--batch-size", "16"]  # 120 steps
-    job = make_job(folder, "--weights", str(path), *flags)
-    phase = training.begin_phase(job, 1)
-    rates = []
+    given, progress = prepare(folder, "--weights", str(path), *flags)
+    trainer, rates = begin(given, progress, 1).trainer, []
     for _ in range(20):
-        rates.append(phase.optimizer.param_groups[1]["lr"])
-        phase.optimizer.step()
-        phase.scheduler.step()
+        rates.append(trainer.rate())
+        trainer.optimizer.step()
+        trainer.scheduler.step()
     assert rates.index(max(rates)) == rising
     assert max(rates) == pytest.approx(2e-5 if way == "gentle" else 1.5e-4)
 
 
 @pytest.mark.usefixtures("short_trial")
 def test_gentle_begins_after_the_trial_at_the_best_place_of_its_way(folder: Path) -> None:
-    job, trial, _ = trial_of_six_steps(folder, {1.0: 0.5, 0.0: 0.6})
-    gentle = training.begin_phase(job, 2)
-    assert gentle.name == "gentle" and gentle.scheduler.total_steps == 6
+    run = trial_of_six_steps(folder, {1.0: 0.5, 0.0: 0.6})
+    found = copy.deepcopy(run.progress.trainer.result.state_dict())
+    gentle = begin(run.given, run.progress, 2).trainer
+    assert gentle.phase == "gentle" and gentle.scheduler.total_steps == 6
     assert gentle.scheduler.last_epoch == 0 and not gentle.optimizer.state
-    found = trial.result.state_dict()
-    for network in (job.model, gentle.result):
+    for network in (run.progress.model, gentle.result):
         for name, value in network.state_dict().items():
             assert torch.equal(value, found[name]), name
 
@@ -1105,16 +1139,16 @@ def test_the_head_is_less_sure_where_the_whole_network_begins_to_move(
     flags: list[str], kept: bool, folder: Path
 ) -> None:
     path = weights_file(folder.parent / "s.pth")
-    job = make_job(folder, "--epochs", "2", "--weights", str(path), *flags)
-    torch.nn.init.ones_(job.model.fc.bias)
-    head = copy.deepcopy(job.model.fc.state_dict())
-    phase = training.begin_phase(job, 2 if "none" in flags else 1)
-    same = job.model if kept else phase.start
-    for name, value in same.fc.state_dict().items() if same else ():
-        assert torch.equal(value, head[name])
-    if not kept:
-        for name, value in job.model.fc.state_dict().items():
-            torch.testing.assert_close(value, head[name] / 10)
+    given, progress = prepare(folder, "--epochs", "2", "--weights", str(path), *flags)
+    torch.nn.init.ones_(progress.model.fc.bias)
+    head = copy.deepcopy(progress.model.fc.state_dict())
+    if "--frozen-epochs" not in flags:
+        progress.history.append({"epoch": 0, "phase": "head"})
+    start = begin(given, progress, 2 if "none" in flags else 1).trainer.start
+    assert (start is None) is (not {"auto", "0"} & set(flags))
+    for name, value in progress.model.fc.state_dict().items():
+        torch.testing.assert_close(value, head[name] * (1 if kept else 0.1))
+        assert start is None or torch.equal(start.fc.state_dict()[name], head[name])
 
 
 @pytest.mark.parametrize(
@@ -1129,28 +1163,28 @@ def test_the_head_is_less_sure_where_the_whole_network_begins_to_move(
 def test_the_search_takes_the_best_place(
     recalls: dict[float, int], best: float, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = make_job(folder, "--epochs", "1", "--weights", str(weights_file(folder.parent / "s.pth")))
-    phase = training.begin_phase(job, 1)
-    for weight in job.model.parameters():
+    path = weights_file(folder.parent / "s.pth")
+    given, progress = prepare(folder, "--epochs", "1", "--weights", str(path))
+    stage = begin(given, progress, 1)
+    for weight in progress.model.parameters():
         torch.nn.init.ones_(weight)
         weight.requires_grad = False
-    for weight in phase.start.parameters():
+    for weight in stage.trainer.start.parameters():
         torch.nn.init.zeros_(weight)
     places, asked = [], []
 
-    def evaluate(_: object, model: torch.nn.Module, batches: object) -> SimpleNamespace:
+    def evaluate(_: object, model: torch.nn.Module, *rest: Any) -> SimpleNamespace:
         places.append(model.fc.bias[0].item())
-        right = recalls[places[-1]]
-        asked.append(len(list(batches)))
-        return SimpleNamespace(confusion=torch.tensor([[right, 10 - right], [10 - right, right]]))
+        asked.append(len(rest[1]))
+        return SimpleNamespace(recall=torch.tensor([recalls[places[-1]] / 10] * 2))
 
     monkeypatch.setattr(training, "evaluate", evaluate)
     monkeypatch.setattr(training, "SEARCHED", 11)
-    found = training.search_shares(job, phase, phase.start)
+    found = training.search_shares(given, stage.trainer, stage.reader)
     assert places == list(recalls)
     assert found == pytest.approx({share: right / 10 for share, right in recalls.items()})
-    assert job.model.fc.bias[0].item() == best == job.model.conv1.weight.mean()
-    assert set(asked) == {1}  # a batch of 11 of the 21 images
+    assert progress.model.fc.bias[0].item() == best == progress.model.conv1.weight.mean()
+    assert set(asked) == {11}  # of the 21 images
 
 
 def test_the_head_takes_a_thousand_steps_however_few_images_and_epochs_there_are(
@@ -1158,26 +1192,26 @@ def test_the_head_takes_a_thousand_steps_however_few_images_and_epochs_there_are
 ) -> None:
     path = str(weights_file(folder.parent / "steps.pth"))
     for epochs, batch_size, passes in ((1, 16, 184), (4, 16, 46), (1, 1, 12), (1000, 16, 1)):
-        job = make_job(
+        given, progress = prepare(
             folder, "--weights", path, "--epochs", str(epochs), "--frozen-epochs", str(epochs),
             "--batch-size", str(batch_size), "--image-size", "32",
         )  # fmt: skip
-        phase = training.begin_phase(job, 1)
-        assert phase.passes == passes  # of 87 images
-        drawn = training.draw_epoch(job, phase, 1)
-        assert len(drawn) == 87 * passes and job.draws.sum() == 87 * passes
-        assert epochs * len(phase.batches) == phase.scheduler.total_steps >= 1000
+        stage = begin(given, progress, 1)
+        drawn = training.draw_epoch(given, stage.phase, 1)
+        assert stage.phase.passes == passes and len(drawn) == 87 * passes  # of 87 images
+        steps = epochs * len(training.cut_batches(drawn, batch_size))
+        assert steps == stage.trainer.scheduler.total_steps >= 1000
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 11, 19, 20, 300])
 def test_the_learning_rate_rises_and_falls_in_any_number_of_steps(steps: int) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.5)
-    _, scheduler, _ = training.schedule(optimizer, steps, CPU)
-    rates = []
+    phase, given = training.Phase("full", range(1), cycle=steps), SimpleNamespace(compute=CPU)
+    trainer, rates = training.Trainer(torch.nn.Linear(1, 1), phase, optimizer, given), []
     for _ in range(steps):
-        rates.append(scheduler.get_last_lr()[0])
+        rates.append(trainer.rate())
         optimizer.step()
-        scheduler.step()
+        trainer.scheduler.step()
     if steps >= 10:
         assert (
             max(rates) == pytest.approx(0.5)
@@ -1186,20 +1220,14 @@ def test_the_learning_rate_rises_and_falls_in_any_number_of_steps(steps: int) ->
         assert rates[0] < 0.03 and rates[-1] < 0.05
 
 
-def batch_of_noise(size: int) -> list[torch.Tensor]:
-    return [torch.randint(256, (2, size, size, 3)).byte(), torch.tensor([0, 1])]
-
-
 def test_from_random_weights_every_layer_is_trained(folder: Path) -> None:
-    job = make_job(folder, "--epochs", "1", "--weights", "none")
-    given = {name: value.clone() for name, value in job.model.state_dict().items()}
-    phase = training.begin_phase(job, 1)
-    torch.nn.init.normal_(job.model.fc.weight)  # a zero head gives the layers below no gradient
-    phase = phase._replace(train=[batch_of_noise(64)])
-    phase.batches.assign(job.data.train[:2], training.seeded("augment", 0, 1))
-    training.train_epoch(job, phase)
-    for name, value in phase.result.state_dict().items():
-        assert not torch.equal(value, given[name]), name
+    given, progress = prepare(folder, "--epochs", "1", "--weights", "none", "--image-size", "64")
+    before = {name: value.clone() for name, value in progress.model.state_dict().items()}
+    torch.nn.init.normal_(progress.model.fc.weight)  # zeros give the layers below no gradient
+    stage = begin(given, progress, 1)
+    train(given, stage, 1)
+    for name, value in stage.trainer.result.state_dict().items():
+        assert not torch.equal(value, before[name]), name
 
 
 def test_evaluation_is_larger_by_up_to_a_seventh_in_whole_cells_of_32_pixels() -> None:
@@ -1208,9 +1236,10 @@ def test_evaluation_is_larger_by_up_to_a_seventh_in_whole_cells_of_32_pixels() -
 
 
 def test_a_checkpoint_records_the_size_it_was_evaluated_at(folder: Path) -> None:
-    job = make_job(folder, "--weights", "none")
-    job.history.append({"epoch": 1})
-    content = training.pack_model(job, SimpleNamespace(result=job.model), training.Calibration())
+    given, progress = prepare(folder, "--weights", "none")
+    progress.history.append({"epoch": 1})
+    progress.trainer = SimpleNamespace(result=progress.model)
+    content = training.pack_model(given, progress, training.Calibration())
     assert content["image_size"] == 256
 
 
@@ -1227,38 +1256,29 @@ def test_evaluation_shows_objects_about_as_large_as_training_crops_do() -> None:
 
 
 def test_the_features_are_what_the_network_sees_in_evaluation(folder: Path) -> None:
-    job = make_job(folder, "--image-size", "32", "--weights", "none")
-    torch.nn.init.normal_(job.model.fc.weight)
-    features = training.extract_features(job)
-    images = training.Images(job.data.paths, job.data.labels, views(32)[1])
-    inputs = torch.stack([images[(index, 0)][0] for index in range(len(features))])
-    expected = job.model.eval()(training.to_input(inputs, CPU.device))
-    assert torch.allclose(job.model.fc(features), expected, atol=1e-4)
+    given, progress = prepare(folder, "--image-size", "32", "--weights", "none")
+    model, reader = progress.model, training.Reader(given)
+    torch.nn.init.normal_(model.fc.weight)
+    features, images = training.extract_features(given, model, reader), reader.loader.dataset
+    inputs = torch.stack([images[at, training.EVALUATED][0] for at in range(len(features))])
+    expected = model.eval()(training.to_input(inputs, CPU.device))
+    assert torch.allclose(model.fc(features), expected, atol=1e-4)
 
 
 def test_the_result_of_full_fine_tuning_is_the_average_from_the_start_on(folder: Path) -> None:
     path = str(weights_file(folder.parent / "averaged.pth"))
-    job = make_job(folder, "--epochs", "1", "--frozen-epochs", "0", "--weights", path,
-                   "--finetune", "gentle")  # fmt: skip
-    phase = training.begin_phase(job, 1)
-    torch.nn.init.normal_(job.model.fc.weight)
-    seen = []
-
-    class Watched:
-        def __len__(self) -> int:
-            return 2
-
-        def __iter__(self) -> Iterator[list[torch.Tensor]]:
-            for _ in range(2):
-                seen.append(job.model.layer4[0].conv1.weight.detach().clone())  # before the step
-                yield batch_of_noise(32)
-
-    phase = phase._replace(train=Watched())
-    training.train_epoch(job, phase)
-    seen.append(job.model.layer4[0].conv1.weight.detach().clone())
+    given, progress = prepare(folder, "--epochs", "1", "--frozen-epochs", "0", "--weights", path,
+                              "--finetune", "gentle", "--batch-size", "44")  # fmt: skip
+    torch.nn.init.normal_(progress.model.fc.weight)
+    stage = begin(given, progress, 1)
+    weight = progress.model.layer4[0].conv1.weight
+    seen = [weight.detach().clone()]
+    stage.trainer.optimizer.register_step_post_hook(lambda *_: seen.append(weight.detach().clone()))
+    train(given, stage, 1)
+    assert len(seen) == 3
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
     mean = torch.stack(seen).mean(0)
-    assert torch.allclose(phase.evaluated.layer4[0].conv1.weight, mean, atol=1e-7)
+    assert torch.allclose(stage.trainer.evaluated.layer4[0].conv1.weight, mean, atol=1e-7)
 
 
 class Unanswered(TorchDispatchMode):
@@ -1282,19 +1302,22 @@ class Unanswered(TorchDispatchMode):
         return result
 
 
-class WatchedSteps(list):
-    """Batches; from the first one to the end, `mode` is on."""
+class WatchedSteps:
+    """A source of batches; from the first one to the end, `mode` is on."""
 
-    def __init__(self, batches: Any, mode: Unanswered):
-        super().__init__(batches)
-        self.mode = mode
+    def __init__(self, loaded: Any, mode: Unanswered):
+        self.loaded, self.mode = list(loaded), mode
 
-    def __iter__(self) -> Iterator[Any]:
+    def read(self, *_: object) -> Iterator[Any]:
         self.mode.on = True
         try:
-            yield from super().__iter__()
+            yield from self.loaded
         finally:
             self.mode.on = False
+
+
+def batch_of_noise(size: int) -> list[torch.Tensor]:
+    return [torch.randint(256, (2, size, size, 3)).byte(), torch.tensor([0, 1])]
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
@@ -1309,27 +1332,28 @@ def test_a_step_asks_no_value_and_copies_its_batch_alone(
     """
     path = str(weights_file(folder.parent / "watched.pth"))
     small = ["--weights", path, "--epochs", "2", "--image-size", "32", "--batch-size", "48"]
-    job = make_job(folder, *small)
-    job.shares["trial"] = {1.0: 0.5, 0.0: 0.6}  # so that epoch 2 is a gentle one, with an average
-    phase = training.begin_phase(job, epoch)
-    training.draw_epoch(job, phase, epoch)
-    mode = Unanswered()
-    phase = phase._replace(train=WatchedSteps(phase.train, mode))
+    given, progress = prepare(folder, *small)
+    if epoch == 2:  # a gentle one, with an average
+        progress.shares["trial"] = {1.0: 0.5, 0.0: 0.6}
+    stage, mode = begin(given, progress, epoch), Unanswered()
+    batches = training.cut_batches(given.data.train, 48, training.seeded("augment", 0, 1))
+    source = WatchedSteps(stage.source.read(batches, ""), mode)
     training.to_input(batch_of_noise(32)[0], torch.device(device))  # makes what is made once
     if device == "cpu":
         with mode:
-            training.train_epoch(job, phase)
+            training.train_epoch(given, stage.trainer, batches, source)
         assert mode.copies == 0
         return
-    for module in (job.model, phase.average or job.model):
+    for module in (progress.model, stage.trainer.result):
         module.to(device)
-    weights = [weight for weight in job.model.parameters() if weight.requires_grad]
+    weights = [weight for weight in progress.model.parameters() if weight.requires_grad]
     place, plain = torch.device(device), contextlib.nullcontext
-    job.compute = SimpleNamespace(device=place, rank=0, world_size=1, autocast=plain)
-    phase = phase._replace(optimizer=torch.optim.SGD(weights, 0.1))
+    compute = SimpleNamespace(device=place, rank=0, world_size=1, autocast=plain)
+    stage.trainer.optimizer = torch.optim.SGD(weights, 0.1)
     with mode, pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        training.train_epoch(job, phase)  # at its end it asks for the loss, in vain
-    assert mode.copies == 2 * len(phase.train)  # images and targets
+        given = dataclasses.replace(given, compute=compute)
+        training.train_epoch(given, stage.trainer, batches, source)  # its end asks, in vain
+    assert mode.copies == 2 * len(batches)  # images and targets
 
 
 def test_a_frozen_phase_costs_one_pass_over_the_images(folder: Path, tmp_path: Path) -> None:
@@ -1338,7 +1362,7 @@ def test_a_frozen_phase_costs_one_pass_over_the_images(folder: Path, tmp_path: P
     sys.setprofile(lambda frame, event, _: calls.update([(frame.f_code.co_name, event)]))
     try:
         command = [str(folder), "--weights", str(path), "--epochs", "3", "--frozen-epochs", "3"]
-        assert training.main([*command, "--no-check", "--output", str(output), *TINY]) == 0
+        assert training.main([*command, "--output", str(output), *TINY]) == 0
     finally:
         sys.setprofile(None)
     rows = rows_of(output / "predictions.csv")
@@ -1447,7 +1471,7 @@ def test_the_summary_says_how_many_images_came_from_where(
     source, out = left_out
     run, command = out.parent / "run", [str(out), "--epochs", "1", "--weights", "none", *TINY]
     assert training.main([*command, "--output", str(run), "--source", str(source)]) == 0
-    assert capsys.readouterr().out.count("3 validation images of OUT and 25 others of SRC") == 2
+    assert capsys.readouterr().out.count("3 validation images of DATA and 25 others of SRC") == 2
     assert json.loads((run / "config.json").read_text())["val_images_added"] == 25
     paths = [row["path"] for row in rows_of(run / "predictions.csv")]
     assert len(set(paths)) == 28
@@ -1890,7 +1914,6 @@ ERRORS = {
     "epochs in words": (["{src}/good", "--epochs", "ten"], "--epochs"),
     "fraction of 1": (["{src}/good", "--val-fraction", "1"], "--val-fraction"),
     "fraction of 0": (["{src}/good", "--val-fraction", "0"], "--val-fraction"),
-    "smoothing of 1": (["{src}/good", "--label-smoothing", "1"], "--label-smoothing"),
     "crops of nothing": (["{src}/good", "--crop-scale", "0"], "--crop-scale"),
     "gentle with nothing": (
         ["{src}/good", "--weights", "none", "--finetune", "gentle"],
@@ -1954,15 +1977,10 @@ ERRORS = {
         ["{src}/good", "--split", "{src}/text.pth", "--val-fraction", "0.2"],
         "not allowed with argument",
     ),
-    "split without check": (
-        ["{src}/good", "--split", "{src}/text.pth", "--no-check"],
-        "--no-check: --source, --val and --split need",
-    ),
     "split where the run is to be": (
         ["{src}/good", "--split", "{src}/more/split.csv", "--output", "{src}/more"],
         "{src}/more/split.csv: --output would write",
     ),
-    "source without check": (["{src}/good", "--source", "{src}/more", "--no-check"], "--no-check"),
     "power of the loss": (["{src}/good", "--rebalance", "loss", "--power", "1"], "--power"),
     "power when late": (["{src}/good", "--rebalance", "late", "--power", "0.5"], "--power"),
     "power below 0": (["{src}/good", "--power", "-1"], "--power"),
@@ -2070,7 +2088,7 @@ def test_an_image_for_evaluation_is_read_once_where_there_is_room(
     """In the feature pass, or where there is none before; with or without: the same results."""
     monkeypatch.setattr(training, "MISTAKES", 0)
     path = weights_file(tmp_path / "w.pth") if weights == "given" else "none"
-    command = [str(folder), "--weights", str(path), "--epochs", "2", "--no-check", *TINY]
+    command = [str(folder), "--weights", str(path), "--epochs", "2", *TINY]
     read: Counter[str] = Counter()
 
     def note(frame: FrameType, event: str, _: object) -> None:
@@ -2095,17 +2113,17 @@ def test_an_image_for_evaluation_is_read_once_where_there_is_room(
 def test_views_that_fit_no_quarter_of_the_memory_are_not_kept(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = make_job(folder, "--weights", "none", "--epochs", "1", "--image-size", "32")
-    assert training.evaluated_again(job) == set(job.data.val.tolist())
-    count = len(job.data.val)
+    given, _ = prepare(folder, "--weights", "none", "--epochs", "1", "--image-size", "32")
+    assert training.evaluated_again(given) == set(given.data.val.tolist())
+    count = len(given.data.val)
     size = count * 32 * 32 * 3
     for pages, kept in ((4 * size, count), (4 * size - 1, 0)):
         monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": pages, "SC_PAGE_SIZE": 1}.get)
-        assert len(training.evaluated_again(job)) == kept
+        assert len(training.evaluated_again(given)) == kept
     monkeypatch.delattr(os, "sysconf")  # Windows
-    assert len(training.evaluated_again(job)) == count
-    job.compute = CPU._replace(rank=1, world_size=2)
-    assert training.evaluated_again(job) == set(job.data.val[1::2].tolist())
+    assert len(training.evaluated_again(given)) == count
+    given = dataclasses.replace(given, compute=CPU._replace(rank=1, world_size=2))
+    assert training.evaluated_again(given) == set(given.data.val[1::2].tolist())
 
 
 @pytest.mark.parametrize(("platform", "limits"), [("win32", [0.75]), ("linux", [])])

@@ -6,6 +6,7 @@ A minute on one GPU. Two tests of several processes: two that share a GPU, and t
 that is not CUDA's the default run alone: most of the others ask CUDA when it waits, or fill it.
 """
 
+import dataclasses
 import gc
 import json
 import os
@@ -14,11 +15,12 @@ os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before the first product: t
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import interrupt_after, rows_of, start, weights_file
+from conftest import begin, interrupt_after, rows_of, start, weights_file
 from test_resume import assert_same_run
 
 import data_training as training
@@ -86,10 +88,12 @@ def test_the_features_and_the_evaluation_of_one_network_agree_with_the_cpu(
 ) -> None:
     results = []
     for device in ("cpu", "cuda"):
-        job, phase = begin(settings, device, 3)
-        features = training.extract_features(job)
+        given, progress, stage = begin_on(device, settings, 3)
+        features = training.extract_features(given, progress.model, stage.reader)
         assert features.device.type == "cpu"
-        results.append((features, training.evaluate(job, phase.evaluated, phase.val)))
+        network = stage.trainer.evaluated
+        said = training.evaluate(given, network, stage.source, given.data.val)
+        results.append((features, said))
     (ours, cpu), (theirs, gpu) = results
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(cpu.probability, gpu.probability, atol=1e-4, rtol=1e-3)
@@ -113,15 +117,17 @@ def test_a_default_run_passes_through_head_trial_and_search_on_any_gpu(
     assert losses[0] == pytest.approx(losses[1], abs=5e-2)
 
 
-def begin(settings: list[str], device: str, epoch: int) -> tuple[training.Job, training.Phase]:
+def begin_on(
+    device: str, settings: list[str], epoch: int
+) -> tuple[training.Given, training.Progress, SimpleNamespace]:
     """A run in float32 at the start of this epoch, with the same network on any device."""
     args = training.parse_args([*settings, device, "--no-amp"])
     compute = training.join_processes(args.device, args.amp)
-    args.device = compute.device.type
-    job, _ = training.prepare(args, compute)
-    torch.nn.init.normal_(job.model.fc.weight, std=0.01, generator=training.seeded("head", 0, 0))
-    job.model.to(compute.device, memory_format=training.memory_format(compute.device))
-    return job, training.begin_phase(job, epoch)
+    given, progress = training.prepare(args, compute)
+    stream = training.seeded("head", 0, 0)
+    torch.nn.init.normal_(progress.model.fc.weight, std=0.01, generator=stream)
+    progress.model.to(compute.device, memory_format=training.memory_format(compute.device))
+    return given, progress, begin(given, progress, epoch)
 
 
 # ----------------------------------------------------------------------------------- resume
@@ -174,20 +180,25 @@ def test_a_gpu_without_bfloat16_trains_in_float16_and_goes_on_with_a_run_in_bflo
     for command in ([str(output), "--resume"], [str(tmp_path / "whole")]):
         assert training.main([*settings, "cuda", "--amp", "--output", *command]) == 0
         assert_near(on_cpu, Path(command[0]), 5e-2)
-        scaler = torch.load(Path(command[0], training.STATE), weights_only=True)["phase"]["scaler"]
+        scaler = torch.load(Path(command[0], training.STATE), weights_only=True)["trainer"][
+            "scaler"
+        ]
         assert scaler["scale"] >= 1
 
 
 # ------------------------------------------------------------------------- waiting, and memory
 
 
-class Unwaiting(list):
-    """Batches; from the first one to the end, to wait for the GPU raises."""
+class Loaded:
+    """A source of batches that are there; if `watched`, to wait between first and last raises."""
 
-    def __iter__(self) -> Iterator[Any]:
+    def __init__(self, loaded: Iterable[Any], watched: bool = False):
+        self.loaded, self.watched = list(loaded), watched
+
+    def read(self, *_: object) -> Iterator[Any]:
         try:
-            torch.cuda.set_sync_debug_mode("error")
-            yield from super().__iter__()
+            torch.cuda.set_sync_debug_mode("error" if self.watched else "default")
+            yield from self.loaded
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -197,34 +208,35 @@ class Unwaiting(list):
 @pytest.mark.parametrize("pinned", [True, False])
 def test_no_step_waits_for_the_gpu(epoch: int, pinned: bool, settings: list[str]) -> None:
     """In float32 and in bfloat16, once what is made in the first steps is there."""
-    job, phase = begin(settings, "cuda", epoch)
-    training.draw_epoch(job, phase, epoch)
-    batches = [
-        [each.pin_memory() if pinned else each.clone() for each in pair] for pair in phase.train
+    given, _, stage = begin_on("cuda", settings, epoch)
+    drawn = training.draw_epoch(given, stage.phase, epoch)
+    batches = training.cut_batches(drawn, given.args.batch_size, training.seeded("", 0, 0))
+    loaded = [
+        [each.pin_memory() if pinned else each.clone() for each in pair]
+        for pair in stage.source.read(batches, "")
     ]
     for amp in (None, torch.bfloat16):
-        job.compute = job.compute._replace(amp=amp)
-        for each in (batches, Unwaiting(batches)):
-            phase.scheduler.last_epoch = 0  # the schedule may not end
-            training.train_epoch(job, phase._replace(train=each))
+        given = dataclasses.replace(given, compute=given.compute._replace(amp=amp))
+        for watched in (False, True):
+            stage.trainer.scheduler.last_epoch = 0  # the schedule may not end
+            training.train_epoch(given, stage.trainer, batches, Loaded(loaded, watched))
 
 
 @cuda
 def test_neither_evaluation_nor_the_feature_pass_waits_for_the_gpu_in_between(
-    settings: list[str], monkeypatch: pytest.MonkeyPatch
+    settings: list[str],
 ) -> None:
-    job, phase = begin(settings, "cuda", 3)
-    batches = list(phase.val)
-    expected = training.evaluate(job, phase.evaluated, batches)
-    result = training.evaluate(job, phase.evaluated, Unwaiting(batches))
+    given, progress, stage = begin_on("cuda", settings, 3)
+    network, val = stage.trainer.evaluated, given.data.val
+    loaded = list(stage.reader.read(training.cut_batches(val, given.args.batch_size), ""))
+    expected = training.evaluate(given, network, stage.reader, val)
+    result = training.evaluate(given, network, Loaded(loaded, watched=True), val)
     torch.testing.assert_close(result.probability, expected.probability)
-    features = training.extract_features(job)
-
-    def unwaiting(loader: Iterable[Any], *_: object) -> Iterator[Any]:
-        return iter(Unwaiting(loader))
-
-    monkeypatch.setattr(training, "timed", unwaiting)
-    torch.testing.assert_close(training.extract_features(job), features)
+    features = training.extract_features(given, progress.model, stage.reader)
+    everything = torch.arange(len(given.data.labels))
+    loaded = list(stage.reader.read(training.cut_batches(everything, given.args.batch_size), ""))
+    again = training.extract_features(given, progress.model, Loaded(loaded, watched=True))
+    torch.testing.assert_close(again, features)
 
 
 @cuda

@@ -179,20 +179,25 @@ def test_a_process_that_dies_takes_the_others_down(settings: list[str], tmp_path
 
 
 END_OF_TRIAL = """
-import functools, sys, torch
+import dataclasses, functools, sys, torch
 import data_training as training
+from conftest import begin
 path, *command = sys.argv[1:]
 training.TRIAL_STEPS = 1
 args = training.parse_args(command)
 compute = training.join_processes(args.device, args.amp)
-job, _ = training.first_makes(functools.partial(training.prepare, args, compute), compute)
-job.compute = compute
-phase = training.begin_phase(job, 1)
-training.draw_epoch(job, phase, 1)
-training.search_shares = lambda *_: {1.0: 0.7, 0.0: 0.6}
-training.end_epoch(job, phase, 1)
+make = functools.partial(training.prepare, args, compute)
+given, progress = training.first_makes(make, compute)
+given = dataclasses.replace(given, compute=compute)
+stage = begin(given, progress, 1)
+drawn = training.draw_epoch(given, stage.phase, 1)
+batches = training.cut_batches(drawn, 24, training.seeded("augment", 0, 1))
+training.estimate_statistics(given, stage.trainer.average, batches, stage.reader)
 if compute.rank == compute.world_size - 1:
-    torch.save(phase.result.state_dict(), path)
+    torch.save(stage.trainer.result.state_dict(), path)
+progress.trainer = stage = None  # nothing may use the group that ends
+if training.dist.is_initialized():
+    training.dist.destroy_process_group()
 """
 
 
@@ -201,10 +206,11 @@ def test_averaged_weights_get_the_statistics_of_the_same_images_in_two_processes
 ) -> None:
     (tmp_path / "end.py").write_text(END_OF_TRIAL)
     command = [*settings, "--frozen-epochs", "0", "--finetune", "auto"]
+    path = os.pathsep.join(map(str, (SCRIPT.parent, Path(__file__).parent)))
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     for name, way in (("one", []), ("two", several)):
         line = [sys.executable, *way, str(tmp_path / "end.py"), str(tmp_path / name), *command]
-        subprocess.run(line, check=True, env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)})
+        subprocess.run(line, check=True, env=os.environ | {"PYTHONPATH": path})
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one", "two"))
     assert one["bn1.num_batches_tracked"] == 2  # 46 images, 24 a batch
     for name, value in one.items():
@@ -219,13 +225,13 @@ def test_batchnorm_is_synchronised_where_a_gpu_has_fewer_than_eight_images(
     device: str, batch_size: int, synchronised: bool, tmp_path: Path
 ) -> None:
     compute = training.Compute(torch.device(device), None, 0, 8)
-    job = SimpleNamespace(args=SimpleNamespace(batch_size=batch_size), compute=compute)
+    given = SimpleNamespace(args=SimpleNamespace(batch_size=batch_size), compute=compute)
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/met", rank=0, world_size=1)
     refused = pytest.raises(ValueError, match="SyncBatchNorm layers only work with GPU modules")
     try:
         with refused if synchronised else contextlib.nullcontext():  # there is no GPU to put it on
-            training.wrap_ddp(network, job)
+            training.wrap_ddp(network, given)
     finally:
         torch.distributed.destroy_process_group()
     assert synchronised == isinstance(network[1], torch.nn.SyncBatchNorm)
@@ -240,23 +246,20 @@ def test_a_step_is_that_of_the_whole_batch_when_parts_differ_in_size() -> None:
         head = torch.nn.Linear(2, 2)
         for weight in head.parameters():
             torch.nn.init.zeros_(weight)
-        job = SimpleNamespace(
-            args=SimpleNamespace(rebalance="none", label_smoothing=0.0),
-            data=SimpleNamespace(classes=["no", "yes"]),
+
+        def descend(loss: torch.Tensor) -> None:
+            (slope,) = torch.autograd.grad(loss, [head.weight])
+            head.weight.data -= slope
+
+        given = SimpleNamespace(
+            args=SimpleNamespace(rebalance="none"),
+            data=SimpleNamespace(log_share=lambda: torch.zeros(2)),
             compute=training.Compute(torch.device("cpu"), None, rank, world_size),
-            waits=[],
         )
-        phase = SimpleNamespace(
-            name="head",
-            network=head,
-            optimizer=torch.optim.SGD(head.parameters(), 1.0),
-            average=None,
-            scaler=torch.amp.GradScaler("cpu", enabled=False),
-            scheduler=SimpleNamespace(step=lambda: None),
-            batches=SimpleNamespace(sizes=lambda: [5]),
-            train=[[inputs[rank::world_size], targets[rank::world_size]]],
-        )
-        training.train_epoch(job, phase)
+        trainer = SimpleNamespace(phase="head", network=head, step=descend)
+        ours = [[inputs[rank::world_size], targets[rank::world_size]]]
+        source = SimpleNamespace(read=lambda *_: ours)
+        training.train_epoch(given, trainer, [torch.zeros(5, 2)], source)
         return head.weight.detach()
 
     torch.testing.assert_close((step(0, 2) + step(1, 2)) / 2, step(0, 1))
@@ -264,17 +267,25 @@ def test_a_step_is_that_of_the_whole_batch_when_parts_differ_in_size() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_the_parts_of_the_processes_make_up_what_one_draws_in_order(world_size: int) -> None:
-    def batches(rank: int, world_size: int) -> list[list[tuple[int, int]]]:
-        result = training.Batches(torch.arange(50), 12, rank, world_size)
-        result.assign(torch.arange(50).flip(0), training.seeded("augment", 0, 1))
-        assert result.sizes() == [10] * 5
-        return list(result)
-
-    alone = batches(0, 1)
-    parts = [batches(rank, world_size) for rank in range(world_size)]
-    for step, batch in enumerate(alone):
+    """Of each batch of ten a process reads its part, and weighs it by its images."""
+    drawn = torch.arange(50).flip(0)
+    batches = training.cut_batches(drawn, 12, training.seeded("augment", 0, 1))
+    assert [*map(len, batches)] == [10] * 5
+    parts = []
+    for rank in range(world_size):
+        read: list[torch.Tensor] = []
+        given = SimpleNamespace(
+            args=SimpleNamespace(rebalance="none"),
+            data=SimpleNamespace(log_share=lambda: torch.zeros(2)),
+            compute=training.Compute(torch.device("cpu"), None, rank, world_size),
+        )
+        source = SimpleNamespace(read=lambda ours, _, read=read: read.extend(ours) or [])
+        with contextlib.suppress(ValueError):  # nothing comes of what it asked for
+            training.train_epoch(given, SimpleNamespace(phase="head"), batches, source)
+        parts.append(read)
+    for step, batch in enumerate(batches):
         for place, item in enumerate(batch):
-            assert parts[place % world_size][step][place // world_size] == item
+            assert torch.equal(parts[place % world_size][step][place // world_size], item)
         assert sum(len(part[step]) for part in parts) == len(batch)
 
 

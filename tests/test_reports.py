@@ -1,5 +1,6 @@
 """What `data_training.py` says of a run: the epoch line, charts, mistakes, progress and help."""
 
+import dataclasses
 import email.message
 import io
 import math
@@ -7,16 +8,17 @@ import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from conftest import Terminal, rows_of
+from conftest import CPU, Terminal, rows_of
 from PIL import Image
+from torchvision import models
 
 import data_training as training
 
 BLUE, ORANGE, WHITE, BLACK = (0x2F, 0x6F, 0xB0), (0xD9, 0x82, 0x2B), (255, 255, 255), (0, 0, 0)
-CPU = training.Compute(torch.device("cpu"), None)
 COLOURS = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255), "cyan": (0, 255, 255)}
 
 
@@ -163,30 +165,52 @@ def test_a_run_that_is_always_wrong_has_curves_too() -> None:
     training.draw_chart([losses, accuracies])
 
 
-def job_of(names: list[str], baseline: bool = False) -> tuple[training.Job, training.Evaluation]:
+def data_of(classes: list[str], labels: torch.Tensor, train: int, **known: Any) -> training.Data:
+    """Images with these labels, the first `train` of them to train on."""
+    parts = torch.arange(len(labels)).tensor_split([train])
+    other = {"paths": [], "names": [], "parts": [], "copies": 0, "unreadable": []} | known
+    return training.Data(classes=classes, labels=labels, train=parts[0], val=parts[1], **other)
+
+
+def said(targets: torch.Tensor, predicted: torch.Tensor, sure: torch.Tensor) -> training.Evaluation:
+    """What a network says, of any class as sure as this."""
+    classes = int(torch.cat([targets, predicted]).max()) + 1
+    return training.Evaluation(
+        loss=1.0,
+        targets=targets,
+        predicted=predicted,
+        probability=sure,
+        true_probability=sure,
+        as_trained=predicted,
+        trained_probability=sure,
+        natural=predicted,
+        confusion=training.confusion_matrix(targets, predicted, classes),
+        calibration=training.Calibration(),
+    )
+
+
+def run_of(names: list[str], baseline: bool = False) -> tuple[training.Given, training.Evaluation]:
     """Classes of 1, 2, 3, ... training images and four for validation, of which two are right."""
     classes = len(names)
     train = torch.arange(classes).repeat_interleave(torch.arange(classes) + 1)
     targets = torch.arange(classes).repeat_interleave(4)
     predicted = torch.where(torch.arange(len(targets)) % 4 < 2, targets, (targets + 1) % classes)
-    labels = torch.cat([train, targets])
-    parts = torch.arange(len(labels)).tensor_split([len(train)])
-    data = training.Data(names, [], [], labels, *parts, [], 0, [])
-    confusion = training.confusion_matrix(targets, predicted, classes)
-    share = torch.full((len(targets),), 0.5)
-    answers = predicted, share, share, predicted, share, predicted
-    last = training.Evaluation(1.0, targets, *answers, confusion, training.Calibration())
-    before = targets if baseline else None
-    args = SimpleNamespace(baseline=Path("runs/plain"))
-    return training.Job(args, CPU, data, before, None, [], None, {}), last
+    given = training.Given(
+        args=SimpleNamespace(baseline=Path("runs/plain")),
+        data=data_of(names, torch.cat([train, targets]), len(train)),
+        baseline=targets if baseline else None,
+        origin="",
+        compute=CPU,
+    )
+    return given, said(targets, predicted, torch.full((len(targets),), 0.5))
 
 
 def test_up_to_thirty_classes_have_a_bar_each_and_more_stand_in_ten_groups() -> None:
     names = [f"class {number}" for number in range(30)]
-    recalls, images = training.class_panels(*job_of(names))
+    recalls, images = training.class_panels(*run_of(names))
     assert recalls.labels == images.labels == names[::-1]
     assert images.series["images"] == [[30 - place] for place in range(30)]
-    recalls, images = training.class_panels(*job_of(["x"] * 40))
+    recalls, images = training.class_panels(*run_of(["x"] * 40))
     assert recalls.labels[:2] == ["40 to 37", "36 to 33"] and len(recalls.labels) == 10
     assert images.series["images"][:2] == [[38.5], [34.5]]
     # Four classes of which two of four are right: variance 1/12 each, of the mean 1/48.
@@ -204,7 +228,7 @@ def test_a_group_knows_nothing_of_classes_that_are_not_validated() -> None:
 
 def test_each_recall_carries_the_whisker_of_its_interval() -> None:
     low, high = 0.15004, 0.84996  # Wilson, 2 of 4
-    recalls, images = training.class_panels(*job_of(["ape", "bee"], baseline=True))
+    recalls, images = training.class_panels(*run_of(["ape", "bee"], baseline=True))
     assert list(recalls.series) == ["plain", "this run"]
     assert recalls.series["this run"] == [pytest.approx([0.5, low, high], abs=1e-5)] * 2
     assert recalls.series["plain"][0] == pytest.approx([1.0, 0.51011, 1.0], abs=1e-5)
@@ -220,7 +244,7 @@ def test_each_recall_carries_the_whisker_of_its_interval() -> None:
 
 def lowest_ink(names: list[str]) -> int:
     """How far below the axis names reach, in pixels."""
-    picture = training.draw_chart(training.class_panels(*job_of(names))[:1])
+    picture = training.draw_chart(training.class_panels(*run_of(names))[:1])
     pixels = picture.crop((0, 444, 1600, picture.height)).convert("L")
     return pixels.point(lambda value: 255 * (value < 128)).getbbox()[3]
 
@@ -235,10 +259,7 @@ def test_names_are_slanted_where_they_do_not_fit_side_by_side_and_cut_where_too_
 
 
 def evaluation(targets: list[int], predicted: list[int], sure: list[float]) -> training.Evaluation:
-    true, taken, share = torch.tensor(targets), torch.tensor(predicted), torch.tensor(sure)
-    confusion = training.confusion_matrix(true, taken, 2)
-    answers = taken, share, share, taken, share, taken
-    return training.Evaluation(1.0, true, *answers, confusion, training.Calibration())
+    return said(torch.tensor(targets), torch.tensor(predicted), torch.tensor(sure))
 
 
 def test_mistakes_are_sorted_by_confidence_and_right_answers_are_none() -> None:
@@ -248,18 +269,22 @@ def test_mistakes_are_sorted_by_confidence_and_right_answers_are_none() -> None:
     assert training.find_mistakes(many) == list(range(39, 15, -1))
 
 
-def coloured(folder: Path, names: list[str]) -> training.Job:
+def coloured(folder: Path, names: list[str]) -> tuple[training.Given, training.Progress]:
     """A run after its only epoch, with an image of each colour for validation."""
     folder.mkdir(exist_ok=True)
     for name, colour in COLOURS.items():
         Image.new("RGB", (60, 20), colour).save(folder / f"{name}.png")
     paths = [str(folder / f"{name}.png") for name in COLOURS]
     labels = torch.tensor([0, 1, 0, 0, 1, 1])
-    parts = torch.tensor([0, 1]), torch.tensor([2, 3, 4, 5])
-    data = training.Data(names, [*paths[:2], *paths], [*"abcdef"], labels, *parts, [], 0, [])
-    args = SimpleNamespace(output=folder, epochs=1)
+    given = training.Given(
+        args=SimpleNamespace(output=folder, epochs=1),
+        data=data_of(names, labels, 2, paths=[*paths[:2], *paths], names=[*"abcdef"]),
+        baseline=None,
+        origin="",
+        compute=CPU,
+    )
     draws = torch.zeros(2, dtype=torch.int64)
-    return training.Job(args, CPU, data, None, None, [row(1)], draws, {})
+    return given, training.Progress(models.resnet18(), [row(1)], draws, shares={}, stored={})
 
 
 SOME = evaluation([0, 0, 1, 1], [1, 0, 1, 0], [0.7, 0.99, 0.98, 0.8])  # red and cyan are wrong
@@ -267,7 +292,7 @@ NONE = evaluation([0, 0, 1, 1], [0, 0, 1, 1], [0.7, 0.99, 0.98, 0.8])
 
 
 def test_the_sheet_shows_the_wrong_images_the_most_confident_first(tmp_path: Path) -> None:
-    training.write_pictures(coloured(tmp_path, ["ape", "bee"]), SOME)
+    training.write_pictures(*coloured(tmp_path, ["ape", "bee"]), SOME)
     sheet = Image.open(tmp_path / "mistakes.png")
     tiles = [sheet.getpixel((20 + 263 * number + 122, 192)) for number in range(3)]
     assert tiles == [COLOURS["cyan"], COLOURS["red"], WHITE] and sheet.height == 400
@@ -279,9 +304,9 @@ def test_the_sheet_shows_the_wrong_images_the_most_confident_first(tmp_path: Pat
 
 
 def test_the_sheet_says_how_sure_the_network_was(tmp_path: Path) -> None:
-    job = coloured(tmp_path, ["ape", "bee"])
-    surer = SOME._replace(probability=SOME.probability + 0.1)
-    one, two = (training.draw_mistakes(job.data, last, [3, 0]) for last in (SOME, surer))
+    given, _ = coloured(tmp_path, ["ape", "bee"])
+    surer = dataclasses.replace(SOME, probability=SOME.probability + 0.1)
+    one, two = (training.draw_mistakes(given.data, last, [3, 0]) for last in (SOME, surer))
     different = [one.crop(box) != two.crop(box) for box in ((0, 0, 1600, 350), (0, 350, 1600, 400))]
     assert different == [False, True]
 
@@ -294,8 +319,8 @@ def test_of_a_name_too_long_for_its_tile_the_end_is_shown() -> None:
 
 
 def test_a_name_too_long_for_its_tile_is_cut(tmp_path: Path) -> None:
-    job = coloured(tmp_path, ["W" * 255, "new\nline" * 30])
-    sheet = training.draw_mistakes(job.data, SOME, [3, 0])
+    given, _ = coloured(tmp_path, ["W" * 255, "new\nline" * 30])
+    sheet = training.draw_mistakes(given.data, SOME, [3, 0])
     assert sheet.crop((264, 70, 283, 400)).getcolors() == [(19 * 330, WHITE)]
     assert sheet.crop((20, 385, 1600, 400)).getcolors() == [(1580 * 15, WHITE)]
 
@@ -303,21 +328,21 @@ def test_a_name_too_long_for_its_tile_is_cut(tmp_path: Path) -> None:
 def test_mistakes_are_drawn_after_the_last_epoch_and_only_where_there_are_any(
     tmp_path: Path,
 ) -> None:
-    job, sheet = coloured(tmp_path, ["ape", "bee"]), tmp_path / "mistakes.png"
-    job.args.epochs = 2
-    training.write_pictures(job, SOME)
+    run, sheet = coloured(tmp_path, ["ape", "bee"]), tmp_path / "mistakes.png"
+    run[0].args.epochs = 2
+    training.write_pictures(*run, SOME)
     assert not sheet.exists() and (tmp_path / "curves.png").exists()
-    job.history.append(row(2))
-    training.write_pictures(job, SOME)
+    run[1].history.append(row(2))
+    training.write_pictures(*run, SOME)
     assert sheet.exists()
-    training.write_pictures(job, NONE)
+    training.write_pictures(*run, NONE)
     assert not sheet.exists()
 
 
 def test_the_tables_have_precision_f1_and_the_probability_of_the_true_class(tmp_path: Path) -> None:
     last = evaluation([0, 0, 1, 1], [0, 1, 1, 1], [0.7, 0.99, 0.98, 0.8])
-    last = last._replace(true_probability=torch.tensor([0.7, 0.01, 0.98, 0.8]))
-    training.write_tables(coloured(tmp_path, ["ape", "bee"]), last)
+    last = dataclasses.replace(last, true_probability=torch.tensor([0.7, 0.01, 0.98, 0.8]))
+    training.write_tables(*coloured(tmp_path, ["ape", "bee"]), last)
     rows = [
         [float(row[name]) for name in ("recall", "precision", "f1")]
         for row in rows_of(tmp_path / "classes.csv")
@@ -330,19 +355,19 @@ def test_the_tables_have_precision_f1_and_the_probability_of_the_true_class(tmp_
 def test_the_summary_says_what_was_kept_on_which_images_and_what_came_next(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = coloured(tmp_path, ["ape", "bee"])
-    job.args.source = job.args.val = job.args.split = None
-    job.args.no_calibration = True
-    job.history[-1]["phase"] = "gentle"
-    job.shares["trial"] = {1.0: 0.5, 0.0: 0.75, 0.75: 0.4}
-    training.print_summary(job, SOME)
+    given, progress = coloured(tmp_path, ["ape", "bee"])
+    given.args.source = given.args.val = given.args.split = None
+    given.args.no_calibration = True
+    progress.history[-1]["phase"] = "gentle"
+    progress.shares["trial"] = {1.0: 0.5, 0.0: 0.75, 0.75: 0.4}
+    training.print_summary(given, progress, SOME)
     lines = capsys.readouterr().out.splitlines()
     assert (
         "of what phase trial changed, 0% was kept and gentle came next, by balanced accuracy "
         "on 4 validation images: 50.0% at 100%, 75.0% at 0%, 40.0% at 75%"
     ) in lines
-    job.shares = {"firm": {1.0: 0.5, 0.0: 0.25, 0.75: 0.4}}
-    training.print_summary(job, SOME)
+    progress.shares = {"firm": {1.0: 0.5, 0.0: 0.25, 0.75: 0.4}}
+    training.print_summary(given, progress, SOME)
     assert "of what phase firm changed, 100% was kept, by" in capsys.readouterr().out
 
 
@@ -357,8 +382,8 @@ def test_only_a_terminal_shows_bars_and_only_those_of_the_first_process(
     screen: type, rank: int, shown: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stderr", screen())
-    job = SimpleNamespace(compute=CPU._replace(rank=rank), waits=[])
-    assert len(list(training.timed([[], []], "training, head", job))) == 2
+    shown_by = training.show_progress([[], []], "training, head", CPU._replace(rank=rank))
+    assert len(list(shown_by)) == 2
     assert ("training, head: " in sys.stderr.getvalue()) is shown
 
 
@@ -418,4 +443,4 @@ def test_the_help_shows_no_empty_defaults_and_ends_with_commands_that_work(
         python, script, *arguments = shlex.split(line)
         assert (python, script) == ("python", "data_training.py")
         args = training.parse_args(arguments)
-        assert (args.no_check, args.resume, args.source) == (False, False, None)
+        assert (args.no_flip, args.resume, args.source) == (False, False, None)

@@ -1,5 +1,6 @@
 """What `data_training.py` promises of runs that are stopped or moved."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -11,11 +12,20 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import interrupt_after, load, rows_of, start, weights_file, write_folder
-from torch.utils.data import DataLoader
+from conftest import (
+    CPU,
+    begin,
+    interrupt_after,
+    load,
+    rows_of,
+    start,
+    weights_file,
+    write_folder,
+)
 
 import data_training as training
 
@@ -141,16 +151,16 @@ def test_a_run_goes_on_from_the_middle_of_an_epoch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Stopped after half of the batches, in the head phase and in the full one."""
-    output, calls, timed = tmp_path / "run", itertools.count(1), training.timed
+    output, calls, show = tmp_path / "run", itertools.count(1), training.show_progress
 
-    def interrupt(loader: DataLoader, title: str, *rest: object) -> Iterator[list[torch.Tensor]]:
-        batches = list(timed(loader, title, *rest))
+    def interrupt(batches: list[torch.Tensor], title: str, *rest: Any) -> Iterator[torch.Tensor]:
+        batches = list(show(batches, title, *rest))
         yield from batches[: len(batches) // 2]
         if title.startswith(step) and next(calls) == number:
             raise KeyboardInterrupt
         yield from batches[len(batches) // 2 :]
 
-    monkeypatch.setattr(training, "timed", interrupt)
+    monkeypatch.setattr(training, "show_progress", interrupt)
     assert training.main([*settings, "--output", str(output)]) == 130
     assert len(rows_of(output / "history.csv")) == number - 1
     monkeypatch.undo()
@@ -226,7 +236,7 @@ def test_scratch_training_goes_on_as_well(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = [str(folder), "--arch", "resnet18", "--weights", "none", "--image-size", "32"]
-    command += ["--batch-size", "16", "--device", "cpu", "--label-smoothing", "0.1"]
+    command += ["--batch-size", "16", "--device", "cpu"]
     command += ["--epochs", "2"]
     assert training.main([*command, "--output", str(tmp_path / "whole")]) == 0
     save_state, calls = training.save_state, itertools.count()
@@ -304,31 +314,30 @@ def test_the_best_network_is_kept_until_it_is_written(
 ) -> None:
     """Three epochs of 50, 70 and 60 %, told apart by a bias, of which only the last is written."""
     command = [*settings, "--epochs", "3", "--frozen-epochs", "3", "--output", str(tmp_path / "x")]
-    job, origin = training.prepare(training.parse_args([*command, "--workers", "0"]), CPU)
-    training.start_run(job, origin)
-    phase = training.begin_phase(job, 1)
-    last = training.evaluate(job, phase.evaluated, phase.val)
-    last = last._replace(calibration=training.Calibration())
-    data = job.data
+    args = training.parse_args([*command, "--workers", "0"])
+    given, progress = training.prepare(args, CPU)
+    training.start_run(given, progress)
+    stage, pending = begin(given, progress, 1), training.Pending()
+    data, network = given.data, stage.trainer.evaluated
+    last = training.evaluate(given, network, stage.source, data.val)
+    last = dataclasses.replace(last, calibration=training.Calibration())
     row = training.measure_all(last, data.counts(data.train))
     row |= training.count_draws(data, data.train)
     names = ("train_loss", "val_loss", "learning_rate", "images_per_second", "data_wait", "seconds")
     row |= dict.fromkeys(names, 1.0) | {"phase": "head"}
     for epoch, balanced in enumerate((0.5, 0.7, 0.6), 1):
-        torch.nn.init.constant_(job.model.fc.bias, epoch)
-        job.history.append(row | {"epoch": epoch, "balanced_accuracy": balanced})
+        torch.nn.init.constant_(progress.model.fc.bias, epoch)
+        progress.history.append(row | {"epoch": epoch, "balanced_accuracy": balanced})
         assert not (tmp_path / "x/history.csv").exists()
-        training.report(job, phase, last)
+        training.report(given, progress, last, pending, epoch == 3)
     for name, epoch in (("best.pt", 2), ("last.pt", 3)):
         content = torch.load(tmp_path / "x" / name, weights_only=True)
         assert content["epoch"] == epoch
         assert content["state_dict"]["fc.bias"].tolist() == [epoch] * 3
-    assert not job.best
+    assert not pending.best
 
 
 # ---------------------------------------------------------- another device, another precision
-
-CPU = training.Compute(torch.device("cpu"), None)
 
 
 @pytest.fixture(scope="module")
@@ -345,16 +354,19 @@ def resumed(settings: list[str], in_full_phase: Path, tmp_path: Path) -> list[st
 
 
 def test_a_run_goes_on_in_float16_and_back_without_it(resumed: list[str]) -> None:
-    job, _ = training.prepare(training.parse_args(resumed), CPU._replace(amp=torch.float16))
-    assert "scaler" not in job.stored  # it was not needed
-    phase = training.begin_phase(job, 6)
-    phase.batches.assign(job.data.train[:4], training.seeded("augment", 0, 6))
-    assert math.isfinite(training.train_epoch(job, phase)) and phase.scaler.get_scale() > 1
-    job.history.append(job.history[-1] | {"epoch": 6})
-    training.save_state(job, phase)
-    job, _ = training.prepare(training.parse_args(resumed), CPU)
-    assert job.stored["scaler"]["scale"] == phase.scaler.get_scale()
-    assert not training.begin_phase(job, 6).scaler.is_enabled()
+    half = CPU._replace(amp=torch.float16)
+    given, progress = training.prepare(training.parse_args(resumed), half)
+    assert not progress.stored["scaler"]  # it was not needed
+    stage = begin(given, progress, 6)
+    batches = training.cut_batches(given.data.train[:4], 4, training.seeded("augment", 0, 6))
+    loss = training.train_epoch(given, stage.trainer, batches, stage.source)
+    scale = stage.trainer.scaler.get_scale()
+    assert math.isfinite(loss) and scale > 1
+    progress.history.append(progress.history[-1] | {"epoch": 6})
+    training.save_state(given, progress)
+    given, progress = training.prepare(training.parse_args(resumed), CPU)
+    assert progress.stored["scaler"]["scale"] == scale
+    assert not begin(given, progress, 6).trainer.scaler.is_enabled()
 
 
 @pytest.mark.parametrize("units", [True, False])
@@ -369,14 +381,14 @@ def test_a_run_goes_on_where_the_precision_is_another(
 
 def test_a_run_goes_on_where_weights_are_laid_out_in_another_way(resumed: list[str]) -> None:
     """The optimizer's kernels read weights and moments in the order of memory."""
-    job, _ = training.prepare(training.parse_args(resumed), CPU)
-    job.model.to(memory_format=torch.channels_last)
-    stored = job.stored["optimizer"]["state"]
+    given, progress = training.prepare(training.parse_args(resumed), CPU)
+    progress.model.to(memory_format=torch.channels_last)
+    stored = progress.stored["optimizer"]["state"]
     for state in stored.values():
         state["exp_avg"] = state["exp_avg"].contiguous()  # as from where that is the layout
-    phase, differ = training.begin_phase(job, 6), 0
-    for weight, before in zip(phase.optimizer.state, stored.values(), strict=True):
-        after = phase.optimizer.state[weight]["exp_avg"]
+    optimizer, differ = begin(given, progress, 6).trainer.optimizer, 0
+    for weight, before in zip(optimizer.state, stored.values(), strict=True):
+        after = optimizer.state[weight]["exp_avg"]
         assert after.stride() == weight.stride() and torch.equal(after, before["exp_avg"])
         differ += before["exp_avg"].stride() != weight.stride()
     assert differ
@@ -419,7 +431,7 @@ def test_settings_that_change_the_result_are_listed_in_one_error(
 
 
 def test_settings_that_change_nothing_may_differ(stopped: list[str]) -> None:
-    assert training.main([*stopped, "--workers", "1", "--no-check"]) == 0
+    assert training.main([*stopped, "--workers", "1"]) == 0
 
 
 @pytest.mark.parametrize(
