@@ -18,15 +18,24 @@ def block(name: str) -> str:
     return re.search(rf"<!-- {name} -->\n```\w+\n(.*?)```", README, re.DOTALL)[1]
 
 
+def commands_after_installation(name: str) -> list[str]:
+    """The block's commands but for the first two, which must make and fill an environment."""
+    made, installed, *rest = block(name).splitlines()
+    assert made.split("  ")[0] == "python3 -m venv .venv && . .venv/bin/activate"
+    pip, *chained = installed.split(" && ")
+    assert pip.startswith("pip install -r requirements.txt")
+    commands = chained + rest
+    assert commands and all(command.startswith("python ") for command in commands)
+    return commands
+
+
 @pytest.fixture(scope="module")
 def tried(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project in which "Try it" ran, without installation, for 3 of 20 epochs."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("data_creation.py", "data_training.py", "tests"):
         (folder / name).symlink_to(ROOT / name)
-    commands = [line for line in block("try it").splitlines() if line.startswith("python ")]
-    assert len(commands) == 4
-    for command in commands:
+    for command in commands_after_installation("try it"):
         arguments = [sys.executable, *command.replace("--epochs 20", "--epochs 3").split()[1:]]
         done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -42,11 +51,22 @@ def test_the_first_minute_ends_with_pictures_and_a_network_that_learned(tried: P
     assert float(history[-1]["balanced_accuracy"]) > 0.25  # chance: 0.08
 
 
+def test_the_block_that_tests_finds_the_tests() -> None:
+    """Only collected here: to run them would run this one, too."""
+    pytest.importorskip("xdist")
+    [command] = commands_after_installation("test command")
+    arguments = [sys.executable, *command.split()[1:], "--collect-only"]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert f"{Path(__file__).name}::" in done.stdout
+
+
 def answers(tried: Path, snippet: str) -> dict[str, tuple[str, float]]:
-    """What the snippet writes of each image."""
-    subprocess.run([sys.executable, "-c", snippet], cwd=tried, check=True)
-    with open(tried / "answers.csv", newline="") as file:
-        return {path: (name, float(probability)) for path, name, probability in csv.reader(file)}
+    """What the snippet prints of each image."""
+    command = [sys.executable, "-c", snippet]
+    shown = subprocess.run(command, cwd=tried, capture_output=True, text=True, check=True).stdout
+    rows = csv.reader(shown.splitlines())
+    return {path: (name, float(probability)) for path, name, probability in rows}
 
 
 def test_the_snippet_answers_what_the_saved_network_says(tried: Path) -> None:
@@ -94,30 +114,10 @@ def patients_of(scans: Path, split: str) -> tuple[set[str], set[str]]:
     return tuple({Path(data.names[at]).name.split("_")[0] for at in part} for part in parts)
 
 
-def test_the_recipe_with_names_keeps_every_patient_on_one_side(scans: Path) -> None:
-    subprocess.run([sys.executable, "-c", block("split by names")], cwd=scans.parent, check=True)
+def test_the_recipe_for_patients_keeps_every_patient_on_one_side(scans: Path) -> None:
+    subprocess.run([sys.executable, "-c", block("split by patients")], cwd=scans.parent, check=True)
     train, val = patients_of(scans, "split.csv")
     assert not train & val and len(train | val) == 25 and 4 <= len(val) <= 6
-
-
-def test_in_the_recipe_with_scikit_learn_every_patient_is_validated_once(scans: Path) -> None:
-    pytest.importorskip("sklearn")
-    recipe = block("split by scikit-learn")
-    subprocess.run([sys.executable, "-c", recipe], cwd=scans.parent, check=True)
-    folds = [patients_of(scans, f"fold_{fold}.csv") for fold in range(5)]
-    assert all(not train & val for train, val in folds)
-    assert sorted(name for _, val in folds for name in val) == [f"P{at:02}" for at in range(25)]
-
-
-def test_the_command_lists_the_labels_that_are_likely_wrong_first(tried: Path) -> None:
-    command = [sys.executable, "-c", block("wrong labels")]
-    shown = subprocess.run(command, cwd=tried, capture_output=True, text=True, check=True).stdout
-    assert len(shown.splitlines()) == 20
-    rows = rows_of(tried / "runs/sample/predictions.csv")
-    least = min(rows, key=lambda row: float(row["true_probability"]))
-    assert shown.splitlines()[0] == " ".join(least.values())
-    last = [float(line.split()[-1]) for line in shown.splitlines()]
-    assert last == sorted(float(row["true_probability"]) for row in rows)[:20]
 
 
 def test_every_option_the_readme_names_exists() -> None:
