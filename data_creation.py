@@ -66,7 +66,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("src", metavar="SRC", type=Path, help="folder of class folders; it is only read")
     add("out", metavar="OUT", type=Path, help="folder to write; it must be new or empty")
-    step_help = "images fewer from rank to rank (default: %(default)s)"
+    step_help = "lower the cap by N images per rank (default: %(default)s)"
     add("--step", metavar="N", type=whole_number, default=2, help=step_help)
     seed_help = "seed of the random choice (default: %(default)s)"
     add("--seed", metavar="N", type=int, default=0, help=seed_help)

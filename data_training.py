@@ -16,7 +16,7 @@ last and the best network, two charts and, in the end, a sheet of the worst mist
 
 A run that was stopped goes on with `--resume` and ends as it would have.
 
-Read `run` first, near the end: each of its lines makes what the next one takes.
+Read `run` first, below the constants: each of its lines makes what the next one takes.
 
 Exit status: 0 done, 2 bad input (one line on stderr says where and what to do), 130 interrupted,
 143 terminated.
@@ -139,6 +139,89 @@ class DataError(Exception):
     """Bad input, told in one line: where, what, what to do."""
 
 
+# ------------------------------------------------------------------------------------ run
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a run is given: complete before its first epoch, and the same until its last."""
+
+    args: Namespace  # every setting as used
+    data: Data
+    baseline: Tensor | None  # what the run `--baseline` predicted of the validation images: (M,)
+    origin: str  # in words, where the network is from
+    compute: Compute  # of this process
+
+    def calibrated(self) -> bool:
+        """Whether logits are calibrated: not those of weights that are only to be judged."""
+        return self.args.epochs > 0 and not self.args.no_calibration
+
+
+@dataclass
+class Progress:
+    """How far a run has come: what `resume.pt` holds beside the settings."""
+
+    model: models.ResNet
+    history: list[dict[str, Any]]  # a row an epoch, from the first one on
+    draws: Tensor  # of each class so far: (C,) int64
+    shares: dict[str, dict[float, float]]  # what `search_shares` found, for each phase
+    stored: dict[str, Any]  # the trainer's state, where a run goes on; empty once used
+    trainer: Any = None  # a `Trainer`, from the first phase on
+
+    def last_epoch(self) -> int:
+        """The number of the last epoch that is done, -1 before epoch 0."""
+        return self.history[-1]["epoch"] if self.history else -1
+
+    def add(self, row: dict[str, Any], draws: Tensor) -> None:
+        """Note an epoch, and how often it drew each class."""
+        self.history.append(row)
+        self.draws += draws
+
+
+def run(args: Namespace) -> None:
+    """Train and evaluate as `args` say, and fill the run folder."""
+    compute = join_processes(args.device, args.amp)
+    given, progress = first_makes(partial(prepare, args, compute), compute)
+    given, args = replace(given, compute=compute), given.args
+    progress.model.to(compute.device, memory_format=memory_format(compute.device))
+    reader, pending, last = Reader(given), Pending(), None
+    if compute.rank == 0:
+        start_run(given, progress)
+    for phase in plan(given, progress.shares):  # the trial decides which one is the last
+        left = [epoch for epoch in phase.epochs if epoch > progress.last_epoch()]
+        started = time.perf_counter()
+        reader.waited = 0.0
+        source = begin_phase(given, progress, phase, reader) if left else reader
+        for epoch in left:
+            drawn = draw_epoch(given, phase, epoch)
+            batches = cut_batches(drawn, args.batch_size, seeded("augment", args.seed, epoch))
+            loss = train_epoch(given, progress.trainer, batches, source)
+            seconds, waited = time.perf_counter() - started, reader.waited
+            if phase.name == "trial":
+                estimate_statistics(given, progress.trainer.average, batches, reader)
+            if progress.trainer.start and epoch == phase.epochs[-1]:
+                choose(given, progress, reader)
+            last = evaluate(given, progress.trainer.evaluated, source, given.data.val)
+            row = {
+                "epoch": epoch,
+                "phase": phase.name,
+                "train_loss": loss,
+                "val_loss": last.loss,
+                **measure_all(last, given.data.counts(given.data.train)),
+                **count_draws(given.data, drawn),
+                "learning_rate": progress.trainer.rate(),
+                "images_per_second": len(drawn) / seconds,
+                "data_wait": waited / seconds,
+                "seconds": time.perf_counter() - started,
+            }
+            progress.add(row, given.data.counts(drawn))
+            if compute.rank == 0:
+                report(given, progress, last, pending, epoch == phase.epochs[-1])
+            started, reader.waited = time.perf_counter(), 0.0
+    if compute.rank == 0:
+        print_end(given, progress, last)
+
+
 # ---------------------------------------------------------------------------- command line
 
 
@@ -168,14 +251,15 @@ def parse_args(argv: list[str] | None) -> Namespace:
     whole = number(int, lambda n: n >= 0, "a whole number of at least 0")
     some = number(int, lambda n: n >= 1, "a whole number of at least 1")
     inside = number(float, lambda x: 0 < x < 1, "a number between 0 and 1")
-    share = number(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
+    fraction = number(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
     positive = number(float, lambda x: 0 < x < math.inf, "a number above 0")
     power = number(float, lambda x: 0 <= x <= 10, "a number from 0 to 10")
     bits = number(int, lambda n: -(2**63) <= n < 2**63, "a whole number of 64 bits")
     parser.add_argument("out", metavar="DATA", type=Path, help="folder of class folders")
     group = parser.add_argument_group("data")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--val-fraction", metavar="F", type=inside, default=0.2, help="part kept for validation")
+    add("--val-fraction", metavar="F", type=inside, default=0.2,
+        help="part of each class that is kept for validation")  # fmt: skip
     add("--val", metavar="DIR", type=Path,
         help="folder of class folders to validate on; then nothing is split off")  # fmt: skip
     add("--split", metavar="FILE", type=Path,
@@ -183,50 +267,54 @@ def parse_args(argv: list[str] | None) -> Namespace:
         "like a run's split.csv; what it does not name is left out")  # fmt: skip
     add = group.add_argument
     add("--source", metavar="SRC", type=Path,
-        help="the folder DATA was made from: what it left out is validated on as well")  # fmt: skip
+        help="folder that DATA was made from: its images that are not in DATA are validated on "
+        "as well")  # fmt: skip
     add("--image-size", metavar="PX", type=auto_or(some), default="auto",
-        help="side of a training crop; evaluation takes up to 8/7 of it, 256 for 224; auto: that "
-        "of --weights, else 224")  # fmt: skip
-    add("--crop-scale", metavar="F", type=share, default=0.5,
-        help="least part of an image's area that a training crop shows")  # fmt: skip
+        help="pixels per side of a training crop; evaluation takes up to 8/7 of that, 256 for "
+        "224; auto: that of --weights, else 224")  # fmt: skip
+    add("--crop-scale", metavar="F", type=fraction, default=0.5,
+        help="smallest part of an image's area that a training crop may show")  # fmt: skip
     add("--no-flip", action="store_true",
         help="never mirror a training image: for text, signs, left and right")  # fmt: skip
     add("--workers", metavar="N", type=auto_or(whole), default="auto",
-        help="processes that read images; auto: none on a CPU, else cores less one, "
-        "at most 16, or 8 where they do not fork")  # fmt: skip
+        help="processes that read images; auto: 0 on a CPU, else the number of cores minus 1, "
+        "at most 16, or 8 where processes are spawned")  # fmt: skip
     add = parser.add_argument_group("model").add_argument
     add("--arch", metavar="NAME", type=auto_or(str), default="auto",
         help="a ResNet of torchvision; auto: that of --weights, else resnet50")  # fmt: skip
     add("--weights", metavar="NAME|PATH", default="DEFAULT",
         help="name of torchvision weights, file of weights, or none")  # fmt: skip
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", metavar="N", type=whole, default=10, help="0 evaluates the given weights")
+    add("--epochs", metavar="N", type=whole, default=10,
+        help="passes over the training images; 0 only evaluates the given weights")  # fmt: skip
     add("--frozen-epochs", metavar="N", type=auto_or(whole), default="auto",
-        help="first epochs, head alone; auto: one before them; 0 with --weights none")  # fmt: skip
+        help="first epochs, in which the last layer (the head) alone is trained; auto: one epoch "
+        "before all others, none with --weights none")  # fmt: skip
     add("--finetune", choices=("auto", "firm", "gentle"), default="auto",
-        help="after the head: firm trains all layers, gentle the second half in small steps; auto: "
-        "firm on trial, then whichever that speaks for")  # fmt: skip
+        help="what follows the head: firm trains all layers, gentle the second half of them in "
+        "small steps; auto: try firm for 50 steps or more, then keep it or change to gentle, by "
+        "validation")  # fmt: skip
     add("--rebalance", choices=("sampler", "late", "loss", "none"), default="sampler",
-        help="weighted sampler; the same in the last quarter of each phase only; balanced softmax "
-        "loss; or nothing")  # fmt: skip
+        help="sampler: draw every class equally often; late: the same in the last quarter of each "
+        "phase only; loss: balanced softmax; none: every image once per epoch")  # fmt: skip
     add("--power", metavar="P", type=power,
         help="the sampler's weights are 1 / count ** P; 0.5: square root (default: 1)")  # fmt: skip
-    add("--batch-size", metavar="N", type=some, default=64, help="images per step")
+    add("--batch-size", metavar="N", type=some, default=64,
+        help="images per step, over all processes")  # fmt: skip
     add("--lr", metavar="X", type=positive, default=0.02,
-        help="peak learning rate of the head alone, by SGD, for features of squared length "
-        "512")  # fmt: skip
+        help="highest learning rate while the head alone is trained, by SGD, for features of "
+        "squared length 512")  # fmt: skip
     add("--backbone-lr", metavar="X", type=auto_or(positive), default="auto",
-        help="of the whole network, by AdamW, a pretrained one's head 3 times that; auto: "
-        "1.5e-4, gentle 2e-5 (where auto turns gentle, 2/15 of it), from random weights "
-        "1e-3")  # fmt: skip
+        help="highest learning rate of all layers but the head, by AdamW; the head of a "
+        "pretrained network gets 3 times that; auto: 1.5e-4, gentle 2e-5, from random weights "
+        "1e-3; where --finetune auto changes to gentle, 2/15 of X")  # fmt: skip
     add("--no-calibration", action="store_true",
-        help="leave the logits as trained: they favour frequent classes and are too sure; else "
+        help="keep the logits as trained: they favour frequent classes and are too sure; else "
         "two numbers fitted on the validation images correct both")  # fmt: skip
     add = parser.add_argument_group("run").add_argument
     add("--output", metavar="DIR", type=auto_or(Path), default="auto",
         help="new folder for the results; auto: runs/DATE-TIME")  # fmt: skip
-    add("--resume", action="store_true",
-        help="go on with the run in --output DIR")  # fmt: skip
+    add("--resume", action="store_true", help="continue the run in --output DIR")
     add("--baseline", metavar="RUN", type=Path,
         help="folder of an earlier run on the same validation images, to compare with")  # fmt: skip
     add("--seed", metavar="N", type=bits, default=0, help="of split, draws and augmentation")
@@ -490,14 +578,14 @@ def load_data(args: Namespace) -> Data:
         rows += list_others(args, classes, rows)
     if args.split:
         rows = take_split(args, rows)
-    share = 0.0 if args.val or args.split else args.val_fraction
-    if (1 - share) * sum(row.part == "train" for row in rows) > MOST_DRAWN:
+    fraction = 0.0 if args.val or args.split else args.val_fraction
+    if (1 - fraction) * sum(row.part == "train" for row in rows) > MOST_DRAWN:
         raise DataError(f"{args.out}: over 2^24 training images; torch.multinomial draws no more")
     paths = [row.path for row in rows]
     digests = check_images(paths)
     rows = [row for row in rows if row.path in digests]
-    if share:
-        rows = split_images(rows, digests, share, args.seed)
+    if fraction:
+        rows = split_images(rows, digests, fraction, args.seed)
     trained = {digests[row.path] for row in rows if row.part == "train"}
     copies = [row.path for row in rows if row.part != "train" and digests[row.path] in trained]
     for path in copies:
@@ -569,13 +657,16 @@ def list_images(root: Path) -> tuple[list[str], list[Row]]:
         raise DataError(f"{root}: fewer than two classes; pass the folder that holds the classes")
     if hidden := [name for name in folder.classes if name.startswith(".")]:
         raise DataError(f"{root / hidden[0]}: hidden, but would count as a class; remove it")
-    rows = [Row(path, below(root, path), label, "train") for path, label in folder.samples]
-    return folder.classes, rows
+    return folder.classes, make_rows(root, folder.samples, "train")
 
 
-def below(folder: Path, path: str) -> str:
-    """`path` as seen from `folder`, with `/` on every system."""
-    return path.removeprefix(str(folder)).replace(os.sep, "/").lstrip("/")
+def make_rows(folder: Path, samples: list[tuple[str, int]], part: str) -> list[Row]:
+    """Images of `folder` by path and label, their names with `/` on every system."""
+    rows = []
+    for path, label in samples:
+        name = path.removeprefix(str(folder)).replace(os.sep, "/").lstrip("/")
+        rows.append(Row(path=path, name=name, label=label, part=part))
+    return rows
 
 
 def list_others(args: Namespace, classes: list[str], ours: list[Row]) -> list[Row]:
@@ -588,7 +679,7 @@ def list_others(args: Namespace, classes: list[str], ours: list[Row]) -> list[Ro
         )
     labels = {name: label for label, name in enumerate(classes)}
     samples = make_dataset(folder, labels, IMG_EXTENSIONS, allow_empty=True)
-    rows = [Row(path, below(folder, path), label, part) for path, label in samples]
+    rows = make_rows(folder, samples, part)
     known = {row.name for row in ours if args.source}
     return [row for row in rows if row.name not in known and "/." not in row.name]
 
@@ -1012,22 +1103,7 @@ def rescale(model: models.ResNet) -> None:
         norm.running_var.add_(norm.eps).mul_(factor**2).sub_(norm.eps)
 
 
-# ----------------------------------------------------------------------------- given, plan
-
-
-@dataclass(frozen=True)
-class Given:
-    """What a run is given: complete before its first epoch, and the same until its last."""
-
-    args: Namespace  # every setting as used
-    data: Data
-    baseline: Tensor | None  # what the run `--baseline` predicted of the validation images: (M,)
-    origin: str  # in words, where the network is from
-    compute: Compute  # of this process
-
-    def calibrated(self) -> bool:
-        """Whether logits are calibrated: not those of weights that are only to be judged."""
-        return self.args.epochs > 0 and not self.args.no_calibration
+# ------------------------------------------------------------------------------------ plan
 
 
 class Recipe(NamedTuple):
@@ -1083,16 +1159,16 @@ def plan(given: Given, shares: Mapping[str, Mapping[float, float]]) -> Iterator[
     if head:  # few images make few steps an epoch: they are passed over again
         passes = math.ceil(HEAD_STEPS * args.batch_size / (len(head) * images))
         length = len(head) * math.ceil(passes * images / args.batch_size)
-        yield Phase("head", head, passes, length, length)
+        yield Phase("head", head, passes=passes, steps=length, cycle=length)
     rest = range(head.stop, args.epochs + 1)
     tried, cycle = math.ceil(TRIAL_STEPS / steps), len(rest) * steps
     if args.finetune == "auto" and tried <= len(rest) // 2:
-        yield Phase("trial", rest[:tried], 1, tried * steps, cycle)
+        yield Phase("trial", rest[:tried], steps=tried * steps, cycle=cycle)
         rest = rest[tried:]
         if best_share(shares["trial"]) < FIRM_FROM:
             name, cycle = "gentle", len(rest) * steps
     if rest:
-        yield Phase(name, rest, 1, len(rest) * steps, cycle)
+        yield Phase(name, rest, steps=len(rest) * steps, cycle=cycle)
 
 
 # --------------------------------------------------------------------------------- trainer
@@ -1219,27 +1295,6 @@ def whole_optimizer(model: models.ResNet, name: str, args: Namespace) -> Optimiz
 # ------------------------------------------------------------------------------- training
 
 
-@dataclass
-class Progress:
-    """How far a run has come: what `resume.pt` holds beside the settings."""
-
-    model: models.ResNet
-    history: list[dict[str, Any]]  # a row an epoch, from the first one on
-    draws: Tensor  # of each class so far: (C,) int64
-    shares: dict[str, dict[float, float]]  # what `search_shares` found, for each phase
-    stored: dict[str, Any]  # the trainer's state, where a run goes on; empty once used
-    trainer: Any = None  # a `Trainer`, from the first phase on
-
-    def last_epoch(self) -> int:
-        """The number of the last epoch that is done, -1 before epoch 0."""
-        return self.history[-1]["epoch"] if self.history else -1
-
-    def add(self, row: dict[str, Any], draws: Tensor) -> None:
-        """Note an epoch, and how often it drew each class."""
-        self.history.append(row)
-        self.draws += draws
-
-
 def begin_phase(given: Given, progress: Progress, phase: Phase, reader: Reader) -> Source:
     """Set up `progress.trainer` for a phase, or take up what was stored; where its inputs are.
 
@@ -1301,7 +1356,9 @@ def train_epoch(given: Given, trainer: Trainer, batches: Sequence[Tensor], sourc
     data, compute = given.data, given.compute
     # Balanced softmax: with the log share added in training, logits learn the posterior of balanced
     # classes (Ren et al. 2020, arXiv:2007.10740; Menon et al. 2021, arXiv:2007.07314).
-    prior = data.log_share() * float(given.args.rebalance == "loss")
+    prior = torch.zeros(len(data.classes))
+    if given.args.rebalance == "loss":
+        prior = data.log_share()
     prior, total = prior.to(compute.device), torch.zeros((), device=compute.device)
     ours = [batch[compute.rank :: compute.world_size] for batch in batches]
     loaded = source.read(ours, f"training, {trainer.phase}")
@@ -1655,8 +1712,8 @@ def recall_variance(recall: Tensor, val_counts: Tensor) -> Tensor:
     not known: 1/4, the most. Where all n are right, or none, 0 would claim to be sure: there it is
     that of the posterior Beta(nr + 1/2, n - nr + 1/2), by Jeffreys' prior.
     """
-    share = (recall * val_counts + 0.5) / (val_counts + 1)
-    alike = share * (1 - share) / (val_counts + 2)
+    posterior = (recall * val_counts + 0.5) / (val_counts + 1)
+    alike = posterior * (1 - posterior) / (val_counts + 2)
     mixed = recall * (1 - recall) / (val_counts - 1)
     variance = torch.where((recall == 0) | (recall == 1), alike, mixed)
     return torch.where(val_counts == 1, 0.25, variance)
@@ -1730,7 +1787,7 @@ def load_split(args: Namespace, copies: int, unreadable: list[str]) -> Data:
             what = "changed" if there else "gone"
             raise DataError(f"{path}: {what} since the run began; put it back, or start a new run")
         label = labels.setdefault(row["path"].partition("/")[0], len(labels))
-        rows.append(Row(path, row["path"], label, row["part"]))
+        rows.append(Row(path=path, name=row["path"], label=label, part=row["part"]))
     return make_data(args, list(labels), rows, copies, unreadable)
 
 
@@ -2095,13 +2152,18 @@ class Panel(NamedTuple):
     title: str
     labels: list[str]
     series: dict[str, list[list[float]]]  # of each place its value, NaN for a gap, and an interval
-    levels: list[float]  # numbers beside the axis, which begins at the first
     top: float  # what is higher stands on the upper edge
+    low: float = 0.0
     phases: dict[str, int] | None = None  # of lines: the place where each begins
+
+    def levels(self) -> list[float]:
+        """The numbers beside the axis, which begins at the first."""
+        return ticks(self.low, self.top)
 
     def spot(self, place: float, value: float) -> tuple[float, float]:
         """The pixel of a value, in 1600 x 640."""
-        part = (min(value, self.top) - self.levels[0]) / (self.top - self.levels[0])
+        bottom = self.levels()[0]
+        part = (min(value, self.top) - bottom) / (self.top - bottom)
         return 130 + 1430 * place / len(self.labels), 440 - 360 * part
 
 
@@ -2111,14 +2173,14 @@ def curve_panels(history: list[dict[str, Any]]) -> list[Panel]:
     phases = {name: names.index(name) for name in names}
     column = {key: [[row[key]] for row in history] for key in history[0]}
     losses = {"training": column["train_loss"], "validation": column["val_loss"]}
-    shares = {"balanced": column["balanced_accuracy"], "plain": column["accuracy"]}
-    loss, share = ([x for part in each.values() for [x] in part] for each in (losses, shares))
-    low, high, top = max(0, min(share) - 0.01), max(share) or 1, robust_top(loss)
+    right = {"balanced": column["balanced_accuracy"], "plain": column["accuracy"]}
+    loss, part = ([x for line in each.values() for [x] in line] for each in (losses, right))
+    low, high, top = max(0, min(part) - 0.01), max(part) or 1, robust_top(loss)
     above = sum(value > top for value in loss)
     title = f"loss by epoch (values above the picture: {above})" if above else "loss by epoch"
     return [
-        Panel(title, epochs, losses, ticks(0, top), top, phases),
-        Panel("accuracy by epoch", epochs, shares, ticks(low, high), high, phases),
+        Panel(title, epochs, losses, top=top, phases=phases),
+        Panel("accuracy by epoch", epochs, right, top=high, low=low, phases=phases),
     ]
 
 
@@ -2150,8 +2212,8 @@ def class_panels(given: Given, last: Evaluation) -> list[Panel]:
     images = [[counts[group].double().mean().item()] for group in groups]
     most = counts.max().item()
     return [
-        Panel(title, labels, recalls, ticks(0, 1), 1),
-        Panel("training images per class", labels, {"images": images}, ticks(0, most), most),
+        Panel(title, labels, recalls, top=1),
+        Panel("training images per class", labels, {"images": images}, top=most),
     ]
 
 
@@ -2181,7 +2243,7 @@ def draw_panel(panel: Panel) -> Image.Image:
     chart, font = Image.new("RGB", (1600, 640), "white"), ImageFont.load_default(26)
     draw = ImageDraw.Draw(chart)
     draw.text((20, 24), panel.title, "black", font, "lm")
-    for level in panel.levels:
+    for level in panel.levels():
         y = panel.spot(0, level)[1]
         draw.line([130, y, 1560, y], "#dddddd", 2)
         draw.text((115, y), f"{level:g}", "black", font, "rm")
@@ -2196,7 +2258,7 @@ def draw_panel(panel: Panel) -> Image.Image:
     for place, label in labels.items():
         mask = Image.new("L", (min(210, int(font.getlength(label)) + 2), 34))
         ImageDraw.Draw(mask).text((0, 0), label, "white", font)
-        mask = mask.rotate(45 * slanted, Image.Resampling.BICUBIC, expand=True)
+        mask = mask.rotate(45 if slanted else 0, Image.Resampling.BICUBIC, expand=True)
         left = panel.spot(place + 0.4, 0)[0] - mask.width * (0.9 if slanted else 0.5)
         chart.paste("black", (int(left), 448), mask)
     draw_series(draw, panel)
@@ -2268,7 +2330,7 @@ def find_mistakes(last: Evaluation) -> list[int]:
     return wrong[order][:MISTAKES].tolist()
 
 
-# ------------------------------------------------------------------------------------ run
+# ----------------------------------------------------------------------- beginning and end
 
 
 def prepare(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
@@ -2356,50 +2418,6 @@ def report(
     pending.since = time.perf_counter()
 
 
-def run(args: Namespace) -> None:
-    """Train and evaluate as `args` say, and fill the run folder."""
-    compute = join_processes(args.device, args.amp)
-    given, progress = first_makes(partial(prepare, args, compute), compute)
-    given, args = replace(given, compute=compute), given.args
-    progress.model.to(compute.device, memory_format=memory_format(compute.device))
-    reader, pending, last = Reader(given), Pending(), None
-    if compute.rank == 0:
-        start_run(given, progress)
-    for phase in plan(given, progress.shares):
-        left = [epoch for epoch in phase.epochs if epoch > progress.last_epoch()]
-        started = time.perf_counter()
-        reader.waited = 0.0
-        source = begin_phase(given, progress, phase, reader) if left else reader
-        for epoch in left:
-            drawn = draw_epoch(given, phase, epoch)
-            batches = cut_batches(drawn, args.batch_size, seeded("augment", args.seed, epoch))
-            loss = train_epoch(given, progress.trainer, batches, source)
-            seconds, waited = time.perf_counter() - started, reader.waited
-            if phase.name == "trial":
-                estimate_statistics(given, progress.trainer.average, batches, reader)
-            if progress.trainer.start and epoch == phase.epochs[-1]:
-                choose(given, progress, reader)
-            last = evaluate(given, progress.trainer.evaluated, source, given.data.val)
-            row = {
-                "epoch": epoch,
-                "phase": phase.name,
-                "train_loss": loss,
-                "val_loss": last.loss,
-                **measure_all(last, given.data.counts(given.data.train)),
-                **count_draws(given.data, drawn),
-                "learning_rate": progress.trainer.rate(),
-                "images_per_second": len(drawn) / seconds,
-                "data_wait": waited / seconds,
-                "seconds": time.perf_counter() - started,
-            }
-            progress.add(row, given.data.counts(drawn))
-            if compute.rank == 0:
-                report(given, progress, last, pending, epoch == phase.epochs[-1])
-            started, reader.waited = time.perf_counter(), 0.0
-    if compute.rank == 0:
-        print_end(given, progress, last)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     args = parse_args(argv)
@@ -2412,8 +2430,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         processes = int(os.environ.get("WORLD_SIZE", 1))
         half = args.batch_size // 2 // processes * processes
-        other = f"{half} or " * (half > 0) + "a smaller --image-size, in a new run"
-        message = f"--batch-size {args.batch_size}: out of memory on {args.device}; try {other}"
+        other = f"{half} or a smaller --image-size" if half else "a smaller --image-size"
+        message = f"--batch-size {args.batch_size}: out of memory on {args.device}; try {other}, in a new run"
     except (DataError, OSError) as error:
         message = str(error).rstrip()
         if "Original Traceback" in message:  # from a process that reads images

@@ -253,7 +253,7 @@ def test_a_step_is_that_of_the_whole_batch_when_parts_differ_in_size() -> None:
 
         given = SimpleNamespace(
             args=SimpleNamespace(rebalance="none"),
-            data=SimpleNamespace(log_share=lambda: torch.zeros(2)),
+            data=SimpleNamespace(classes=["no", "yes"]),
             compute=training.Compute(torch.device("cpu"), None, rank, world_size),
         )
         trainer = SimpleNamespace(phase="head", network=head, step=descend)
@@ -276,7 +276,7 @@ def test_the_parts_of_the_processes_make_up_what_one_draws_in_order(world_size: 
         read: list[torch.Tensor] = []
         given = SimpleNamespace(
             args=SimpleNamespace(rebalance="none"),
-            data=SimpleNamespace(log_share=lambda: torch.zeros(2)),
+            data=SimpleNamespace(classes=["no", "yes"]),
             compute=training.Compute(torch.device("cpu"), None, rank, world_size),
         )
         source = SimpleNamespace(read=lambda ours, _, read=read: read.extend(ours) or [])

@@ -138,7 +138,7 @@ def test_the_curves_mark_phases_and_a_value_above_the_picture() -> None:
     assert losses.labels == ["1", "2", "3", "4", "5"]
     assert losses.phases == accuracies.phases == {"head": 0, "full": 2}
     assert losses.title == "loss by epoch (values above the picture: 1)" and losses.top == 2.4
-    assert losses.levels[0] == 0 and accuracies.title == "accuracy by epoch"
+    assert losses.levels()[0] == 0 and accuracies.title == "accuracy by epoch"
     picture = training.draw_chart([losses, accuracies]).crop((0, 0, 1600, 640))
     places = [round(130 + 1430 * (at + 0.4) / 5) for at in range(5)]
     for at, x in enumerate(places):
@@ -153,7 +153,7 @@ def test_the_curves_mark_phases_and_a_value_above_the_picture() -> None:
 
 def test_the_accuracy_axis_begins_at_a_round_number_below_the_lowest_value() -> None:
     accuracies = training.curve_panels(history())[1]
-    assert accuracies.levels == pytest.approx([0.74, 0.76, 0.78, 0.8, 0.82])
+    assert accuracies.levels() == pytest.approx([0.74, 0.76, 0.78, 0.8, 0.82])
     assert accuracies.spot(0, 0.74)[1] == pytest.approx(440)
     assert accuracies.spot(0, 0.83)[1] == pytest.approx(80)
 
@@ -161,7 +161,7 @@ def test_the_accuracy_axis_begins_at_a_round_number_below_the_lowest_value() -> 
 def test_a_run_that_is_always_wrong_has_curves_too() -> None:
     rows = [row(0, train_loss=math.nan, accuracy=0.0, balanced_accuracy=0.0, val_loss=math.inf)]
     losses, accuracies = training.curve_panels(rows)
-    assert (accuracies.levels[0], accuracies.top) == (0, 1) and "picture: 1" in losses.title
+    assert (accuracies.levels()[0], accuracies.top) == (0, 1) and "picture: 1" in losses.title
     training.draw_chart([losses, accuracies])
 
 
