@@ -2431,7 +2431,8 @@ def main(argv: list[str] | None = None) -> int:
         processes = int(os.environ.get("WORLD_SIZE", 1))
         half = args.batch_size // 2 // processes * processes
         other = f"{half} or a smaller --image-size" if half else "a smaller --image-size"
-        message = f"--batch-size {args.batch_size}: out of memory on {args.device}; try {other}, in a new run"
+        message = f"--batch-size {args.batch_size}: out of memory on {args.device}; "
+        message += f"try {other}, in a new run"
     except (DataError, OSError) as error:
         message = str(error).rstrip()
         if "Original Traceback" in message:  # from a process that reads images
