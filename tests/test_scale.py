@@ -1,10 +1,11 @@
 """Weight files differ in scale, where that changes nothing: what is trained must not hang on it."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import rows_of, weights_file
+from conftest import CPU, rows_of, weights_file
 from torchvision import models
 
 import data_training as training
@@ -105,3 +106,18 @@ def test_given_weights_that_are_only_judged_keep_their_scale(
     assert training.main([*command, "--output", str(tmp_path / "run")]) == 0
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["state_dict"]
     assert all(torch.equal(state[name], given[name]) for name in given)
+
+
+@pytest.mark.parametrize(("name", "length"), [("head", 300.0), ("firm", 1.0)])
+def test_the_gradient_of_the_head_alone_is_followed_to_its_full_length(
+    name: str, length: float
+) -> None:
+    """A convex problem needs no clipping, which would hang on the scale of the features."""
+    model = torch.nn.Module()
+    model.fc = torch.nn.Linear(1, 1, bias=False)
+    phase, given = training.Phase(name, range(1), cycle=10), SimpleNamespace(compute=CPU)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    trainer, before = training.Trainer(model, phase, optimizer, given), model.fc.weight.item()
+    rate = trainer.rate()
+    trainer.step(300 * model.fc.weight.sum())
+    assert before - model.fc.weight.item() == pytest.approx(rate * length, rel=1e-4)
