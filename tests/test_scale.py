@@ -80,7 +80,8 @@ def test_every_convolution_gets_the_scale_of_the_learning_rate(arch: str) -> Non
         torch.testing.assert_close(value, again[name], msg=name)
 
 
-@pytest.mark.parametrize(("part", "factor"), [("convolutions", 10.0), ("features", 0.1)])
+@pytest.mark.parametrize("part", ["convolutions", "features"])
+@pytest.mark.parametrize("factor", [10.0, 0.1])
 @pytest.mark.parametrize("way", ["head", "firm", "gentle"])
 def test_the_same_network_in_two_scales_trains_to_the_same_predictions(
     way: str, part: str, factor: float, given: dict, folder: Path, tmp_path: Path
