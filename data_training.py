@@ -199,9 +199,10 @@ def run(args: Namespace) -> None:
             seconds, waited = time.perf_counter() - started, reader.waited
             if phase.name == "trial":
                 estimate_statistics(given, progress.trainer.average, batches, reader)
+            last = None
             if progress.trainer.start and epoch == phase.epochs[-1]:
-                choose(given, progress, reader)
-            last = evaluate(given, progress.trainer.evaluated, source, given.data.val)
+                last = choose(given, progress, reader)
+            last = last or evaluate(given, progress.trainer.evaluated, source, given.data.val)
             row = {
                 "epoch": epoch,
                 "phase": phase.name,
@@ -1572,18 +1573,23 @@ def estimate_statistics(
     share_statistics(network)
 
 
-def choose(given: Given, progress: Progress, reader: Reader) -> None:
+def choose(given: Given, progress: Progress, reader: Reader) -> Evaluation | None:
     """At the end of a phase, take the best of the way it went; what a trial gained names the next.
 
-    "gentle" begins with the best of the trial, "firm" goes on where the trial has come to.
+    "gentle" begins with the best of the trial, "firm" goes on where the trial has come to. Returned
+    is what the best says of the validation images, if the search has looked at all of them.
     """
     trainer = progress.trainer
-    found = progress.shares[trainer.phase] = search_shares(given, trainer, reader)
+    found, last = search_shares(given, trainer, reader)
+    progress.shares[trainer.phase] = found
     if trainer.phase == "trial" and best_share(found) < FIRM_FROM:
         progress.model.load_state_dict(trainer.result.state_dict())
+    return last if len(last.targets) == len(given.data.val) else None
 
 
-def search_shares(given: Given, trainer: Trainer, reader: Reader) -> dict[float, float]:
+def search_shares(
+    given: Given, trainer: Trainer, reader: Reader
+) -> tuple[dict[float, float], Evaluation]:
     """Balanced accuracy after parts of the way from the phase's start to its end: all, none, 3/4...
 
     The result becomes the best of them (Wortsman et al. 2022, arXiv:2109.01903). On images like
@@ -1597,10 +1603,12 @@ def search_shares(given: Given, trainer: Trainer, reader: Reader) -> dict[float,
         parts = {key: torch.lerp(one[key].float(), two[key].float(), share) for key in two}
         model.load_state_dict(parts)
 
+    said = {}
+
     def look(share: float) -> float:
         go(share)
-        last = evaluate(given, model, reader, few, f"choosing, {share:.0%}")
-        return last.recall.nanmean().item()
+        said[share] = evaluate(given, model, reader, few, f"choosing, {share:.0%}")
+        return said[share].recall.nanmean().item()
 
     found = {1.0: look(1.0), 0.0: look(0.0)}
     for share in (0.75, 0.5, 0.25):
@@ -1608,7 +1616,7 @@ def search_shares(given: Given, trainer: Trainer, reader: Reader) -> dict[float,
         if found[share] < found[share + 0.25]:
             break
     go(best_share(found))
-    return found
+    return found, said[best_share(found)]
 
 
 def pick_searched(data: Data) -> Tensor:

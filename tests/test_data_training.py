@@ -999,8 +999,9 @@ def trial_of_six_steps(folder: Path, found: dict[float, float], batch_size: int 
     batches = train(given, stage, 1)
     training.estimate_statistics(given, stage.trainer.average, batches, stage.reader)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "search_shares", lambda *_: found)
-        training.choose(given, progress, stage.reader)
+        said = SimpleNamespace(targets=())
+        patch.setattr(training, "search_shares", lambda *_: (found, said))
+        assert training.choose(given, progress, stage.reader) is None  # of images it did not see
     progress.history.append({"epoch": 1, "phase": "trial"})
     return Trial(given=given, progress=progress, stage=stage, batches=batches, passed=passed)
 
@@ -1180,7 +1181,8 @@ def test_the_search_takes_the_best_place(
 
     monkeypatch.setattr(training, "evaluate", evaluate)
     monkeypatch.setattr(training, "SEARCHED", 11)
-    found = training.search_shares(given, stage.trainer, stage.reader)
+    found, said = training.search_shares(given, stage.trainer, stage.reader)
+    assert said.recall[0] == found[best]
     assert places == list(recalls)
     assert found == pytest.approx({share: right / 10 for share, right in recalls.items()})
     assert progress.model.fc.bias[0].item() == best == progress.model.conv1.weight.mean()
