@@ -1153,16 +1153,22 @@ def test_the_head_is_less_sure_where_the_whole_network_begins_to_move(
 
 
 @pytest.mark.parametrize(
-    ("recalls", "best"),
+    ("recalls", "known", "best"),
     [
-        ({1.0: 5, 0.0: 1, 0.75: 9, 0.5: 9, 0.25: 8}, 0.75),  # the farther of equals
-        ({1.0: 5, 0.0: 1, 0.75: 4}, 1.0),  # nothing is looked at after it got worse
-        ({1.0: 5, 0.0: 6, 0.75: 4}, 0.0),
-        ({1.0: 5, 0.0: 6, 0.75: 6, 0.5: 7, 0.25: 8}, 0.25),
+        ({1.0: 5, 0.0: 1, 0.75: 9, 0.5: 9, 0.25: 8}, math.inf, 0.75),  # the farther of equals
+        ({1.0: 5, 0.0: 1, 0.75: 4}, math.inf, 1.0),  # nothing is looked at after it got worse
+        ({1.0: 5, 0.0: 6, 0.75: 4}, math.inf, 0.0),
+        ({1.0: 5, 0.0: 6, 0.75: 6, 0.5: 7, 0.25: 8}, math.inf, 0.25),
+        ({1.0: 5}, 0.33, 1.0),  # 50 ± 16.3 %, of four classes of ten images
+        ({1.0: 5, 0.0: 6, 0.75: 4}, 0.34, 0.0),
     ],
 )
 def test_the_search_takes_the_best_place(
-    recalls: dict[float, int], best: float, folder: Path, monkeypatch: pytest.MonkeyPatch
+    recalls: dict[float, int],
+    known: float,
+    best: float,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = weights_file(folder.parent / "s.pth")
     given, progress = prepare(folder, "--epochs", "1", "--weights", str(path))
@@ -1177,11 +1183,13 @@ def test_the_search_takes_the_best_place(
     def evaluate(_: object, model: torch.nn.Module, *rest: Any) -> SimpleNamespace:
         places.append(model.fc.bias[0].item())
         asked.append(len(rest[1]))
-        return SimpleNamespace(recall=torch.tensor([recalls[places[-1]] / 10] * 2))
+        right = recalls[places[-1]]
+        confusion = right * torch.eye(4) + (10 - right) * torch.eye(4).roll(1, 0)
+        return SimpleNamespace(recall=torch.full((4,), right / 10), confusion=confusion)
 
     monkeypatch.setattr(training, "evaluate", evaluate)
     monkeypatch.setattr(training, "SEARCHED", 11)
-    found, said = training.search_shares(given, stage.trainer, stage.reader)
+    found, said = training.search_shares(given, stage.trainer, stage.reader, known)
     assert said.recall[0] == found[best]
     assert places == list(recalls)
     assert found == pytest.approx({share: right / 10 for share, right in recalls.items()})
