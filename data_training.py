@@ -1596,8 +1596,8 @@ def search_shares(
 
     The result becomes the best of them (Wortsman et al. 2022, arXiv:2109.01903). On images like
     those that the weights know, the end has lost what a part of the way keeps; on others it has
-    not. Each takes an evaluation, so the search ends where it gets worse, or at once if all of the
-    way is better than what is `known` of its start by more than chance.
+    not. Each takes an evaluation, so the search ends where it gets worse, and leaves the start out
+    if all of the way is better than what is `known` of the start by more than chance.
     """
     model, few = trainer.result, pick_searched(given.data)
     one, two = trainer.start.state_dict(), copy.deepcopy(model.state_dict())
@@ -1615,9 +1615,8 @@ def search_shares(
 
     found = {1.0: look(1.0)}
     chance = measure(said[1.0].confusion, given.data.counts(given.data.train))["half_width"]
-    if found[1.0] > known + chance:
-        return found, said[1.0]
-    found[0.0] = look(0.0)
+    if found[1.0] <= known + chance:
+        found[0.0] = look(0.0)
     for share in (0.75, 0.5, 0.25):
         found[share] = look(share)
         if found[share] < found[share + 0.25]:
