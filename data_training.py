@@ -816,9 +816,15 @@ class Reader:
         self.compute, self.labels = given.compute, data.labels
         self.again, self.views = evaluated_again(given), dict[int, Tensor]()
         self.waited = 0.0  # seconds for batches so far
-        self.batches = Batches()
+        self.batches, views = Batches(), transforms(args)
         self.loader = DataLoader(
-            Images(data.paths, data.labels, *transforms(args), least_side(args)),
+            Images(
+                paths=data.paths,
+                labels=data.labels,
+                training=views[0],
+                evaluation=views[1],
+                least=least_side(args),
+            ),
             batch_sampler=self.batches,
             num_workers=args.workers,
             persistent_workers=args.workers > 0,
