@@ -437,7 +437,7 @@ def test_the_help_shows_no_empty_defaults_and_ends_with_commands_that_work(
     text, _, examples = capsys.readouterr().out.partition("\nexamples:\n")
     assert "DATA  " in text and "OUT" not in text
     assert "default: False" not in text and "default: None" not in text
-    assert "0 with --weights none (default: auto)" in " ".join(text.split())
+    assert "none with --weights none (default: auto)" in " ".join(text.split())
     assert len(examples.splitlines()) == 3
     for line in examples.splitlines():
         python, script, *arguments = shlex.split(line)
