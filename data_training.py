@@ -1194,7 +1194,9 @@ class Trainer:
         self.start: Any = None  # the network before the first step, where that is compared
         trained = model.fc if phase.name == "head" else model.train(not recipe.kept)
         self.network = wrap_ddp(trained, given)
-        peaks = [group["lr"] for group in optimizer.param_groups]
+        groups = optimizer.param_groups
+        self.weights = [weight for group in groups for weight in group["params"]]
+        peaks = [group["lr"] for group in groups]
         # OneCycleLR divides by zero where either part of the cycle has a single step.
         steps = max(4, phase.cycle)
         rising = max(recipe.warm_up, 2 / steps)
@@ -1222,9 +1224,7 @@ class Trainer:
         self.scaler.scale(loss).backward()
         if self.phase != "head":  # the head alone is a convex problem
             self.scaler.unscale_(self.optimizer)
-            groups = self.optimizer.param_groups
-            weights = [weight for group in groups for weight in group["params"]]
-            nn.utils.clip_grad_norm_(weights, CLIP_NORM)
+            nn.utils.clip_grad_norm_(self.weights, CLIP_NORM)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()

@@ -1359,7 +1359,7 @@ def test_a_step_asks_no_value_and_copies_its_batch_alone(
     weights = [weight for weight in progress.model.parameters() if weight.requires_grad]
     place, plain = torch.device(device), contextlib.nullcontext
     compute = SimpleNamespace(device=place, rank=0, world_size=1, autocast=plain)
-    stage.trainer.optimizer = torch.optim.SGD(weights, 0.1)
+    stage.trainer.optimizer, stage.trainer.weights = torch.optim.SGD(weights, 0.1), weights
     with mode, pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         given = dataclasses.replace(given, compute=compute)
         training.train_epoch(given, stage.trainer, batches, source)  # its end asks, in vain
