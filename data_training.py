@@ -1586,24 +1586,24 @@ def choose(given: Given, progress: Progress, reader: Reader) -> Evaluation | Non
     is what the best says of the validation images, if the search has looked at all of them.
     """
     trainer = progress.trainer
-    heads = [row for row in progress.history if row["phase"] == "head"]
-    known = heads[-1]["balanced_accuracy"] if heads and trainer.phase != "trial" else math.inf
-    found, last = search_shares(given, trainer, reader, known)
+    heads = [row["balanced_accuracy"] for row in progress.history if row["phase"] == "head"]
+    found, last = search_shares(given, trainer, reader, heads[-1] if heads else math.nan)
     progress.shares[trainer.phase] = found
     if trainer.phase == "trial" and best_share(found) < FIRM_FROM:
         progress.model.load_state_dict(trainer.result.state_dict())
-    return last if len(last.targets) == len(given.data.val) else None
+    return last if last and len(last.targets) == len(given.data.val) else None
 
 
 def search_shares(
-    given: Given, trainer: Trainer, reader: Reader, known: float
-) -> tuple[dict[float, float], Evaluation]:
+    given: Given, trainer: Trainer, reader: Reader, head: float
+) -> tuple[dict[float, float], Evaluation | None]:
     """Balanced accuracy after parts of the way from the phase's start to its end: all, none, 3/4...
 
     The result becomes the best of them (Wortsman et al. 2022, arXiv:2109.01903). On images like
     those that the weights know, the end has lost what a part of the way keeps; on others it has
-    not. Each takes an evaluation, so the search ends where it gets worse, and leaves the start out
-    if all of the way is better than what is `known` of the start by more than chance.
+    not. Each takes an evaluation, so the search ends where it gets worse. The start is the `head`
+    alone: where all validation images are looked at, what it had of them is known. Returned with
+    the numbers is what the best says of the images looked at, if it was looked at.
     """
     model, few = trainer.result, pick_searched(given.data)
     one, two = trainer.start.state_dict(), copy.deepcopy(model.state_dict())
@@ -1619,16 +1619,14 @@ def search_shares(
         said[share] = evaluate(given, model, reader, few, f"choosing, {share:.0%}")
         return said[share].recall.nanmean().item()
 
-    found = {1.0: look(1.0)}
-    chance = measure(said[1.0].confusion, given.data.counts(given.data.train))["half_width"]
-    if found[1.0] <= known + chance:
-        found[0.0] = look(0.0)
+    known = len(few) == len(given.data.val) and not math.isnan(head)
+    found = {1.0: look(1.0), 0.0: head if known else look(0.0)}
     for share in (0.75, 0.5, 0.25):
         found[share] = look(share)
         if found[share] < found[share + 0.25]:
             break
     go(best_share(found))
-    return found, said[best_share(found)]
+    return found, said.get(best_share(found))
 
 
 def pick_searched(data: Data) -> Tensor:

@@ -1153,19 +1153,21 @@ def test_the_head_is_less_sure_where_the_whole_network_begins_to_move(
 
 
 @pytest.mark.parametrize(
-    ("recalls", "known", "best"),
+    ("recalls", "searched", "head", "best"),
     [
-        ({1.0: 5, 0.0: 1, 0.75: 9, 0.5: 9, 0.25: 8}, math.inf, 0.75),  # the farther of equals
-        ({1.0: 5, 0.0: 1, 0.75: 4}, math.inf, 1.0),  # nothing is looked at after it got worse
-        ({1.0: 5, 0.0: 6, 0.75: 4}, math.inf, 0.0),
-        ({1.0: 5, 0.0: 6, 0.75: 6, 0.5: 7, 0.25: 8}, math.inf, 0.25),
-        ({1.0: 5, 0.75: 6, 0.5: 5}, 0.33, 0.75),  # 50 ± 16.3 %, of four classes of ten images
-        ({1.0: 5, 0.0: 6, 0.75: 4}, 0.34, 0.0),
+        ({1.0: 5, 0.0: 1, 0.75: 9, 0.5: 9, 0.25: 8}, 21, math.nan, 0.75),  # the farther of equals
+        ({1.0: 5, 0.0: 1, 0.75: 4}, 21, math.nan, 1.0),  # nothing is looked at after it got worse
+        ({1.0: 5, 0.0: 6, 0.75: 4}, 21, math.nan, 0.0),
+        ({1.0: 5, 0.0: 6, 0.75: 6, 0.5: 7, 0.25: 8}, 21, math.nan, 0.25),
+        ({1.0: 5, 0.75: 4}, 21, 0.4, 1.0),  # of these images the head's result is known
+        ({1.0: 5, 0.75: 4}, 21, 0.6, 0.0),
+        ({1.0: 5, 0.0: 4, 0.75: 4}, 11, 0.6, 1.0),  # of all 21 it says little about these
     ],
 )
 def test_the_search_takes_the_best_place(
     recalls: dict[float, int],
-    known: float,
+    searched: int,
+    head: float,
     best: float,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -1183,18 +1185,41 @@ def test_the_search_takes_the_best_place(
     def evaluate(_: object, model: torch.nn.Module, *rest: Any) -> SimpleNamespace:
         places.append(model.fc.bias[0].item())
         asked.append(len(rest[1]))
-        right = recalls[places[-1]]
-        confusion = right * torch.eye(4) + (10 - right) * torch.eye(4).roll(1, 0)
-        return SimpleNamespace(recall=torch.full((4,), right / 10), confusion=confusion)
+        return SimpleNamespace(recall=torch.full((4,), recalls[places[-1]] / 10))
 
     monkeypatch.setattr(training, "evaluate", evaluate)
-    monkeypatch.setattr(training, "SEARCHED", 11)
-    found, said = training.search_shares(given, stage.trainer, stage.reader, known)
-    assert said.recall[0] == found[best]
+    monkeypatch.setattr(training, "SEARCHED", searched)
+    found, said = training.search_shares(given, stage.trainer, stage.reader, head)
     assert places == list(recalls)
-    assert found == pytest.approx({share: right / 10 for share, right in recalls.items()})
+    looked_at = {share: right / 10 for share, right in recalls.items()}
+    assert found == pytest.approx({0.0: head} | looked_at)
+    assert (said.recall[0] == found[best]) if best in recalls else (said is None)
     assert progress.model.fc.bias[0].item() == best == progress.model.conv1.weight.mean()
-    assert set(asked) == {11}  # of the 21 images
+    assert set(asked) == {searched}
+
+
+def test_what_the_head_had_is_not_measured_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not where the search looks at all validation images, and it would be the same."""
+    path = str(weights_file(tmp_path / "s.pth"))
+    command = [str(folder), "--arch", "resnet18", "--weights", path, "--epochs", "1", "--no-flip"]
+    evaluate, titles, found = training.evaluate, [], []
+
+    def watch(*values: Any) -> training.Evaluation:
+        titles.extend(values[4:])
+        return evaluate(*values)
+
+    monkeypatch.setattr(training, "evaluate", watch)
+    for name, head in (("known", "auto"), ("new", "0")):  # without a head's phase nothing is known
+        command = [*command, "--output", str(tmp_path / name), "--frozen-epochs", head]
+        assert training.main([*command, "--image-size", "32", "--device", "cpu"]) == 0
+        assert ("choosing, 0%" in titles) is (name == "new")
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        found.append(config["validation_balanced_accuracy_by_share"]["firm"])
+    head_row = rows_of(tmp_path / "known" / "history.csv")[0]
+    assert found[0]["0.0"] == pytest.approx(float(head_row["balanced_accuracy"]), abs=1e-5)
+    assert list(found[0])[:3] == list(found[1])[:3] == ["1.0", "0.0", "0.75"]
 
 
 def test_the_head_takes_a_thousand_steps_however_few_images_and_epochs_there_are(
