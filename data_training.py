@@ -1128,8 +1128,8 @@ class Recipe(NamedTuple):
 # its rate a network looks worse than it is going to be, and averaged about as if the rate had
 # fallen to 0. "gentle" keeps what of a pretrained backbone is general, and two fifths of the time
 # of a step; its weights are averaged from the start on (Izmailov et al. 2018, arXiv:1803.05407).
-# Where a trial is kept, "firm" ends its cycle, at its rate; without one the mix at the end takes
-# back what twice the rate goes too far.
+# What goes on after a trial is far from what the weights know, and gains by twice its rate; without
+# a trial the mix at the end takes back what "firm" goes too far.
 RECIPES = {
     "given": Recipe(),  # nothing is trained
     "head": Recipe(kept=("conv1.", "bn1.", "layer")),  # by SGD, on features, at --lr
@@ -1236,7 +1236,11 @@ class Trainer:
             average_weights(*both, max(0, self.scheduler.last_epoch - self.skipped))
 
     def go_on(self, phase: Phase) -> None:
-        """Go on from a trial, in the middle of its cycle."""
+        """Go on from a trial, in the middle of its cycle, at the rate of `phase`."""
+        factor = RECIPES[phase.name].rate / RECIPES[self.phase].rate
+        for group in self.optimizer.param_groups:  # where the scheduler looks up its cycle
+            for rate in ("lr", "initial_lr", "max_lr", "min_lr"):
+                group[rate] *= factor
         self.phase, self.average, self.start = phase.name, None, None
 
     def parts(self) -> dict[str, Any]:
@@ -1249,7 +1253,7 @@ class Trainer:
         return {name: part.state_dict() for name, part in self.parts().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what was stored, in this phase or in a trial before it."""
+        """Take up what was stored in this phase."""
         for name, part in self.parts().items():
             if state.get(name):  # a scaler that was not needed has none, and one that is refuses it
                 part.load_state_dict(state[name])
@@ -1311,8 +1315,9 @@ def begin_phase(given: Given, progress: Progress, phase: Phase, reader: Reader) 
     """
     args, model = given.args, progress.model
     before = progress.history[-1]["phase"] if progress.history else ""
-    goes_on = before == phase.name or (before == "trial" and phase.name == "firm")
-    if goes_on and progress.trainer:
+    if (before, phase.name) == ("trial", "firm"):
+        if not progress.trainer:  # the run was stopped between the two
+            begin_phase(given, progress, phase._replace(name="trial"), reader)
         progress.trainer.go_on(phase)
         return reader
     source: Source = reader
@@ -1326,7 +1331,7 @@ def begin_phase(given: Given, progress: Progress, phase: Phase, reader: Reader) 
     trainer = progress.trainer = Trainer(model, phase, optimizer, given)
     if args.finetune == "auto" and RECIPES[phase.name].softened and not progress.shares:
         trainer.start = copy.deepcopy(model)
-    if goes_on:
+    if before == phase.name:
         trainer.load_state_dict(progress.stored)
     elif before == "head" and RECIPES[phase.name].softened:
         # A confident head holds the backbone to the old features, a new one pulls it anywhere. With

@@ -959,11 +959,11 @@ def test_the_epochs_are_those_of_the_head_of_a_trial_and_of_the_rest(
 @pytest.mark.parametrize(
     ("found", "flags", "name", "rates"),
     [
-        ({1.0: 0.7, 0.0: 0.6, 0.75: 0.6}, [], "firm", [4.5e-4, 1.5e-4]),
-        ({1.0: 0.5, 0.0: 0.6, 0.75: 0.6, 0.5: 0.7, 0.25: 0.6}, [], "firm", [4.5e-4, 1.5e-4]),
+        ({1.0: 0.7, 0.0: 0.6, 0.75: 0.6}, [], "firm", [9e-4, 3e-4]),
+        ({1.0: 0.5, 0.0: 0.6, 0.75: 0.6, 0.5: 0.7, 0.25: 0.6}, [], "firm", [9e-4, 3e-4]),
         ({1.0: 0.5, 0.0: 0.6, 0.75: 0.6, 0.5: 0.6, 0.25: 0.7}, [], "gentle", [6e-5, 2e-5]),
         ({1.0: 0.5, 0.0: 0.6, 0.75: 0.5}, [], "gentle", [6e-5, 2e-5]),
-        ({1.0: 0.5, 0.0: 0.6, 0.75: 0.5}, ["--backbone-lr", "1.5e-3"], "gentle", [6e-4, 2e-4]),
+        ({1.0: 0.5, 0.0: 0.6, 0.75: 0.5}, ["--backbone-lr", "1.5e-3"], "gentle", [3e-4, 1e-4]),
     ],
 )
 def test_auto_goes_on_as_its_trial_found(
@@ -1072,10 +1072,12 @@ def test_firm_goes_on_from_the_last_step_of_the_trial(folder: Path) -> None:
     for firm in (gone_on, resumed):
         assert firm.phase == "firm" and firm.result is run.progress.model and firm.start is None
         assert firm.scheduler.last_epoch == 6 and firm.scheduler.total_steps == 12
-        assert firm.rate() == rate
+        assert firm.optimizer.param_groups[1]["lr"] == pytest.approx(2 * rate)  # of the next step
         for name, value in run.progress.model.named_parameters():
             assert torch.equal(value, run.passed[-1][name])
             assert firm.optimizer.state[value]["step"] == 6
+        firm.scheduler.step()
+        assert firm.rate() == pytest.approx(3e-4 * (1 + math.cos(math.pi * 6 / 10)) / 2, rel=1e-3)
     assert not run.progress.stored
 
 
@@ -1085,6 +1087,7 @@ def test_auto_that_goes_on_after_its_trial_ends_as_firm_does(
 ) -> None:
     path, states = weights_file(folder.parent / "s.pth"), []
     monkeypatch.setattr(training, "best_share", lambda found: 1.0)
+    monkeypatch.setitem(training.RECIPES, "trial", training.RECIPES["trial"]._replace(rate=3e-4))
     for way in ("auto", "firm"):
         output = folder.parent / f"on_{way}"
         command = [str(folder), "--weights", str(path), "--epochs", "2", "--finetune", way]
@@ -1111,7 +1114,7 @@ def test_gentle_alone_warms_up_for_a_tenth_of_its_steps(
         trainer.optimizer.step()
         trainer.scheduler.step()
     assert rates.index(max(rates)) == rising
-    assert max(rates) == pytest.approx(2e-5 if way == "gentle" else 1.5e-4)
+    assert max(rates) == pytest.approx({"auto": 1.5e-4, "firm": 3e-4, "gentle": 2e-5}[way])
 
 
 @pytest.mark.usefixtures("short_trial")
