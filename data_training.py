@@ -308,7 +308,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--backbone-lr", metavar="X", type=auto_or(positive), default="auto",
         help="highest learning rate of all layers but the head, by AdamW; the head of a "
         "pretrained network gets 3 times that; auto: 3e-4, gentle 2e-5, from random weights 1e-3; "
-        "--finetune auto takes half of X in a run with a trial, 1/15 for gentle")  # fmt: skip
+        "--finetune auto takes half of X in its trial, 1/15 for gentle")  # fmt: skip
     add("--no-calibration", action="store_true",
         help="keep the logits as trained: they favour frequent classes and are too sure; else "
         "two numbers fitted on the validation images correct both")  # fmt: skip
