@@ -3,9 +3,9 @@
     python data_creation.py SRC OUT
 
 Classes are ranked by their number of images, largest first. With M images in the largest, the class
-ranked i (from 0) keeps at most M - 2 * i of them and loses the rest at random: 252, 247, 246, 245,
-244, 243, 242 becomes 252, 247, 246, 245, 244, 242, 240. SRC is only read. OUT appears whole or not
-at all: it is built in a folder `.data_creation-*` beside its place, which only a killed run leaves.
+ranked i (from 0) keeps at most M - 2 * i of them and loses the rest at random: 10, 9, 9, 3 becomes
+10, 8, 6, 3. `--order random` ranks them by chance. SRC is only read. OUT appears whole or not at
+all: it is built in a folder `.data_creation-*` beside its place, which only a killed run leaves.
 
 Exit status: 0 done, 2 bad input (one line on stderr says where and what to do), 130 interrupted.
 """
@@ -13,25 +13,35 @@ Exit status: 0 done, 2 bad input (one line on stderr says where and what to do),
 import argparse
 import contextlib
 import csv
-import io
+import html
 import os
 import random
+import re
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, NoReturn
 
 # What `torchvision.datasets.ImageFolder` counts (torchvision.datasets.folder.IMG_EXTENSIONS).
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-
+# What the folders with the parts of a data set are named, and their order.
+PARTS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "test": 2, "testing": 2}
+ORDERS = {"size": "ranked by number of images, largest first", "random": "ranked at random"}
+CHART = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1000 480" width="100%"><style>
+svg { max-width: 1000px; background: #ffffff; fill: #1f2328; font-family: sans-serif }
+text { font-size: 18px } tspan { font-size: 26px } .line { opacity: 0.15 }
+.before { fill: #c3c9d1 } .after { fill: #2f6fb0 }
+@media (prefers-color-scheme: dark) { svg { background: #0d1117; fill: #f0f6fc }
+.before { fill: #656d77 } .after { fill: #58a6ff } }</style>"""
+Classes = dict[str, list[str]]  # the sorted image paths of each class, relative to its folder
 SAME_NAME = "another name differs only in case; the disk of OUT cannot hold both"
 EXAMPLES = """examples:
   python data_creation.py Images dogs
-  python data_creation.py Images dogs --step 1 --link --plot staircase.png
-  python data_creation.py Images dogs --dry-run --manifest images.csv"""
+  python data_creation.py Images dogs --step 1 --link --chart staircase.svg
+  python data_creation.py Images dogs --order random --dry-run --manifest images.csv"""
 
 
 class DataError(Exception):
@@ -57,23 +67,20 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The settings on the command line, checked."""
-    parser = OneLineParser(
-        prog="data_creation.py",
-        description="write an imbalanced copy of an image data set with one folder per class",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    about = "write an imbalanced copy of an image data set with one folder per class"
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser("data_creation.py", None, about, EXAMPLES, formatter_class=raw)
     add = parser.add_argument
     add("src", metavar="SRC", type=Path, help="folder of class folders; it is only read")
     add("out", metavar="OUT", type=Path, help="folder to write; it must be new or empty")
-    step_help = "lower the cap by N images per rank (default: %(default)s)"
-    add("--step", metavar="N", type=whole_number, default=2, help=step_help)
-    seed_help = "seed of the random choice (default: %(default)s)"
-    add("--seed", metavar="N", type=int, default=0, help=seed_help)
+    shown = " (default: %(default)s)"
+    add("--step", metavar="N", type=whole_number, default=2, help="N fewer images per rank" + shown)
+    add("--order", choices=ORDERS, default="size", help="rank by size or at random" + shown)
+    add("--seed", metavar="N", type=int, default=0, help="seed of all that is random" + shown)
     add("--link", action="store_true", help="hard-link the images where possible, else copy")
     add("--dry-run", action="store_true", help="print the report, do not write OUT")
     add("--manifest", metavar="CSV", type=Path, help="list every image of SRC in this file")
-    add("--plot", metavar="PNG", type=Path, help="draw the staircase in this file")
+    add("--chart", metavar="SVG", type=svg_file, help="draw the staircase in this file")
     return parser.parse_args(argv)
 
 
@@ -84,6 +91,13 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+def svg_file(text: str) -> Path:
+    """`text` as the path of an SVG file."""
+    if not text.lower().endswith(".svg"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .svg")
+    return Path(text)
+
+
 def printable(text: str) -> str:
     """`text` on one line, with control characters and undecodable bytes as escapes."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
@@ -92,8 +106,8 @@ def printable(text: str) -> str:
 class Scan(NamedTuple):
     """What SRC holds."""
 
-    classes: dict[str, list[str]]  # the sorted image paths of each class
-    left_out: int  # other files and hidden entries
+    classes: Classes
+    left_out: list[str]  # other files and hidden entries
     folders: set[tuple[int, int]]  # device and inode of every folder looked into
 
 
@@ -102,18 +116,17 @@ def scan_classes(src: Path) -> Scan:
     if not src.is_dir():
         raise DataError(f"{src}: not a folder; pass the folder that holds the class folders")
     visible = (entry for entry in src.iterdir() if not entry.name.startswith("."))
-    scan = Scan({entry.name: [] for entry in visible if entry.is_dir()}, 0, set())
-    left_out = 0
+    scan = Scan({entry.name: [] for entry in visible if entry.is_dir()}, [], set())
     for path, is_image in walk_files(str(src), (), scan.folders):
         relative = path.removeprefix(str(src)).replace(os.sep, "/").lstrip("/")
         name, _, image = relative.partition("/")
         if is_image and image:
             scan.classes[name].append(image)
         else:
-            left_out += 1
+            scan.left_out.append(relative)
     for images in scan.classes.values():
         images.sort()  # directory order differs between machines: sort before anything random
-    return scan._replace(left_out=left_out)
+    return scan
 
 
 def walk_files(folder: str, above: tuple, folders: set) -> Iterator[tuple[str, bool]]:
@@ -143,7 +156,25 @@ def identity(path: str | Path) -> tuple[int, int]:
     return info.st_dev, info.st_ino
 
 
-def check_classes(src: Path, classes: dict[str, list[str]]) -> None:
+def find_parts(tree: Mapping[str, set[str]]) -> list[str]:
+    """The folders that are parts of a data set (train, val, test), in this order; [] for classes.
+
+    `tree` has for each folder the sub-folders that its images lie in, "" for the folder itself.
+    Parts are a folder named for training, all its images in sub-folders, and those named for
+    validation or testing. Whatever their names, folders with all images in sub-folders are parts if
+    they have as many sub-folders in common as they are, at least two: fold1 and fold2 of cats and
+    dogs, but neither cat/2019 and dog/2019 nor fifty species by sex.
+    """
+    words = {name: re.findall("[a-z]+", name.lower()) for name in sorted(tree)}
+    places = {name: PARTS[word] for name in words for word in words[name] if word in PARTS}
+    nested = {name for name in tree if "" not in tree[name]}
+    if any(places.values()) and 0 in [places[name] for name in places.keys() & nested]:
+        return sorted(places, key=lambda name: places[name])
+    shared = set.intersection(*tree.values())
+    return sorted(tree) if nested == tree.keys() and len(shared) >= len(tree) > 1 else []
+
+
+def check_classes(src: Path, classes: Classes) -> None:
     """Raise `DataError` unless every folder in SRC is a class with images, at the right depth."""
     filled = [name for name, images in classes.items() if images]
     if not filled:
@@ -153,6 +184,13 @@ def check_classes(src: Path, classes: dict[str, list[str]]) -> None:
         # The folders with the images are the classes; what their paths share is above them.
         shared = os.path.commonpath([os.path.commonpath(folders), *map(os.path.dirname, folders)])
         raise DataError(f"{src}: one level too deep; pass {src / filled[0] / shared} instead")
+    places = {name: map(os.path.dirname, classes[name]) for name in filled}
+    tree = {name: {place.partition("/")[0] for place in places[name]} for name in filled}
+    if parts := find_parts(tree):
+        raise DataError(
+            f"{src}: {' and '.join(parts[:2])} look like parts of a data set; run data_creation.py "
+            f"{src / parts[0]} OUT, or, if they are classes, take their images out of sub-folders"
+        )
     for name in sorted(classes.keys() - set(filled)):
         raise DataError(f"{src / name}: a class without images; remove the folder or fill it")
 
@@ -160,13 +198,10 @@ def check_classes(src: Path, classes: dict[str, list[str]]) -> None:
 def check_places(src: Path, scan: Scan, out: Path, files: list[Path]) -> None:
     """Raise `DataError` unless OUT and the further `files` can be written without harm to SRC."""
     for path in (out, *files):
-        existing = (place for place in (path, *path.parents) if place.exists())
-        if any(identity(place) in scan.folders for place in existing):
+        if any(identity(at) in scan.folders for at in (path, *path.parents) if at.exists()):
             raise DataError(f"{path}: this is SRC or inside it, which is only read; name another")
-    if out.exists() and identity(out) in map(identity, src.parents):
-        raise DataError(f"{out}: SRC is inside this folder; name another OUT")
     if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
-        raise DataError(f"{out}: exists and is not an empty folder; remove it or name another OUT")
+        raise DataError(f"{out}: exists and is not an empty folder; name another OUT")
     if out.is_mount():
         raise DataError(f"{out}: a mount point, which cannot be replaced; name a folder inside it")
     for path in files:
@@ -175,15 +210,14 @@ def check_places(src: Path, scan: Scan, out: Path, files: list[Path]) -> None:
             raise DataError(f"{path}: not a file of its own in a folder outside OUT; name another")
 
 
-def staircase(counts: list[int], step: int) -> list[int]:
-    """The cap of each rank: the largest count less `step` a rank; `counts` come largest first."""
-    largest, last = counts[0], len(counts) - 1
-    if largest - step * last < 1:
+def staircase(largest: int, classes: int, step: int) -> list[int]:
+    """The cap of each rank: the size of the largest class less `step` a rank."""
+    if largest - step * (classes - 1) < 1:
         raise DataError(
             f"--step {step}: the cap falls below 1 image at rank {(largest - 1) // step + 1} of 0 "
-            f"to {last}; the largest step that fits is {(largest - 1) // last}"
+            f"to {classes - 1}; the largest step that fits is {(largest - 1) // (classes - 1)}"
         )
-    return [largest - step * rank for rank in range(len(counts))]
+    return [largest - step * rank for rank in range(classes)]
 
 
 def choose_images(images: list[str], cap: int, name: str, seed: int) -> list[str]:
@@ -193,27 +227,29 @@ def choose_images(images: list[str], cap: int, name: str, seed: int) -> list[str
     a subset. Every Python gives the same stream of `random()`.
     """
     stream = random.Random(f"{seed}/{name}".encode(errors="surrogateescape"))
-    shuffled = sorted(images, key=lambda _: stream.random())
-    return sorted(shuffled[:cap])
+    return sorted(sorted(images, key=lambda _: stream.random())[:cap])
 
 
-def rank_classes(classes: dict[str, list[str]], step: int, seed: int) -> list[RankedClass]:
-    """The classes by falling number of images, ties by name, each with the images it keeps."""
-    names = sorted(classes, key=lambda name: (-len(classes[name]), name))
-    caps = staircase([len(classes[name]) for name in names], step)
+def rank_classes(classes: Classes, order: str, step: int, seed: int) -> list[RankedClass]:
+    """The classes by falling number of images, ties by name, or at random; with what each keeps."""
+    chance = random.Random(f"{seed}//order")  # that of no class: their names hold no slash
+    keys = {"size": lambda name: -len(classes[name]), "random": lambda _: chance.random()}
+    names = sorted(sorted(classes), key=keys[order])
+    caps = staircase(max(map(len, classes.values())), len(names), step)
     return [
         RankedClass(name, classes[name], cap, choose_images(classes[name], cap, name, seed))
         for name, cap in zip(names, caps, strict=True)
     ]
 
 
-def format_report(ranked: list[RankedClass], left_out: int) -> str:
-    """The table of ranks and the closing line."""
+def format_report(ranked: list[RankedClass], order: str, left_out: int) -> str:
+    """The table of ranks and the closing lines."""
     width = max(5, *(len(printable(each.name)) for each in ranked))
     lines = [f"rank  {'class':{width}}  images    cap   kept  removed"]
     for rank, (name, images, cap, kept) in enumerate(ranked):
         numbers = f"{len(images):6}  {cap:5}  {len(kept):5}  {len(images) - len(kept):7}"
         lines.append(f"{rank:4}  {printable(name):{width}}  {numbers}")
+    lines.append(ORDERS[order])
     before, sizes = sum(len(each.images) for each in ranked), [len(each.kept) for each in ranked]
     lines.append(
         f"kept {sum(sizes)} of {before} images in {len(sizes)} classes: largest {max(sizes)}, "
@@ -225,43 +261,42 @@ def format_report(ranked: list[RankedClass], left_out: int) -> str:
 
 def format_manifest(ranked: list[RankedClass]) -> bytes:
     """A CSV table with a row for every image of SRC; `kept` is 0 or 1."""
-    lines: list[str] = []
-    writer = csv.writer(SimpleNamespace(write=lines.append))
+    rows: list[str] = []
+    writer = csv.writer(SimpleNamespace(write=rows.append))
     writer.writerow(["path", "class", "rank", "kept"])
     for rank, (name, images, _, kept) in enumerate(ranked):
         chosen = set(kept)
         writer.writerows([f"{name}/{path}", name, rank, int(path in chosen)] for path in images)
     # With its own line ends the writer quotes a lone carriage return, which "\n" would leave bare.
-    text = "".join(line.removesuffix("\r\n") + "\n" for line in lines)
-    return text.encode(errors="surrogateescape")
+    return "".join(row.removesuffix("\r\n") + "\n" for row in rows).encode(errors="surrogateescape")
 
 
-def draw_staircase(ranked: list[RankedClass]) -> bytes:
-    """A PNG chart of the images of each class by rank, before and after."""
-    from PIL import Image, ImageDraw, ImageFont  # loaded only here: the script starts at once
-
-    picture = Image.new("RGB", (1600, 900), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(28)
-    largest, gap = len(ranked[0].images), 0.2 if len(ranked) < 200 else 0
-    x = [130 + 1430 * rank / len(ranked) for rank in range(len(ranked) + 1)]
-    y = [800 - 690 * images / largest for images in range(largest + 1)]
-    width = (x[1] - x[0]) * (1 - gap)
-    for tick in ticks(largest):
-        draw.line([x[0], y[tick], x[-1], y[tick]], "#dddddd", 2)
-        draw.text((115, y[tick]), str(tick), "black", font, "rm")
-    for rank, each in enumerate(ranked):
-        for images, colour in ((each.images, "#c9ced6"), (each.kept, "#2f6fb0")):
-            draw.rectangle([x[rank], y[len(images)], x[rank] + width, y[0]], colour)
-    for left, colour, label in ((900, "#c9ced6", "in SRC"), (1200, "#2f6fb0", "kept in OUT")):
-        draw.rectangle([left, 24, left + 28, 52], colour)
-        draw.text((left + 42, 38), label, "black", font, "lm")
+def draw_staircase(ranked: list[RankedClass], order: str) -> str:
+    """An SVG chart of the images of each class by rank, before and after, for light and dark."""
+    before, after = [len(each.images) for each in ranked], [len(each.kept) for each in ranked]
+    names = [html.escape(printable(each.name)) for each in ranked]
+    slot, image = 900 / len(ranked), 330 / max(before)
+    # The bars are drawn where a class is 1 wide and an image 1 high; narrow ones hide their seams.
+    place = f"translate(70 420) scale({slot} {-image})"
+    width = 0.8 if slot > 4 else 1 + 0.5 / slot
+    lines = [CHART, '<text x="70" y="34" font-weight="bold">Images per class</text>']
+    for tick in ticks(max(before)):
+        y = 420 - tick * image
+        lines.append(f'<rect class="line" x="70" y="{y:.2f}" width="900" height="1"/>')
+        lines.append(f'<text x="60" y="{y + 6:.2f}" text-anchor="end">{tick}</text>')
+    for x, kind, sizes in ((70, "before", before), (520, "after", after)):
+        words = f"{kind}: {sum(sizes):,} images, {min(sizes)} to {max(sizes)} a class"
+        lines.append(f'<text x="{x}" y="64"><tspan class="{kind}">\u25a0</tspan> {words}</text>')
+        lines.append(f'<g class="{kind}" transform="{place}">')
+        for rank, (name, size) in enumerate(zip(names, sizes, strict=True)):
+            bar = f'<rect x="{rank}" width="{width}" height="{size}">'
+            lines.append(f"{bar}<title>{name}: {size} {kind}</title></rect>")
+        lines.append("</g>")
     for tick in ticks(len(ranked) - 1):
-        draw.text((x[tick] + width / 2, 808), str(tick), "black", font, "mt")
-    draw.text((845, 885), "rank of the class, largest first", "black", font, "mb")
-    draw.text((20, 38), "images per class", "black", font, "lm")
-    stream = io.BytesIO()
-    picture.save(stream, "PNG")
-    return stream.getvalue()
+        middle = 70 + slot * (tick + 0.4)
+        lines.append(f'<text x="{middle:.2f}" y="442" text-anchor="middle">{tick}</text>')
+    lines.append(f'<text x="520" y="470" text-anchor="middle">class, {ORDERS[order]}</text>')
+    return "\n".join([*lines, "</svg>\n"])
 
 
 def ticks(top: int) -> range:
@@ -317,12 +352,10 @@ def place_files(src: Path, folder: Path, paths: list[str], link: bool) -> None:
     """Copy or hard-link every path of `src` into `folder`, with a progress bar in a terminal."""
     from tqdm import tqdm
 
-    folders = {str(folder)}
+    for parent in {os.path.dirname(path) for path in paths}:
+        os.makedirs(os.path.join(folder, parent), exist_ok=True)
     for path in tqdm(paths, "linking" if link else "copying", unit=" images", disable=None):
         source, target = os.path.join(src, path), os.path.join(folder, path)
-        if (parent := os.path.dirname(target)) not in folders:
-            os.makedirs(parent, exist_ok=True)
-            folders.add(parent)
         if link:
             # link() itself would not follow a symbolic link; where it is refused, copy.
             with contextlib.suppress(OSError):
@@ -338,17 +371,17 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     # Free of links, so that "inside" and "beside" mean what they say.
     src, out = Path(os.path.realpath(args.src)), Path(os.path.realpath(args.out))
-    manifest, plot = (path and Path(os.path.realpath(path)) for path in (args.manifest, args.plot))
+    manifest, chart = (f and Path(os.path.realpath(f)) for f in (args.manifest, args.chart))
     try:
         scan = scan_classes(src)
         check_classes(src, scan.classes)
-        check_places(src, scan, out, [path for path in (manifest, plot) if path])
-        ranked = rank_classes(scan.classes, args.step, args.seed)
-        print(format_report(ranked, scan.left_out), flush=True)
+        check_places(src, scan, out, [path for path in (manifest, chart) if path])
+        ranked = rank_classes(scan.classes, args.order, args.step, args.seed)
+        print(format_report(ranked, args.order, len(scan.left_out)), flush=True)
         if manifest:
             write_file(manifest, format_manifest(ranked))
-        if plot:
-            write_file(plot, draw_staircase(ranked))
+        if chart:
+            write_file(chart, draw_staircase(ranked, args.order).encode())
         if not args.dry_run:
             write_out(src, out, ranked, args.link)
             print(f"written to {printable(str(args.out))}")

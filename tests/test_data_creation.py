@@ -3,11 +3,13 @@
 import csv
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree as ET
 from collections import Counter
 from contextlib import nullcontext
 from functools import partial
@@ -15,12 +17,9 @@ from pathlib import Path
 
 import pytest
 from conftest import Terminal
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image
 
 import data_creation
-from data_creation import DataError, choose_images, printable, rank_classes, staircase, ticks
+from data_creation import DataError, choose_images, draw_staircase, find_parts, printable, ticks
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX links, signals or limits")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only there are names any bytes")
@@ -45,8 +44,12 @@ def classes_of(**counts):
     return {name: [f"{number:03}.jpg" for number in range(n)] for name, n in counts.items()}
 
 
+def rank(classes, step=2, seed=0, order="size"):
+    return data_creation.rank_classes(classes, order, step, seed)
+
+
 def kept_of(classes, step=2, seed=0):
-    return {each.name: each.kept for each in rank_classes(classes, step, seed)}
+    return {each.name: each.kept for each in rank(classes, step, seed)}
 
 
 def build(plan):
@@ -89,7 +92,7 @@ def start(line, **options):
     return subprocess.Popen(command, stdout=-1, stderr=-1, encoding="utf-8", **options)
 
 
-def test_a_class_keeps_what_it_has_up_to_the_cap_of_its_rank():
+def test_a_class_keeps_what_it_has_up_to_the_cap_of_its_rank_and_ties_go_by_name():
     for counts, step, kept in (
         ([252, 247, 246, 245, 244, 243, 242], 2, [252, 247, 246, 245, 244, 242, 240]),
         ([252, 252, 252], 2, [252, 250, 248]),
@@ -98,21 +101,21 @@ def test_a_class_keeps_what_it_has_up_to_the_cap_of_its_rank():
         ([1], 99, [1]),
     ):
         classes = classes_of(**{f"c{rank}": count for rank, count in enumerate(counts)})
-        assert [len(images) for images in kept_of(classes, step).values()] == kept
+        ranked = kept_of(dict(reversed(classes.items())), step)
+        assert list(ranked) == list(classes) and [len(ranked[name]) for name in ranked] == kept
 
 
 def test_too_large_a_step_names_the_rank_and_the_largest_step_that_fits():
-    for counts, step, rank, fits, caps in (
-        ([10, 9, 8, 7], 4, 3, 3, [10, 7, 4, 1]),  # 10, 6, 2, -2
-        ([8, 8, 8], 8, 1, 3, [8, 5, 2]),  # 8, 0
-        ([3, 2, 2, 1, 1], 1, 3, 0, [3, 3, 3, 3, 3]),  # 3, 2, 1, 0
+    for largest, step, at, fits, caps in (
+        (10, 4, "3 of 0 to 3", 3, [10, 7, 4, 1]),  # 10, 6, 2, -2
+        (8, 8, "1 of 0 to 2", 3, [8, 5, 2]),  # 8, 0
+        (3, 1, "3 of 0 to 4", 0, [3, 3, 3, 3, 3]),  # 3, 2, 1, 0
     ):
-        with pytest.raises(DataError, match=f"--step {step}: .* at rank {rank} of 0 ") as error:
-            staircase(counts, step)
-        assert str(error.value).endswith(f"largest step that fits is {fits}")
-        assert staircase(counts, fits) == caps
+        with pytest.raises(DataError, match=f"--step {step}: .* at rank {at}; .* fits is {fits}$"):
+            data_creation.staircase(largest, len(caps), step)
         with pytest.raises(DataError):
-            staircase(counts, fits + 1)
+            data_creation.staircase(largest, len(caps), fits + 1)
+        assert data_creation.staircase(largest, len(caps), fits) == caps
 
 
 def test_stanford_dogs_keep_15417_of_20580_images():
@@ -121,35 +124,17 @@ def test_stanford_dogs_keep_15417_of_20580_images():
     assert (len(counts), sum(counts)) == (120, 20580)
     kept = kept_of(classes_of(**{f"dog{rank}": count for rank, count in enumerate(counts)}))
     sizes = [len(images) for images in kept.values()]
-    assert (sum(sizes), sizes[0], sizes[-1]) == (15417, 252, 14)
-    assert (max(sizes), min(sizes)) == (252, 14)
+    assert (sum(sizes), sizes[0], sizes[-1], max(sizes), min(sizes)) == (15417, 252, 14, 252, 14)
 
 
-@settings(derandomize=True, database=None, deadline=None, max_examples=150)
-@given(
-    counts=st.dictionaries(st.text("abAB~é", max_size=3), st.integers(1, 15), min_size=1),
-    step=st.integers(0, 5),
-    seed=st.integers(-5, 5),
-)
-def test_the_rule_holds_for_any_counts_and_steps(counts, step, seed):
-    classes, names = classes_of(**counts), sorted(counts)
-    names.sort(key=counts.get, reverse=True)  # stable: ties stay in the order of their names
-    caps = [counts[names[0]] - step * rank for rank in range(len(names))]
-    if caps[-1] < 1:
-        with pytest.raises(DataError):
-            rank_classes(classes, step, seed)
-        return
-    ranked = rank_classes(classes, step, seed)
-    assert [(each.name, each.cap) for each in ranked] == list(zip(names, caps, strict=True))
-    for name, images, cap, kept in ranked:
-        assert len(kept) == min(counts[name], cap)
-        assert kept == sorted(set(kept) & set(images)) and images == classes[name]
-
-
-def test_a_steeper_step_keeps_a_subset():
-    draws = [kept_of(classes_of(a=40, b=40, c=38), step) for step in range(20)]
-    for gentle, steep in zip(draws[:-1], draws[1:], strict=True):
-        assert set(steep["b"]) < set(gentle["b"]) and set(steep["c"]) <= set(gentle["c"])
+def test_a_random_order_depends_on_seed_and_names_alone_and_falls_from_the_largest_class():
+    classes = classes_of(a=10, b=3, c=8, d=9, e=1)
+    for seed, names, sizes in ((0, "dbaec", [9, 3, 6, 1, 2]), (1, "dabec", [9, 8, 3, 1, 2])):
+        for same in (classes, dict(reversed(classes.items()))):  # caps 10, 8, 6, 4, 2
+            kept = {each.name: len(each.kept) for each in rank(same, 2, seed, "random")}
+            assert "".join(kept) == names and list(kept.values()) == sizes
+    others = rank(classes_of(a=1, b=9, c=9, d=9, e=99), 2, 1, "random")
+    assert "".join(each.name for each in others) == "dabec"
 
 
 def test_a_class_keeps_the_same_images_whatever_the_others_hold():
@@ -162,8 +147,10 @@ def test_a_class_keeps_the_same_images_whatever_the_others_hold():
 
 def test_the_draw_is_fair_and_depends_on_class_and_seed_alone():
     images = classes_of(a=20)["a"]
-    assert choose_images(images[:10], 4, "cat", 0) == ["002.jpg", "004.jpg", "006.jpg", "009.jpg"]
-    assert choose_images(images[:10], 4, "cat", 1) == ["003.jpg", "005.jpg", "006.jpg", "007.jpg"]
+    for seed, kept in ((0, "2469"), (1, "3567")):
+        assert choose_images(images[:10], 4, "cat", seed) == [f"00{digit}.jpg" for digit in kept]
+    draws = [set(choose_images(images, cap, "cat", 0)) for cap in range(21)]
+    assert all(draws[cap] < draws[cap + 1] for cap in range(20))  # a steeper step keeps a subset
     assert len({tuple(choose_images(images, 10, c, seed)) for c in "ab" for seed in range(9)}) == 18
     times = Counter(name for seed in range(400) for name in choose_images(images, 5, "a", seed))
     assert len(times) == 20  # each is kept 100 times of 400 on average, give or take 9
@@ -178,11 +165,12 @@ def test_ticks_and_printable_names_by_hand():
 
 
 def test_out_holds_the_kept_images_under_their_names_and_nothing_else(capsys):
-    build("src/a/1.jpg src/a/2.JPEG src/a/sub/deep/3.Png src/b/1.webp src/b/sub/1.tif")
+    # Both classes have sub/ and up/, but images of their own too: they are no parts.
+    names = "a/1.jpg a/2.JPEG a/sub/deep/3.Png a/up/1.bmp b/1.webp b/sub/1.tif b/up/1.ppm"
+    build(" ".join(f"src/{name}" for name in names.split()))
     build("src/b/notes.txt src/a/.4.jpg src/.git/5.jpg src/top.jpg src/a/.sub/6.jpg")
     assert run("src out --step 1") == 0
-    names = ["a/1.jpg", "a/2.JPEG", "a/sub/deep/3.Png", "b/1.webp", "b/sub/1.tif"]
-    assert files("out") == {name: f"src/{name}".encode() for name in names}
+    assert files("out") == {name: f"src/{name}".encode() for name in names.split()}
     assert set(os.listdir("out")) == {"a", "b"} and set(os.listdir()) == {"src", "out"}
     assert "left out 5 other files or hidden entries" in capsys.readouterr().out
 
@@ -214,31 +202,25 @@ def test_the_order_of_the_folders_on_disk_does_not_matter(src, monkeypatch):
 
 
 @posix
-def test_links_in_src_are_followed_and_copied_as_files():
-    build("far/dogs/1.jpg far/cat.jpg src/a/1.jpg src/a/2.jpg->far/cat.jpg")
-    build("src/a/sub->far/dogs src/b->far/dogs")
-    assert run("src out --step 1") == 0
-    dog = b"far/dogs/1.jpg"
-    copied = {"a/1.jpg": b"src/a/1.jpg", "a/2.jpg": b"far/cat.jpg", "a/sub/1.jpg": dog}
-    assert files("out") == copied | {"b/1.jpg": dog}
-    assert not any(path.is_symlink() for path in Path("out").rglob("*"))
-
-
-@posix
-def test_link_gives_the_file_behind_each_name_or_a_copy_where_refused(monkeypatch):
+def test_links_in_src_are_followed_and_copied_as_files_or_linked_where_possible(monkeypatch):
     def refuse_far(source, target, link=os.link):
         if "cat.jpg" in source:
             raise OSError(18, "Invalid cross-device link")
         link(source, target)
 
-    build("far/cat.jpg src/a/1.jpg src/a/2.jpg->far/cat.jpg src/b/1.jpg")
-    assert run("src out1 --link --step 1") == 0
+    build("far/dogs/1.jpg far/cat.jpg src/a/1.jpg src/a/2.jpg->far/cat.jpg")
+    build("src/a/sub->far/dogs src/b->far/dogs")
+    assert run("src out --step 1") == run("src out1 --step 1 --link") == 0
     monkeypatch.setattr(os, "link", refuse_far)
-    assert run("src out2 --link --step 1") == 0
-    inodes = {name: os.stat(f"src/{name}").st_ino for name in ("a/1.jpg", "a/2.jpg", "b/1.jpg")}
-    assert inodes == {name: os.lstat(f"out1/{name}").st_ino for name in inodes}
-    assert files("out2") == files("src") and os.lstat("out2/a/2.jpg").st_ino != inodes["a/2.jpg"]
-    assert os.lstat("out2/b/1.jpg").st_ino == inodes["b/1.jpg"]
+    assert run("src out2 --step 1 --link") == 0
+    dog = b"far/dogs/1.jpg"
+    copied = {"a/1.jpg": b"src/a/1.jpg", "a/2.jpg": b"far/cat.jpg", "a/sub/1.jpg": dog}
+    for out, linked in (("out", []), ("out1", list(copied)), ("out2", ["a/1.jpg", "a/sub/1.jpg"])):
+        assert files(out) == copied | {"b/1.jpg": dog}
+        assert not any(path.is_symlink() for path in Path(out).rglob("*"))
+        assert [
+            name for name in copied if os.path.samefile(f"src/{name}", f"{out}/{name}")
+        ] == linked
 
 
 def test_the_report_has_a_row_for_each_rank_and_a_closing_line(src, capsys):
@@ -252,11 +234,17 @@ def test_the_report_has_a_row_for_each_rank_and_a_closing_line(src, capsys):
         "1 dog 7 6 6 1",
         "2 emu 7 4 4 3",
         "3 fox 1 2 1 0",
+        "ranked by number of images, largest first",
         "kept 19 of 23 images in 4 classes: largest 8, smallest 1, imbalance ratio 8.0; "
         "left out 0 other files or hidden entries",
     ]
     assert run("src out") == 0
     assert capsys.readouterr().out == f"{report}written to out\n"
+    assert run("src out2 --order random --seed 1") == 0
+    assert "\nranked at random\nkept " in capsys.readouterr().out
+    random = rank(classes_of(cat=8, dog=7, emu=7, fox=1), 2, 1, "random")
+    kept = [Counter(name[:3] for name in files(out)) for out in ("out", "out2")]
+    assert kept[1] == {each.name: len(each.kept) for each in random} != kept[0]
 
 
 def read_manifest():
@@ -266,15 +254,11 @@ def read_manifest():
 
 def test_manifest_lists_every_image_and_marks_those_in_out(src):
     build("table.csv")  # is replaced
-    assert run("src out --manifest table.csv") == 0
-    head, *rows = read_manifest()
-    assert head == ["path", "class", "rank", "kept"]
-    assert [path for path, *_ in rows] == sorted(files(src))
-    ranks = {"cat": "0", "dog": "1", "emu": "2", "fox": "3"}
-    assert all((path[:3], ranks[path[:3]]) == (name, rank) for path, name, rank, _ in rows)
-    assert [path for path, *_, kept in rows if kept == "1"] == sorted(files("out"))
-    assert sum(kept == "0" for *_, kept in rows) == 4
-    assert set(os.listdir()) == {"src", "out", "table.csv"}
+    assert run("src out --manifest table.csv --chart c.svg") == 0
+    before, after, ranks = files("src"), files("out"), {"cat": 0, "dog": 1, "emu": 2, "fox": 3}
+    rows = [[at, at[:3], str(ranks[at[:3]]), str(int(at in after))] for at in sorted(before)]
+    assert read_manifest() == [["path", "class", "rank", "kept"], *rows] and len(rows) == 23
+    assert set(os.listdir()) == {"src", "out", "table.csv", "c.svg"}
 
 
 @linux
@@ -288,23 +272,49 @@ def test_odd_names_survive_in_out_report_and_manifest(capsys):
     rows = [[f"{name}/{image}", name, str(rank), "1"] for rank, name in enumerate(names)]
     assert read_manifest()[1:] == rows
     lines = capsys.readouterr().out.splitlines()
-    assert r'a, "b"\nc ' in lines[1] and r"d\udce9g " in lines[2] and len(lines) == 5
+    assert r'a, "b"\nc ' in lines[1] and r"d\udce9g " in lines[2] and len(lines) == 6
 
 
-def test_plot_draws_the_kept_in_blue_before_the_rest_in_grey(src):
-    assert run("src out --dry-run --plot plot.png") == 0
-    blue, grey, white = (47, 111, 176), (201, 206, 214), (255, 255, 255)
-    with Image.open("plot.png") as image:
-        assert (image.format, image.size) == ("PNG", (1600, 900))
-        # Bars end at 800; 8 images begin at 110, 7 at 196, 6 at 283, 4 at 455 and 1 at 714.
-        for x, expected in {
-            273: {105: white, 115: blue, 790: blue},
-            450: {700: white},
-            630: {191: white, 201: grey, 278: grey, 288: blue, 790: blue},
-            988: {191: white, 201: grey, 450: grey, 460: blue, 790: blue},
-            1346: {705: white, 720: blue},
-        }.items():
-            assert {y: image.getpixel((x, y)) for y in expected} == expected
+def test_the_chart_shows_every_class_before_and_after(src):
+    assert run("src out --dry-run --chart c.svg") == 0 and set(os.listdir()) == {"src", "c.svg"}
+    root = ET.parse("c.svg").getroot()
+    assert (root.get("viewBox"), root.get("width")) == ("0 0 1000 480", "100%")
+    for kind, sizes in (("before", "8771"), ("after", "8641")):
+        bars = root.find(f"{{*}}g[@class='{kind}']")
+        # 4 classes on 900, 8 images on 330, upwards from 420.
+        assert bars.get("transform") == "translate(70 420) scale(225.0 -41.25)"
+        assert [bar.get("x") for bar in bars] == list("0123")
+        assert [bar.get("height") for bar in bars] == list(sizes)
+        assert bars[3][0].text == f"fox: 1 {kind}"
+    lines = [line.get("y") for line in root.findall("{*}rect[@class='line']")]
+    assert lines == ["420.00", "337.50", "255.00", "172.50", "90.00"]
+    anchors = Counter(each.get("text-anchor") for each in root.findall("{*}text"))
+    assert anchors == {None: 3, "end": 5, "middle": 5}  # title and legend, images, ranks
+    texts = [(each.get("x"), each.get("y"), *each.itertext()) for each in root.findall("{*}text")]
+    assert texts == [
+        ("70", "34", "Images per class"),
+        *(("60", f"{426 - 41.25 * tick:.2f}", str(tick)) for tick in (0, 2, 4, 6, 8)),
+        ("70", "64", "\u25a0", " before: 23 images, 1 to 8 a class"),
+        ("520", "64", "\u25a0", " after: 19 images, 1 to 8 a class"),
+        *((f"{160 + 225 * place}.00", "442", str(place)) for place in range(4)),
+        ("520", "470", "class, ranked by number of images, largest first"),
+    ]
+
+
+def test_the_chart_is_for_light_and_dark_any_name_and_any_number_of_classes():
+    name = '<b> & "c"\n\x1b\udce9'
+    for count, width in ((1, 0.8), (224, 0.8), (225, 1.125), (1800, 2)):  # from 4 wide on: a gap
+        ranked = rank(classes_of(**{f"{name}{number}": 1 for number in range(count)}), 0)
+        root = ET.fromstring(draw_staircase(ranked, "random").encode())
+        bars = root.findall("{*}g/{*}rect")
+        assert len(bars) == 2 * count and {float(bar.get("width")) for bar in bars} == {width}
+        assert bars[0][0].text == r'<b> & "c"\n\x1b\udce90: 1 before'
+        assert root.findall("{*}text")[-1].text == "class, ranked at random"
+    random = rank(classes_of(a=10, b=3, c=8, d=9, e=1), 2, 0, "random")  # keeps at most 9
+    assert draw_staircase(random, "random").count("scale(180.0 -33.0)") == 2
+    looks = root.find("{*}style").text.split("@media (prefers-color-scheme: dark)")
+    light, dark = (set(re.findall("([.a-z]+) {[^}]*fill: (#......)", look)) for look in looks)
+    assert len(light) == len(dark) == 3 and not light & dark  # text, before, after
 
 
 @posix
@@ -318,10 +328,10 @@ def test_a_stopped_copy_leaves_no_out_and_a_rerun_works(name, status):
     for _ in range(10):  # on a busy machine the copy may be done before the signal is sent
         with start("src out", preexec_fn=default) as process:
             until = time.monotonic() + 30
-            while not list(Path().glob(".data_creation-*/a")) and time.monotonic() < until:
-                time.sleep(0.001)
-                if process.poll() is not None:
+            while process.poll() is None and time.monotonic() < until:
+                if list(Path().glob(".data_creation-*/a")):
                     break
+                time.sleep(0.001)
             process.send_signal(getattr(signal, name))
             stderr = process.communicate(timeout=30)[1]
         if process.returncode:
@@ -361,16 +371,13 @@ def test_a_full_disk_is_told_before_anything_is_written(src, capsys, monkeypatch
     assert run("src out --link") == 0  # needs no room
 
 
-def test_the_script_repeats_itself(src):
+def test_the_script_repeats_itself_and_shows_its_progress_in_a_terminal(src, monkeypatch):
     for name, seed in (("out1", 7), ("out2", 7), ("out3", 8)):
         with start(f"src {name} --seed {seed}") as process:
             stdout, stderr = process.communicate(timeout=30)
         assert process.returncode == 0 and stderr == ""  # no terminal, no bar
         assert stdout.startswith("rank ") and stdout.endswith(f"\nwritten to {name}\n")
     assert files("out1") == files("out2") and set(files("out2")) != set(files("out3"))
-
-
-def test_a_terminal_shows_the_progress(src, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert run("src out") == 0 and "19/19" in sys.stderr.getvalue()
 
@@ -380,20 +387,38 @@ def test_the_help_ends_with_commands_that_work(capsys):
     examples = capsys.readouterr().out.partition("\nexamples:\n")[2].splitlines()
     assert len(examples) == 3
     for line in examples:
-        python, script, *arguments = line.split()
-        assert (python, script) == ("python", "data_creation.py")
-        data_creation.parse_args(arguments)
+        assert line.startswith("  python data_creation.py ")
+        data_creation.parse_args(line.split()[2:])
 
 
-def test_the_script_starts_without_its_heavy_libraries():
-    program = (
-        "import sys, data_creation as d\ntry: d.main(['--help'])\nfinally: print(*sys.modules)"
-    )
-    command, folder = [sys.executable, "-c", program], Path(data_creation.__file__).parent
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    usage, loaded = done.stdout.rstrip().rsplit("\n", 1)
-    assert done.returncode == 0 and "--manifest" in usage and "argparse" in loaded.split()
-    assert not {"torch", "torchvision", "numpy", "PIL", "tqdm"} & set(loaded.split())
+def test_the_script_starts_and_draws_without_heavy_libraries(src):
+    program = "import sys, data_creation as d; d.main(sys.argv[1:]); print(*sys.modules)"
+    command = [sys.executable, "-c", program, src, src.parent / "out", "--dry-run"]
+    command += ["--chart", src.parent / "c.svg"]
+    folder = Path(data_creation.__file__).parent
+    loaded = subprocess.check_output(command, cwd=folder, text=True).splitlines()[-1].split()
+    assert "argparse" in loaded and os.path.exists("c.svg")
+    assert not {"torch", "torchvision", "numpy", "PIL", "tqdm"} & set(loaded)
+
+
+# Folders | with the sub-folders of their images (.: themselves) = the parts among them
+PARTS = """
+    train:a,b | test:a,b = train,test;  test:a | train:a | valid:a = train,valid,test
+    seg_test:a | seg_train:b = seg_train,seg_test;  Testing:a,b | Training:a = Training,Testing
+    train2017:a | validation:. = train2017,validation;  extra:a | test:. | train:a = train,test
+    x:cat,dog | y:cat,dog = x,y;  x:a,b,c | y:a,b,c,d | z:a,b,c = x,y,z
+    x:a,b | y:a,b | z:a,b =;  cat:2019,2020 | dog:2019 =;  cat:2019,2020,. | dog:2019,2020 =
+    train:. | test:. =;  train:old,. | test:old =;  steam train:a | fast train:a =
+    train:a | bus:a =;  trainer:a | tester:a =;  test:a | val:a =;  x:a,b =;  train:a,b =
+"""
+
+
+def test_parts_of_a_data_set_are_told_from_classes():
+    for case in re.split(r";|\n", PARTS.strip()):
+        folders, _, parts = case.partition("=")
+        pairs = [folder.strip().split(":") for folder in folders.split("|")]
+        tree = {name: {each.strip(".") for each in inside.split(",")} for name, inside in pairs}
+        assert ",".join(find_parts(tree)) == parts.strip(), case
 
 
 # What is wrong | what is there beside SRC | the command line | what the message says (~: here)
@@ -413,7 +438,9 @@ ERRORS = """
     OUT is inside a class behind a link | far/1.jpg src/c->far | src far/out | ~/far/out:
     OUT is SRC | src/ | src src | ~/src:
     OUT is a link to SRC | way->src | src way | ~/src:
-    SRC is inside OUT | box/in/a/1.jpg box/in/b/1.jpg | box/in box | ~/box: SRC is inside
+    SRC is inside OUT | box/in/a/1.jpg box/in/b/1.jpg | box/in box | ~/box:
+    SRC has parts | p/test/a/1.jpg p/train/a/1.jpg p/x/ | p out | data_creation.py ~/p/train OUT,
+    SRC has folds | p/x/a/1/1.jpg p/x/b/2/1.jpg p/y/a/3/1.jpg p/y/b/1/1.jpg p/z/ | p out | /p/x OUT,
     an image is a dangling link | src/a/x.jpg->gone | src out | ~/src/a/x.jpg:
     a class is a dangling link | src/c->gone | src out | ~/src/c:
     a link leads back up | src/a/up->src | src out | ~/src/a/up:
@@ -423,7 +450,10 @@ ERRORS = """
     the manifest is inside OUT | out/ | src out --manifest out/t.csv | ~/out/t.csv:
     the manifest is in a missing folder | src/ | src out --manifest gone/t.csv | ~/gone/t.csv:
     the manifest is a folder | old/ | src out --manifest old | ~/old:
-    the plot is inside SRC | src/ | src out --plot src/a/p.png | ~/src/a/p.png:
+    the chart is inside SRC | src/ | src out --chart src/a/c.svg | ~/src/a/c.svg:
+    the chart is the manifest | src/ | src out --chart c.svg --manifest c.svg | ~/c.svg:
+    the chart is no SVG | src/ | src out --chart c.png | argument --chart: 'c.png' does not end
+    the order is unknown | src/ | src out --order name | argument --order:
     the step is negative | src/ | src out --step -1 | argument --step:
     the step is no number | src/ | src out --step two | argument --step:
     the step is too large | src/ | src out --step 3 | --step 3:
