@@ -1,20 +1,19 @@
 """Fine-tune a pretrained ResNet on an imbalanced image folder, balanced by weighted sampling.
 
-    python data_training.py DATA --epochs N
-    torchrun --nproc-per-node=K data_training.py DATA --epochs N
+    python data_training.py DATA --epochs N            # train, judge, fill a run folder
+    python data_training.py DATA --folds 5             # five networks that vote
+    python data_training.py PHOTOS --predict RUN       # a CSV of classes and probabilities
+    python data_training.py --resume RUN               # go on where a run was stopped
+    torchrun --nproc-per-node=K data_training.py DATA  # one run on several devices
 
 DATA holds one folder per class; a part of each is kept for validation. Training images are drawn by
 a `WeightedRandomSampler` with weights 1 / (training images of the class), so that every class is
-seen about equally often; `--rebalance` names the alternatives. The head is trained first, on
-features that the frozen backbone computes once; then everything, and of the way from the head alone
-to there the network goes as far as it validates best. After each epoch two numbers are fitted on
-the validation images, which take back what the network favours frequent classes by; what is judged,
-reported and saved is calibrated so. After an epoch, or half a minute of short ones, a run folder
-holds the settings, the history, the recall of each class with its interval, the predictions, the
-last and the best network, two charts and, in the end, a sheet of the worst mistakes; with
-`--baseline` also what changed since an earlier run, and how sure that is.
-
-A run that was stopped goes on with `--resume` and ends as it would have.
+seen about equally often. The head is trained first, on features that the frozen backbone computes
+once; then all layers. Two numbers are fitted on the validation images, which take back what the
+network still favours frequent classes by; what is judged, reported and saved is calibrated so.
+With `--folds K` each of K networks is trained on all but one part of the images and judged on that
+part; together they vote. A run folder holds the network, the settings, the history, the recall of
+each class with its interval, the predictions, and `report.html`, which shows all of that.
 
 Read `run` first, below the constants: each of its lines makes what the next one takes.
 
@@ -25,15 +24,20 @@ Exit status: 0 done, 2 bad input (one line on stderr says where and what to do),
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import copy
 import csv
 import hashlib
+import heapq
+import html
 import io
 import json
 import math
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
 import sys
@@ -45,11 +49,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cache, partial
+from itertools import product
 from multiprocessing import get_start_method
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from pickle import UnpicklingError
-from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -58,12 +62,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.optim.swa_utils import get_swa_multi_avg_fn, update_bn
 from torch.utils.data import DataLoader, Dataset, Sampler, WeightedRandomSampler
 from torchvision import models
 from torchvision.datasets import ImageFolder
@@ -78,38 +80,43 @@ STD = [255 * channel for channel in (0.229, 0.224, 0.225)]
 # Crops of half to all of an image enlarge what they show, by a fifth on average; evaluation makes
 # up for most of it by images up to so much larger (Touvron et al. 2019, arXiv:1906.06423).
 EVAL_SCALE = 8 / 7
-EVALUATED = -1  # in a seed's place: the view of evaluation
 STRIDE = 32  # pixels a cell of a ResNet's last feature map
+# What is white in images of more than 8 bits: the first of these that no pixel exceeds.
+WHITE = {"I": (255, 1023, 4095, 16383, 65535), "F": (1, 255, 4095, 65535)}
+EVALUATED = -1  # in a seed's place: the view of evaluation
 MOST_KEPT = 2**31  # bytes of images for evaluation in main memory, and at most a quarter of it
-MOST_PINNED = 2**28  # features, 1 GB: what is pinned takes a power of two of bytes, and stays
+EVERY, TEST = -1, -2  # in a fold's place: an image that every network learns, or none ever sees
+MOST_DRAWN = 2**24  # torch.multinomial takes no more weights
 HEAD_STEPS = 1000  # at least, of training the head alone: on features they cost next to nothing
+HEAD_RATE = 0.02  # of SGD, for features of squared length 512, as those of a ResNet-18
 HEAD_DECAY = 0.002  # weight decay, of the head alone and in the whole network
+RATE, SCRATCH_RATE = 3e-4, 1e-3  # of AdamW, for pretrained weights and for random ones
+HEAD_FACTOR = 3.0  # times that for the head of a pretrained network
 # The scale of weights that the learning rates are for, see `rescale`.
 CONV_SCALE, FEATURE_SCALE = 0.5, 2.0
+BATCH, SMALL_BATCH, STEPS = 64, 32, 32  # images a step; the small one for fewer steps an epoch
 SOFTENED = 0.1  # what is left of the head's logits as the training of the whole network begins
-TRIAL_STEPS = 50  # of the whole network, at least, before "auto" judges what they bought
-SEEN_ANEW = 16  # batches that tell the BatchNorm of averaged weights its statistics
 # With fewer images per process and step BatchNorm takes its statistics over all processes, which
 # waits for the GPU three times a layer, 159 times a step of ResNet-50 (torch's _functions.py).
 SYNCHRONISED = 8
-FIRM_FROM = 0.5  # part of a trial's way; where a shorter one is best, firm loses more than it gains
-SEARCHED = 2000  # validation images that "auto" looks at to choose, about; all of rare classes
-average_weights = get_swa_multi_avg_fn()  # moves a first list of weights towards a second one
-PRIOR = 6.0  # images for which "nothing to calibrate" counts
+CLIP_NORM = 1.0  # longest gradient followed; tiny BatchNorm variances can make it explode
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the way from the head alone to the end of training
+PRIOR = 2.0  # images for which what calibration expects counts
+LEFT = 1.0  # log class shares that balanced training leaves in the logits, on most sets
 LEAST_SCALE = 0.01
 LEAST_SPREAD = 0.05  # of log shares; what differs less in frequency is not shifted by much
 MOST_FITTED = 2**22  # logits that calibration is fitted on: more would tell two numbers little new
 HIGHEST = 1e4  # logit
 BLOCK = 2**13  # images whose probabilities are held at once
-CLIP_NORM = 1.0  # longest gradient followed; tiny BatchNorm variances can make it explode
 MANY, FEW = 100, 20  # "many": more training images than that, "few": fewer
 # The part of the images that is right, and the mean recall of all classes and of those with many,
 # in between and with few training images; NaN where nothing was asked.
 MEASURES = ("accuracy", "balanced_accuracy", "many", "medium", "few")
 BINS = 15  # of probability, to measure calibration by
 Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
-MOST_DRAWN = 2**24  # torch.multinomial takes no more weights
-STATE = "resume.pt"  # in a run folder: all that it takes to go on
+ONE_TELLS = 0.3  # in place of n - 1 for a class of one image, among many
+FEW_JUDGED = 10  # validation images of a class; with fewer `--folds` is suggested
+NETWORK, STATE, START = "network.pt", "resume.pt", "start.pt"  # in a run folder
 WRITE_EVERY = 30.0  # seconds; on a fast GPU the files of an epoch take longer than the epoch
 if not dist.is_available():  # in a torch that is built for one process there is no more of it
     dist.is_initialized = dist.is_torchelastic_launched = lambda: False
@@ -119,20 +126,25 @@ SHARED = Path("/dev/shm")  # through which, where there is one, workers hand the
 # What a RuntimeError says where memory is out: on CUDA, in main memory that is pinned for it and on
 # MPS; in main memory of Unix and of Windows. Only the first has a class of its own.
 NO_MEMORY = ("out of memory", "allocate memory", "not enough memory")
-# Settings that may differ when a run goes on: they change where it runs, not what comes out.
-OPTIONAL = ("source", "val", "split")  # but not whether these are given
-MAY_DIFFER = (*OPTIONAL, "out", "workers", "output", "resume", "baseline", "device")
+PATHS = ("data", "val", "source", "split", "output", "baseline")  # settings that are paths
+KINDS = {"I": "whole numbers", "F": "fractions"}
+# What folders of a whole data set are named for, in the order of their use.
+PARTS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "test": 2, "testing": 2}
+# What may be said beside `--resume` and `--predict`: where it runs, not what comes out.
+WITH_RESUME = ("device", "workers", "amp")
+WITH_PREDICT = ("data", "output", "natural", "batch_size", *WITH_RESUME)
 HEADER = (
-    "  epoch  phase   train loss  val loss  accuracy     balanced  as trained    many  medium"
-    "     few  draws/class  distinct  images/s   left"
+    "fold  epoch  phase  train loss  val loss  accuracy  balanced [95 %]       as trained    many  "
+    "medium     few  images/s   left"
 )
-BLUE, ORANGE = "#2f6fb0", "#d9822b"
-MOST_LABELS, GROUPS = 30, 10  # that can be read below a chart; of more classes, bars in it
-MISTAKES, TILE = 24, 244  # how many are shown, and pixels a side of each
+Rows = list[dict[str, Any]]
+MOST_CLASSES, GROUPS = 30, 10  # that the page shows one by one; groups of more
+MISTAKES, THUMBNAIL = 24, 160  # how many are shown, and pixels a side
 EXAMPLES = """examples:
-  python data_training.py dogs --epochs 10
-  python data_training.py dogs --output runs/dogs --baseline runs/none
-  python data_training.py photos --val others --weights runs/dogs/best.pt --epochs 0"""
+  python data_training.py photos --epochs 10
+  python data_training.py photos --folds 5 --group '^(P[0-9]+)'
+  python data_training.py new_photos --predict runs/photos --output classes.csv
+  python data_training.py photos --val others --weights runs/photos/network.pt --epochs 0"""
 
 
 class DataError(Exception):
@@ -148,29 +160,40 @@ class Given:
 
     args: Namespace  # every setting as used
     data: Data
-    baseline: Tensor | None  # what the run `--baseline` predicted of the validation images: (M,)
+    baseline: Tensor | None  # what the run `--baseline` predicted of the judged images: (M,)
     origin: str  # in words, where the network is from
     compute: Compute  # of this process
 
-    def calibrated(self) -> bool:
-        """Whether logits are calibrated: not those of weights that are only to be judged."""
-        return self.args.epochs > 0 and not self.args.no_calibration
+
+class Fold(NamedTuple):
+    """A network that is trained to the end."""
+
+    head: dict[str, Tensor]  # state of the last layer where the way of the whole network began
+    end: dict[str, Tensor]  # state of the network
+    way: Tensor  # logits of the images it is judged by after each of its `SHARES`: (S, M, C)
 
 
 @dataclass
 class Progress:
-    """How far a run has come: what `resume.pt` holds beside the settings."""
+    """How far a run has come: what is stored to go on from there."""
 
-    model: models.ResNet
-    history: list[dict[str, Any]]  # a row an epoch, from the first one on
+    start: dict[str, Tensor]  # the state of each fold's network before its first step
+    model: Any  # in training, or to be judged: a ResNet, or a `Vote`
+    history: Rows  # a row an epoch, from the first one on
     draws: Tensor  # of each class so far: (C,) int64
-    shares: dict[str, dict[float, float]]  # what `search_shares` found, for each phase
-    stored: dict[str, Any]  # the trainer's state, where a run goes on; empty once used
-    trainer: Any = None  # a `Trainer`, from the first phase on
+    head: dict[str, Tensor]  # as in `Fold`, of the fold in training
+    logits: Tensor  # of the images that the last epoch was judged by: (M, C)
+    done: list[Fold] = field(default_factory=list)
+    stored: dict[str, Any] = field(default_factory=dict)  # a trainer's state, to take up once
+    trainer: Any = None  # a `Trainer`, from the first stage on
+    features: Tensor | None = None  # what the backbone at the start makes of all images
+    written: float = 0.0  # when the files were, last
 
-    def last_epoch(self) -> int:
-        """The number of the last epoch that is done, -1 before epoch 0."""
-        return self.history[-1]["epoch"] if self.history else -1
+    def at(self) -> tuple[int, int]:
+        """The fold, from 0, and the epoch that were done last."""
+        return (
+            (self.history[-1]["fold"] - 1, self.history[-1]["epoch"]) if self.history else (-1, 0)
+        )
 
     def add(self, row: dict[str, Any], draws: Tensor) -> None:
         """Note an epoch, and how often it drew each class."""
@@ -181,46 +204,48 @@ class Progress:
 def run(args: Namespace) -> None:
     """Train and evaluate as `args` say, and fill the run folder."""
     compute = join_processes(args.device, args.amp)
+    args.device = compute.device.type
     given, progress = first_makes(partial(prepare, args, compute), compute)
-    given, args = replace(given, compute=compute), given.args
+    args.batch_size = given.args.batch_size
+    # A run that goes on may have been told its precision before.
+    compute = compute._replace(amp=pick_compute(str(compute.device), given.args.amp).amp)
+    given, data = replace(given, compute=compute), given.data
     progress.model.to(compute.device, memory_format=memory_format(compute.device))
-    reader, pending, last = Reader(given), Pending(), None
+    reader = Reader(given)
     if compute.rank == 0:
         start_run(given, progress)
-    for phase in plan(given, progress.shares):  # the trial decides which one is the last
-        left = [epoch for epoch in phase.epochs if epoch > progress.last_epoch()]
-        started = time.perf_counter()
-        reader.waited = 0.0
-        source = begin_phase(given, progress, phase, reader) if left else reader
+    for stage in plan(given.args, data):
+        left = [epoch for epoch in stage.epochs if (stage.fold, epoch) > progress.at()]
+        inputs = begin(given, progress, stage, reader) if left else reader
         for epoch in left:
-            drawn = draw_epoch(given, phase, epoch)
-            batches = cut_batches(drawn, args.batch_size, seeded("augment", args.seed, epoch))
-            loss = train_epoch(given, progress.trainer, batches, source)
+            started, reader.waited = time.perf_counter(), 0.0
+            drawn = draw_epoch(given, stage, epoch)
+            seeds = seeded("augment", given.args.seed, stage.fold, epoch)
+            batches = cut_batches(drawn, given.args.batch_size, seeds)
+            loss = train_epoch(given, progress.trainer, batches, inputs)
             seconds, waited = time.perf_counter() - started, reader.waited
-            if phase.name == "trial":
-                estimate_statistics(given, progress.trainer.average, batches, reader)
-            last = None
-            if progress.trainer.start and epoch == phase.epochs[-1]:
-                last = choose(given, progress, reader)
-            last = last or evaluate(given, progress.trainer.evaluated, source, given.data.val)
+            progress.logits = evaluate(
+                given, progress.trainer.evaluated, inputs, data.val(stage.fold)
+            )
+            if epoch == stage.epochs[-1] and stage.last:
+                progress.done.append(look_back(given, progress, stage, reader))
+            judged = judge(given, {stage.fold: progress.logits})
             row = {
+                "fold": stage.fold + 1,
                 "epoch": epoch,
-                "phase": phase.name,
+                "phase": stage.name,
                 "train_loss": loss,
-                "val_loss": last.loss,
-                **measure_all(last, given.data.counts(given.data.train)),
-                **count_draws(given.data, drawn),
+                **measure_all(judged, data.train_counts()),
+                **count_draws(data, stage.fold, drawn),
                 "learning_rate": progress.trainer.rate(),
                 "images_per_second": len(drawn) / seconds,
                 "data_wait": waited / seconds,
                 "seconds": time.perf_counter() - started,
             }
-            progress.add(row, given.data.counts(drawn))
+            progress.add(row, data.counts(drawn))
             if compute.rank == 0:
-                report(given, progress, last, pending, epoch == phase.epochs[-1])
-            started, reader.waited = time.perf_counter(), 0.0
-    if compute.rank == 0:
-        print_end(given, progress, last)
+                report(given, progress, epoch == stage.epochs[-1])
+    finish(given, progress, reader)
 
 
 # ---------------------------------------------------------------------------- command line
@@ -241,8 +266,8 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {printable(message)}; see --help\n")
 
 
-def parse_args(argv: list[str] | None) -> Namespace:
-    """The settings on the command line, each in its range; `None` stands for "auto"."""
+def make_parser() -> OneLineParser:
+    """The flags; `None` stands for "auto"."""
     parser = OneLineParser(
         prog="data_training.py",
         description="fine-tune a pretrained ResNet on an imbalanced image folder",
@@ -251,38 +276,49 @@ def parse_args(argv: list[str] | None) -> Namespace:
     )
     whole = number(int, lambda n: n >= 0, "a whole number of at least 0")
     some = number(int, lambda n: n >= 1, "a whole number of at least 1")
+    folds = number(int, lambda n: 3 <= n <= 10, "a whole number from 3 to 10")
     inside = number(float, lambda x: 0 < x < 1, "a number between 0 and 1")
     fraction = number(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
     positive = number(float, lambda x: 0 < x < math.inf, "a number above 0")
     power = number(float, lambda x: 0 <= x <= 10, "a number from 0 to 10")
     bits = number(int, lambda n: -(2**63) <= n < 2**63, "a whole number of 64 bits")
-    parser.add_argument("out", metavar="DATA", type=Path, help="folder of class folders")
+    parser.add_argument("data", metavar="DATA", type=Path, nargs="?",
+        help="folder of class folders; with --predict images, at any depth, or one")  # fmt: skip
     group = parser.add_argument_group("data")
     add = group.add_mutually_exclusive_group().add_argument
     add("--val-fraction", metavar="F", type=inside, default=0.2,
         help="part of each class that is kept for validation")  # fmt: skip
+    add("--folds", metavar="K", type=folds, default=1,
+        help="train K networks (3 to 10), each on all but one part of the images, which vote; "
+        "images of --val or --source then test the vote, untouched")  # fmt: skip
+    add = group.add_argument
     add("--val", metavar="DIR", type=Path,
         help="folder of class folders to validate on; then nothing is split off")  # fmt: skip
     add("--split", metavar="FILE", type=Path,
         help="CSV file of path (class/file) and part (train, val, or source for images of SRC), "
         "like a run's split.csv; what it does not name is left out")  # fmt: skip
-    add = group.add_argument
     add("--source", metavar="SRC", type=Path,
         help="folder that DATA was made from: its images that are not in DATA are validated on "
         "as well")  # fmt: skip
+    add("--group", metavar="PATTERN",
+        help="regular expression: images whose file names give the same first group, or match, "
+        "are of one family (a patient, a film) and on one side of every split")  # fmt: skip
     add("--image-size", metavar="PX", type=auto_or(some), default="auto",
         help="pixels per side of a training crop; evaluation takes up to 8/7 of that, 256 for "
         "224; auto: that of --weights, else 224")  # fmt: skip
     add("--crop-scale", metavar="F", type=fraction, default=0.5,
         help="smallest part of an image's area that a training crop may show")  # fmt: skip
-    add("--no-flip", action="store_true",
-        help="never mirror a training image: for text, signs, left and right")  # fmt: skip
+    add("--flip", choices=("sides", "none", "all"), default="sides",
+        help="training images are mirrored at random; none: for text, signs, left and right; all: "
+        "turned by quarters too, for microscopes and from above")  # fmt: skip
+    add("--no-flip", dest="flip", action="store_const", const="none", help=argparse.SUPPRESS)
     add("--workers", metavar="N", type=auto_or(whole), default="auto",
         help="processes that read images; auto: 0 on a CPU, else the number of cores minus 1, "
         "at most 16, or 8 where processes are spawned")  # fmt: skip
     add = parser.add_argument_group("model").add_argument
     add("--arch", metavar="NAME", type=auto_or(str), default="auto",
-        help="a ResNet of torchvision; auto: that of --weights, else resnet50")  # fmt: skip
+        help="a ResNet of torchvision; auto: that of --weights, else resnet50 on an accelerator "
+        "and resnet18 on a CPU")  # fmt: skip
     add("--weights", metavar="NAME|PATH", default="DEFAULT",
         help="name of torchvision weights, file of weights, or none")  # fmt: skip
     add = parser.add_argument_group("training").add_argument
@@ -291,38 +327,56 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--frozen-epochs", metavar="N", type=auto_or(whole), default="auto",
         help="first epochs, in which the last layer (the head) alone is trained; auto: one epoch "
         "before all others, none with --weights none")  # fmt: skip
-    add("--finetune", choices=("auto", "firm", "gentle"), default="auto",
-        help="what follows the head: firm trains all layers, gentle the second half of them in "
-        "small steps; auto: try firm for 50 steps or more, then keep it or change to gentle, by "
-        "validation")  # fmt: skip
-    add("--rebalance", choices=("sampler", "late", "loss", "none"), default="sampler",
-        help="sampler: draw every class equally often; late: the same in the last quarter of each "
-        "phase only; loss: balanced softmax; none: every image once per epoch")  # fmt: skip
+    add("--rebalance", choices=("sampler", "none"), default="sampler",
+        help="sampler: draw every class equally often; none: every image once")  # fmt: skip
     add("--power", metavar="P", type=power,
         help="the sampler's weights are 1 / count ** P; 0.5: square root (default: 1)")  # fmt: skip
-    add("--batch-size", metavar="N", type=some, default=64,
-        help="images per step, over all processes")  # fmt: skip
-    add("--lr", metavar="X", type=positive, default=0.02,
-        help="highest learning rate while the head alone is trained, by SGD, for features of "
-        "squared length 512")  # fmt: skip
-    add("--backbone-lr", metavar="X", type=auto_or(positive), default="auto",
-        help="highest learning rate of all layers but the head, by AdamW; the head of a "
-        "pretrained network gets 3 times that; auto: 3e-4, gentle 2e-5, from random weights 1e-3; "
-        "--finetune auto takes half of X in its trial, 1/15 for gentle")  # fmt: skip
+    add("--batch-size", metavar="N", type=auto_or(some), default="auto",
+        help="images per step, over all processes; auto: 64, or 32 where an epoch would have "
+        "under 32 steps")  # fmt: skip
+    add("--lr", metavar="X", type=auto_or(positive), default="auto",
+        help=f"highest learning rate of all layers but the head, by AdamW; auto: {RATE:g}, from "
+        f"random weights {SCRATCH_RATE:g}")  # fmt: skip
     add("--no-calibration", action="store_true",
         help="keep the logits as trained: they favour frequent classes and are too sure; else "
         "two numbers fitted on the validation images correct both")  # fmt: skip
+    add = parser.add_argument_group("use").add_argument
+    add("--predict", metavar="RUN", type=Path,
+        help="a run folder or network file that says what the images below DATA are; a CSV file "
+        "on stdout, or in --output FILE")  # fmt: skip
+    add(
+        "--natural",
+        action="store_true",
+        help="predict for classes as frequent as in training, not for equally frequent ones",
+    )
     add = parser.add_argument_group("run").add_argument
     add("--output", metavar="DIR", type=auto_or(Path), default="auto",
         help="new folder for the results; auto: runs/DATE-TIME")  # fmt: skip
-    add("--resume", action="store_true", help="continue the run in --output DIR")
+    add("--resume", metavar="RUN", type=Path, help="go on with the run in this folder")
     add("--baseline", metavar="RUN", type=Path,
         help="folder of an earlier run on the same validation images, to compare with")  # fmt: skip
     add("--seed", metavar="N", type=bits, default=0, help="of split, draws and augmentation")
     add("--device", metavar="NAME", default="auto", help="auto: an accelerator, else cpu")
     add("--amp", action=argparse.BooleanOptionalAction,
         help="mixed precision (default: where the hardware gains from it)")  # fmt: skip
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    """The settings on the command line, each in its range; exits with status 2 if they clash."""
+    parser, unset = make_parser(), object()
+    defaults = vars(parser.parse_args([]))
+    said = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(defaults, unset))))
+    said = {name: value for name, value in said.items() if value is not unset and value is not None}
+    for mode, others in (("resume", WITH_RESUME), ("predict", WITH_PREDICT)):
+        for name in said.keys() - {mode, *others} if mode in said else ():
+            flag = "DATA" if name == "data" else f"--{name.replace('_', '-')}"
+            parser.error(f"{flag}: not with --{mode}, which finds everything in RUN; drop it")
+    if "data" not in said and "resume" not in said:
+        parser.error("the following arguments are required: DATA")
+    if "natural" in said and "predict" not in said:
+        parser.error("--natural: of --predict; drop it")
+    return Namespace(**defaults | said)
 
 
 def number(kind: type, accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
@@ -344,35 +398,60 @@ def auto_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def check_settings(args: Namespace) -> None:
     """Fill in what "auto" means; raise `DataError` where settings do not go together."""
-    for flag, folder in (("DATA", args.out), ("--source", args.source), ("--val", args.val)):
+    for flag, folder in (("DATA", args.data), ("--source", args.source), ("--val", args.val)):
         if folder and not folder.is_dir():
             raise DataError(f"{flag} {folder}: no such folder; pass one that holds class folders")
-    if args.source and args.val:
-        raise DataError("--source: not allowed with argument --val; drop one of them")
+    if args.val and (args.source or args.split):
+        flag = "--source" if args.source else "--split"  # whose names may be those of other images
+        raise DataError(f"{flag}: not allowed with argument --val; drop one of them")
     if args.power is not None and args.rebalance != "sampler":
         raise DataError(f"--power: of the sampler; drop it or --rebalance {args.rebalance}")
     if (args.frozen_epochs or 0) > args.epochs:
         raise DataError(f"--frozen-epochs {args.frozen_epochs}: more than --epochs {args.epochs}")
-    if args.weights == "none":
-        if args.finetune != "auto":
-            raise DataError(f"--finetune {args.finetune}: of pretrained weights; drop it, or none")
-        args.finetune = "scratch"
-    name = NAMES.get(args.finetune, args.finetune)
-    args.backbone_lr = args.backbone_lr or RECIPES[name].rate
-    args.power = 1.0 if args.power is None else args.power
-    args.output = args.output or Path("runs", f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
+    if args.folds > 1 and not args.epochs:
+        raise DataError("--folds: nothing is trained with --epochs 0; drop one of them")
+    if args.group is not None:
+        try:
+            re.compile(args.group)
+        except re.error as error:
+            raise DataError(f"--group {args.group}: no regular expression: {error}") from None
+    args.lr = args.lr or (SCRATCH_RATE if args.weights == "none" else RATE)
+    args.power = 0.0 if args.rebalance == "none" else 1.0 if args.power is None else args.power
+    args.output = args.output or unused(Path("runs", f"{datetime.now():%Y-%m-%d_%H-%M-%S}"))
     if args.output.exists() and not args.output.is_dir():
         raise DataError(f"--output {args.output}: a file; name a new folder")
-    held = any((args.output / name).exists() for name in (STATE, "config.json"))
-    if held and not args.resume:
+    if any((args.output / name).exists() for name in (STATE, "config.json")):
         raise DataError(f"--output {args.output}: already holds a run; name another, or --resume")
-    if args.resume and not (args.output / STATE).exists():
-        raise DataError(f"--resume: no run in --output {args.output}; name its folder")
-    for folder in filter(None, (args.out, args.val)):
+    for folder in filter(None, (args.data, args.val, args.source)):
         if args.output.resolve().is_relative_to(folder.resolve()):
             raise DataError(f"--output {args.output}: would be a class of {folder}; move it out")
-    if args.split and not args.resume and args.split.resolve().parent == args.output.resolve():
+    if args.split and args.split.resolve().parent == args.output.resolve():
         raise DataError(f"{args.split}: --output would write its own files there; move it out")
+
+
+def unused(path: Path) -> Path:
+    """`path`, or with the first number behind it that makes it new."""
+    names = (path.with_name(f"{path.name}-{number}") for number in range(2, 10**6))
+    return path if not path.exists() else next(name for name in names if not name.exists())
+
+
+@contextlib.contextmanager
+def claim(output: Path) -> Iterator[None]:
+    """Hold the run folder against other runs; where no run comes of it, nothing is left of it."""
+    made = [folder for folder in (output, *output.parents) if not folder.exists()]
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        (output / "config.json").touch(exist_ok=False)
+    except FileExistsError:
+        raise DataError(f"--output {output}: another run has just begun there") from None
+    try:
+        yield
+    except BaseException:
+        (output / "config.json").unlink()
+        with contextlib.suppress(OSError):  # somebody else writes there
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 def count_workers(args: Namespace) -> int:
@@ -386,7 +465,7 @@ def count_workers(args: Namespace) -> int:
         most = 16 if get_start_method() == "fork" else 8
         workers = 0 if args.device == "cpu" else max(1, min(most, (cores - 1) // processes))
     if workers and SHARED.is_dir():  # to write beyond its end would kill a worker
-        batch = 3 * eval_size(args.image_size) ** 2 * args.batch_size * processes
+        batch = 3 * eval_size(args.image_size) ** 2 * args.batch_size
         # Each worker has two batches on the way, and one is in use.
         room = max(0, shutil.disk_usage(SHARED).free // batch - 1) // 2
         if room < workers:
@@ -427,8 +506,8 @@ def join_processes(name: str, amp: bool | None) -> Compute:
     compute = pick_compute(name, amp)
     if not dist.is_torchelastic_launched():
         return compute
-    # Process 0 reads and checks all images while the others wait for it.
-    dist.init_process_group(pick_backend(compute.device.type), timeout=timedelta(hours=3))
+    # Process 0 checks all images while the others wait; torchrun ends them where one has died.
+    dist.init_process_group(pick_backend(compute.device.type), timeout=timedelta(days=7))
     return compute._replace(rank=dist.get_rank(), world_size=dist.get_world_size())
 
 
@@ -535,7 +614,7 @@ def gather(part: Tensor, compute: Compute) -> Tensor:
 
 
 class Row(NamedTuple):
-    """An image: a row of `split.csv`."""
+    """An image of the folders that are named on the command line."""
 
     path: str
     name: str  # its path below DATA, SRC or `--val`: class/file
@@ -544,84 +623,122 @@ class Row(NamedTuple):
 
 
 class Data(NamedTuple):
-    """N images of C classes, and which of them are for training and for validation."""
+    """N images of C classes, and which network of how many folds learns and is judged by which."""
 
     classes: list[str]
     paths: list[str]
     names: list[str]
     labels: Tensor  # (N,) int64
-    train: Tensor  # indices, int64
-    val: Tensor  # those of part "val", then of "source"
-    parts: list[str]
+    parts: list[str]  # as in `Row`, or "val" for what was split off
+    held: Tensor  # (N,) int64: the fold that is judged by it and does not learn it, `EVERY`, `TEST`
+    folds: int
+    white: dict[str, float]  # what is white in images of more than 8 bits, by kind
     copies: int  # how many were left out of validation as copies of training images
     unreadable: list[str]  # paths left out
+    sizes: Sequence[int] = ()  # bytes of each file, to find out later that one has changed
+
+    def train(self, fold: int) -> Tensor:
+        """The images that the network of a fold learns: indices, int64."""
+        return ((self.held != fold) & (self.held != TEST)).nonzero().flatten()
+
+    def val(self, fold: int) -> Tensor:
+        """The images that a fold is judged by, those of part "source" last; of `TEST`, the rest."""
+        held = (self.held == fold).nonzero().flatten()
+        return torch.tensor(sorted(held.tolist(), key=lambda at: self.parts[at] == "source")).long()
+
+    def judged(self) -> Tensor:
+        """The images that the folds are judged by, one fold after the other: (M,) int64."""
+        return torch.cat([self.val(fold) for fold in range(self.folds)])
 
     def counts(self, part: Tensor) -> Tensor:
         """Images of each class among the indices `part`: (C,) int64."""
         return torch.bincount(self.labels[part], minlength=len(self.classes))
+
+    def train_counts(self) -> Tensor:
+        """Images of each class that at least one network learns: (C,) int64."""
+        learnt = self.held != TEST if self.folds > 1 else self.held == EVERY
+        return self.counts(learnt.nonzero().flatten())
 
     def log_share(self) -> Tensor:
         """The logarithm of each class's share of the training images: (C,) float32.
 
         Less their mean: a constant changes no probability, but would cost half precision digits.
         """
-        logs = self.counts(self.train).log()
+        logs = self.train_counts().log()
         return logs - logs.mean()
 
 
-def load_data(args: Namespace) -> Data:
-    """The images of a new run: those of DATA, and of `--val` or `--source`, each in its part.
-
-    What cannot be decoded is named and left out, and so is a copy of a training image elsewhere.
-    """
-    classes, rows = list_images(args.out)
+def list_rows(args: Namespace) -> tuple[list[str], list[Row]]:
+    """The classes, and the images of DATA and of `--val` or `--source`, each in its part."""
+    classes, rows = list_images(args.data)
     if args.val or args.source:
         rows += list_others(args, classes, rows)
     if args.split:
         rows = take_split(args, rows)
-    fraction = 0.0 if args.val or args.split else args.val_fraction
-    if (1 - fraction) * sum(row.part == "train" for row in rows) > MOST_DRAWN:
-        raise DataError(f"{args.out}: over 2^24 training images; torch.multinomial draws no more")
-    paths = [row.path for row in rows]
-    digests = check_images(paths)
-    rows = [row for row in rows if row.path in digests]
-    if fraction:
-        rows = split_images(rows, digests, fraction, args.seed)
-    trained = {digests[row.path] for row in rows if row.part == "train"}
-    copies = [row.path for row in rows if row.part != "train" and digests[row.path] in trained]
-    for path in copies:
-        print(f"warning: {printable(path)}: copy of a training image; left out", file=sys.stderr)
-    kept = [row for row in rows if row.part == "train" or digests[row.path] not in trained]
-    unreadable = [path for path in paths if path not in digests]
-    return make_data(args, classes, kept, len(copies), unreadable)
+    if sum(row.part == "train" for row in rows) > MOST_DRAWN:
+        raise DataError(f"{args.data}: over 2^24 training images; torch.multinomial draws no more")
+    return classes, rows
+
+
+def load_data(args: Namespace, classes: list[str], rows: list[Row]) -> Data:
+    """The images of a new run, of those that were listed.
+
+    What cannot be decoded is named and left out, and so is a copy of a training image elsewhere.
+    """
+    checked = check_images([row.path for row in rows])
+    unreadable = [row.path for row in rows if row.path not in checked]
+    rows = [row for row in rows if row.path in checked]
+    digests = {path: each.digest for path, each in checked.items()}
+    held = hold_images(args, rows, find_families(args, rows, digests))
+    learnt = {digests[row.path] for row, fold in zip(rows, held, strict=True) if row.part == "train"
+              and (fold == EVERY or args.folds > 1)}  # fmt: skip
+    kept, left_out = [], 0
+    for row, fold in zip(rows, held, strict=True):
+        if copy_of := row.part != "train" and digests[row.path] in learnt:
+            text = f"{printable(row.path)}: copy of a training image; left out"
+            print(f"warning: {text}", file=sys.stderr)
+        elif args.folds == 1 and fold == 0 and row.part == "train":
+            row = row._replace(part="val")
+        left_out += copy_of
+        kept += [] if copy_of else [(row, fold)]
+    peaks: dict[str, float] = {}
+    for each in checked.values():
+        peaks[each.kind] = max(each.peak, peaks.get(each.kind, 0))
+    white = {kind: pick_white(kind, peak) for kind, peak in peaks.items() if kind}
+    return make_data(args, classes, kept, (white, left_out, unreadable))
 
 
 def make_data(
-    args: Namespace, classes: list[str], rows: list[Row], copies: int, unreadable: list[str]
+    args: Namespace,
+    classes: list[str],
+    rows: list[tuple[Row, int]],
+    found: tuple[dict[str, float], int, list[str]],
 ) -> Data:
     """The images of a run; `DataError` if a class has none to train on, or none is validated on."""
-    trained = torch.tensor([row.part == "train" for row in rows])
-    if bare := sorted(set(classes) - {classes[row.label] for row in rows if row.part == "train"}):
-        text = "no image of this class to train on that can be read; add one or remove the class"
-        raise DataError(f"{args.split or args.out}: {bare[0]}: {text}; such classes: {len(bare)}")
-    if trained.all():
-        text = "no image differs from those trained on; nothing to validate on"
-        if args.split and all(row.part == "train" for row in rows) and not copies:
-            text = "names no image to validate on, as part val or source"
-        raise DataError(f"{args.val or args.split or args.out}: {text}")
-    paths, names, labels, parts = map(list, zip(*rows, strict=True))
-    train, val = trained.nonzero().flatten(), (~trained).nonzero().flatten()
-    return Data(
-        classes=classes,
-        paths=paths,
-        names=names,
-        labels=torch.tensor(labels),
-        train=train,
-        val=val,
-        parts=parts,
-        copies=copies,
-        unreadable=unreadable,
+    data = Data(
+        classes,
+        paths=[row.path for row, _ in rows],
+        names=[row.name for row, _ in rows],
+        labels=torch.tensor([row.label for row, _ in rows]).long(),
+        parts=[row.part for row, _ in rows],
+        held=torch.tensor([fold for _, fold in rows]).long(),
+        folds=args.folds,
+        white=found[0],
+        copies=found[1],
+        unreadable=found[2],
+        sizes=[os.path.getsize(row.path) for row, _ in rows],
     )
+    for fold in range(args.folds):
+        if bare := (data.counts(data.train(fold)) == 0).nonzero().flatten().tolist():
+            text = "no image of this class to train on that can be read; add one or remove the"
+            text = f"{classes[bare[0]]}: {text} class; such classes: {len(bare)}"
+            raise DataError(f"{args.split or args.data}: {text}")
+        if not len(data.val(fold)):
+            text = "no image differs from those trained on; nothing to validate on"
+            if args.split and set(data.parts) == {"train"} and not data.copies:
+                text = "names no image to validate on, as part val or source"
+            raise DataError(f"{args.val or args.split or args.data}: {text}")
+    return data
 
 
 def take_split(args: Namespace, rows: list[Row]) -> list[Row]:
@@ -658,7 +775,32 @@ def list_images(root: Path) -> tuple[list[str], list[Row]]:
         raise DataError(f"{root}: fewer than two classes; pass the folder that holds the classes")
     if hidden := [name for name in folder.classes if name.startswith(".")]:
         raise DataError(f"{root / hidden[0]}: hidden, but would count as a class; remove it")
-    return folder.classes, make_rows(root, folder.samples, "train")
+    rows = make_rows(root, folder.samples, "train")
+    refuse_parts(root, rows)
+    return folder.classes, rows
+
+
+def refuse_parts(root: Path, rows: list[Row]) -> None:
+    """Raise `DataError` where folders are parts of a data set, train/cat and test/cat, no classes.
+
+    As `data_creation.py` tells them: one is named for training, all its images in sub-folders, and
+    another for validation or testing; or all have as many sub-folders in common as they are.
+    """
+    tree: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        name, *inner, _ = row.name.split("/")
+        tree[name].add(inner[0] if inner else "")
+    words = {name: re.findall("[a-z]+", name.lower()) for name in sorted(tree)}
+    places = {name: PARTS[word] for name in words for word in words[name] if word in PARTS}
+    nested = [name for name in sorted(tree) if "" not in tree[name]]
+    if any(places.values()) and 0 in [places.get(name) for name in nested]:
+        nested = sorted(places.keys() & nested, key=lambda name: (places[name], name))
+    elif len(nested) < len(tree) or len(set.intersection(*tree.values())) < len(tree):
+        return
+    train, *others = [root / name for name in nested]
+    command = f"data_training.py {train}" + (f" --val {others[0]}" if others else "")
+    names = " and ".join(sorted(places) if not others else [train.name, others[0].name])
+    raise DataError(f"{root}: {names} look like parts of a data set, not classes; run {command}")
 
 
 def make_rows(folder: Path, samples: list[tuple[str, int]], part: str) -> list[Row]:
@@ -676,7 +818,7 @@ def list_others(args: Namespace, classes: list[str], ours: list[Row]) -> list[Ro
     folders = {entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."}
     if strange := ", ".join(sorted(folders.difference(classes))):
         raise DataError(
-            f"--{part} {folder}: not classes of {args.out}: {strange}; rename or remove"
+            f"--{part} {folder}: not classes of {args.data}: {strange}; rename or remove"
         )
     labels = {name: label for label, name in enumerate(classes)}
     samples = make_dataset(folder, labels, IMG_EXTENSIONS, allow_empty=True)
@@ -685,30 +827,46 @@ def list_others(args: Namespace, classes: list[str], ours: list[Row]) -> list[Ro
     return [row for row in rows if row.name not in known and "/." not in row.name]
 
 
-def check_images(paths: list[str]) -> dict[str, str]:
-    """The SHA-256 of each file that can be decoded; the others are named on stderr."""
+class Checked(NamedTuple):
+    """What is known of an image that can be decoded."""
 
-    def check(path: str) -> tuple[str, str]:
+    digest: str  # SHA-256 of the file
+    kind: str = ""  # "I" or "F" with over 8 bits a channel, see `deep_pixels`
+    peak: float = 0.0  # the largest value then
+
+
+def check_images(paths: list[str]) -> dict[str, Checked]:
+    """What each file that can be decoded holds; the others are named on stderr.
+
+    Raises `DataError` for an image of values that are negative or not finite.
+    """
+
+    def check(path: str) -> tuple[Checked | None, str]:
         try:
             content = read_bytes(path)
             with Image.open(io.BytesIO(content)) as image:
                 image.draft("RGB", (1, 1))  # JPEG: every byte is decoded, to an eighth of the size
                 image.load()
+                kind, values = deep_pixels(image, content)
         except Exception as error:  # Pillow raises nearly anything on a broken file
             known = {UnidentifiedImageError: "not an image", DataError: "no regular file"}
-            return "", known.get(type(error)) or str(error) or type(error).__name__
-        return hashlib.sha256(content).hexdigest(), ""
+            return None, known.get(type(error)) or str(error) or type(error).__name__
+        peak = float(values.max(initial=0))
+        if not math.isfinite(peak) or values.min(initial=0) < 0:
+            text = "values below 0 or not finite; shift them, or remove the image"
+            raise DataError(f"{printable(path)}: {text}")
+        return Checked(hashlib.sha256(content).hexdigest(), kind, peak), ""
 
-    digests = {}
+    found = {}
     with ThreadPool() as pool:  # Pillow and hashlib let other threads run meanwhile
         checked = pool.imap(check, paths, chunksize=16)
         bar = tqdm(checked, "checking", len(paths), unit=" images", leave=False, disable=None)
-        for path, (digest, problem) in zip(paths, bar, strict=True):
-            if problem:
-                tqdm.write(f"warning: {printable(f'{path}: {problem}')}; left out", sys.stderr)
+        for path, (each, problem) in zip(paths, bar, strict=True):
+            if each:
+                found[path] = each
             else:
-                digests[path] = digest
-    return digests
+                tqdm.write(f"warning: {printable(f'{path}: {problem}')}; left out", sys.stderr)
+    return found
 
 
 def read_bytes(path: str) -> bytes:
@@ -718,7 +876,26 @@ def read_bytes(path: str) -> bytes:
     return Path(path).read_bytes()
 
 
-def read_image(path: str, least: int = 0) -> Tensor:
+def deep_pixels(picture: Image.Image, content: bytes) -> tuple[str, np.ndarray[Any, Any]]:
+    """The kind and the values of an image of more than 8 bits a channel; "" and none of others.
+
+    "I" are whole numbers, "F" fractions; (height, width) or (height, width, 3).
+    """
+    if picture.mode.startswith(("I", "F")):
+        return picture.mode[0], np.asarray(picture)
+    # Of colours of 16 bits Pillow keeps the upper half, which is black where 12 bits are used.
+    if picture.format == "PNG" and picture.mode == "RGB" and content[24] == 16:
+        encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        return "I", decode_image(encoded, ImageReadMode.RGB).permute(1, 2, 0).numpy()
+    return "", np.empty(0)
+
+
+def pick_white(kind: str, peak: float) -> float:
+    """The value that is white where no pixel of this kind exceeds `peak`."""
+    return next((white for white in WHITE[kind] if peak <= white), peak)
+
+
+def read_image(path: str, white: Mapping[str, float], least: int = 0) -> Tensor:
     """The image upright and in RGB, what is transparent over white: (3, height, width) uint8.
 
     With `least` a large JPEG is decoded to a half, quarter or eighth, its sides no shorter.
@@ -737,50 +914,157 @@ def read_image(path: str, least: int = 0) -> Tensor:
                 image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
                 if image.dtype == torch.uint8:
                     return image
+        kind, values = deep_pixels(picture, content)
+        if kind:
+            if not 0 <= values.min() <= values.max() < math.inf:
+                raise ValueError("below 0 or not finite")
+            top = white.get(kind) or pick_white(kind, float(values.max()))
+            values = (values.clip(0, top) * (255 / top) + 0.5).astype(np.uint8)
+            exif, picture = picture.getexif(), Image.fromarray(values)
+            picture.getexif().update(exif)
         picture = ImageOps.exif_transpose(picture)
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return v2.functional.pil_to_tensor(picture.convert("RGB"))
     except Exception as error:  # Pillow raises nearly anything on a broken file
         reason = f"cannot be decoded ({type(error).__name__}); remove it"
         raise DataError(f"{printable(path)}: {reason}") from None
-    if picture.mode.startswith("I"):  # 16 bits, which `convert` would clip instead of scale
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return v2.functional.pil_to_tensor(picture.convert("RGB"))
 
 
-def split_images(
-    rows: list[Row], digests: Mapping[str, str], fraction: float, seed: int
-) -> list[Row]:
-    """`rows`, some of whose training images are for validation now, and none of their copies.
+# --------------------------------------------------------------------------------- splitting
 
-    Of each class, `fraction` goes to validation, at least one image and never all. Images with
-    equal digests stay together; they are for training if they stand in several classes.
+
+def find_families(args: Namespace, rows: list[Row], digests: Mapping[str, str]) -> list[str]:
+    """A key for each row, the same for those of one family: copies, and what `--group` binds."""
+    above: dict[str, str] = {}  # a forest, of which each tree is a family
+
+    def root(key: str) -> str:
+        while above.setdefault(key, key) != key:
+            above[key] = key = above[above[key]]
+        return key
+
+    strange = 0
+    for row in rows:
+        match = re.search(args.group, Path(row.name).name) if args.group else None
+        name = match and (match.group(1) if match.re.groups else match.group())
+        strange += name is None
+        above[root(digests[row.path])] = root(row.name if name is None else f"--group {name}")
+    keys = [root(digests[row.path]) for row in rows]
+    if args.group and len(set(keys)) == 1:
+        raise DataError(f"--group {args.group}: makes all images one family; name what differs")
+    if args.group:
+        text = f"--group: {len(set(keys))} families of {len(rows)} images"
+        text += f"; {strange} do not match and are one each" if strange else ""
+        print(text, file=sys.stderr)
+    elif args.folds > 1 or not (args.val or args.split):
+        suggest_group(rows)
+    return keys
+
+
+def suggest_group(rows: list[Row]) -> None:
+    """Print how to keep families together, where most classes have names that look like some."""
+    stems: dict[int, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        stems[row.label][re.sub(r"[\W_]*\d+$", "", Path(row.name).stem)] += 1
+    alike = sum(5 <= len(each) <= each.total() / 2 for each in stems.values())
+    if alike > len(stems) / 2:
+        pattern = r"^(.+?)[\W_]*\d+\.\w+$"
+        print(
+            "note: file names differ in a last number alone; if those are images of one patient, "
+            f"film or object, keep them together: --group {shlex.quote(pattern)}",
+            file=sys.stderr,
+        )
+
+
+def hold_images(args: Namespace, rows: list[Row], families: list[str]) -> list[int]:
+    """For each row the fold that is judged by it, or `EVERY` or `TEST`; families stay together."""
+    ours = [at for at, row in enumerate(rows) if row.part == "train"]
+    held = [TEST if args.folds > 1 else 0] * len(rows)
+    if args.folds > 1:
+        check_folds(args, rows, families)
+        shares = [1 / args.folds] * args.folds
+    elif args.val or args.split:
+        shares = [1.0]
+    else:
+        shares = [1 - args.val_fraction, args.val_fraction]
+    labels, keys = [rows[at].label for at in ours], [families[at] for at in ours]
+    keyed = [f"{args.seed}/{rows[at].name}".encode(errors="surrogateescape") for at in ours]
+    names = [hashlib.sha256(key).digest() for key in keyed]
+    for at, part in zip(ours, deal(labels, keys, names, shares), strict=True):
+        held[at] = part if args.folds > 1 else EVERY + part
+    return held
+
+
+def check_folds(args: Namespace, rows: list[Row], families: list[str]) -> None:
+    """Raise `DataError` where images cannot be cut into `--folds` parts."""
+    if any(row.part == "val" for row in rows) and args.split:
+        text = "names validation images, which folds choose themselves; name them train"
+        raise DataError(f"--folds {args.folds}: {args.split} {text}")
+    parts: dict[int, set[str]] = defaultdict(set)
+    for row, family in zip(rows, families, strict=True):
+        parts[row.label] |= {family} if row.part == "train" else set()
+    label, found = min(parts.items(), key=lambda item: len(item[1]))
+    if (most := len(found)) < args.folds:
+        name = next(row.name for row in rows if row.label == label).partition("/")[0]
+        text = f"the largest that fits is {most}" if most >= 3 else "add images, or drop it"
+        text = f"class {name} has {most} {'families' if args.group else 'different images'}; {text}"
+        raise DataError(f"--folds {args.folds}: {text}")
+
+
+def deal(
+    labels: Sequence[int], families: Sequence[str], order: Sequence[bytes], shares: Sequence[float]
+) -> list[int]:
+    """The part that each image goes to, of which each gets its share of each class, about.
+
+    Families, largest first and otherwise in `order`, go where that brings the counts closest to
+    what is wanted, as a sum over classes of squared differences / wanted. No part stays without a
+    class that has enough families; of two parts the first, to train on, goes before.
     """
-    copies, groups_of, val = defaultdict(list), defaultdict(list), set()
-    ours = [row for row in rows if row.part == "train"]
-    counts = Counter(row.label for row in ours)
-    for row in ours:
-        copies[digests[row.path]].append(row)
-    for group in copies.values():
-        if len({row.label for row in group}) == 1:
-            groups_of[group[0].label].append(group)
-    for label, groups in groups_of.items():
-        room = min(max(1, round(fraction * counts[label])), counts[label] - 1)
-        stream = random.Random(f"split/{seed}/{label}")
-        for group in sorted(groups, key=lambda _: stream.random()):
-            if len(group) <= room:
-                val.update(group)
-                room -= len(group)
-    return [row._replace(part="val") if row in val else row for row in rows]
+    counts, members = Counter(labels), defaultdict(list)
+    for at, family in enumerate(families):
+        members[family].append(at)
+    wanted = [{label: share * count for label, count in counts.items()} for share in shares]
+    if len(shares) == 2:
+        for label, count in counts.items():
+            wanted[1][label] = min(max(1, round(shares[1] * count)), count - 1)
+            wanted[0][label] = count - wanted[1][label]
+    groups = sorted(members.values(), key=lambda each: (-len(each), min(order[at] for at in each)))
+    left = Counter(label for group in groups for label in {labels[at] for at in group})
+    bare = {label: {part for part, each in enumerate(wanted) if each[label]} for label in counts}
+    missing, parts = [dict(each) for each in wanted], [0] * len(labels)
+    for group in groups:
+        inside = Counter(labels[at] for at in group)
+
+        def gain(part: int, inside: Counter[int] = inside) -> tuple[bool, float, int]:
+            needed = any(
+                left[c] <= len(bare[c]) and part in sorted(bare[c])[: left[c]] for c in inside
+            )
+            closer = [
+                n * (2 * missing[part][c] - n) / wanted[part][c] if wanted[part][c] else -math.inf
+                for c, n in inside.items()
+            ]
+            turn = (min(inside) - part) % len(shares) if len(shares) > 2 else -part
+            return needed, sum(closer), turn
+
+        best = max(range(len(shares)), key=gain)
+        for label in inside:
+            left[label] -= 1
+            bare[label].discard(best)
+        for at in group:
+            parts[at] = best
+            missing[best][labels[at]] -= 1
+    return parts
+
+
+# -------------------------------------------------------------------------------- reading
 
 
 @dataclass(frozen=True)
 class Images(Dataset[tuple[Tensor, int]]):
     """Images by (index, seed): the same pair gives the same pixels in any process."""
 
-    paths: list[str]
-    labels: Tensor
+    data: Data
     training: nn.Module  # draws its augmentation from torch's default generator
     evaluation: nn.Module
     least: int  # pixels a side that they need
@@ -790,8 +1074,8 @@ class Images(Dataset[tuple[Tensor, int]]):
         index, seed = item
         transform = self.evaluation if seed == EVALUATED else self.training
         torch.default_generator.manual_seed(seed)
-        image = transform(read_image(self.paths[index], self.least))
-        return image.permute(1, 2, 0), int(self.labels[index])
+        image = transform(read_image(self.data.paths[index], self.data.white, self.least))
+        return image.permute(1, 2, 0), int(self.data.labels[index])
 
 
 class Batches(Sampler[list[tuple[int, int]]]):
@@ -818,13 +1102,7 @@ class Reader:
         self.waited = 0.0  # seconds for batches so far
         self.batches, views = Batches(), transforms(args)
         self.loader = DataLoader(
-            Images(
-                paths=data.paths,
-                labels=data.labels,
-                training=views[0],
-                evaluation=views[1],
-                least=least_side(args),
-            ),
+            Images(data, training=views[0], evaluation=views[1], least=least_side(args)),
             batch_sampler=self.batches,
             num_workers=args.workers,
             persistent_workers=args.workers > 0,
@@ -859,17 +1137,17 @@ class Reader:
 class Features(NamedTuple):
     """What the backbone makes of every image, in a reader's place."""
 
-    table: Tensor  # (N, D)
+    table: Tensor  # (N, D) float16
     labels: Tensor
     compute: Compute
 
     def read(self, batches: Sequence[Tensor], title: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features (B, D) and labels (B,) of `batches`, behind a progress bar."""
+        """Features (B, D) float32 and labels (B,) of `batches`, behind a progress bar."""
         for batch in show_progress(batches, title, self.compute):
-            yield self.table[batch[:, 0]], self.labels[batch[:, 0]]
+            yield self.table[batch[:, 0]].float(), self.labels[batch[:, 0]]
 
 
-Source = Reader | Features
+Inputs = Reader | Features
 
 
 def show_progress(batches: Sequence[Tensor], title: str, compute: Compute) -> Iterable[Tensor]:
@@ -881,7 +1159,7 @@ def show_progress(batches: Sequence[Tensor], title: str, compute: Compute) -> It
 def evaluated_again(given: Given) -> set[int]:
     """The images that this process evaluates after each epoch, if there is room for their views."""
     args, rank, world_size = given.args, given.compute.rank, given.compute.world_size
-    parts = [each[rank::world_size] for each in (given.data.val, pick_searched(given.data))]
+    parts = [given.data.val(fold)[rank::world_size] for fold in range(args.folds)]
     images = set(torch.cat(parts).tolist())
     try:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -908,12 +1186,26 @@ class RandomResizedCrop(v2.RandomResizedCrop):
         return F.interpolate(batch, self.size, mode="bilinear", antialias=True)[0]
 
 
+class RandomQuarterTurn(nn.Module):
+    """Turns an image by 0, 90, 180 or 270 degrees."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        """One of the four, at random."""
+        return image.rot90(int(torch.randint(4, ())), (-2, -1))
+
+
 def transforms(args: Namespace) -> tuple[nn.Module, nn.Module]:
     """For training a random crop, at random mirrored; for evaluation the central square, larger."""
     size, larger = args.image_size, eval_size(args.image_size)
     crop = RandomResizedCrop(size, (args.crop_scale, 1.0))
-    train = v2.Compose([crop, v2.RandomHorizontalFlip(0.0 if args.no_flip else 0.5)])
-    return train, v2.Compose([v2.Resize(larger), v2.CenterCrop(larger)])
+    flips = [v2.RandomHorizontalFlip(0.0 if args.flip == "none" else 0.5)]
+    turns = [RandomQuarterTurn()] if args.flip == "all" else []
+    return v2.Compose([crop, *flips, *turns]), central_square(larger)
+
+
+def central_square(size: int) -> nn.Module:
+    """The view of evaluation."""
+    return v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
 
 
 def least_side(args: Namespace) -> int:
@@ -940,16 +1232,10 @@ def sample_weights(labels: Tensor, power: float) -> Tensor:
     return torch.bincount(labels).double()[labels] ** -power
 
 
-def is_weighted(rebalance: str, epoch: int, epochs: range) -> bool:
-    """Whether `epoch`, one of a phase's `epochs`, draws by weight."""
-    if rebalance == "late":  # the last quarter of them (Cao et al. 2019, arXiv:1906.07413)
-        return epoch in epochs[-math.ceil(len(epochs) / 4) :]
-    return rebalance == "sampler"
-
-
-def seeded(purpose: str, seed: int, epoch: int) -> torch.Generator:
-    """A random stream for this purpose, seed and epoch alone."""
-    return torch.Generator().manual_seed(random.Random(f"{purpose}/{seed}/{epoch}").getrandbits(63))
+def seeded(purpose: str, *numbers: int) -> torch.Generator:
+    """A random stream for this purpose and these numbers alone."""
+    text = "/".join(map(str, (purpose, *numbers)))
+    return torch.Generator().manual_seed(random.Random(text).getrandbits(63))
 
 
 def draw_images(weights: Tensor, weighted: bool, generator: torch.Generator) -> Tensor:
@@ -960,23 +1246,22 @@ def draw_images(weights: Tensor, weighted: bool, generator: torch.Generator) -> 
     return torch.tensor(list(sampler))
 
 
-def draw_epoch(given: Given, phase: Phase, epoch: int) -> Tensor:
+def draw_epoch(given: Given, stage: Stage, epoch: int) -> Tensor:
     """The indices of the training images that an epoch draws, int64."""
-    args, train = given.args, given.data.train
+    args, train = given.args, given.data.train(stage.fold)
     weights = sample_weights(given.data.labels[train], args.power)
-    weighted = is_weighted(args.rebalance, epoch, phase.epochs)
-    stream = seeded("draw", args.seed, epoch)
-    drawn = [train[draw_images(weights, weighted, stream)] for _ in range(phase.passes)]
+    stream, weighted = seeded("draw", args.seed, stage.fold, epoch), args.rebalance == "sampler"
+    drawn = [train[draw_images(weights, weighted, stream)] for _ in range(stage.passes)]
     return torch.cat([train[:0], *drawn])
 
 
-def count_draws(data: Data, drawn: Tensor) -> dict[str, float]:
+def count_draws(data: Data, fold: int, drawn: Tensor) -> dict[str, float]:
     """What a draw of images did: fewest and most of a class, and the part of the images seen."""
     counts = data.counts(drawn)
     return {
         "fewest_draws": int(counts.min()),
         "most_draws": int(counts.max()),
-        "distinct_images": len(drawn.unique()) / len(data.train),
+        "distinct_images": len(drawn.unique()) / len(data.train(fold)),
     }
 
 
@@ -998,34 +1283,40 @@ def cut_batches(
 # ---------------------------------------------------------------------------------- model
 
 
-def load_weights(args: Namespace) -> tuple[dict[str, Tensor], list[str]]:
-    """The state_dict that `--weights` names, and its classes where they are recorded with it.
+def load_weights(args: Namespace) -> dict[str, Any]:
+    """What `--weights` names: "networks", a list of state_dicts, and what is recorded with them.
 
     So may be its `--arch` and `--image-size`: they are taken from there unless they are given.
     """
-    source, content = args.weights, {}
-    if os.path.isfile(source):
-        content = read_weights(source)
+    asked, content = args.weights, dict[str, Any]()
+    if os.path.isfile(asked):
+        content = read_weights(asked)
         adopt(args, "arch", content.get("arch"))
-        adopt(args, "image_size", content.get("crop_size"))
-    args.arch, args.image_size = args.arch or "resnet50", args.image_size or 224
+        adopt(args, "image_size", content.get("train_size"))
+    args.arch = args.arch or ("resnet18" if args.device == "cpu" else "resnet50")
+    args.image_size = args.image_size or 224
     known = models.list_models(models, include=["resnet*", "resnext*", "wide_resnet*"])
     if args.arch not in known:
         raise DataError(f"--arch {args.arch}: unknown; choose from {', '.join(known)}")
-    if content or source == "none":
-        return content.get("state_dict", {}), content.get("classes", [])
+    if args.epochs and len(content.get("networks", ())) > 1:
+        text = f"{len(content['networks'])} networks that vote; judge them with --epochs 0"
+        raise DataError(f"--weights {asked}: {text}, or train from one")
+    if content or asked == "none":
+        return content
     named = models.get_model_weights(args.arch)
-    if source in named.__members__:
-        args.weights = named[source].name  # what DEFAULT means may change
-        return download(named[source], args.weights), []
+    if asked in named.__members__:
+        args.weights = named[asked].name  # what DEFAULT means may change
+        return {"networks": [download(named[asked], args.weights)]}
     names = ", ".join(named.__members__)
-    raise DataError(f"--weights {source}: no such file; pass one, or {names}, or none")
+    raise DataError(f"--weights {asked}: no such file; pass one, or {names}, or none")
 
 
 def read_weights(path: str) -> dict[str, Any]:
-    """A checkpoint of this script, or as "state_dict" what else there is in the file."""
+    """A checkpoint of this script, or as one of "networks" what else there is in the file."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        if "networks" in content and "classes" in content:
+            return content
         state = content.get("state_dict", content.get("model", content))
         state = {key.removeprefix("module."): value for key, value in state.items()}
         if not state or not all(isinstance(value, Tensor) for value in state.values()):
@@ -1035,7 +1326,7 @@ def read_weights(path: str) -> dict[str, Any]:
     except Exception as error:  # a damaged file raises nearly anything
         reason = "more than weights in it" if isinstance(error, UnpicklingError) else "no weights"
         raise DataError(f"--weights {path}: {reason}; torch.save a state_dict there") from None
-    return (content if "classes" in content else {}) | {"state_dict": state}
+    return {"networks": [state]}
 
 
 def adopt(args: Namespace, name: str, recorded: Any) -> None:
@@ -1061,31 +1352,50 @@ def download(weights: models.WeightsEnum, name: str) -> dict[str, Tensor]:
         raise DataError(f"--weights {name}: {text}") from None
 
 
-def build_model(
-    arch: str, classes: list[str], state: dict[str, Tensor], named: list[str]
-) -> tuple[models.ResNet, str]:
-    """The network for `classes`, and in words what became of the weights.
+class Vote(nn.Module):
+    """Networks of which each has a say: their mean logits."""
 
-    A head in `state` stays if it has the right size and, as far as known, the same classes.
+    def __init__(self, networks: Iterable[nn.Module]):
+        """A vote of `networks`."""
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The logits of (B, 3, H, W) images: (B, C)."""
+        return torch.stack([network(images) for network in self.networks]).mean(0)
+
+
+def build_model(
+    arch: str, classes: list[str], content: Mapping[str, Any]
+) -> tuple[models.ResNet | Vote, str]:
+    """The network for `classes`, or the vote of several, and in words what became of the weights.
+
+    A head in the weights stays if it has the right size and, as far as known, the same classes.
     """
-    model = models.get_model(arch, weights=None, num_classes=len(classes))
-    nn.init.zeros_(model.fc.weight)
-    nn.init.zeros_(model.fc.bias)
-    if not state:
-        return model, "a new network"
-    old = len(state.get("fc.bias", ()))
-    keep = old == len(classes) and named in ([], classes)
-    backbone = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    try:
-        model.load_state_dict(state if keep else backbone | model.fc.state_dict(prefix="fc."))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split("\n\t")[1].split())[:200]
-        raise DataError(f"--weights: not of a {arch}: {reason} ...; pass their --arch") from None
-    return model, "head kept" if keep else f"head of {old} classes dropped for a new one"
+    built, said = [], "a new network"
+    for state in content.get("networks", [{}]):
+        model = models.get_model(arch, weights=None, num_classes=len(classes))
+        nn.init.zeros_(model.fc.weight)
+        nn.init.zeros_(model.fc.bias)
+        built.append(model)
+        if not state:
+            continue
+        old = len(state.get("fc.bias", ()))
+        keep = old == len(classes) and content.get("classes") in (None, classes)
+        said = "head kept" if keep else f"head of {old} classes dropped for a new one"
+        backbone = {key: value for key, value in state.items() if not key.startswith("fc.")}
+        try:
+            model.load_state_dict(state if keep else backbone | model.fc.state_dict(prefix="fc."))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split("\n\t")[1].split())[:200]
+            raise DataError(
+                f"--weights: not of a {arch}: {reason} ...; pass their --arch"
+            ) from None
+    return (built[0], said) if len(built) == 1 else (Vote(built), f"{len(built)} networks, {said}")
 
 
 @torch.no_grad()
-def rescale(model: models.ResNet) -> None:
+def rescale(model: Any) -> None:
     """Give weights the scale that the learning rates are for; what `model` computes stays.
 
     AdamW moves a weight by the rate whatever its size, and files differ a hundredfold in that.
@@ -1110,153 +1420,89 @@ def rescale(model: models.ResNet) -> None:
         norm.running_var.add_(norm.eps).mul_(factor**2).sub_(norm.eps)
 
 
-# ------------------------------------------------------------------------------------ plan
+# --------------------------------------------------------------------------------- trainer
 
 
-class Recipe(NamedTuple):
-    """How a phase trains. Where parts are `kept`, BatchNorm keeps its statistics too."""
+class Stage(NamedTuple):
+    """A stretch of epochs in which one network trains in one way."""
 
-    rate: float = 0.0  # of the backbone by AdamW, at its peak, if there is no --backbone-lr
-    head_rate: float = 3.0  # times that, of the head
-    warm_up: float = 0.1  # part of the steps in which the rates rise
-    kept: tuple[str, ...] = ()  # not trained: what has names that begin so
-    left_out: float | None = None  # first part of the steps, of the average that is judged
-    softened: bool = False  # the head is, after a phase of its own
-
-
-# A trial that is the warm-up of many epochs would not show what the full rate does. At the peak of
-# its rate a network looks worse than it is going to be, and averaged about as if the rate had
-# fallen to 0. "gentle" keeps what of a pretrained backbone is general, and two fifths of the time
-# of a step; its weights are averaged from the start on (Izmailov et al. 2018, arXiv:1803.05407).
-# What goes on after a trial is far from what the weights know, and gains by twice its rate; without
-# a trial the mix at the end takes back what "firm" goes too far.
-RECIPES = {
-    "given": Recipe(),  # nothing is trained
-    "head": Recipe(kept=("conv1.", "bn1.", "layer")),  # by SGD, on features, at --lr
-    "trial": Recipe(1.5e-4, warm_up=0.0, left_out=0.5, softened=True),
-    "firm": Recipe(3e-4, warm_up=0.0, softened=True),
-    "gentle": Recipe(2e-5, kept=("conv1.", "bn1.", "layer1.", "layer2."), left_out=0.0),
-    "full": Recipe(1e-3, head_rate=1.0),  # from random weights
-}
-NAMES = {"auto": "firm", "scratch": "full"}  # of recipes, where `--finetune` has another
-
-
-class Phase(NamedTuple):
-    """A stretch of epochs that trains by the recipe of its name."""
-
-    name: str
+    name: str  # "head", "whole", or "given": nothing is trained
+    fold: int
     epochs: range
-    passes: int = 1  # over as many images as there are, an epoch
-    steps: int = 0
-    cycle: int = 0  # steps in which the learning rate falls: a trial and "firm" share one
+    passes: int  # over as many images as there are, an epoch
+    steps: int
+    last: bool  # of its network
 
 
-def plan(given: Given, shares: Mapping[str, Mapping[float, float]]) -> Iterator[Phase]:
-    """The phases of a run in order; `shares` are read when the trial is over, and name the last.
+def plan(args: Namespace, data: Data) -> list[Stage]:
+    """The stages of a run in order: of each fold the head alone, and then all layers.
 
-    By default the head has epoch 0: on features it costs a third of an epoch. The trial takes
-    `TRIAL_STEPS`, in whole epochs. Where that is more than half of what is left there is none: a
-    shorter one says too little, and what is judged is the end.
+    By default the head has epoch 0: on features it costs a third of an epoch.
     """
-    args, images = given.args, len(given.data.train)
-    steps, name = math.ceil(images / args.batch_size), NAMES.get(args.finetune, args.finetune)
-    if not args.epochs:
-        yield Phase("given", range(1), passes=0)
-        return
+    stages = []
     own = args.frozen_epochs is None and args.weights != "none"
     head = range(1) if own else range(1, 1 + (args.frozen_epochs or 0))
-    if head:  # few images make few steps an epoch: they are passed over again
-        passes = math.ceil(HEAD_STEPS * args.batch_size / (len(head) * images))
-        length = len(head) * math.ceil(passes * images / args.batch_size)
-        yield Phase("head", head, passes=passes, steps=length, cycle=length)
-    rest = range(head.stop, args.epochs + 1)
-    tried, cycle = math.ceil(TRIAL_STEPS / steps), len(rest) * steps
-    if args.finetune == "auto" and tried <= len(rest) // 2:
-        yield Phase("trial", rest[:tried], steps=tried * steps, cycle=cycle)
-        rest = rest[tried:]
-        if best_share(shares["trial"]) < FIRM_FROM:
-            name, cycle = "gentle", len(rest) * steps
-    if rest:
-        yield Phase(name, rest, steps=len(rest) * steps, cycle=cycle)
-
-
-# --------------------------------------------------------------------------------- trainer
+    whole = range(head.stop, args.epochs + 1)
+    for fold in range(args.folds):
+        images = len(data.train(fold))
+        if not args.epochs:
+            stages.append(Stage("given", fold, range(1), passes=0, steps=0, last=True))
+            continue
+        if head:  # few images make few steps an epoch: they are passed over again
+            passes = math.ceil(HEAD_STEPS * args.batch_size / (len(head) * images))
+            steps = len(head) * math.ceil(passes * images / args.batch_size)
+            stages.append(Stage("head", fold, head, passes, steps, last=not whole))
+        if whole:
+            steps = len(whole) * math.ceil(images / args.batch_size)
+            stages.append(Stage("whole", fold, whole, 1, steps, last=True))
+    return stages
 
 
 class Trainer:
     """A network in training and what moves with it. It knows no files, and no epoch's number."""
 
-    def __init__(self, model: models.ResNet, phase: Phase, optimizer: Optimizer, given: Given):
-        """A phase at its beginning."""
-        recipe, compute = RECIPES[phase.name], given.compute
-        self.model, self.phase, self.optimizer = model, phase.name, optimizer
-        # `left_out` of 0 counts the weights before the first step too.
-        self.skipped = max(1, int(recipe.left_out * phase.steps)) if recipe.left_out else 0
-        self.average = None if recipe.left_out is None else copy.deepcopy(model)
-        self.start: Any = None  # the network before the first step, where that is compared
-        trained = model.fc if phase.name == "head" else model.train(not recipe.kept)
-        self.network = wrap_ddp(trained, given)
+    def __init__(self, model: Any, stage: Stage, optimizer: Optimizer, given: Given):
+        """A stage at its beginning."""
+        self.stage, self.optimizer = stage, optimizer
+        head_alone = stage.name == "head"
+        self.evaluated = model.fc if head_alone else model.train()
+        self.network = wrap_ddp(self.evaluated, given)
         groups = optimizer.param_groups
         self.weights = [weight for group in groups for weight in group["params"]]
         peaks = [group["lr"] for group in groups]
         # OneCycleLR divides by zero where either part of the cycle has a single step.
-        steps = max(4, phase.cycle)
-        rising = max(recipe.warm_up, 2 / steps)
+        steps = max(4, stage.steps)
+        warm_up = 0.1 if head_alone or given.args.weights == "none" else 0.0
+        rising = max(warm_up, 2 / steps)
         self.scheduler = OneCycleLR(optimizer, peaks, steps, pct_start=rising, cycle_momentum=False)
-        scaled = compute.amp is torch.float16
-        self.scaler = torch.amp.GradScaler(compute.device.type, enabled=scaled)
-
-    @property
-    def result(self) -> models.ResNet:
-        """The whole network as it is judged and saved."""
-        return self.average or self.model
-
-    @property
-    def evaluated(self) -> nn.Module:
-        """What of it is measured: the head alone takes features."""
-        return self.model.fc if self.phase == "head" else self.result
+        scaled = given.compute.amp is torch.float16
+        self.scaler = torch.amp.GradScaler(given.compute.device.type, enabled=scaled)
 
     def rate(self) -> float:
         """The learning rate of the next step, NaN where nothing is trained."""
-        return float(self.scheduler.get_last_lr()[-1]) if self.phase != "given" else math.nan
+        return math.nan if self.stage.name == "given" else float(self.scheduler.get_last_lr()[-1])
 
     def step(self, loss: Tensor) -> None:
         """Take a step against the gradient of `loss`."""
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
-        if self.phase != "head":  # the head alone is a convex problem
+        if self.stage.name == "whole":  # the head alone is a convex problem
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.weights, CLIP_NORM)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
-        if self.average:
-            # torch's `AveragedModel` would ask the device how many steps it has averaged.
-            both = list(self.average.parameters()), list(self.network.parameters())
-            average_weights(*both, max(0, self.scheduler.last_epoch - self.skipped))
-
-    def go_on(self, phase: Phase) -> None:
-        """Go on from a trial, in the middle of its cycle, at the rate of `phase`."""
-        factor = RECIPES[phase.name].rate / RECIPES[self.phase].rate
-        for group in self.optimizer.param_groups:  # where the scheduler looks up its cycle
-            for rate in ("lr", "initial_lr", "max_lr", "min_lr"):
-                group[rate] *= factor
-        self.phase, self.average, self.start = phase.name, None, None
-
-    def parts(self) -> dict[str, Any]:
-        """What changes from step to step, and the start."""
-        names = ("start", "average", "optimizer", "scheduler", "scaler")
-        return {name: part for name in names if (part := getattr(self, name))}
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to go on as if nothing had happened."""
-        return {name: part.state_dict() for name, part in self.parts().items()}
+        parts = ("optimizer", "scheduler", "scaler")
+        return {name: getattr(self, name).state_dict() for name in parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what was stored in this phase."""
-        for name, part in self.parts().items():
-            if state.get(name):  # a scaler that was not needed has none, and one that is refuses it
-                part.load_state_dict(state[name])
+        """Take up what was stored in this stage."""
+        for name, stored in state.items():
+            if stored:  # a scaler that was not needed has none, and one that is refuses it
+                getattr(self, name).load_state_dict(stored)
         for weight, kept in self.optimizer.state.items():
             for name, value in kept.items():  # kernels read both as they lie, maybe elsewhere now
                 if isinstance(value, Tensor) and value.shape == weight.shape:
@@ -1268,8 +1514,8 @@ def wrap_ddp(network: nn.Module, given: Given) -> nn.Module:
     compute = given.compute
     if compute.world_size == 1:
         return network
-    few = given.args.batch_size // compute.world_size < SYNCHRONISED
-    if few and compute.device.type != "cpu":  # PyTorch has no synchronised BatchNorm for CPUs
+    small = given.args.batch_size // compute.world_size < SYNCHRONISED
+    if small and compute.device.type != "cpu":  # PyTorch has no synchronised BatchNorm for CPUs
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     # The statistics of BatchNorm matter in evaluation alone, which sends them round. The option has
     # another name from torch 2.13 on, which torch 2.6 does not know.
@@ -1277,122 +1523,135 @@ def wrap_ddp(network: nn.Module, given: Given) -> nn.Module:
     return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 
-def head_optimizer(model: models.ResNet, lengths: Tensor, lr: float) -> Optimizer:
+def head_optimizer(model: models.ResNet, lengths: Tensor) -> Optimizer:
     """SGD for the head alone, on features of these lengths.
 
-    How far a step may go hangs on the length of the features; `lr` is for that of a ResNet-18.
+    How far a step may go hangs on the length of the features; `HEAD_RATE` is for a ResNet-18's.
     """
     square = max(lengths.square().mean().item() / 512, 1e-12)
+    rate, decay = HEAD_RATE / square, HEAD_DECAY * square
     groups = [
-        {"params": [model.fc.weight], "lr": lr / square, "weight_decay": HEAD_DECAY * square},
-        {"params": [model.fc.bias], "lr": lr, "weight_decay": HEAD_DECAY},
+        {"params": [model.fc.weight], "lr": rate, "weight_decay": decay},
+        {"params": [model.fc.bias], "lr": HEAD_RATE, "weight_decay": HEAD_DECAY},
     ]
     return torch.optim.SGD(groups, momentum=0.9, fused=True)
 
 
-def whole_optimizer(model: models.ResNet, name: str, args: Namespace) -> Optimizer:
-    """AdamW for what the recipe of this name trains; gradients are asked for that alone."""
-    recipe, rate = RECIPES[name], args.backbone_lr
-    if args.finetune == "auto":
-        rate *= recipe.rate / RECIPES["firm"].rate
-    backbone = []
-    for key, weight in model.named_parameters():
-        weight.requires_grad = not key.startswith(recipe.kept)
-        if weight.requires_grad and not key.startswith("fc."):
-            backbone.append(weight)
-    head = {"params": list(model.fc.parameters()), "lr": rate * recipe.head_rate}
-    rest = {"params": backbone, "lr": rate, "weight_decay": 0.0}
+def whole_optimizer(model: nn.Module, args: Namespace) -> Optimizer:
+    """AdamW for all layers."""
+    parts: dict[bool, list[Tensor]] = {True: [], False: []}
+    for name, weight in model.named_parameters():
+        parts[name.startswith("fc.")].append(weight)
+    factor = 1.0 if args.weights == "none" else HEAD_FACTOR
+    head = {"params": parts[True], "lr": args.lr * factor}
+    rest = {"params": parts[False], "lr": args.lr, "weight_decay": 0.0}
     return torch.optim.AdamW([head, rest], weight_decay=HEAD_DECAY, fused=True)
 
 
 # ------------------------------------------------------------------------------- training
 
 
-def begin_phase(given: Given, progress: Progress, phase: Phase, reader: Reader) -> Source:
-    """Set up `progress.trainer` for a phase, or take up what was stored; where its inputs are.
-
-    "firm" goes on with the trial's trainer, whose cycle it finishes.
-    """
-    args, model = given.args, progress.model
-    before = progress.history[-1]["phase"] if progress.history else ""
-    if (before, phase.name) == ("trial", "firm"):
-        if not progress.trainer:  # the run was stopped between the two
-            begin_phase(given, progress, phase._replace(name="trial"), reader)
-        progress.trainer.go_on(phase)
-        return reader
-    source: Source = reader
-    if phase.name == "head":
-        table = extract_features(given, model, reader)
-        source = Features(table, given.data.labels, given.compute)
-        lengths = torch.linalg.vector_norm(table, dim=1)[given.data.train]
-        optimizer = head_optimizer(model, lengths, args.lr)
+def begin(given: Given, progress: Progress, stage: Stage, reader: Reader) -> Inputs:
+    """Set up `progress.trainer` for a stage, or take up what was stored; where its inputs are."""
+    model, fold = progress.model, progress.at()[0]
+    inputs: Inputs = reader
+    stored = progress.stored if fold == stage.fold else {}
+    goes_on = bool(progress.history) and fold == stage.fold
+    before = progress.history[-1]["phase"] if goes_on else ""
+    if fold != stage.fold and fold >= 0:  # a fold begins where the first one did
+        model.load_state_dict(progress.start)
+    if stage.name == "head":
+        if progress.features is None:
+            progress.features = extract_features(given, model, reader)
+        inputs = Features(progress.features, given.data.labels, given.compute)
+        table = progress.features[given.data.train(stage.fold)].float()
+        optimizer = head_optimizer(model, torch.linalg.vector_norm(table, dim=1))
     else:
-        optimizer = whole_optimizer(model, phase.name, args)
-    trainer = progress.trainer = Trainer(model, phase, optimizer, given)
-    if args.finetune == "auto" and RECIPES[phase.name].softened and not progress.shares:
-        trainer.start = copy.deepcopy(model)
-    if before == phase.name:
-        trainer.load_state_dict(progress.stored)
-    elif before == "head" and RECIPES[phase.name].softened:
-        # A confident head holds the backbone to the old features, a new one pulls it anywhere. With
-        # a tenth of its logits it ended higher: dogs 76.5 % (75.1 zeroed, 74.8 as it was), textures
-        # 81.1 (79.6, 77.7), MRI scans 95.5 (95.7, 94.5). ResNet-18, 112 pixels, 3e-4, one seed.
-        for weight in model.fc.parameters():
-            weight.data.mul_(SOFTENED)
+        optimizer = whole_optimizer(model, given.args)
+    progress.trainer = Trainer(model, stage, optimizer, given)
+    if before == stage.name:
+        progress.trainer.load_state_dict(stored)
+    elif stage.name == "whole":
+        progress.head = copy_state(model.fc)
+        if before == "head":
+            # A confident head holds the backbone to the old features, a new one pulls it anywhere.
+            for weight in model.fc.parameters():
+                weight.data.mul_(SOFTENED)
     progress.stored = {}
-    return source
+    return inputs
 
 
 @torch.no_grad()
 def extract_features(given: Given, model: models.ResNet, reader: Reader) -> Tensor:
-    """What the backbone makes of each image, BatchNorm as in evaluation: (N, D) float32."""
+    """What the backbone makes of each image, BatchNorm as in evaluation: (N, D) float16.
+
+    In half the memory: logits of the head need no more digits, and each process holds them all.
+    """
     compute = given.compute
-    ours = torch.arange(compute.rank, len(given.data.labels), compute.world_size)
-    batches = cut_batches(ours, math.ceil(given.args.batch_size / compute.world_size))
     backbone = copy.deepcopy(model).eval()
     backbone.fc = nn.Identity()
-    backbone = fuse(backbone, inplace=True)  # BatchNorm becomes a part of the convolutions
-    shape = len(ours), model.fc.in_features
-    pinned = compute.device.type == "cuda" and math.prod(shape) < MOST_PINNED
-    features = torch.empty(shape, pin_memory=pinned)
-    views = reader.read(batches, "features")
-    with compute.autocast():
-        for rows, (inputs, _) in zip(features.split([*map(len, batches)]), views, strict=True):
-            outputs = backbone(to_input(inputs, compute.device)).float()
-            rows.copy_(outputs, non_blocking=pinned)
-    if pinned:
-        torch.cuda.synchronize()  # until all rows are there
-    return gather(features, compute)
+    ours = torch.arange(compute.rank, len(given.data.labels), compute.world_size)
+    batches = cut_batches(ours, math.ceil(given.args.batch_size / compute.world_size))
+    rows = []
+    for inputs, _ in reader.read(batches, "features"):
+        with compute.autocast():
+            rows.append(backbone(to_input(inputs, compute.device)).half().cpu())
+    return gather(torch.cat(rows), compute)
 
 
-def train_epoch(given: Given, trainer: Trainer, batches: Sequence[Tensor], source: Source) -> float:
+def train_epoch(given: Given, trainer: Trainer, batches: Sequence[Tensor], inputs: Inputs) -> float:
     """Train on `batches`, of which each process takes its part; the loss averaged over images."""
-    data, compute = given.data, given.compute
-    # Balanced softmax: with the log share added in training, logits learn the posterior of balanced
-    # classes (Ren et al. 2020, arXiv:2007.10740; Menon et al. 2021, arXiv:2007.07314).
-    prior = torch.zeros(len(data.classes))
-    if given.args.rebalance == "loss":
-        prior = data.log_share()
-    prior, total = prior.to(compute.device), torch.zeros((), device=compute.device)
+    args, compute, started = given.args, given.compute, time.perf_counter()
+    total, tenth = torch.zeros((), device=compute.device), math.ceil(len(batches) / 10)
     ours = [batch[compute.rank :: compute.world_size] for batch in batches]
-    loaded = source.read(ours, f"training, {trainer.phase}")
-    for batch, (inputs, targets) in zip(batches, loaded, strict=True):
+    loaded = inputs.read(ours, f"training, {trainer.stage.name}")
+    for batch, (images, targets) in zip(batches, loaded, strict=True):
         targets = to_device(targets, compute.device)
         with compute.autocast():
-            logits = trainer.network(to_input(inputs, compute.device))
-        loss = F.cross_entropy(logits.float() + prior, targets)
+            logits = trainer.network(to_input(images, compute.device))
+        loss = F.cross_entropy(logits.float(), targets)
         # Gradients are averaged over processes, whose parts of a batch may differ by one image.
         trainer.step(loss * (len(targets) * compute.world_size / len(batch)))
         total += loss.detach() * len(targets)
+        if trainer.scheduler.last_epoch == tenth and trainer.stage[:2] == ("whole", 0):
+            epoch = (time.perf_counter() - started) * len(batches) / tenth
+            if compute.rank == 0:
+                minutes = math.ceil(epoch * args.epochs * args.folds / 60)
+                tqdm.write(f"about {minutes} min to go", sys.stderr)
     if dist.is_initialized():
         dist.all_reduce(total)
     if not total.isfinite():
-        rate = "--lr" if trainer.phase == "head" else "--backbone-lr"
-        raise DataError(f"{rate}: the loss became {total.item()}; try a tenth of the learning rate")
+        raise DataError(f"--lr: the loss became {total.item()}; try a tenth of {args.lr:g}")
     return total.item() / sum(map(len, batches)) if batches else math.nan
 
 
 # ----------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def evaluate(
+    given: Given, network: nn.Module, inputs: Inputs, places: Tensor, title: str = "validation"
+) -> Tensor:
+    """The logits of the images at `places`, of which each process takes its part: (M, C).
+
+    Raises `DataError` where they are NaN.
+    """
+    compute, training = given.compute, network.training
+    if dist.is_initialized():  # BatchNorm gathers its statistics in each process for itself
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
+    ours = places[compute.rank :: compute.world_size]
+    batches = cut_batches(ours, math.ceil(given.args.batch_size / compute.world_size))
+    network.eval()
+    outputs = []
+    for images, _ in inputs.read(batches, title):
+        with compute.autocast():
+            outputs.append(network(to_input(images, compute.device)))
+    network.train(training)
+    logits = gather(torch.cat([each.cpu() for each in outputs]), compute)
+    if logits.isnan().any():
+        raise DataError("the network's outputs are no numbers; take other weights or a lower --lr")
+    return logits.clamp(-HIGHEST, HIGHEST)  # float16 overflows
 
 
 class Calibration(NamedTuple):
@@ -1410,9 +1669,10 @@ class Calibration(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a network says of M images of C classes, in their order; calibrated, if not said."""
+    """What is said of M images of C classes, in their order; calibrated, if not said."""
 
-    loss: float  # averaged over images
+    places: Tensor  # (M,) int64, where they are in `Data`
+    loss: float  # averaged over images, each class counting the same
     targets: Tensor  # (M,) int64
     predicted: Tensor  # (M,) int64
     probability: Tensor  # (M,) float32, of the predicted class
@@ -1434,75 +1694,57 @@ class Evaluation:
         return recall_by_class(self.confusion)
 
 
-def evaluate(
-    given: Given, network: nn.Module, source: Source, places: Tensor, title: str = "validation"
-) -> Evaluation:
-    """What `network` says of the images at `places`, of which each process takes its part."""
-    compute = given.compute
-    ours = places[compute.rank :: compute.world_size]
-    batches = source.read(cut_batches(ours, given.args.batch_size), title)
-    logits, targets = predict(network, batches, compute)
-    return assess(logits, targets, given.data.log_share(), given.calibrated())
+def judge(given: Given, answers: Mapping[int, Tensor]) -> Evaluation:
+    """What the logits of one or more folds say of the images that these are judged by.
 
-
-@torch.no_grad()
-def predict(
-    network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], compute: Compute
-) -> tuple[Tensor, Tensor]:
-    """Logits (M, C), of the type that `network` gives, and targets (M,) int64 of all processes.
-
-    Raises `DataError` where they are NaN.
+    Numbers of calibration are fitted on other images than they are used for: on those of the other
+    folds, or on the other half of those of one fold.
     """
-    share_statistics(network)
-    faster = fuse(copy.deepcopy(network).eval(), inplace=True)
-    outputs = []
-    for inputs, targets in batches:
-        with compute.autocast():
-            outputs.append((faster(to_input(inputs, compute.device)), targets))
-    columns = ([each.cpu() for each in column] for column in zip(*outputs, strict=True))
-    logits, targets = (gather(torch.cat(column), compute) for column in columns)
-    if logits.isnan().any():
-        raise DataError("the network's outputs are no numbers; take other weights or lower rates")
-    return logits.clamp(-HIGHEST, HIGHEST), targets  # float16 overflows
+    data, args = given.data, given.args
+    places = torch.cat([data.val(fold) for fold in answers])
+    logits, targets = torch.cat([*answers.values()]), data.labels[places]
+    part = torch.cat([torch.full((len(each),), fold) for fold, each in answers.items()])
+    if len(answers) == 1:
+        part = pick_half(targets).long()
+    numbers, fitted = torch.tensor([Calibration()]).expand(len(targets), -1), Calibration()
+    if args.epochs and not args.no_calibration:
+        numbers, log_share = numbers.clone(), data.log_share()
+        left = LEFT + 1 - args.power
+        for each in part.unique():
+            others = part != each
+            fit = fit_calibration(logits[others], targets[others], log_share, left)
+            numbers[~others] = torch.tensor(fit)
+        fitted = fit_calibration(logits, targets, log_share, left)
+    return assess(given, places, logits, numbers, fitted)
 
 
-def share_statistics(network: nn.Module) -> None:
-    """Give all processes the statistics that BatchNorm has in the first; each gathers its own."""
-    if dist.is_initialized():
-        for buffer in network.buffers():
-            dist.broadcast(buffer, 0)
-
-
-def assess(logits: Tensor, targets: Tensor, log_share: Tensor, calibrated: bool) -> Evaluation:
-    """What (M, C) logits say; each half of the images is calibrated by what fits the other half."""
-    half, numbers = pick_half(targets), torch.tensor([Calibration()] * 3)
-    if calibrated:
-        parts = half, ~half, slice(None)
-        fits = [fit_calibration(logits[part], targets[part], log_share) for part in parts]
-        numbers = torch.tensor(fits)
-    if dist.is_initialized():  # another processor may round otherwise, and choose otherwise
-        dist.broadcast(numbers, 0)
+def assess(
+    given: Given, places: Tensor, logits: Tensor, numbers: Tensor, fitted: Calibration
+) -> Evaluation:
+    """What (M, C) logits say of the images at `places`, calibrated by (M, 2) `numbers`."""
+    log_share, targets = given.data.log_share(), given.data.labels[places]
     answers = defaultdict(list)
     for rows in torch.arange(len(targets)).split(BLOCK):
-        scale, shift = numbers[half[rows].long()].T[..., None]
+        scale, shift = numbers[rows].T[..., None]
         trained = logits[rows].float()
         adjusted = scale * trained - shift * log_share
-        losses = F.cross_entropy(adjusted, targets[rows], reduction="none")
+        answers["losses"].append(F.cross_entropy(adjusted, targets[rows], reduction="none"))
         trained_probability, as_trained = trained.softmax(1).max(1)
         probability, predicted = adjusted.softmax(1).max(1)
-        answers["losses"].append(losses)
-        answers["true_probability"].append((-losses).exp())
         answers["as_trained"].append(as_trained)
         answers["trained_probability"].append(trained_probability)
         answers["predicted"].append(predicted)
         answers["probability"].append(probability)
         answers["natural"].append((adjusted + log_share).argmax(1))
     whole = {name: torch.cat(parts) for name, parts in answers.items()}
+    losses = whole.pop("losses")
     return Evaluation(
-        loss=whole.pop("losses").mean().item(),
+        places=places,
+        loss=(class_weights(targets) @ losses.double()).item(),
         targets=targets,
+        true_probability=(-losses).exp(),
         confusion=confusion_matrix(targets, whole["predicted"], len(log_share)),
-        calibration=Calibration(*numbers[2].tolist()),
+        calibration=fitted,
         **whole,
     )
 
@@ -1516,54 +1758,46 @@ def pick_half(targets: Tensor) -> Tensor:
     return half
 
 
-def fit_calibration(logits: Tensor, targets: Tensor, log_share: Tensor) -> Calibration:
-    """The numbers that suit (M, C) logits best; no shift where it would lower the mean recall.
+def class_weights(targets: Tensor) -> Tensor:
+    """A weight for each of M images, so that each class counts the same: (M,) float64, sum 1."""
+    weights = 1 / torch.bincount(targets)[targets].double()
+    return weights / weights.sum()
 
-    Cross entropy may gain by a shift that costs right answers, where what rare classes lack does
-    not follow their share.
+
+def fit_calibration(
+    logits: Tensor, targets: Tensor, log_share: Tensor, left: float = LEFT
+) -> Calibration:
+    """The numbers with the lowest cross entropy of (M, C) logits, each class counting the same.
+
+    The problem is convex. A prior worth `PRIOR` images holds the numbers near what is usual where
+    there is little to go by: near a scale of 1 and a shift of `left` times the scale, since that
+    many log shares are left in the logits. Images with weights w that sum to 1 tell as much as
+    1 / sum(w^2) of equal weight (Kish 1965).
     """
     if not len(targets):
-        return Calibration()
-    few = pick_evenly(targets, MOST_FITTED // len(log_share))
-    logits, targets, log_share = logits[few].double(), targets[few], log_share.double()
-    weights = 1 / torch.bincount(targets)[targets].double()
-    weights /= weights.sum()
-    scale, shift = minimise_cross_entropy(logits, targets, weights, log_share)
-    right = [each.argmax(1) == targets for each in (logits, scale * logits - shift * log_share)]
-    before, after = (weights @ each.double() for each in right)
-    if after < before:
-        scale, shift = minimise_cross_entropy(logits, targets, weights, 0 * log_share)
-    return Calibration(scale, shift)
-
-
-@torch.enable_grad()
-def minimise_cross_entropy(
-    logits: Tensor, targets: Tensor, weights: Tensor, log_share: Tensor
-) -> tuple[float, float]:
-    """The scale and the shift with the lowest cross entropy, (M,) `weights` of images given.
-
-    The problem is convex. A prior worth `PRIOR` images holds the numbers near 1 and 0 where there
-    is little to go by, or all is right and ever larger logits would be better still. Images with
-    weights w that sum to 1 tell as much as 1 / sum(w^2) of equal weight (Kish 1965).
-    """
+        return Calibration(1.0, left)
+    picked = pick_evenly(targets, MOST_FITTED // len(log_share))
+    logits, targets, log_share = logits[picked].double(), targets[picked], log_share.double()
+    weights = class_weights(targets)
     spread = max(log_share.std(correction=0).item(), LEAST_SPREAD)
     steps = (log_share - log_share.mean()) / spread
-    numbers = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    numbers = torch.tensor([1.0, left * spread], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([numbers], max_iter=50, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        adjusted = numbers[0] * logits - numbers[1] * steps
-        losses = F.cross_entropy(adjusted, targets, reduction="none")
-        far = (numbers[0] - 1) ** 2 + numbers[1] ** 2
+        scale, shift = numbers
+        losses = F.cross_entropy(scale * logits - shift * steps, targets, reduction="none")
+        far = (scale - 1) ** 2 + (shift - left * spread * scale) ** 2
         value = weights @ losses + PRIOR * weights @ weights * far
         value.backward()
         return value
 
-    optimizer.step(loss)
+    with torch.enable_grad():
+        optimizer.step(loss)
     scale, shift = numbers.tolist()
     # A network worse than chance is not turned round: it knows nothing.
-    return max(scale, LEAST_SCALE), shift / spread
+    return Calibration(max(scale, LEAST_SCALE), shift / spread)
 
 
 def pick_evenly(labels: Tensor, most: int) -> Tensor:
@@ -1572,78 +1806,86 @@ def pick_evenly(labels: Tensor, most: int) -> Tensor:
     return chosen | ~torch.isin(labels, labels[chosen])
 
 
-# ------------------------------------------------------------------------------- choosing
+# --------------------------------------------------------------------------- the way, the end
 
 
-def estimate_statistics(
-    given: Given, network: nn.Module, batches: Sequence[Tensor], reader: Reader
-) -> None:
-    """Tell the BatchNorm of averaged weights its statistics, on a part of what they trained on."""
-    # Whole batches: a process's part would make other statistics, and another choice.
-    loaded = reader.read(batches[:SEEN_ANEW], "statistics")
-    with given.compute.autocast():
-        update_bn((to_input(images, given.compute.device) for images, _ in loaded), network)
-    share_statistics(network)
+def copy_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module, copied into main memory."""
+    return {key: value.to("cpu", copy=True) for key, value in module.state_dict().items()}
 
 
-def choose(given: Given, progress: Progress, reader: Reader) -> Evaluation | None:
-    """At the end of a phase, take the best of the way it went; what a trial gained names the next.
+def list_shares(args: Namespace) -> tuple[float, ...]:
+    """The shares of the way from the head alone to the end that are compared, the end last.
 
-    "gentle" begins with the best of the trial, "firm" goes on where the trial has come to. Returned
-    is what the best says of the validation images, if the search has looked at all of them.
+    On images like those that the weights know, the end has lost what a part of the way keeps
+    (Wortsman et al. 2022, arXiv:2109.01903); on others it has not.
     """
-    trainer = progress.trainer
-    heads = [row["balanced_accuracy"] for row in progress.history if row["phase"] == "head"]
-    found, last = search_shares(given, trainer, reader, heads[-1] if heads else math.nan)
-    progress.shares[trainer.phase] = found
-    if trainer.phase == "trial" and best_share(found) < FIRM_FROM:
-        progress.model.load_state_dict(trainer.result.state_dict())
-    return last if last and len(last.targets) == len(given.data.val) else None
+    head = args.weights != "none" and args.frozen_epochs != 0
+    return SHARES if head and (args.frozen_epochs or 0) < args.epochs else SHARES[-1:]
 
 
-def search_shares(
-    given: Given, trainer: Trainer, reader: Reader, head: float
-) -> tuple[dict[float, float], Evaluation | None]:
-    """Balanced accuracy after parts of the way from the phase's start to its end: all, none, 3/4...
+def mix(progress: Progress, fold: Fold, share: float) -> dict[str, Tensor]:
+    """The state of a network after a share of its way: weights between the start's and end's."""
+    start = progress.start | {f"fc.{key}": value for key, value in fold.head.items()}
+    parts = {k: torch.lerp(start[k].float(), v.float(), share) for k, v in fold.end.items()}
+    return fold.end if share == 1 else parts
 
-    The result becomes the best of them (Wortsman et al. 2022, arXiv:2109.01903). On images like
-    those that the weights know, the end has lost what a part of the way keeps; on others it has
-    not. Each takes an evaluation, so the search ends where it gets worse. The start is the `head`
-    alone: where all validation images are looked at, what it had of them is known. Returned with
-    the numbers is what the best says of the images looked at, if it was looked at.
+
+def look_back(given: Given, progress: Progress, stage: Stage, reader: Reader) -> Fold:
+    """The network of a fold at its end, and what it says after each share of its way there."""
+    model, places = progress.model, given.data.val(stage.fold)
+    fold = Fold(progress.head, copy_state(model), progress.logits[None])
+    *earlier, _ = list_shares(given.args)
+    way = []
+    for share in earlier:
+        model.load_state_dict(mix(progress, fold, share))
+        way.append(evaluate(given, model, reader, places, f"choosing, {share:.0%}"))
+    model.load_state_dict(fold.end)
+    return fold._replace(way=torch.stack([*way, progress.logits]))
+
+
+def choose_share(given: Given, done: Sequence[Fold]) -> int:
+    """The place in `list_shares` of what all folds keep of their ways.
+
+    It is the end, unless another has a lower log loss by more than a standard error, calibrated on
+    other images than it is judged by, each class counting the same: of few images the best of five
+    is often best by chance, and to choose would then cost more than it gains.
     """
-    model, few = trainer.result, pick_searched(given.data)
-    one, two = trainer.start.state_dict(), copy.deepcopy(model.state_dict())
-
-    def go(share: float) -> None:
-        parts = {key: torch.lerp(one[key].float(), two[key].float(), share) for key in two}
-        model.load_state_dict(parts)
-
-    said = {}
-
-    def look(share: float) -> float:
-        go(share)
-        said[share] = evaluate(given, model, reader, few, f"choosing, {share:.0%}")
-        return said[share].recall.nanmean().item()
-
-    known = len(few) == len(given.data.val) and not math.isnan(head)
-    found = {1.0: look(1.0), 0.0: head if known else look(0.0)}
-    for share in (0.75, 0.5, 0.25):
-        found[share] = look(share)
-        if found[share] < found[share + 0.25]:
-            break
-    go(best_share(found))
-    return found, said.get(best_share(found))
+    losses = []
+    for at in range(len(done[0].way)):
+        judged = judge(given, {fold: each.way[at] for fold, each in enumerate(done)})
+        losses.append(-judged.true_probability.double().clamp(min=1e-30).log())
+    weights, end = class_weights(judged.targets), len(losses) - 1
+    best = min(reversed(range(len(losses))), key=lambda at: (weights @ losses[at]).item())
+    gains = losses[end] - losses[best]
+    gain = weights @ gains
+    error = (weights**2 @ (gains - gain) ** 2).sqrt()
+    return best if gain > error else end
 
 
-def pick_searched(data: Data) -> Tensor:
-    """The validation images to choose by: about `SEARCHED`, evenly spread, of every class some."""
-    return data.val[pick_evenly(data.labels[data.val], SEARCHED)]
-
-
-def best_share(found: Mapping[float, float]) -> float:
-    """The share of the way with the highest balanced accuracy, the first of equals."""
-    return max(found, key=found.__getitem__)
+def finish(given: Given, progress: Progress, reader: Reader) -> None:
+    """Choose the network of a run, judge it, and write what there is to say of it."""
+    args, data, compute, done = given.args, given.data, given.compute, progress.done
+    if not done:  # of a run that had come to its end before
+        if compute.rank == 0:
+            print(f"\nnothing is left to do in {printable(str(args.output))}")
+        return
+    at = first_makes(lambda: choose_share(given, done), compute)
+    share = list_shares(args)[at]
+    last = judge(given, {fold: each.way[at] for fold, each in enumerate(done)})
+    states = [mix(progress, fold, share) for fold in done]
+    if isinstance(progress.model, Vote):
+        states = [copy_state(network) for network in progress.model.networks]
+    test, tested = data.val(TEST), None
+    if len(test):
+        networks = {"networks": states, "classes": data.classes}
+        vote = build_model(args.arch, data.classes, networks)[0].to(compute.device)
+        logits = evaluate(given, vote, reader, test, "test")
+        numbers = torch.tensor([last.calibration]).expand(len(test), -1)
+        tested = assess(given, test, logits, numbers, last.calibration)
+    if compute.rank == 0:
+        write_network(given, states, last.calibration)
+        report_end(given, progress, (last, tested), share)
 
 
 # ------------------------------------------------------------------------------- measures
@@ -1674,36 +1916,72 @@ def measure_weights(val_counts: Tensor, train_counts: Tensor) -> Tensor:
     return weights / weights.sum(1, keepdim=True)
 
 
-def wilson_interval(right: Tensor, val_counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Ends of the 95 % interval for the part that is right, NaN if none (Wilson 1927)."""
-    part, extra = right / val_counts, Z**2 / val_counts
-    centre = (part + extra / 2) / (1 + extra)
-    half = (extra * (part * (1 - part) + extra / 4)).sqrt() / (1 + extra)
-    return centre - half, centre + half
+def wilson_interval(right: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Ends of the 95 % interval for the part that is right of `counts` images (Wilson 1927).
+
+    With n - 1 in place of n, as the variance of a sample has it; of one image all is possible, and
+    so of none.
+    """
+    part, n = (right / counts).nan_to_num(), (counts - 1).clamp(min=0)
+    centre, half = 2 * n * part + Z**2, Z * (Z**2 + 4 * n * part * (1 - part)).sqrt()
+    return (centre - half) / (2 * (n + Z**2)), (centre + half) / (2 * (n + Z**2))
+
+
+def mean_interval(recall: Tensor, counts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Means of C recalls by `weights` (K, C) and the ends of their 95 % intervals: (K,) each.
+
+    Score intervals (Martin Andres et al. 2011, Statistical Methods in Medical Research 20), which
+    for one class are Wilson's, with n - 1 in place of n. To add each class's own limits as squares
+    covers 86 % with 120 classes: most of those limits are lopsided, their mean is not.
+    """
+    recall, n = recall.nan_to_num(), (counts - 1).clamp(min=ONE_TELLS)
+    below, above = (lowest_mean(part, n, weights) for part in (recall, 1 - recall))
+    mean = weights @ recall
+    return mean, mean - below, mean + above
+
+
+def lowest_mean(recall: Tensor, n: Tensor, weights: Tensor) -> Tensor:
+    """How far below the mean that was seen the true one may be: (K,) float64.
+
+    Of all recalls with a lower mean the likeliest ones are pulled down by r - p = pull * w * p *
+    (1 - p) / n. The mean is then `pull` times its own variance lower, and that is Z of its standard
+    deviations where pull * distance = Z^2.
+    """
+    low, high = (torch.full((len(weights), 1), end, dtype=torch.float64) for end in (Z**2, 1e12))
+    for _ in range(60):
+        pull = (low * high).sqrt()
+        odds = pull * weights / n
+        root = ((1 - odds) ** 2 + 4 * odds * (1 - recall)).sqrt()
+        distance = (weights * (recall - 2 * recall / (1 + odds + root))).sum(1, keepdim=True)
+        far = pull * distance > Z**2
+        low, high = torch.where(far, low, pull), torch.where(far, pull, high)
+    return distance.squeeze(1)
 
 
 def measure(confusion: Tensor, train_counts: Tensor) -> dict[str, float]:
-    """The measures of a confusion matrix, half the 95 % interval of balanced accuracy, macro F1."""
-    recall, val_counts = recall_by_class(confusion), confusion.sum(1)
-    weights = measure_weights(val_counts, train_counts)
-    values = (weights @ recall.nan_to_num()).tolist()
-    half = half_widths(recall_variance(recall, val_counts), weights)[1].item()
+    """The measures of a confusion matrix, the 95 % interval of balanced accuracy, macro F1."""
+    weights = measure_weights(confusion.sum(1), train_counts)
+    values, low, high = mean_interval(recall_by_class(confusion), confusion.sum(1), weights)
     f1 = f1_by_class(confusion).nanmean().item()
-    return dict(zip(MEASURES, values, strict=True)) | {"half_width": half, "macro_f1": f1}
+    measures = dict(zip(MEASURES, values.tolist(), strict=True))
+    return measures | {"low": low[1].item(), "high": high[1].item(), "macro_f1": f1}
 
 
 def measure_all(last: Evaluation, train_counts: Tensor) -> dict[str, float]:
     """What the history holds of an evaluation: its measures, those as trained, its calibration."""
-    classes = len(train_counts)
-    trained = measure(confusion_matrix(last.targets, last.as_trained, classes), train_counts)
+    trained = confusion_matrix(last.targets, last.as_trained, len(train_counts))
+    before = measure(trained, train_counts)
+    error, floor = calibration_error(last.targets, last.predicted, last.probability)
     return {
+        "val_loss": last.loss,
         **measure(last.confusion, train_counts),
-        **{f"as_trained_{name}": trained[name] for name in MEASURES},
+        **{f"as_trained_{name}": before[name] for name in MEASURES},
         "natural_accuracy": natural_accuracy(last, train_counts),
-        "calibration_error": calibration_error(last.targets, last.predicted, last.probability),
+        "calibration_error": error,
+        "calibration_floor": floor,
         "as_trained_calibration_error": calibration_error(
             last.targets, last.as_trained, last.trained_probability
-        ),
+        )[0],
         "logit_scale": last.calibration.scale,
         "logit_shift": last.calibration.shift,
     }
@@ -1719,101 +1997,56 @@ def natural_accuracy(last: Evaluation, train_counts: Tensor) -> float:
     return (recall.nan_to_num() @ weights.double() / weights.sum()).item()
 
 
-def calibration_error(targets: Tensor, predicted: Tensor, probability: Tensor) -> float:
+def calibration_error(
+    targets: Tensor, predicted: Tensor, probability: Tensor
+) -> tuple[float, float]:
     """The gap between probability and being right in `BINS` bins, each class counting the same.
 
-    The expected calibration error of Guo et al. 2017 (arXiv:1706.04599).
+    The expected calibration error of Guo et al. 2017 (arXiv:1706.04599), and its floor: what it
+    would be, on average, were every probability exactly right. The sum of w * (p - right) in a bin
+    is then about normal with the variance sum of w^2 * p * (1 - p).
     """
-    weights = 1 / torch.bincount(targets)[targets].double()
-    gaps = weights / weights.sum() * (probability - (predicted == targets).float())
-    bins = (probability * BINS).long().clamp(max=BINS - 1)
-    return torch.bincount(bins, gaps, BINS).abs().sum().item()
+    weights, p = class_weights(targets), probability.double()
+    bins = (p * BINS).long().clamp(max=BINS - 1)
+    gaps = torch.bincount(bins, weights * (p - (predicted == targets).double()), BINS)
+    variance = torch.bincount(bins, weights**2 * p * (1 - p), BINS)
+    return gaps.abs().sum().item(), (variance * 2 / math.pi).sqrt().sum().item()
 
 
-def recall_variance(recall: Tensor, val_counts: Tensor) -> Tensor:
-    """The variance of each class's recall, for other images of the kind: (C,) float64.
-
-    r (1 - r) / (n - 1), unbiased (Cochran 1977, Sampling Techniques, 3.2). That of one image is
-    not known: 1/4, the most. Where all n are right, or none, 0 would claim to be sure: there it is
-    that of the posterior Beta(nr + 1/2, n - nr + 1/2), by Jeffreys' prior.
-    """
-    posterior = (recall * val_counts + 0.5) / (val_counts + 1)
-    alike = posterior * (1 - posterior) / (val_counts + 2)
-    mixed = recall * (1 - recall) / (val_counts - 1)
-    variance = torch.where((recall == 0) | (recall == 1), alike, mixed)
-    return torch.where(val_counts == 1, 0.25, variance)
-
-
-def half_widths(variance: Tensor, weights: Tensor) -> Tensor:
-    """Half the 95 % interval of each measure: (5,) float64, NaN for an empty group.
-
-    Z * sqrt(sum of weight^2 * variance), for classes drawn apart from each other (Cochran 1977,
-    5.6): `variance` (C,) is that of a class's mean, `weights` (5, C) what it counts in a measure.
-    """
-    return Z * (weights**2 @ variance.nan_to_num()).sqrt()
-
-
-def compare(
-    targets: Tensor, before: Tensor, after: Tensor, train_counts: Tensor
-) -> dict[str, list[Any]]:
+def compare(targets: Tensor, before: Tensor, after: Tensor, train_counts: Tensor) -> Rows:
     """What changed between two runs on the same images, by what they predicted: (M,) int64 each.
 
-    Columns by name with a row for each of `MEASURES`: fractions before and after, their difference
-    and the ends of its interval. Within a class an image is lost, as it was or won: -1, 0 or 1. A
-    measure's difference is the weighted sum of the classes' means, whose variance is (mean of
-    squares - mean^2) / (n - 1), and of one image its square.
+    A row for each of `MEASURES`: fractions before and after, their difference and the ends of its
+    interval. Within a class an image is lost, as it was or won: -1, 0 or 1. To both the lost and
+    the won a quarter is added for the interval (Agresti and Min 2005, Statistics in Medicine 24),
+    since of few images none may differ.
     """
     classes = len(train_counts)
     old, new = (confusion_matrix(targets, each, classes) for each in (before, after))
-    val_counts = new.sum(1)
-    outcome = (after == targets).double() - (before == targets).double()
-    mean = torch.bincount(targets, outcome, classes) / val_counts
-    square = torch.bincount(targets, outcome**2, classes) / val_counts
-    variance = torch.where(val_counts == 1, square, (square - mean**2) / (val_counts - 1))
-    weights = measure_weights(val_counts, train_counts)
+    weights = measure_weights(new.sum(1), train_counts)
+    right = before == targets, after == targets
+    lost, won = (
+        torch.bincount(targets[one & ~two], minlength=classes).double() + 0.25
+        for one, two in (right, right[::-1])
+    )
+    n = new.sum(1) + 0.5
+    variance = ((won + lost) / n - ((won - lost) / n) ** 2) / (n - 1)
     one, two = (weights @ recall_by_class(each).nan_to_num() for each in (old, new))
-    gain, half = two - one, half_widths(variance, weights)
-    return {
-        "measure": [*MEASURES],
-        "before": one.tolist(),
-        "after": two.tolist(),
-        "difference": gain.tolist(),
-        "low": (gain - half).tolist(),
-        "high": (gain + half).tolist(),
-    }
+    half = Z * (weights**2 @ variance).sqrt()
+    return [
+        {
+            "measure": name,
+            "before": b,
+            "after": a,
+            "difference": a - b,
+            "low": a - b - h,
+            "high": a - b + h,
+        }
+        for name, b, a, h in zip(MEASURES, one.tolist(), two.tolist(), half.tolist(), strict=True)
+    ]
 
 
 # -------------------------------------------------------------------------------- records
-
-
-def write_split(given: Given) -> None:
-    """Write which image is in which part, so that a run that goes on need not split again."""
-    data = given.data
-    columns = {
-        "path": data.names,
-        "class": [data.classes[label] for label in data.labels.tolist()],
-        "part": data.parts,
-        "bytes": map(os.path.getsize, data.paths),
-    }
-    write_table(given.args.output / "split.csv", columns)
-
-
-def load_split(args: Namespace, copies: int, unreadable: list[str]) -> Data:
-    """The images of a run that goes on; raises `DataError` for one that is gone or has changed."""
-    folders = {"train": args.out, "val": args.val or args.out, "source": args.source}
-    rows, labels = list[Row](), dict[str, int]()
-    for row in read_table(args.output / "split.csv", "path", "part", "bytes"):
-        try:
-            path, size = os.path.join(folders[row["part"]], row["path"]), int(row["bytes"])
-        except (KeyError, TypeError, ValueError):
-            raise DataError(f"{args.output / 'split.csv'}: damaged; start a new run") from None
-        there = os.path.isfile(path)
-        if not there or os.path.getsize(path) != size:
-            what = "changed" if there else "gone"
-            raise DataError(f"{path}: {what} since the run began; put it back, or start a new run")
-        label = labels.setdefault(row["path"].partition("/")[0], len(labels))
-        rows.append(Row(path=path, name=row["path"], label=label, part=row["part"]))
-    return make_data(args, list(labels), rows, copies, unreadable)
 
 
 def read_table(path: Path, *columns: str) -> list[dict[str, str]]:
@@ -1841,7 +2074,9 @@ def load_baseline(run: Path, data: Data) -> Tensor:
         theirs = {(row["path"], row["class"]): labels[row["predicted"]] for row in rows}
     except KeyError as error:
         raise DataError(f"--baseline {run}: not of these classes: {error}") from None
-    ours = [(data.names[index], data.classes[data.labels[index]]) for index in data.val.tolist()]
+    ours = [
+        (data.names[index], data.classes[data.labels[index]]) for index in data.judged().tolist()
+    ]
     if other := sorted(theirs.keys() ^ ours):
         there = sum(each in theirs for each in other)
         raise DataError(
@@ -1852,17 +2087,15 @@ def load_baseline(run: Path, data: Data) -> Tensor:
     return torch.tensor([theirs[each] for each in ours])
 
 
-def write_file(path: Path, save: Callable[[io.BytesIO], Any]) -> None:
-    """Write or replace the file as a whole: a reader sees the old one or what `save` makes."""
-    content = io.BytesIO()  # of a disk that is full `torch.save` would not say that it is
-    save(content)
+def write_file(path: Path, content: bytes | memoryview) -> None:
+    """Write or replace the file as a whole: a reader sees the old one or the new one."""
     unfinished = path.with_name(f".{path.name}.partial")  # on the same file system
     try:
         with open(unfinished, "wb") as file:
-            file.write(content.getbuffer())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        put(unfinished, path)
+        unfinished.replace(path)
     except OSError as error:
         text = f"{error.strerror}; what was written before is whole: make room, then --resume"
         raise DataError(f"{path}: {text}") from None
@@ -1870,489 +2103,797 @@ def write_file(path: Path, save: Callable[[io.BytesIO], Any]) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def put(unfinished: Path, path: Path) -> None:
-    """Replace `path`, on Windows once no program has it open; what stays open stays as it was.
-
-    Raises `DataError` for what a run cannot go on without.
-    """
-    for pause in (0.2, 0.5, 1.0, 2.0, 0.0):  # seconds
-        try:
-            unfinished.replace(path)
-            return
-        except PermissionError:
-            time.sleep(pause)
-    if path.suffix == ".pt" or not path.exists():
-        raise DataError(f"{path}: may not be replaced; close what has it open, then --resume")
-    warn_once(f"{path}: may not be replaced and stays as it was; close what has it open")
+def save_tensors(path: Path, value: Any) -> None:
+    """Write what `torch.load` reads; `torch.save` itself would not say that a disk is full."""
+    content = io.BytesIO()
+    torch.save(value, content)
+    write_file(path, content.getbuffer())
 
 
-@cache
-def warn_once(text: str) -> None:
-    """Print a warning, the first time alone."""
-    print(f"warning: {printable(text)}", file=sys.stderr)
-
-
-def write_table(path: Path, columns: Mapping[str, Any]) -> None:
-    """Write a CSV file of columns by name, tensors or others; numbers with six digits."""
-    lines: list[str] = []
-    writer = csv.writer(SimpleNamespace(write=lines.append))
-    writer.writerow(columns)
-    plain = (each.tolist() if isinstance(each, Tensor) else each for each in columns.values())
-    rows = zip(*plain, strict=True)
-    writer.writerows([f"{x:.6g}" if isinstance(x, float) else x for x in row] for row in rows)
+def format_table(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Rows with the same columns as CSV; fractions with six digits."""
+    file = io.StringIO(newline="")
     # With its own line ends the writer quotes a lone carriage return, which "\n" would leave bare.
-    text = "".join(line.removesuffix("\r\n") + "\n" for line in lines)
-    write_file(path, lambda file: file.write(text.encode(errors="surrogateescape")))
+    writer = csv.DictWriter(file, rows[0].keys())
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{x:.6g}" if isinstance(x, float) else x for k, x in row.items()})
+    return file.getvalue().replace("\r\n", "\n").encode(errors="surrogateescape")
 
 
-def write_tables(given: Given, progress: Progress, last: Evaluation) -> None:
-    """Write the tables of a run; recall and predictions are the last epoch's."""
-    data, output, history = given.data, given.args.output, progress.history
-    write_table(output / "history.csv", {key: [row[key] for row in history] for key in history[0]})
-    predictions = {
-        "path": [data.names[index] for index in data.val.tolist()],
-        "class": [data.classes[label] for label in last.targets.tolist()],
-        "predicted": [data.classes[label] for label in last.predicted.tolist()],
-        "probability": last.probability,
-        "true_probability": last.true_probability,
-    }
-    write_table(output / "predictions.csv", predictions)
-    low, high = wilson_interval(last.confusion.diag(), last.val_counts)
-    classes = {
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a CSV file of `rows`."""
+    write_file(path, format_table(rows))
+
+
+def list_split(data: Data) -> Rows:
+    """A row for each image: its class, and the part it is in."""
+    rows = []
+    for name, label, part, fold in zip(
+        data.names, data.labels.tolist(), data.parts, data.held.tolist(), strict=True
+    ):
+        part = f"fold {fold + 1}" if data.folds > 1 and fold >= 0 else part
+        rows.append({"path": name, "class": data.classes[label], "part": part})
+    return rows
+
+
+def list_predictions(data: Data, last: Evaluation) -> Rows:
+    """A row for each image that is judged."""
+    columns = last.places, last.targets, last.predicted, last.probability, last.true_probability
+    return [
+        {
+            "path": data.names[at],
+            "class": data.classes[true],
+            "predicted": data.classes[predicted],
+            "probability": probability,
+            "true_probability": true_probability,
+        }
+        for at, true, predicted, probability, true_probability in zip(
+            *(column.tolist() for column in columns), strict=True
+        )
+    ]
+
+
+def list_classes(data: Data, draws: Tensor, confusion: Tensor) -> Rows:
+    """A row for each class; NaN where nothing is known."""
+    low, high = wilson_interval(confusion.diag(), confusion.sum(1))
+    known = confusion.sum(1) > 0
+    columns = {
         "class": data.classes,
-        "train_images": data.counts(data.train),
-        "val_images": last.val_counts,
-        "draws": progress.draws,
-        "recall": last.recall,
-        "low": low,
-        "high": high,
-        "precision": recall_by_class(last.confusion.T),  # NaN for a class never predicted
-        "f1": f1_by_class(last.confusion),
+        "train_images": data.train_counts().tolist(),
+        "val_images": confusion.sum(1).tolist(),
+        "draws": draws.tolist(),
+        "recall": recall_by_class(confusion).tolist(),
+        "low": low.where(known, math.nan).tolist(),
+        "high": high.where(known, math.nan).tolist(),
+        "precision": recall_by_class(confusion.T).tolist(),  # NaN for a class never predicted
+        "f1": f1_by_class(confusion).tolist(),
     }
-    write_table(output / "classes.csv", classes)
-    if given.baseline is not None:
-        write_table(output / "comparison.csv", compare_to_baseline(given, last))
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def compare_to_baseline(given: Given, last: Evaluation) -> dict[str, list[Any]]:
-    """What changed from the last epoch of the run `--baseline`, which there is, to this one."""
-    assert given.baseline is not None
-    train_counts = given.data.counts(given.data.train)
-    return compare(last.targets, given.baseline, last.predicted, train_counts)
+def list_changes(given: Given, last: Evaluation) -> Rows:
+    """What changed since the run `--baseline`, where there is one of the same images."""
+    if given.baseline is None or len(given.baseline) != len(last.targets):
+        return []
+    return compare(last.targets, given.baseline, last.predicted, given.data.train_counts())
 
 
-def pack_model(given: Given, progress: Progress, calibration: Calibration) -> dict[str, Any]:
-    """All that it takes to use the network, copied from the device; its head is calibrated."""
-    args, data, network = given.args, given.data, progress.trainer.result
-    state = {key: value.to("cpu", copy=True) for key, value in network.state_dict().items()}
-    state["fc.weight"] *= calibration.scale
-    state["fc.bias"] *= calibration.scale
-    state["fc.bias"] -= calibration.shift * data.log_share()
-    return {
+def write_reports(
+    given: Given, progress: Progress, last: Evaluation, tested: Evaluation | None
+) -> None:
+    """Write the tables and the page of a run. What goes wrong is a warning: no epoch is lost."""
+    data, output = given.data, given.args.output
+    try:
+        write_config(given, progress, last, tested)
+        write_table(output / "history.csv", progress.history)
+        write_table(output / "predictions.csv", list_predictions(data, last))
+        write_table(output / "classes.csv", list_classes(data, progress.draws, last.confusion))
+        if changes := list_changes(given, last):
+            write_table(output / "comparison.csv", changes)
+        if tested:
+            write_table(output / "test_predictions.csv", list_predictions(data, tested))
+            rows = list_classes(data, progress.draws, tested.confusion)
+            write_table(output / "test_classes.csv", rows)
+        write_page(given, progress, last, tested)
+    except Exception as error:  # of a picture that is gone, a disk that is full, a bug in a chart
+        text = f"{output}: not all reports could be written: {type(error).__name__}: {error}"
+        print(f"warning: {printable(text)}", file=sys.stderr)
+
+
+def write_network(given: Given, states: list[dict[str, Tensor]], fitted: Calibration) -> None:
+    """Write all that it takes to use the network; its heads are calibrated."""
+    args, data = given.args, given.data
+    networks = [{key: value.clone() for key, value in state.items()} for state in states]
+    for state in networks:
+        state["fc.weight"] *= fitted.scale
+        state["fc.bias"] *= fitted.scale
+        state["fc.bias"] -= fitted.shift * data.log_share()
+    content = {
         "arch": args.arch,
         "classes": data.classes,
-        "train_images": data.counts(data.train).tolist(),
+        "train_images": data.train_counts().tolist(),
         "weights": args.weights,
-        "crop_size": args.image_size,
-        "image_size": eval_size(args.image_size),
-        "epoch": progress.last_epoch(),
-        "state_dict": state,
+        "train_size": args.image_size,
+        "eval_size": eval_size(args.image_size),
+        "least_side": least_side(args),  # large images were decoded to no less
+        "white": data.white,
+        "networks": networks,
     }
+    save_tensors(args.output / NETWORK, content)
 
 
-def save_state(given: Given, progress: Progress) -> None:
-    """Write what a run needs to go on."""
+def save_state(given: Given, progress: Progress, done: bool = False) -> None:
+    """Write what a run needs to go on: all of it, or that it is `done`."""
+    args, data = given.args, given.data
+    plain = {name: None if v is None else str(v) for name, v in vars(args).items() if name in PATHS}
+    fields = {name: value for name, value in data._asdict().items() if name != "paths"}
     state = {
-        "settings": settings(given.args),
-        "copies": given.data.copies,
-        "unreadable": given.data.unreadable,
+        "settings": vars(args) | plain,
+        "data": fields,
+        "baseline": given.baseline,
         "history": progress.history,
         "draws": progress.draws,
-        "shares": progress.shares,
-        "model": progress.model.state_dict(),
-        "trainer": progress.trainer.state_dict() if progress.trainer else {},
     }
-    write_file(given.args.output / STATE, partial(torch.save, state))
+    if not done:
+        state |= {
+            "head": progress.head,
+            "logits": progress.logits,
+            "model": progress.model.state_dict(),
+            "trainer": progress.trainer.state_dict() if progress.trainer else {},
+        }
+    save_tensors(args.output / STATE, state)
 
 
-def load_state(args: Namespace) -> dict[str, Any]:
-    """What the run in `--output` needs to go on; raises `DataError` if the settings are others."""
+def fold_file(output: Path, fold: int) -> Path:
+    """Where a fold's network waits for the others."""
+    return output / f"fold-{fold + 1}.pt"
+
+
+def read_state(path: Path) -> Any:
+    """What `torch.save` wrote; raises `DataError` if it is damaged."""
     try:
-        state = torch.load(args.output / STATE, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception:  # a damaged file raises nearly anything
-        raise DataError(f"--resume: {args.output / STATE}: damaged; start a new run") from None
-    for name in ("arch", "image_size"):  # as the weights had it that may be gone by now
-        setattr(args, name, getattr(args, name) or state["settings"][name])
-    named = models.get_model_weights(args.arch).__members__
-    if args.weights == "DEFAULT" and state["settings"]["weights"] in named:
-        args.weights = state["settings"]["weights"]
-    old, new = state["settings"], settings(args)
-    if other := [name for name in old if new.get(name) != old[name]]:
-        flags = [f"--{name.replace('_', '-')} {old[name]} (not {new.get(name)})" for name in other]
-        hint = "; the learning rates depend on --epochs" if "epochs" in " ".join(other) else ""
-        raise DataError(f"--resume: the run was started with {', '.join(flags)}{hint}")
-    return state
+        raise DataError(f"--resume: {path}: damaged; start a new run") from None
 
 
-def settings(args: Namespace) -> dict[str, Any]:
-    """The settings that decide what comes out of a run."""
-    kept = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
-    return kept | {name: vars(args)[name] is not None for name in OPTIONAL}
+def load_run(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
+    """The run in the folder `--resume`, where it was stopped."""
+    output = args.resume
+    if not (output / STATE).exists():
+        raise DataError(f"--resume {output}: no run to go on with; name its folder")
+    state = read_state(output / STATE)
+    here = {name: getattr(args, name) for name in WITH_RESUME if getattr(args, name) is not None}
+    settings = state["settings"] | here
+    paths = {name: Path(settings[name]) for name in PATHS if settings[name] is not None}
+    args = Namespace(**settings | paths | {"output": output})
+    args.device, args.workers = compute.device.type, count_workers(args)
+    data = find_again(args, state["data"])
+    given = Given(args, data, state["baseline"], origin="as it was stopped", compute=compute)
+    progress = Progress(
+        start={},
+        model=build_model(args.arch, data.classes, {"networks": [state.get("model", {})]})[0],
+        history=state["history"],
+        draws=state["draws"],
+        head=state.get("head", {}),
+        logits=state.get("logits", torch.empty(0)),
+        stored=state.get("trainer", {}),
+    )
+    if "model" in state:
+        progress.start = read_state(output / START)
+        for fold in range(args.folds):
+            if (
+                fold_file(output, fold).exists()
+                and (fold, plan(args, data)[-1].epochs[-1]) <= progress.at()
+            ):
+                progress.done.append(Fold(**read_state(fold_file(output, fold))))
+    return given, progress
 
 
-def write_config(given: Given, progress: Progress) -> None:
-    """Write every setting as used, and what the run is made of."""
+def find_again(args: Namespace, stored: dict[str, Any]) -> Data:
+    """The images of a run that goes on; raises `DataError` for one that is gone or has changed."""
+    val = args.val or args.data
+    folders = {"train": args.data, "val": val, "source": args.source}
+    paths = [
+        os.path.join(folders[part], *name.split("/"))
+        for part, name in zip(stored["parts"], stored["names"], strict=True)
+    ]
+    for path, size in zip(paths, stored["sizes"], strict=True):
+        there = os.path.isfile(path)
+        if not there or os.path.getsize(path) != size:
+            what = "changed" if there else "gone"
+            raise DataError(f"{path}: {what} since the run began; put it back, or start a new run")
+    return Data(**stored | {"paths": paths})
+
+
+def write_config(
+    given: Given, progress: Progress, last: Evaluation | None, tested: Evaluation | None
+) -> None:
+    """Write every setting as used, what the run is made of, and the measures of its network."""
     args, data, compute = given.args, given.data, given.compute
-    versions = {library.__name__: library.__version__ for library in (torch, torchvision, np, PIL)}
+    judged = {"result": last, "test": tested}
+    counts = data.train_counts()
     content = {
         "settings": vars(args),
-        "versions": {"python": sys.version.split()[0], **versions},
+        "versions": versions(),
         "device": compute.name(),
         "processes": compute.world_size,
         "precision": compute.amp or torch.float32,
         "classes": data.classes,
-        "train_images": data.counts(data.train).tolist(),
-        "val_images": data.counts(data.val).tolist(),
-        "val_images_added": data.parts.count("source"),
-        "phases": list(dict.fromkeys(row["phase"] for row in progress.history)),
-        "validation_balanced_accuracy_by_share": progress.shares,
+        "train_images": counts.tolist(),
+        "white": data.white,
         "left_out": data.unreadable,
+        **{name: measure_all(each, counts) for name, each in judged.items() if each},
     }
     text = json.dumps(content, indent=1, default=str)  # of paths and of the precision
-    write_file(args.output / "config.json", lambda file: file.write(text.encode()))
+    write_file(args.output / "config.json", text.encode())
 
 
-# -------------------------------------------------------------------------------- reports
+def versions() -> dict[str, str]:
+    """What the figures of a run may hang on."""
+    libraries = {library.__name__: library.__version__ for library in (torch, torchvision, np, PIL)}
+    return {"python": sys.version.split()[0], **libraries}
+
+
+# -------------------------------------------------------------------------------- console
 
 
 def print_start(given: Given, progress: Progress) -> None:
     """Print what is about to happen, and the epochs that were there before."""
     data, args, compute = given.data, given.args, given.compute
-    counts = data.counts(data.train)
+    counts = data.train_counts()
     print(
-        f"{len(data.train)} training images in {len(data.classes)} classes of {counts.max()} to "
-        f"{counts.min()}, imbalance ratio {counts.max() / counts.min():.1f}; "
-        f"{describe_val(given)}; {len(data.unreadable)} unreadable left out\n"
         f"{args.arch}, {printable(args.weights)}: {given.origin}; {compute.name()}, "
         f"{compute.amp or torch.float32}\n"
+        f"{int(counts.sum())} training images in {len(data.classes)} classes of {counts.max()} to "
+        f"{counts.min()}, imbalance ratio {counts.max() / counts.min():.1f}; "
+        f"{describe_val(given)}; {len(data.unreadable)} unreadable left out"
     )
-    rows = [format_epoch(row, args.epochs) for row in progress.history]
-    print(HEADER, *rows, sep="\n", flush=True)
+    for kind, white in data.white.items():
+        print(f"images of more than 8 bits ({KINDS[kind]}): a value of {white:g} is white")
+    rows = [format_epoch(row, args) for row in progress.history]
+    print("", HEADER, *rows, sep="\n", flush=True)
 
 
 def describe_val(given: Given) -> str:
-    """How many validation images there are, and where they are from."""
+    """How many images the network is judged by, and where they are from."""
     args, data = given.args, given.data
+    others = f"{data.parts.count('source')} others of SRC"
     text = f"{data.parts.count('val')} validation images"
     if where := args.val or args.split or (args.source and "DATA"):
         text += f" of {printable(str(where))}"
-    if args.source:
-        text += f" and {data.parts.count('source')} others of SRC"
+    text += f" and {others}" if args.source else ""
+    if data.folds > 1:
+        text = f"{data.folds} networks, each judged by the fold of them it has not seen"
+        if tests := len(data.val(TEST)):
+            text += f", all together by {tests} images of {printable(str(args.val or args.source))}"
     if data.copies:
         text += f" ({data.copies} copies of training images left out)"
     return text
 
 
-def format_epoch(row: dict[str, Any], epochs: int) -> str:
+def format_epoch(row: dict[str, Any], args: Namespace) -> str:
     """The line of an epoch, as wide as `HEADER`, with the time left if all take as long."""
     numbers = {key: value for key, value in row.items() if isinstance(value, float)}
     cells = {key: "-" if math.isnan(x) else f"{x:.1%}" for key, x in numbers.items()}
-    draws = f"{row['fewest_draws']}-{row['most_draws']}"
-    balanced = f"{row['balanced_accuracy']:.1%} ±{100 * row['half_width']:.1f}"
-    hours, minutes = divmod(round(row["seconds"] * (epochs - row["epoch"]) / 60), 60)
+    balanced = f"{row['balanced_accuracy']:.1%} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+    epochs = args.epochs * (args.folds - row["fold"] + 1) - row["epoch"]
+    hours, minutes = divmod(round(row["seconds"] * epochs / 60), 60)
     # The head's first epoch computes the features, and after its last one come slower ones.
     left = "-" if row["phase"] == "head" else f"{hours}h{minutes:02}"
     return (
-        f"{row['epoch']:3}/{epochs:<3}  {row['phase']:6}  {row['train_loss']:10.3f}  "
-        f"{row['val_loss']:8.3f}  {cells['accuracy']:>8}  {balanced:>11}  "
-        f"{cells['as_trained_balanced_accuracy']:>10}  "
+        f"{row['fold']:2}/{args.folds:<2} {row['epoch']:3}/{args.epochs:<3} {row['phase']:5}  "
+        f"{row['train_loss']:10.3f}  {row['val_loss']:8.3f}  {cells['accuracy']:>8}  "
+        f"{balanced:<18}  {cells['as_trained_balanced_accuracy']:>10}  "
         f"{cells['many']:>6}  {cells['medium']:>6}  {cells['few']:>6}  "
-        f"{draws:>11}  {cells['distinct_images']:>8}  {row['images_per_second']:8.1f}  {left:>5}"
+        f"{row['images_per_second']:8.1f}  {left:>5}"
     )
 
 
-def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """The row of the epoch with the highest balanced accuracy, the first of several."""
-    return max(history, key=lambda row: row["balanced_accuracy"])
+def print_end(
+    given: Given, progress: Progress, last: Evaluation, tested: Evaluation | None, share: float
+) -> None:
+    """Print, in one screen, the result, what is recognised least, and where the rest is."""
+    args, data = given.args, given.data
+    result = measure_all(last, data.train_counts())
+    of = (
+        f"{data.folds} networks, each on images it has not seen" if data.folds > 1 else "validation"
+    )
+    print(f"\nbalanced accuracy {format_range(result)}  ({of})")
+    if args.epochs and not args.no_calibration:
+        print(f"as trained        {result['as_trained_balanced_accuracy']:.1%}, calibration error "
+              f"{result['as_trained_calibration_error']:.1%}; calibrated "
+              f"{result['calibration_error']:.1%} (of a perfect network "
+              f"{result['calibration_floor']:.1%})")  # fmt: skip
+    if data.folds > 1:
+        folds = [
+            row["balanced_accuracy"] for row in progress.history if row["epoch"] == args.epochs
+        ]
+        print(f"of single folds   {min(folds):.1%} to {max(folds):.1%}")
+    if share < 1:
+        print(f"kept              {share:.0%} of what training changed after the head")
+    if tested:
+        print(
+            f"untouched test    {format_range(measure_all(tested, data.train_counts()))}, by vote"
+        )
+    print_lowest(data, last)
+    for change in list_changes(given, last):
+        if not math.isnan(change["before"]):  # as of an empty group
+            name, before, now, *rest = show_change(change).values()
+            since = f"{before:.1%} in {printable(args.baseline.name)}, now {now:.1%}"
+            print(f"{name:17} {since}: {' points, '.join(rest[:2])}; more than chance? {rest[2]}")
+    print_advice(given, last)
+    print(f"everything else is in {printable(str(args.output / 'report.html'))}")
 
 
-def print_end(given: Given, progress: Progress, last: Evaluation | None) -> None:
-    """Print what to know after the last epoch; `last` is missing where none was left to train."""
-    if last:
-        print_summary(given, progress, last)
-        if given.baseline is not None:
-            print_changes(given, last)
-    said = "results" if last else "\nnothing is left to do"
-    print(f"{said} in {printable(str(given.args.output))}")
+def format_range(measures: Mapping[str, float]) -> str:
+    """A balanced accuracy with its interval."""
+    ends = f"{100 * measures['low']:.1f}, {100 * measures['high']:.1f}"
+    return f"{measures['balanced_accuracy']:.1%} [{ends}]"
 
 
-def print_summary(given: Given, progress: Progress, last: Evaluation) -> None:
-    """Print the last and the best epoch, the weakest classes, the commonest confusions."""
-    row, best = progress.history[-1], best_epoch(progress.history)
-    note = "(picked on the validation images, so slightly optimistic)"
-    print(f"\nlast epoch {row['epoch']}: balanced accuracy {row['balanced_accuracy']:.1%}")
-    if given.calibrated():
-        print_calibration(row)
-    print(f"best epoch {best['epoch']}: balanced accuracy {best['balanced_accuracy']:.1%} {note}")
-    looked = len(pick_searched(given.data))
-    for name, found in progress.shares.items():
-        tried = ", ".join(f"{value:.1%} at {share:.0%}" for share, value in found.items())
-        kept = f"of what phase {name} changed, {best_share(found):.0%} was kept"
-        if name == "trial":
-            kept += f" and {row['phase']} came next"
-        print(f"{kept}, by balanced accuracy on {looked} validation images: {tried}")
-    print_classes(given.data, last)
-    print(f"measured on {describe_val(given)}")
-    if left_out := len(given.data.unreadable):
-        print(f"unreadable images, left out and listed in config.json: {left_out}")
-
-
-def print_classes(data: Data, last: Evaluation) -> None:
-    """Print the classes that are recognised least, and which are taken for which most often."""
-    recall, val_counts = last.recall, last.val_counts
-    names = [printable(name) for name in data.classes]
-    known = [label for label in recall.argsort(stable=True).tolist() if val_counts[label]]
-    print("lowest recall, last epoch:")
-    for label in known[:5]:
-        print(f"{recall[label]:8.1%} of {val_counts[label]:4}  {names[label]}")
+def print_lowest(data: Data, last: Evaluation) -> None:
+    """Print the classes that are recognised least, and what they are taken for most often."""
+    print("lowest recall:")
     wrong = last.confusion - last.confusion.diag().diag()
-    print("most frequent confusions, last epoch:")
-    for pair in wrong.flatten().topk(min(5, wrong.numel())).indices.tolist():
-        true, taken = divmod(pair, len(names))
-        if count := wrong[true, taken]:
-            print(f"{count:8} of {val_counts[true]:4}  {names[true]} taken for {names[taken]}")
+    known = [at for at in last.recall.argsort(stable=True).tolist() if last.val_counts[at]]
+    for at in known[:3]:
+        taken = printable(data.classes[int(wrong[at].argmax())])
+        text = f"; most often taken for {taken}" if wrong[at].any() else ""
+        text = printable(data.classes[at]) + text
+        print(f"{last.recall[at]:8.1%} of {last.val_counts[at]:4}  {text}")
 
 
-def print_calibration(row: dict[str, Any]) -> None:
-    """Print what the calibration of an epoch did."""
-    print("measure            as trained  calibrated")
-    for name in MEASURES:
-        if not math.isnan(row[name]):  # as of an empty group
-            label = name.replace("_", " ")
-            print(f"{label:17}  {row[f'as_trained_{name}']:10.1%}  {row[name]:10.1%}")
+def print_advice(given: Given, last: Evaluation) -> None:
+    """Say so where the recall of the rarest class is known from few images alone."""
+    data, args = given.data, given.args
+    rarest = int(data.train_counts().argmin())
+    judged = int(last.val_counts[rarest])
+    if judged >= FEW_JUDGED or args.folds > 1 or not args.epochs:
+        return
+    low, high = wilson_interval(last.confusion.diag(), last.val_counts)
     print(
-        f"calibrated: logits times {row['logit_scale']:.2f}, minus {row['logit_shift']:.2f} x "
-        "log(class share), what frequent classes are favoured by\n"
-        "fitted on validation images, of which each half is judged by what fits the other half\n"
-        f"expected calibration error {row['calibration_error']:.1%} "
-        f"(as trained: {row['as_trained_calibration_error']:.1%})\n"
-        f"with log(class share) added, for classes as frequent as in DATA: "
-        f"accuracy {row['natural_accuracy']:.1%}"
+        f"note: the recall of {printable(data.classes[rarest])} is known from {judged} images "
+        f"alone [{low[rarest]:.0%}, {high[rarest]:.0%}]; --folds 5 would tell it from all of its "
+        "images, and takes five times as long"
     )
 
 
-def print_changes(given: Given, last: Evaluation) -> None:
-    """Print what changed since the baseline; "undecided" where the interval holds 0."""
-    where, changes = printable(str(given.args.baseline)), compare_to_baseline(given, last)
-    print(f"since {where}, last epochs, in points with a 95 % interval:")
-    print("measure            before   after  difference    low    high")
-    for name, before, after, *difference in zip(*changes.values(), strict=True):
-        if not math.isnan(before):  # as of an empty group
-            values = "  ".join(f"{100 * value:+6.1f}" for value in difference)
-            undecided = "  undecided" if difference[1] <= 0 <= difference[2] else ""
-            label = name.replace("_", " ")
-            print(f"{label:17} {before:7.1%} {after:7.1%}      {values}{undecided}")
+# ------------------------------------------------------------------------------------ page
 
 
-def write_pictures(given: Given, progress: Progress, last: Evaluation) -> None:
-    """Write the charts and, after the last epoch, the worst mistakes: no file where there is none.
+PLOT = 'class="open" x="41%" width="41%"'  # beside names, before values
+NEW, OLD = ("recall", "low", "high"), ("before", "before_low", "before_high")
+STYLE = """:root{color-scheme:light dark;background:Canvas;color:CanvasText;font:16px/1.5 system-ui,
+sans-serif}body{max-width:1040px;margin:auto;padding:8px 14px 64px;overflow-wrap:anywhere}h1,h2,b,
+small{line-height:1.3}h2{margin-top:44px;border-top:1px solid #8884;padding-top:18px}p{
+max-width:78ch}small,.soft{opacity:.75;font-size:12.5px}.tiles,.pairs{display:grid;gap:14px;
+margin:20px 0;grid-template-columns:repeat(auto-fit,minmax(150px,1fr))}.tiles div{padding:10px 14px;
+border-left:4px solid #3987c9;background:#8881}div>b,small{display:block}.tiles b{font-size:30px}
+.pairs{gap:28px;grid-template-columns:repeat(auto-fill,minmax(290px,1fr))}figure{display:grid;
+margin:0;gap:8px;grid-template-columns:1fr 1fr;break-inside:avoid}img{width:100%}.wide{
+overflow-x:auto}table{border-collapse:collapse}td,th{padding:5px 0 5px 20px;text-align:right;
+border-bottom:1px solid #8883;white-space:nowrap;font-weight:400}th{vertical-align:bottom}
+th:first-child{text-align:left;white-space:normal;position:sticky;left:0;background:Canvas;
+overflow-wrap:break-word;max-width:50vw;padding-left:0}.matrix td{padding:1px}span{display:block;
+min-width:34px;padding:4px;text-align:center}.matrix tr:first-child td{writing-mode:vertical-rl;
+padding:4px}pre{white-space:pre-wrap;padding:12px;background:#8882}body .chart{width:100%;
+max-width:800px}.chart{font-size:14px}.open{overflow:visible}.chart *{fill:currentColor}.head{
+font-weight:600}.end{text-anchor:end}.middle{text-anchor:middle}line,polyline{stroke:currentColor;
+stroke-width:2;stroke-linecap:round;vector-effect:non-scaling-stroke}.chart polyline{fill:none}
+.new{color:#3987c9}.old{color:#e08214}.grid{color:#8884;stroke-width:1}.bar{opacity:.4;
+stroke-width:8}@media print{*{print-color-adjust:exact}.wide{overflow:visible}
+details::details-content{block-size:auto;content-visibility:visible}}"""
 
-    A chart costs little, reading two dozen large photographs may take longer than an epoch.
-    """
-    args, pictures = given.args, {"curves.png": draw_chart(curve_panels(progress.history))}
-    pictures["classes.png"] = draw_chart(class_panels(given, last))
-    if progress.last_epoch() == args.epochs and (found := find_mistakes(last)):
-        pictures["mistakes.png"] = draw_mistakes(given.data, last, found)
-    with contextlib.suppress(PermissionError):  # Windows: it is open
-        (args.output / "mistakes.png").unlink(missing_ok=True)
-    for name, picture in pictures.items():
-        write_file(args.output / name, partial(picture.save, format="PNG"))
 
-
-class Panel(NamedTuple):
-    """A chart with a place for each label: lines, or bars with whiskers."""
+class Page(NamedTuple):
+    """All that the page of a run says; fractions from 0 to 1, NaN where nothing is known."""
 
     title: str
-    labels: list[str]
-    series: dict[str, list[list[float]]]  # of each place its value, NaN for a gap, and an interval
-    top: float  # what is higher stands on the upper edge
-    low: float = 0.0
-    phases: dict[str, int] | None = None  # of lines: the place where each begins
-
-    def levels(self) -> list[float]:
-        """The numbers beside the axis, which begins at the first."""
-        return ticks(self.low, self.top)
-
-    def spot(self, place: float, value: float) -> tuple[float, float]:
-        """The pixel of a value, in 1600 x 640."""
-        bottom = self.levels()[0]
-        part = (min(value, self.top) - bottom) / (self.top - bottom)
-        return 130 + 1430 * place / len(self.labels), 440 - 360 * part
+    facts: list[str]  # what was trained on what, in sentences
+    result: dict[str, float]  # as a row of the history
+    classes: Rows  # as classes.csv, by label; before, before_low, before_high
+    changes: Rows  # as print_changes shows comparison.csv, empty without `before_name`
+    before_name: str
+    confusion: list[list[int]]  # rows true, columns predicted
+    mistakes: Rows  # true, predicted, probability, image, typical: RGB images
+    history: Rows  # as history.csv, with fold
+    settings: dict[str, Any]
+    command: str
+    method: str
 
 
-def curve_panels(history: list[dict[str, Any]]) -> list[Panel]:
-    """The losses and the accuracies by epoch."""
-    epochs, names = [str(row["epoch"]) for row in history], [row["phase"] for row in history]
-    phases = {name: names.index(name) for name in names}
-    column = {key: [[row[key]] for row in history] for key in history[0]}
-    losses = {"training": column["train_loss"], "validation": column["val_loss"]}
-    right = {"balanced": column["balanced_accuracy"], "plain": column["accuracy"]}
-    loss, part = ([x for line in each.values() for [x] in line] for each in (losses, right))
-    low, high, top = max(0, min(part) - 0.01), max(part) or 1, robust_top(loss)
-    above = sum(value > top for value in loss)
-    title = f"loss by epoch (values above the picture: {above})" if above else "loss by epoch"
-    return [
-        Panel(title, epochs, losses, top=top, phases=phases),
-        Panel("accuracy by epoch", epochs, right, top=high, low=low, phases=phases),
+def show(value: Any) -> str:
+    """A fraction in per cent, NaN as a dash, all else as text that HTML and SVG do not obey."""
+    if isinstance(value, float):
+        return "–" if math.isnan(value) else f"{100 * value:.1f}\u00a0%"
+    return html.escape(printable(str(value)))
+
+
+def svg(body: str, height: int) -> str:
+    """A chart for a page or a file: widths in parts of the whole, text readable on a phone."""
+    start = f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" width="760" height="{height}">'
+    return f"{start}<style>{STYLE}</style>{body}</svg>"
+
+
+def write(text: str, x: float, y: float, kind: str = "") -> str:
+    """Text at a part of the width, in per cent, and a pixel of the height."""
+    return f'<text class="{kind}" x="{x:g}%" y="{y:g}">{text}</text>'
+
+
+def write_title(title: str, *names: str) -> str:
+    """The title of a chart, and below it what is orange and what is blue."""
+    kinds = zip(("old", "new"), names, strict=False)
+    spots = (f'<tspan class="{kind}">●</tspan> {show(name)}' for kind, name in kinds)
+    return write(title, 0, 14, "head") + write(" &#160; ".join(spots), 0, 34, "soft")
+
+
+def mean_recall(rows: Rows, keys: tuple[str, ...]) -> tuple[float, float, float]:
+    """The mean recall of classes and the ends of its interval; NaN if none is known."""
+    known = [row for row in rows if row["val_images"] and keys[0] in row]
+    if len(known) < 2:
+        mean, low, high = (known[0][key] if known else math.nan for key in keys)
+        return mean, low, high
+    recall, counts = (
+        torch.tensor([row[key] for row in known]).double() for key in (keys[0], "val_images")
+    )
+    weights = torch.full((1, len(known)), 1 / len(known), dtype=torch.float64)
+    mean, low, high = (end.item() for end in mean_interval(recall, counts, weights))
+    return mean, low, high
+
+
+def draw_row(rows: Rows, y: int) -> str:
+    """The row of a class, or of several as a group; a recall of 0 has a dot like others."""
+    train, val = ([row[key] for row in rows] for key in ("train_images", "val_images"))
+    new, old = mean_recall(rows, NEW), mean_recall(rows, OLD)
+    half, marks, name, each = 0 if math.isnan(old[0]) else 8, "", show(rows[0]["class"]), train[0]
+    if len(rows) > 1:
+        name, each = f"{len(rows)} classes", f"{train[0]} to {train[-1]}"
+    for recall in (row["recall"] for row in rows[1:] and rows if row["val_images"]):
+        marks += f'<circle class="new bar" cx="{recall:.2%}" cy="{20 + half}" r="3"/>'
+    for age, at, (mean, low, high) in (("old", 20 - half, old), ("new", 20 + half, new)):
+        if not math.isnan(mean):
+            marks += f'<line class="{age} bar" x1="{low:.2%}" x2="{high:.2%}" y1="{at}" y2="{at}"/>'
+            marks += f'<circle class="{age}" cx="{mean:.2%}" cy="{at}" r="5.5"/>'
+    texts = write(name, 38, 14, "end") + write(f"{each} training", 38, 29, "soft end")
+    texts += write(f"{sum(val)} validation images", 38, 43, "soft end")
+    texts += write(show(new[0]), 100, 25 + half, "end")
+    return f'<svg y="{y}" height="54">{texts}<svg {PLOT}>{marks}</svg></svg>'
+
+
+def recall_chart(classes: Rows, before_name: str = "") -> str:
+    """The recall of each class, or of groups if many, most training images first: SVG."""
+    order, cuts = sorted(classes, key=lambda row: -row["train_images"]), len(classes)
+    title, names = "Recall, 95 % interval", [f"before: {before_name}", "now"] if before_name else []
+    if cuts > MOST_CLASSES:
+        cuts, title = GROUPS, "Mean recall, 95 % interval (dots: classes)"
+    body, height = write_title(title, *names), 62 + 56 * cuts
+    for cut in range(cuts):
+        first, end = (len(order) * at // cuts for at in (cut, cut + 1))
+        body += draw_row(order[first:end], 60 + 56 * cut)
+    body += f"<svg {PLOT}>"
+    for x in range(0, 101, 25):
+        body += f'<line class="grid" x1="{x}%" x2="{x}%" y1="58" y2="{height}"/>'
+        body += write(str(x), x, 52, "soft middle")
+    return svg(f"{body}</svg>", height)
+
+
+def draw_panel(history: Rows, keys: tuple[str, str], scale: int) -> str:
+    """Two columns by epoch, a line for each fold; what is far above most values is cut off."""
+    values = sorted(row[key] for row in history for key in keys if math.isfinite(row[key])) or [0]
+    top, low = min(values[-1], 2 * values[len(values) * 9 // 10]), math.floor(2 * values[0]) / 2
+    height, body = max(1, math.ceil(2 * (top - low))) / 2, ""  # often from 50 to 100 %
+    epochs = [row["epoch"] for row in history]
+    first, width = min(epochs), max(1, max(epochs) - min(epochs))
+    for y in range(0, 101, 20):
+        body += f'<line class="grid" x2="100%" y1="{y}%" y2="{y}%"/><text class="soft end" x="-8" '
+        body += f'y="{y}%" dy="4">{scale * (low + height * (1 - y / 100)):g}</text>'
+    for epoch in range(first, first + width + 1, math.ceil(width / 10)):
+        body += write(str(epoch), 100 * (epoch - first) / width, 198, "soft middle")
+    body += f'<svg viewBox="{first} {-low - height} {width} {height}" preserveAspectRatio="none">'
+    for key, fold in product(keys, {row["fold"] for row in history}):
+        rows = [row for row in history if row["fold"] == fold and math.isfinite(row[key])]
+        line = [f"{row['epoch']},{-row[key]:.6g}" for row in rows[:1] + rows]  # of one: a dot
+        kind = "old" if key == keys[0] else "new"
+        body += f'<polyline class="{kind}" points="{" ".join(line)}"/>'
+    return f'<svg class="open" x="10%" y="52" width="86%" height="180">{body}</svg></svg>'
+
+
+def curve_chart(history: Rows) -> str:
+    """Loss and balanced accuracy by epoch: SVG."""
+    body = write_title("Loss by epoch", "training", "validation")
+    body += draw_panel(history, ("train_loss", "val_loss"), 1) + '<svg y="270">'
+    body += write_title("Balanced accuracy in % by epoch", "as trained", "calibrated")
+    body += draw_panel(history, ("as_trained_balanced_accuracy", "balanced_accuracy"), 100)
+    return svg(f"{body}</svg>", 530)
+
+
+def make_table(rows: Iterable[Iterable[str]]) -> str:
+    """Rows of safe text, the first of names, in a box that scrolls where it is too wide."""
+    body = ""
+    for name, *cells in rows:
+        body += f"<tr><th>{name}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    return f'<div class="wide"><table>{body}</table></div>'
+
+
+def confusion_table(classes: Rows, confusion: list[list[int]]) -> str:
+    """What is taken for what: a coloured matrix, or of many classes the commonest mistakes."""
+    names = [show(row["class"]) for row in classes]
+    order = sorted(range(len(names)), key=lambda label: -classes[label]["train_images"])
+    if len(names) > MOST_CLASSES:
+        pairs = ((confusion[a][b], a, b) for a in order for b in order if a != b)
+        rows = [["confusion", "images"]]
+        for n, a, b in (pair for pair in heapq.nlargest(20, pairs) if pair[0]):
+            rows.append([f"{names[a]} taken for {names[b]}", f"{n} of {sum(confusion[a])}"])
+        return make_table(rows)
+    rows = [["is ↓ taken for →", *(names[label] for label in order)]]
+    for a in order:
+        rows.append([names[a]])
+        for b in order:
+            colour, n = "57,135,201" if a == b else "224,130,20", confusion[a][b]
+            shade = f"rgba({colour},{0.8 * n / max(1, sum(confusion[a])):.2f})"
+            rows[-1].append(f'<span style="background:{shade}">{n or ""}</span>')
+    return f'<div class="matrix">{make_table(rows)}</div>'
+
+
+def show_mistakes(mistakes: Rows) -> str:
+    """The worst mistakes, each beside an image of the class it was taken for."""
+    text = ""
+    for each in mistakes:
+        sure = f"taken for, {show(each['probability'])} sure"
+        text += "<figure>"
+        for image, said, name in (("image", "is", "true"), ("typical", sure, "predicted")):
+            content, small = io.BytesIO(), each[image].convert("RGB")
+            small.thumbnail((THUMBNAIL, THUMBNAIL))
+            small.save(content, "JPEG", quality=80)
+            data = base64.b64encode(content.getvalue()).decode()
+            text += f'<div><img alt="" src="data:image/jpeg;base64,{data}">'
+            text += f"<small>{said}</small><b>{show(each[name])}</b></div>"
+        text += "</figure>"
+    return f'<div class="pairs">{text}</div>'
+
+
+def show_result(page: Page) -> str:
+    """The result in large type, the rarest, the most frequent and the worst class."""
+    result, text = page.result, ""
+    rare, usual = (end(page.classes, key=lambda row: row["train_images"]) for end in (min, max))
+    worst = min(page.classes, key=lambda row: (not row["val_images"], row["recall"]))
+    others = zip(page.confusion[page.classes.index(worst)], page.classes, strict=True)
+    count, taken = max((n * (row is not worst), row["class"]) for n, row in others)
+    for name, part, note in (
+        (
+            "balanced accuracy",
+            result["balanced_accuracy"],
+            f"[{100 * result['low']:.1f}, {100 * result['high']:.1f}]",
+        ),
+        ("as trained", result["as_trained_balanced_accuracy"], "before calibration"),
+        ("most frequent class", usual["recall"], f"recall of {usual['class']}"),
+        ("rarest class", rare["recall"], f"recall of {rare['class']}"),
+        ("lowest recall", worst["recall"], f"{worst['class']}, {count} taken for {taken}"),
+    ):
+        text += f"<div>{name}<b>{show(part)}</b><small>{show(note)}</small></div>"
+    return f'<div class="tiles">{text}</div>'
+
+
+def render(page: Page) -> str:
+    """The page as text: one file that runs no script and loads nothing."""
+    classes, changes = (
+        make_table(map(show, row) for row in (rows[0], *(row.values() for row in rows)))
+        for rows in (page.classes, page.changes or [{"": ""}])
+    )
+    values = " · ".join(f"{show(name)}: {show(str(x))}" for name, x in page.settings.items())
+    sections = {
+        f"Since {show(page.before_name)}": changes if page.changes else "",
+        "Recall": recall_chart(page.classes, page.before_name)
+        + f"<details><summary>Images, draws, measures of each class</summary>{classes}</details>",
+        "Mistakes": page.mistakes
+        and "<p>Wrong with the most confidence. Beside each image: a typical training "
+        f"image of the class it was taken for.</p>{show_mistakes(page.mistakes)}",
+        "Confusions": confusion_table(page.classes, page.confusion),
+        "Training": curve_chart(page.history),
+        "Make it again": f"<pre>{show(page.command)}</pre><p><small>{values}</small></p>",
+        "How this was measured": f"<p>{show(page.method)}</p>",
+    }
+    body = "".join(f"<h2>{name}</h2>{text}" for name, text in sections.items() if text)
+    return (
+        '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width='
+        f'device-width"><title>{show(page.title)}</title><style>{STYLE}</style><h1>{show(page.title)}'
+        f"</h1><p>{show(' '.join(page.facts))}</p>{show_result(page)}{body}</html>\n"
+    )
+
+
+def make_page(
+    given: Given, progress: Progress, last: Evaluation, tested: Evaluation | None
+) -> Page:
+    """What the page of a run says."""
+    args, data = given.args, given.data
+    counts, classes = data.train_counts(), list_classes(data, progress.draws, last.confusion)
+    changes = list_changes(given, last)
+    if changes and given.baseline is not None:
+        before = confusion_matrix(last.targets, given.baseline, len(classes))
+        old = list_classes(data, progress.draws, before)
+        for row, was in zip(classes, old, strict=True):
+            row |= {"before": was["recall"], "before_low": was["low"], "before_high": was["high"]}
+    facts = [
+        f"{args.arch} ({args.weights}), fine-tuned on {int(counts.sum())} images of {len(counts)} "
+        f"classes, {counts.max()} of the most frequent and {counts.min()} of the rarest.",
+        f"Judged by {describe_val(given)}.",
     ]
+    if tested:
+        test = measure_all(tested, counts)
+        facts.append(f"Voting on the untouched test they have {format_range(test)}.")
+    return Page(
+        title=args.data.name,
+        facts=facts,
+        result=measure_all(last, counts),
+        classes=classes,
+        changes=[show_change(change) for change in changes if not math.isnan(change["before"])],
+        before_name=args.baseline.name if changes else "",
+        confusion=last.confusion.tolist(),
+        mistakes=list_mistakes(data, last),
+        history=progress.history,
+        settings=vars(args) | versions(),
+        command=shlex.join(["python", *sys.argv]),
+        method=describe_method(given, last),
+    )
 
 
-def robust_top(values: list[float]) -> float:
-    """The largest value that is at most twice as large as one that nine of ten do not exceed."""
-    ordered = sorted(filter(math.isfinite, values))
-    usual = [x for x in ordered if x <= 2 * ordered[int(0.9 * (len(ordered) - 1))]]
-    return max(usual, default=0) or 1
+def show_change(change: Mapping[str, Any]) -> dict[str, Any]:
+    """A change since a baseline in words; "undecided" where its interval holds 0."""
+    undecided = change["low"] <= 0 <= change["high"]
+    return {
+        "measure": change["measure"].replace("_", " "),
+        "before": change["before"],
+        "now": change["after"],
+        "points": f"{100 * change['difference']:+.1f}",
+        "95 % interval": f"{100 * change['low']:+.1f} to {100 * change['high']:+.1f}",
+        "more than chance?": "undecided" if undecided else "yes",
+    }
 
 
-def class_panels(given: Given, last: Evaluation) -> list[Panel]:
-    """Recall over training images, most first: of each class, or of `GROUPS` groups if many."""
-    counts = given.data.counts(given.data.train)
-    order = counts.argsort(descending=True, stable=True)
-    groups, labels = order.split(1), [given.data.classes[label] for label in order]
-    title = "recall, most training images first (lines: 95 % intervals)"
-    if len(order) > MOST_LABELS:
-        groups = order.tensor_split(GROUPS)
-        labels = [f"{counts[group[0]]} to {counts[group[-1]]}" for group in groups]
-        title = f"mean recall of {len(order)} classes by training images (lines: 95 % intervals)"
-    predicted = {"recall": last.predicted}
-    if given.baseline is not None:
-        name = given.args.baseline.resolve().name
-        predicted = {name: given.baseline, "this run": last.predicted}
-    recalls = {}
-    for name, answers in predicted.items():
-        matrix = confusion_matrix(last.targets, answers, len(order))
-        recalls[name] = [group_recall(matrix, group) for group in groups]
-    images = [[counts[group].double().mean().item()] for group in groups]
-    most = counts.max().item()
-    return [
-        Panel(title, labels, recalls, top=1),
-        Panel("training images per class", labels, {"images": images}, top=most),
-    ]
-
-
-def group_recall(confusion: Tensor, group: Tensor) -> list[float]:
-    """The mean recall of some classes and the ends of its interval; NaN where none is known."""
-    right, val_counts = confusion.diag()[group], confusion.sum(1)[group]
-    if len(group) == 1:
-        return [
-            (right / val_counts).item(),
-            *(x.item() for x in wilson_interval(right, val_counts)),
-        ]
-    recall = recall_by_class(confusion)[group]
-    known = val_counts > 0
-    weights = known.double()[None] / known.sum()
-    half = half_widths(recall_variance(recall, val_counts), weights).item()
-    mean = recall.nanmean().item()
-    return [mean, max(0.0, mean - half), min(1.0, mean + half)]
-
-
-def draw_chart(panels: list[Panel]) -> Image.Image:
-    """A picture of the panels, one below the other."""
-    return Image.fromarray(np.vstack([np.asarray(draw_panel(panel)) for panel in panels]))
-
-
-def draw_panel(panel: Panel) -> Image.Image:
-    """A picture of one panel; labels that do not fit side by side are slanted."""
-    chart, font = Image.new("RGB", (1600, 640), "white"), ImageFont.load_default(26)
-    draw = ImageDraw.Draw(chart)
-    draw.text((20, 24), panel.title, "black", font, "lm")
-    for level in panel.levels():
-        y = panel.spot(0, level)[1]
-        draw.line([130, y, 1560, y], "#dddddd", 2)
-        draw.text((115, y), f"{level:g}", "black", font, "rm")
-    for name, place in (panel.phases or {}).items():
-        x = panel.spot(place, 0)[0]
-        draw.line([x, 44, x, 440], "#999999", 2)
-        draw.text((x + 10, 54), name, "#777777", font, "lm")
-    places = len(panel.labels)
-    step = 1 if places <= MOST_LABELS else int(ticks(0, places)[1])  # of many epochs
-    labels = {at: printable(panel.labels[at]) for at in range(0, places, step)}
-    slanted = max(map(font.getlength, labels.values())) > 1300 / len(labels)
-    for place, label in labels.items():
-        mask = Image.new("L", (min(210, int(font.getlength(label)) + 2), 34))
-        ImageDraw.Draw(mask).text((0, 0), label, "white", font)
-        mask = mask.rotate(45 if slanted else 0, Image.Resampling.BICUBIC, expand=True)
-        left = panel.spot(place + 0.4, 0)[0] - mask.width * (0.9 if slanted else 0.5)
-        chart.paste("black", (int(left), 448), mask)
-    draw_series(draw, panel)
-    return chart if slanted else chart.crop((0, 0, 1600, 500))
-
-
-def draw_series(draw: ImageDraw.ImageDraw, panel: Panel) -> None:
-    """Draw the lines, or the bars side by side with whiskers, and which colour is which."""
-    lines, count = panel.phases is not None, len(panel.series)
-    font, colours = ImageFont.load_default(26), (ORANGE, BLUE)[-count:]  # what is new is blue
-    for number, (name, places) in enumerate(panel.series.items()):
-        label = shorten(printable(name), font, 230)
-        draw.text((1560 - 250 * (count - number), 24), label, colours[number], font, "lm")
-        half = 0.4 if lines else 0.4 / count  # of the width of a bar, or the place of a dot
-        first = half if lines else half * (2 * number + 1)
-        known = [(at + first, *each) for at, each in enumerate(places) if not math.isnan(each[0])]
-        if lines:
-            draw.line([panel.spot(middle, value) for middle, value in known], colours[number], 4)
-        for middle, value, *ends in known:
-            if lines:
-                sides = 3 if value > panel.top else 4  # a triangle points up
-                draw.regular_polygon((panel.spot(middle, value), 8), sides, fill=colours[number])
-            else:
-                corners = panel.spot(middle - half, value), panel.spot(middle + half, 0)
-                draw.rectangle(corners, colours[number])
-                draw.line([panel.spot(middle, end) for end in ends], "black")
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """Round numbers up to `high` from the last one not over `low`, 1, 2 or 5 times 10^n apart."""
-    steps = (digit * 10.0**power for power in range(-6, 39) for digit in (1, 2, 5))
-    step = next(step for step in steps if high - low <= 7 * step)
-    first, last = (math.floor(end / step + 1e-9) for end in (low, high))
-    return [step * number for number in range(first, last + 1)]
-
-
-def draw_mistakes(data: Data, last: Evaluation, found: list[int]) -> Image.Image:
-    """A sheet of the validation images at the places `found`, in the square the network sees."""
-    sheet = Image.new("RGB", (1600, 70 + 330 * math.ceil(len(found) / 6)), "white")
-    font, view = ImageFont.load_default(22), v2.Compose([v2.Resize(TILE), v2.CenterCrop(TILE)])
-    title = "wrong with the most confidence: what it is, and how surely it is taken for what"
-    ImageDraw.Draw(sheet).text((20, 36), title, "black", font, "lm")
-    for number, at in enumerate(found):
-        tile = Image.new("RGB", (TILE, 330), "white")
-        tile.paste(v2.functional.to_pil_image(view(read_image(data.paths[data.val[at]]))))
-        true, taken = (printable(data.classes[each[at]]) for each in (last.targets, last.predicted))
-        draw = ImageDraw.Draw(tile)
-        sure = f"{last.probability[at]:.0%} "
-        draw.text((0, TILE + 6), shorten(true, font, TILE), "black", font)
-        room = TILE - font.getlength(sure)
-        draw.text((0, TILE + 36), sure + shorten(taken, font, room), ORANGE, font)
-        sheet.paste(tile, (20 + 263 * (number % 6), 70 + 330 * (number // 6)))
-    return sheet
-
-
-def shorten(name: str, font: Any, room: float) -> str:
-    """As much of the end of `name` as `room` pixels hold; ImageNet's names begin with numbers."""
-    shown = name
-    while font.getlength(shown) > room:
-        name = name[1:]
-        shown = f"...{name}"
-    return shown
-
-
-def find_mistakes(last: Evaluation) -> list[int]:
-    """The places of up to `MISTAKES` images that are wrong, most confident first."""
+def list_mistakes(data: Data, last: Evaluation) -> Rows:
+    """The images that are wrong with the most confidence, each beside one of the class it was
+    taken for: the training image in the middle of their names."""
     wrong = (last.predicted != last.targets).nonzero().flatten()
     order = last.probability[wrong].argsort(descending=True, stable=True)
-    return wrong[order][:MISTAKES].tolist()
+    view, rows = central_square(THUMBNAIL), []
+    for at in wrong[order][:MISTAKES].tolist():
+        own, taken = int(last.places[at]), int(last.predicted[at])
+        theirs = ((data.labels == taken) & (data.held != TEST)).nonzero().flatten()
+        images = [
+            v2.functional.to_pil_image(view(read_image(data.paths[place], data.white)))
+            for place in (own, int(theirs[len(theirs) // 2]))
+        ]
+        row = {"true": data.classes[last.targets[at]], "predicted": data.classes[taken]}
+        shown = {"image": images[0], "typical": images[1]}
+        rows.append({**row, "probability": last.probability[at].item(), **shown})
+    return rows
+
+
+def describe_method(given: Given, last: Evaluation) -> str:
+    """How a run was measured, for a methods section."""
+    args = given.args
+    way = "each image once per epoch"
+    if args.rebalance == "sampler":
+        way = f"by a weighted random sampler, weights 1 / (images of the class) ** {args.power:g}"
+    text = (
+        f"A {args.arch} ({args.weights}) was fine-tuned for {args.epochs} epochs with images of "
+        f"{args.image_size} pixels, drawn {way}; first the last layer alone, then all layers "
+        f"(AdamW, {args.lr:g}, batches of {args.batch_size}, seed {args.seed}). It was judged by "
+        f"{describe_val(given)}. "
+    )
+    if args.epochs and not args.no_calibration:
+        text += (
+            f"Logits were multiplied by {last.calibration.scale:.3f} and lowered by "
+            f"{last.calibration.shift:.3f} times the log share of the class; each part of the "
+            "images was judged with numbers fitted on the others. "
+        )
+    return text + (
+        "Balanced accuracy is the mean recall of the classes. Intervals (95 %) are Wilson's for a "
+        "class and score intervals for a mean; they say how far other images could move a figure, not how "
+        "far another training could."
+    )
+
+
+def write_page(
+    given: Given, progress: Progress, last: Evaluation, tested: Evaluation | None
+) -> None:
+    """Write the page of a run, and its charts as files."""
+    page = make_page(given, progress, last, tested)
+    charts = {
+        "recall.svg": recall_chart(page.classes, page.before_name),
+        "curves.svg": curve_chart(page.history),
+        "report.html": render(page),
+    }
+    for name, text in charts.items():
+        write_file(given.args.output / name, text.encode(errors="backslashreplace"))
+
+
+# -------------------------------------------------------------------------------- predicting
+
+
+def predict_photos(args: Namespace) -> None:
+    """Write what the network of a run says of each image below DATA, as CSV."""
+    file = args.predict / NETWORK if args.predict.is_dir() else args.predict
+    if not file.is_file():
+        raise DataError(f"--predict {args.predict}: no network there; name a run that has one")
+    run: dict[str, Any] = {}
+    with contextlib.suppress(DataError):
+        run = read_weights(str(file))
+    if "classes" not in run:
+        raise DataError(f"--predict {file}: not a network of this script; train one first")
+    if args.output and args.output.exists():
+        raise DataError(f"--output {args.output}: there already; name a new file")
+    if args.output and not args.output.parent.is_dir():
+        raise DataError(f"--output {args.output}: no folder to write it in; make that first")
+    compute, paths = pick_compute(args.device, args.amp), list_photos(args.data)
+    model: Any = build_model(run["arch"], run["classes"], run)[0].eval()
+    model.to(compute.device, memory_format=memory_format(compute.device))
+    log_share = torch.tensor(run["train_images"]).log() if args.natural else 0.0
+    rows = []
+    for views, read in read_photos(paths, run, args.batch_size or BATCH):
+        with torch.no_grad(), compute.autocast():
+            logits = model(to_input(views, compute.device))
+        probability, best = (logits.float().cpu() + log_share).softmax(1).topk(2)
+        for path, (p, q), (one, two) in zip(read, probability.tolist(), best.tolist(), strict=True):
+            answer = {"path": path, "class": run["classes"][one], "probability": p}
+            rows.append(answer | {"second": run["classes"][two], "second_probability": q})
+    if not rows:
+        raise DataError(f"{args.data}: no image that can be read")
+    if args.output:
+        write_file(args.output, format_table(rows))
+    else:
+        sys.stdout.write(format_table(rows).decode(errors="surrogateescape"))
+
+
+def list_photos(place: Path) -> list[str]:
+    """The images at or below `place`, in the order of their names; hidden ones are left out."""
+    if place.is_file():
+        return [str(place)]
+    if not place.is_dir():
+        raise DataError(f"DATA {place}: no such folder or image")
+    found = [
+        str(path)
+        for path in sorted(place.rglob("*"))
+        if path.suffix.lower() in IMG_EXTENSIONS
+        and not any(part.startswith(".") for part in path.relative_to(place).parts)
+        and not path.is_dir()
+    ]
+    if not found:
+        raise DataError(f"DATA {place}: no image in it; known are {', '.join(IMG_EXTENSIONS)}")
+    return found
+
+
+def read_photos(
+    paths: list[str], run: Mapping[str, Any], batch_size: int
+) -> Iterator[tuple[Tensor, list[str]]]:
+    """Batches of views (B, S, S, 3) uint8 and their paths; what cannot be read is named."""
+    view = central_square(run["eval_size"])
+
+    def read(path: str) -> Tensor | str:
+        try:
+            return view(read_image(path, run["white"], run["least_side"])).permute(1, 2, 0)
+        except DataError as error:
+            return str(error)
+
+    with (
+        ThreadPool() as pool,
+        tqdm(total=len(paths), desc="predicting", unit=" images", leave=False, disable=None) as bar,
+    ):
+        for first in range(0, len(paths), batch_size):
+            part = paths[first : first + batch_size]
+            found = pool.map(read, part)
+            for text in (each for each in found if isinstance(each, str)):
+                tqdm.write(f"warning: {text.removesuffix('; remove it')}; left out", sys.stderr)
+            views = {
+                p: each for p, each in zip(part, found, strict=True) if isinstance(each, Tensor)
+            }
+            if views:
+                yield torch.stack([*views.values()]), [*views]
+            bar.update(len(part))
 
 
 # ----------------------------------------------------------------------- beginning and end
@@ -2360,35 +2901,50 @@ def find_mistakes(last: Evaluation) -> list[int]:
 
 def prepare(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
     """All that is read and built before the first epoch; fills in what `args` leave open."""
-    args.device = compute.device.type
+    if args.resume:
+        return load_run(args, compute)
     check_settings(args)
-    if args.resume:  # all of it is in the run's own folder
-        state = load_state(args)
-        data = load_split(args, state["copies"], state["unreadable"])
-        weights, named = state["model"], data.classes
-        state = {name: state[name] for name in ("history", "draws", "shares", "trainer")}
-    else:
-        weights, named = load_weights(args)
-        data = load_data(args)
-        draws = torch.zeros(len(data.classes), dtype=torch.int64)
-        state = {"history": [], "draws": draws, "shares": {}, "trainer": {}}
-    args.workers = count_workers(args)
-    baseline = load_baseline(args.baseline, data) if args.baseline else None
-    check_batches(args, data, compute.world_size)
-    torch.manual_seed(args.seed)
-    model, origin = build_model(args.arch, data.classes, weights, named)
-    if args.epochs and args.weights != "none" and not args.resume:
-        rescale(model)
-    given = Given(args=args, data=data, baseline=baseline, origin=origin, compute=compute)
-    return given, Progress(model, stored=state.pop("trainer"), **state)
+    with claim(args.output):
+        classes, rows = list_rows(args)  # in no time, before weights may be fetched
+        content = load_weights(args)
+        data = load_data(args, classes, rows)
+        if not args.epochs:
+            data = data._replace(white=data.white | content.get("white", {}))
+        args.batch_size = args.batch_size or pick_batch_size(data, compute.world_size)
+        args.workers = count_workers(args)
+        baseline = load_baseline(args.baseline, data) if args.baseline else None
+        check_batches(args, data, compute.world_size)
+        torch.manual_seed(args.seed)
+        model, origin = build_model(args.arch, data.classes, content)
+        if args.epochs and args.weights != "none":
+            rescale(model)
+        for name in PATHS:  # a run goes on from any folder
+            setattr(args, name, getattr(args, name) and getattr(args, name).resolve())
+        given = Given(args=args, data=data, baseline=baseline, origin=origin, compute=compute)
+        none = torch.zeros(len(data.classes), dtype=torch.int64)
+        start = copy_state(model)
+        progress = Progress(start, model, history=[], draws=none, head={}, logits=torch.empty(0))
+        write_table(args.output / "split.csv", list_split(data))
+        if args.epochs:
+            save_tensors(args.output / START, start)
+            save_state(given, progress)
+    return given, progress
+
+
+def pick_batch_size(data: Data, processes: int) -> int:
+    """The images of a step: few where there are few, so that enough steps are taken."""
+    size = BATCH if len(data.train(0)) >= STEPS * BATCH else SMALL_BATCH
+    return math.ceil(size / processes) * processes
 
 
 def check_batches(args: Namespace, data: Data, processes: int) -> None:
     """Raise `DataError` where batches cannot be divided, or hold too little for BatchNorm."""
-    smallest = len(data.train) // math.ceil(len(data.train) / args.batch_size)
-    learns = args.finetune != "gentle" and (args.frozen_epochs or 0) < args.epochs
+    images = min(len(data.train(fold)) for fold in range(data.folds))
+    judged = min(len(data.val(fold)) for fold in range(data.folds))
+    smallest = images // math.ceil(images / args.batch_size)
+    learns = (args.frozen_epochs or 0) < args.epochs
     text = ""
-    if args.batch_size % processes or min(smallest, len(data.val)) < processes:
+    if args.batch_size % processes or min(smallest, judged) < processes:
         text = f"cannot be divided among {processes} processes; take a multiple, or fewer processes"
     elif learns and smallest // processes == 1 and args.image_size <= STRIDE:
         text = f"one image of --image-size {args.image_size} is no batch for BatchNorm; take more"
@@ -2397,78 +2953,77 @@ def check_batches(args: Namespace, data: Data, processes: int) -> None:
 
 
 def start_run(given: Given, progress: Progress) -> None:
-    """Make the run folder with the settings in it, and print what is about to happen."""
-    output = given.args.output
-    output.mkdir(parents=True, exist_ok=True)
-    for unfinished in output.glob(".*.partial"):  # of a run that was killed
+    """Clear the run folder of what a killed run left half-written, and print what comes."""
+    for unfinished in given.args.output.glob(".*.partial"):
         unfinished.unlink()
-    if not given.args.resume:
-        write_split(given)
-        save_state(given, progress)
-    write_config(given, progress)
+    if not progress.history:  # else it tells of the last epoch, or the result
+        write_config(given, progress, None, None)
     print_start(given, progress)
 
 
-@dataclass
-class Pending:
-    """What waits to be written to the run folder."""
+def report(given: Given, progress: Progress, done: bool) -> None:
+    """Print what there is to say after an epoch, and write it if it is time or a stage `done`.
 
-    best: dict[str, Any] = field(default_factory=dict)  # the best network, empty once written
-    since: float = field(default_factory=time.perf_counter)  # when the files were, last
-
-
-def report(
-    given: Given, progress: Progress, last: Evaluation, pending: Pending, done: bool
-) -> None:
-    """Print what there is to say after an epoch, and write it if it is time or a phase `done`.
-
-    The state comes last, so that a run goes on from an epoch of which every file is there.
+    The network and the state come first, the reports after them.
     """
-    row, output = progress.history[-1], given.args.output
-    print(format_epoch(row, given.args.epochs), flush=True)
-    packed = {}
-    if row is best_epoch(progress.history):
-        packed = pending.best = pack_model(given, progress, last.calibration)
-    if not done and time.perf_counter() - pending.since < WRITE_EVERY:
+    row, args = progress.history[-1], given.args
+    print(format_epoch(row, args), flush=True)
+    if not args.epochs or (not done and time.perf_counter() - progress.written < WRITE_EVERY):
         return
-    packed = packed or pack_model(given, progress, last.calibration)
-    write_file(output / "last.pt", partial(torch.save, packed))
-    if pending.best:
-        write_file(output / "best.pt", partial(torch.save, pending.best))
-        pending.best = {}
-    write_tables(given, progress, last)
-    write_pictures(given, progress, last)
-    write_config(given, progress)
+    fold, finished = row["fold"] - 1, len(progress.done)
+    answers = {at: each.way[-1] for at, each in enumerate(progress.done)}
+    states = [each.end for each in progress.done] or [copy_state(progress.model)]
+    if finished > fold:  # the network of this fold is done
+        save_tensors(fold_file(args.output, fold), progress.done[fold]._asdict())
+    last = judge(given, answers if finished > fold else answers | {fold: progress.logits})
+    write_network(given, states, last.calibration)
     save_state(given, progress)
-    pending.since = time.perf_counter()
+    write_reports(given, progress, last, None)
+    progress.written = time.perf_counter()
+
+
+def report_end(
+    given: Given, progress: Progress, judged: tuple[Evaluation, Evaluation | None], share: float
+) -> None:
+    """Write and print what there is to say of a run that is done, and drop what it went on from."""
+    output = given.args.output
+    write_reports(given, progress, *judged)
+    if given.args.epochs:
+        save_state(given, progress, done=True)
+    for file in (output / START, *(fold_file(output, fold) for fold in range(given.args.folds))):
+        file.unlink(missing_ok=True)
+    print_end(given, progress, *judged, share)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     args = parse_args(argv)
     try:
-        run(args)
+        if args.predict:
+            predict_photos(args)
+        else:
+            run(args)
         if dist.is_initialized():  # only now that `run` holds no network that would still use it
             dist.destroy_process_group()
     except RuntimeError as error:  # of a batch, in the feature pass and in evaluation too
         if not any(text in str(error) for text in NO_MEMORY):
             raise
         processes = int(os.environ.get("WORLD_SIZE", 1))
-        half = args.batch_size // 2 // processes * processes
+        size = args.batch_size or BATCH
+        half = size // 2 // processes * processes
         other = f"{half} or a smaller --image-size" if half else "a smaller --image-size"
-        message = f"--batch-size {args.batch_size}: out of memory on {args.device}; "
+        message = f"--batch-size {size}: out of memory on {args.device}; "
         message += f"try {other}, in a new run"
     except (DataError, OSError) as error:
         message = str(error).rstrip()
         if "Original Traceback" in message:  # from a process that reads images
             message = message.splitlines()[-1].partition(": ")[2]
     except KeyboardInterrupt as error:
-        text = "interrupted before the first checkpoint"
-        if args.output and (args.output / STATE).exists():
-            where = printable(str(args.output))
-            text = f"interrupted; go on with the same command and --output {where} --resume"
+        output, text = args.resume or args.output, "interrupted before the first checkpoint"
+        if output and (output / STATE).exists():
+            text = f"interrupted; go on with --resume {shlex.quote(str(output))}"
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"\ndata_training.py: {text}", file=sys.stderr)
+            print(f"\ndata_training.py: {printable(text)}", file=sys.stderr)
         return 128 + (error.args[0] if error.args else signal.SIGINT)
     else:
         return 0

@@ -8,14 +8,6 @@ contenders take turns, each in a process of its own; the script's loop and its l
 of the same network, share one. A figure is the median of the turns, a ratio the median of the
 ratios within them; behind it stand the lowest and the highest. Peak memory is that of the largest
 process. The tables are Markdown. Nothing here is asserted.
-
-Measured on two cores of an EPYC with bfloat16 units, no GPU, Python 3.11, torch 2.13, ResNet-18 at
-224 px, batches of 64, with half of the backbone kept (`--finetune gentle`), five turns: the loop
-0.87 (0.84 to 0.88) of the bare step, of which nearly all is decoding, 0.85 ms an image; 5.95 times
-the loop people write; the loader 1.69 (1.47 to 2.00) times Pillow; `data_creation.py` 0.71 (0.67 to
-0.74) times as long as `cp -r`, flushing included, and 17.6 times as long as with `--link`; 5.1 s to
-the first step with 15,417 images checked. For a million images the scan took 1.6 s, the split
-3.6 s, a draw 0.29 s, the tables of an evaluation 1.9 s, at 500 bytes an image. On GPUs: open.
 """
 
 import argparse
@@ -154,7 +146,7 @@ def run_command(command: list[str], remove: Path | None = None) -> Figure:
 
 
 class Prepared(NamedTuple):
-    """A full phase of the script, and the draws of a turn."""
+    """A stage of the script that trains all layers, and the draws of a turn."""
 
     given: training.Given
     trainer: training.Trainer
@@ -165,15 +157,17 @@ class Prepared(NamedTuple):
 @functools.cache
 def prepare(setting: Setting) -> Prepared:
     """What the script has made by the time that it trains everything, with random weights."""
-    command = [str(setting.folder), "--arch", setting.arch, "--device", setting.device]
-    command += ["--weights", "none", "--frozen-epochs", "0"]
-    args = training.parse_args([*command, "--batch-size", str(setting.batch_size)])
-    compute = training.join_processes(args.device, args.amp)
-    given, progress = training.prepare(args, compute)
+    with tempfile.TemporaryDirectory() as work:
+        command = [str(setting.folder), "--arch", setting.arch, "--device", setting.device]
+        command += ["--weights", "none", "--output", f"{work}/run"]
+        args = training.parse_args([*command, "--batch-size", str(setting.batch_size)])
+        compute = training.join_processes(args.device, args.amp)
+        args.device = compute.device.type
+        given, progress = training.prepare(args, compute)
     progress.model.to(compute.device, memory_format=training.memory_format(compute.device))
-    reader, phase = training.Reader(given), next(training.plan(given, {}))
-    training.begin_phase(given, progress, phase, reader)
-    drawn = training.draw_epoch(given, phase, 1)
+    reader, stage = training.Reader(given), training.plan(given.args, given.data)[0]
+    training.begin(given, progress, stage, reader)
+    drawn = training.draw_epoch(given, stage, 1)
     images = STEPS[compute.device.type] * setting.batch_size
     drawn = drawn.repeat(1 + images // len(drawn))[:images]
     return Prepared(given, progress.trainer, reader, drawn)
@@ -257,15 +251,10 @@ def race_training(setting: Setting) -> list[str]:
         Contender("usual loop", usual_loop, (setting,)),
     ]
     bare, ours, usual = take_turns(contenders, setting.repetitions)
+    goals = "0.95; 0.9 with ResNet-18 on a GPU", "2.5 with bfloat16, 3 on a GPU"
     return [
-        row("epoch loop / bare step", ours, bare, "images/s", "0.95; 0.9 with ResNet-18 on a GPU"),
-        row(
-            "epoch loop / loop people write",
-            ours,
-            usual,
-            "images/s",
-            "2.5 with bfloat16, 3 on a GPU",
-        ),
+        row("epoch loop / bare step", ours, bare, "images/s", goals[0]),
+        row("epoch loop / loop people write", ours, usual, "images/s", goals[1]),
     ]
 
 
@@ -275,12 +264,12 @@ def race_training(setting: Setting) -> list[str]:
 def our_loader(setting: Setting) -> Figure:
     """Images per second that the script decodes, augments and batches on one core."""
     torch.set_num_threads(1)
-    _, phase, drawn = prepare(setting)
+    given, _, _, drawn = prepare(setting)
+    given.args.workers = 0
     drawn = drawn.repeat(1 + READ // len(drawn))[:READ]
-    phase.batches.assign(drawn, training.seeded("augment", 0, 1))
-    loader = DataLoader(phase.train.dataset, batch_sampler=phase.batches)
+    batches = training.cut_batches(drawn, setting.batch_size, training.seeded("augment", 0, 1))
     started = time.perf_counter()
-    for _ in loader:
+    for _ in training.Reader(given).read(batches, "loader"):
         pass
     return READ / (time.perf_counter() - started), own_peak()
 
@@ -386,6 +375,7 @@ PARTS_OF_JOB = {
     "training": "train_epoch",
     "evaluation": "evaluate",
     "files": "report",
+    "choice and report": "finish",
 }
 
 
@@ -462,14 +452,16 @@ def grow(images: int, folder: Path) -> dict[str, float]:
         seconds[name] = time.perf_counter() - clock
         clock = time.perf_counter()
 
+    command = [str(folder), "--output", str(folder.parent), "--device", "cpu"]
+    args = training.parse_args(command)
+    args.power = 1.0
     classes, found = training.list_images(folder)
     lap("scan")
-    rows = training.split_images(found, {row.path: row.path for row in found}, 0.2, 0)
-    args = argparse.Namespace(output=folder.parent, out=folder, split=None, val=None)
-    data = training.make_data(args, classes, rows, 0, [])
-    labels, train, val = data.labels, data.train, data.val
+    held = training.hold_images(args, found, [row.path for row in found])
+    data = training.make_data(args, classes, [*zip(found, held, strict=True)], ({}, 0, []))
+    train, val = data.train(0), data.val(0)
     lap("split")
-    weights = training.sample_weights(labels[train], 1.0)
+    weights = training.sample_weights(data.labels[train], 1.0)
     lap("weights")
     drawn = train[training.draw_images(weights, True, training.seeded("draw", 0, 1))]
     lap("draw")
@@ -478,14 +470,12 @@ def grow(images: int, folder: Path) -> dict[str, float]:
     for _ in batches:
         pass
     lap("batches")
-    targets, predicted = labels[val], labels[val].roll(1)
-    logits = F.one_hot(predicted, len(classes)).float()
-    last = training.assess(logits, targets, data.log_share(), True)
-    history = [training.measure_all(last, data.counts(train)) | training.count_draws(data, drawn)]
-    counts, compute = data.counts(drawn), training.Compute(torch.device("cpu"), None)
+    compute = training.Compute(torch.device("cpu"), None)
     given = training.Given(args=args, data=data, baseline=None, origin="", compute=compute)
-    progress = training.Progress(models.resnet18(), history, counts, shares={}, stored={})
-    training.write_tables(given, progress, last)
+    logits = F.one_hot(data.labels[val].roll(1), len(classes)).float()
+    last = training.judge(given, {0: logits})
+    training.measure_all(last, data.train_counts()) | training.count_draws(data, 0, drawn)
+    training.write_table(folder.parent / "predictions.csv", training.list_predictions(data, last))
     lap("evaluation")
     return {"images": images, **seconds, "bytes": (own_peak() - before) / images}
 

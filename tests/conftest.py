@@ -1,17 +1,20 @@
 """What several tests need: a class folder of tiny images that can be told apart, and runs."""
 
+import contextlib
 import csv
 import io
-import itertools
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 # A network this small gains nothing from threads, and two tests at once would fight for the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -67,7 +70,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(folder: Path, *arguments: str) -> training.Data:
     """The images of the folder, as the script reads them."""
-    return training.load_data(training.parse_args([str(folder), *arguments]))
+    args = training.parse_args([str(folder), *arguments])
+    return training.load_data(args, *training.list_rows(args))
 
 
 CPU = training.Compute(torch.device("cpu"), None)
@@ -79,23 +83,36 @@ def prepare(folder: Path, *arguments: str) -> tuple[training.Given, training.Pro
     return training.prepare(training.parse_args(command), CPU)
 
 
-def begin(given: training.Given, progress: training.Progress, epoch: int) -> SimpleNamespace:
-    """The phase of an epoch, as `run` begins it: phase, trainer, reader and source of inputs."""
-    phases = training.plan(given, progress.shares)
-    phase = next(phase for phase in phases if epoch in phase.epochs)
+def begin(
+    given: training.Given, progress: training.Progress, epoch: int, fold: int = 0
+) -> SimpleNamespace:
+    """The stage of an epoch, as `run` begins it: stage, trainer, reader and source of inputs."""
+    stages = training.plan(given.args, given.data)
+    stage = next(each for each in stages if each.fold == fold and epoch in each.epochs)
     reader = training.Reader(given)
-    source = training.begin_phase(given, progress, phase, reader)
-    trainer = progress.trainer
-    return SimpleNamespace(phase=phase, trainer=trainer, reader=reader, source=source)
+    source = training.begin(given, progress, stage, reader)
+    return SimpleNamespace(stage=stage, trainer=progress.trainer, reader=reader, source=source)
 
 
-def train(given: training.Given, stage: SimpleNamespace, epoch: int) -> tuple[torch.Tensor, ...]:
+def train(given: training.Given, begun: SimpleNamespace, epoch: int) -> tuple[torch.Tensor, ...]:
     """Train an epoch; the batches that it trained on."""
-    drawn = training.draw_epoch(given, stage.phase, epoch)
-    stream = training.seeded("augment", given.args.seed, epoch)
-    batches = training.cut_batches(drawn, given.args.batch_size, stream)
-    training.train_epoch(given, stage.trainer, batches, stage.source)
+    drawn = training.draw_epoch(given, begun.stage, epoch)
+    seeds = training.seeded("augment", given.args.seed, begun.stage.fold, epoch)
+    batches = training.cut_batches(drawn, given.args.batch_size, seeds)
+    training.train_epoch(given, begun.trainer, batches, begun.source)
     return batches
+
+
+def png(width: int, height: int, bits: int, rows: bytes) -> bytes:
+    """A PNG of three channels, as Pillow would not write it."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(name + content))
+        return struct.pack(">I", len(content)) + name + content + checksum
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0))
+    content = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + header + content
 
 
 class Terminal(io.StringIO):
@@ -118,12 +135,6 @@ def weights_file(path: Path, size: int = 7, classes: list[str] | None = None) ->
     return path
 
 
-@pytest.fixture
-def short_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if one step told enough: with so few images fifty would be most of a run."""
-    monkeypatch.setattr(training, "TRIAL_STEPS", 1)
-
-
 def start(*arguments: str, processes: int = 0, script: Path = SCRIPT) -> subprocess.Popen[str]:
     """The script in a process of its own, or in several under torchrun."""
     command = [sys.executable, str(script)]
@@ -140,16 +151,92 @@ def start(*arguments: str, processes: int = 0, script: Path = SCRIPT) -> subproc
     )
 
 
+class Trigger(io.StringIO):
+    """A text that does something as soon as `text` is printed, once."""
+
+    def __init__(self, text: str, action: Callable[[], object]):
+        super().__init__()
+        self.text, self.action = text, action
+
+    def write(self, written: str) -> int:
+        count = super().write(written)
+        if self.text in written:
+            self.text = "\0"
+            self.action()
+        return count
+
+
+def raises(error: BaseException) -> Callable[[], object]:
+    """Something to do that raises `error`."""
+
+    def action() -> None:
+        raise error
+
+    return action
+
+
 def interrupt_after(epochs: int, command: list[str], output: Path) -> Path:
-    """The run, stopped when so many epochs are written."""
-    save_state, calls = training.save_state, itertools.count()
-
-    def interrupt(*args: object) -> None:
-        save_state(*args)
-        if next(calls) == epochs:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "save_state", interrupt)
+    """The run, stopped by Ctrl-C when so many epochs of its first fold are written."""
+    stdout = Trigger(f"{epochs + 1:3}/", raises(KeyboardInterrupt()))
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout):
+        patch.setattr(training, "WRITE_EVERY", 0.0)
         assert training.main([*command, "--output", str(output)]) == 130
     return output
+
+
+# ------------------------------------------------------- runs that several tests only look at
+
+# As few steps as make a run; float32, which is the same on every processor.
+TINY = ["--image-size", "32", "--batch-size", "12", "--device", "cpu", "--no-amp"]
+
+
+def run(*arguments: object) -> SimpleNamespace:
+    """A run that succeeds: its folder (that behind `--output`), what it printed, its bars."""
+    out, err = io.StringIO(), Terminal()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = training.main([*map(str, arguments)])
+    assert status == 0, err.getvalue()
+    path = Path(arguments[arguments.index("--output") + 1]) if "--output" in arguments else None
+    return SimpleNamespace(path=path, out=out.getvalue(), err=err.getvalue())
+
+
+def network_of(run: Path) -> dict[str, Any]:
+    """What is in the network file of a run."""
+    return torch.load(run / "network.pt", weights_only=True)
+
+
+@pytest.fixture(scope="session")
+def animals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 apes, 12 bees and 6 cats; to look at, not to change."""
+    root = tmp_path_factory.mktemp("session") / "animals"
+    return write_folder(root, {"ape": 20, "bee": 12, "cat": 6})
+
+
+@pytest.fixture(scope="session")
+def others(animals: Path) -> Path:
+    """6 apes, 4 bees and 2 cats that are not among `animals`, to test with."""
+    root = write_folder(animals.parent / "all", {"ape": 26, "bee": 16, "cat": 8})
+    for known in animals.rglob("*.jpg"):
+        (root / known.relative_to(animals)).unlink()
+    return root
+
+
+@pytest.fixture(scope="session")
+def pretrained(animals: Path) -> Path:
+    """Weights of a ResNet-18 for seven classes without names."""
+    return weights_file(animals.parent / "pretrained.pth")
+
+
+@pytest.fixture(scope="session")
+def default_run(animals: Path, pretrained: Path) -> SimpleNamespace:
+    """A run with the defaults but for TINY: the head, and two epochs of all layers."""
+    output = animals.parent / "default"
+    return run(animals, "--weights", pretrained, "--epochs", 2, *TINY, "--output", output)
+
+
+@pytest.fixture(scope="session")
+def folds_run(animals: Path, others: Path, pretrained: Path) -> SimpleNamespace:
+    """Three folds of an epoch each, not calibrated, and `others` to test them together."""
+    flags = ["--folds", 3, "--val", others, "--epochs", 1, "--no-calibration"]
+    output = animals.parent / "folds"
+    return run(animals, "--weights", pretrained, *flags, *TINY, "--output", output)

@@ -1,0 +1,769 @@
+"""What `data_training.py` reads: folders, splits, families, folds, pixels and views of them."""
+
+import hashlib
+import math
+import random
+import re
+import shlex
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import load, png, prepare, write_folder
+from PIL import Image
+from torchvision.transforms import v2
+
+import data_creation as creation
+import data_training as training
+
+Maker = Callable[..., Path]
+Said = pytest.CaptureFixture[str]
+SMALL = ["--weights", "none", "--image-size", "32", "--device", "cpu"]
+
+
+def names_of(data: training.Data, part: torch.Tensor) -> list[str]:
+    return [data.names[index] for index in part.tolist()]
+
+
+def write_parts(path: Path, parts: dict[str, str], encoding: str = "utf-8") -> Path:
+    """A table as other tools write it: rows in any order, and a column more."""
+    rows = [f"{name},{number},{part}" for number, (name, part) in enumerate(parts.items())]
+    random.Random(0).shuffle(rows)
+    path.write_text("\n".join(["path,patient,part", *rows, ""]), encoding)
+    return path
+
+
+# ------------------------------------------------------------------------- who is dealt where
+
+
+def deal(counts: list[int], shares: list[float], seed: int = 0) -> list[Counter[int]]:
+    """How many images of each class each part gets, where every image is a family."""
+    labels = [label for label, count in enumerate(counts) for _ in range(count)]
+    return dealt(labels, [str(at) for at in range(len(labels))], shares, seed)[1]
+
+
+def dealt(
+    labels: list[int], families: list[str], shares: list[float], seed: int = 0
+) -> tuple[list[int], list[Counter[int]]]:
+    """The part of each image, and how many images of each class each part gets."""
+    order = [hashlib.sha256(f"{seed}/{at}".encode()).digest() for at in range(len(labels))]
+    parts = training.deal(labels, families, order, shares)
+    counts = [
+        Counter(label for label, part in zip(labels, parts, strict=True) if part == each)
+        for each in range(len(shares))
+    ]
+    return parts, counts
+
+
+@pytest.mark.parametrize(
+    ("counts", "fraction", "validation"),
+    [
+        ([10, 5, 100], 0.2, [2, 1, 20]),
+        ([1, 2, 3, 4], 0.2, [0, 1, 1, 1]),
+        ([1, 2, 3, 4], 0.99, [0, 1, 2, 3]),
+        ([14, 252], 0.2, [3, 50]),
+        ([7, 7], 0.5, [4, 4]),
+    ],
+)
+def test_each_class_gives_its_part_and_keeps_a_training_image(
+    counts: list[int], fraction: float, validation: list[int]
+) -> None:
+    for seed in range(5):
+        train, val = deal(counts, [1 - fraction, fraction], seed)
+        assert [val[label] for label in range(len(counts))] == validation
+        assert [train[label] + val[label] for label in range(len(counts))] == counts
+
+
+@pytest.mark.parametrize(
+    ("labels", "families", "fraction", "held", "counts"),
+    [
+        # 2 of 10 are wanted: the families of 4 and of 3 are too large, the one of 2 fits.
+        ([0] * 10, "aaaabbbccd", 0.2, "c", [2]),
+        ([0] * 6, "aaabbb", 0.2, "ab", [3]),  # two families: one on each side, whatever their size
+        ([0] * 6, "aaaaab", 0.2, "b", [1]),
+        ([0, 0, 0, 1, 1], "aaabc", 0.5, "bc", [0, 1]),  # one family of a class: to train on
+        ([0, 0, 0, 1, 1], "aaabc", 0.8, "bc", [0, 1]),
+        ([0, 0, 0, 1, 1, 1], "xabxcd", 0.6, "xabcd", [2, 2]),  # one of both classes
+        ([0, 0, 1, 1], "xaxb", 0.2, "ab", [1, 1]),
+    ],
+)
+def test_families_go_where_they_bring_the_counts_closest(
+    labels: list[int], families: str, fraction: float, held: str, counts: list[int]
+) -> None:
+    for seed in range(10):
+        parts, (_, val) = dealt(labels, list(families), [1 - fraction, fraction], seed)
+        sides = set(zip(families, parts, strict=True))
+        assert len(sides) == len(set(families))  # none is on both
+        assert {family for family, part in sides if part} <= set(held)
+        assert [val[label] for label in range(len(counts))] == counts
+
+
+@pytest.mark.parametrize("folds", [3, 5])
+def test_each_fold_gets_its_share_of_each_class(folds: int) -> None:
+    counts = [folds, 7, 11, 23, 8]
+    parts = deal(counts, [1 / folds] * folds)
+    for label, count in enumerate(counts):
+        share = {part[label] for part in parts}
+        assert share <= {count // folds, math.ceil(count / folds)}, label
+    sizes = [part.total() for part in deal([folds + 1] * folds, [1 / folds] * folds)]
+    assert sizes == [folds + 1] * folds  # what is left over goes to a different fold of each class
+
+
+@pytest.mark.parametrize("shares", [[0.8, 0.2], [0.5, 0.5], [1 / 3] * 3, [0.2] * 5])
+def test_random_families_stay_together_and_no_part_lacks_a_class(shares: list[float]) -> None:
+    for seed in range(40):
+        stream = random.Random(seed)
+        labels, families = [], []
+        for label in range(4):
+            for number in range(len(shares) + stream.randrange(5)):
+                for _ in range(stream.randint(1, 6)):
+                    labels.append(label)
+                    families.append(f"{label}/{number}")
+        parts, counts = dealt(labels, families, shares, seed)
+        assert len(set(zip(families, parts, strict=True))) == len(set(families))
+        for part, share in zip(counts, shares, strict=True):
+            for label in range(4):
+                wanted = share * labels.count(label)
+                assert part[label] and abs(part[label] - wanted) <= 6, (seed, label)
+
+
+def test_over_many_seeds_every_image_is_held_as_often() -> None:
+    times = Counter()
+    for seed in range(400):
+        parts, _ = dealt([0] * 20, [str(at) for at in range(20)], [0.8, 0.2], seed)
+        times.update(at for at, part in enumerate(parts) if part)
+    assert times.total() == 400 * 4 and all(50 < times[at] < 115 for at in range(20))
+
+
+# --------------------------------------------------------------------- the split of a folder
+
+
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 apes, 18 bees and 9 cats."""
+    return write_folder(tmp_path_factory.mktemp("data") / "src", {"ape": 30, "bee": 18, "cat": 9})
+
+
+def test_a_split_hangs_on_seed_and_names_of_a_class_alone(spread: Path, make_folder: Maker) -> None:
+    data = load(spread)
+    held = names_of(data, data.val(0))
+    assert data.counts(data.val(0)).tolist() == [6, 4, 2]
+    assert sorted(held + names_of(data, data.train(0))) == sorted(data.names)
+    other = make_folder({"ape": 30, "bee": 18, "cat": 9}, "elsewhere")
+    (other / "bee/new.jpg").write_bytes((other / "ape/ape_000.jpg").read_bytes() + b"x")
+    moved = load(other)
+    kept = [name for name in names_of(moved, moved.val(0)) if name[:3] != "bee"]
+    assert kept == [name for name in held if name[:3] != "bee"]
+    reseeded = load(spread, "--seed", "1")
+    assert names_of(reseeded, reseeded.val(0)) != held
+
+
+def test_every_image_is_judged_by_one_fold_and_learnt_by_the_others(spread: Path) -> None:
+    data = load(spread, "--folds", "4")
+    assert sorted(data.judged().tolist()) == list(range(57))
+    for fold in range(4):
+        train, val = set(data.train(fold).tolist()), set(data.val(fold).tolist())
+        assert train | val == set(range(57)) and not train & val
+        for count, judged in zip([30, 18, 9], data.counts(data.val(fold)).tolist(), strict=True):
+            assert judged in (count // 4, -(-count // 4))
+    assert data.train_counts().tolist() == [30, 18, 9]
+
+
+@pytest.mark.parametrize("flags", [[], ["--folds", "3"]])
+def test_copies_never_stand_on_both_sides(flags: list[str], make_folder: Maker) -> None:
+    root = make_folder({"ape": 20, "bee": 20})
+    for number in range(15):
+        content = (root / f"ape/ape_{number:03}.jpg").read_bytes()
+        (root / f"ape/copy_{number:03}.jpg").write_bytes(content)
+        (root / f"bee/copy_{number:03}.jpg").write_bytes(content if number < 5 else b"x" + content)
+    data = load(root, "--val-fraction", "0.3") if not flags else load(root, *flags)
+    for fold in range(data.folds):
+        sides = [{Path(data.paths[i]).read_bytes() for i in part.tolist()}
+                 for part in (data.train(fold), data.val(fold))]  # fmt: skip
+        assert sides[1] and not sides[0] & sides[1]
+    assert data.copies == 0 and len(data.names) == 60 and len(data.unreadable) == 10
+
+
+# ------------------------------------------------------------------------------- families
+
+
+@pytest.fixture
+def patients(make_folder: Maker) -> Path:
+    """Patients P0 to P7 have four images of each of two classes: P3_01.png is one."""
+    root = make_folder({"ill": 32, "well": 32}, "scans")
+    for name in ("ill", "well"):
+        for number, path in enumerate(sorted((root / name).iterdir())):
+            path.rename(root / name / f"P{number // 4}_{number % 4:02}.jpg")
+    return root
+
+
+@pytest.mark.parametrize("flags", [[], ["--folds", "3"]])
+@pytest.mark.parametrize("pattern", ["^(P[0-9]+)_[0-9]+", "^P[0-9]+_", "(P.)_|(Q.)_"])
+def test_the_images_of_a_patient_are_on_one_side(
+    pattern: str, flags: list[str], patients: Path, capsys: Said
+) -> None:
+    data = load(patients, "--group", pattern, *flags)
+    assert capsys.readouterr().err == "--group: 8 families of 64 images\n"
+    for fold in range(data.folds):
+        sides = [
+            {Path(name).name[:2] for name in names_of(data, part)}
+            for part in (data.train(fold), data.val(fold))
+        ]
+        assert sides[1] and not sides[0] & sides[1] and len(sides[0] | sides[1]) == 8
+        assert min(data.counts(data.val(fold)).tolist()) >= 4
+
+
+def test_copies_bind_patients_and_names_that_do_not_match_are_families_of_one(
+    patients: Path, capsys: Said
+) -> None:
+    for number in range(4):
+        (patients / f"ill/P7_{number:02}.jpg").rename(patients / f"ill/x{number}.jpg")
+    load(patients, "--group", "^(P[0-9]+)")
+    said = "--group: 12 families of 64 images; 4 do not match and are one each\n"
+    assert capsys.readouterr().err == said
+    for number in range(6):  # an image of each patient is one of the next
+        content = (patients / f"ill/P{number}_00.jpg").read_bytes()
+        (patients / f"ill/P{number + 1}_01.jpg").write_bytes(content)
+    load(patients, "--group", "^(P[0-9]+)")
+    assert capsys.readouterr().err.startswith("--group: 6 families of 64 images; 4 do not match")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "noted"),
+    [
+        ("P{family:03}_{at:02}.jpg", True),
+        ("scan {family}-{at}.jpg", True),
+        ("img_{number:03}.jpg", False),
+        ("Tr-gl_{number:04}.jpg", False),
+        ("{number}.jpg", False),
+        ("P{number:03}_0.jpg", False),
+    ],
+)
+def test_names_that_look_like_families_are_noted_with_what_keeps_them_together(
+    pattern: str, noted: bool, make_folder: Maker, capsys: Said
+) -> None:
+    root = make_folder({"ape": 20, "bee": 20, "cat": 4})
+    for name in ("ape", "bee"):
+        for number, path in enumerate(sorted((root / name).iterdir())):
+            fields = {"family": number // 4, "at": number % 4, "number": number}
+            path.rename(root / name / pattern.format(**fields))
+    load(root)
+    said = capsys.readouterr().err
+    assert said.startswith("note: file names differ in a last number alone") is noted
+    if noted:
+        group = shlex.split(said.strip().splitlines()[-1].partition("keep them together: ")[2])
+        load(root, *group)
+        assert capsys.readouterr().err == "--group: 6 families of 44 images\n"
+
+
+# --------------------------------------------------------- evaluation on images of another folder
+
+
+@pytest.fixture
+def left_out(make_folder: Maker) -> tuple[Path, Path]:
+    """SRC with 2 x 20 images, and OUT with 10 of the first class and 5 of the second."""
+    source = make_folder({"ape": 20, "bee": 20})
+    out = source.parent / "out"
+    for name, kept in (("ape", 10), ("bee", 5)):
+        (out / name).mkdir(parents=True)
+        for path in sorted((source / name).iterdir())[:kept]:
+            (out / name / path.name).write_bytes(path.read_bytes())
+    return source, out
+
+
+def test_source_validates_on_what_out_left_out_and_leaves_the_split_alone(
+    left_out: tuple[Path, Path],
+) -> None:
+    source, out = left_out
+    (source / "ape/._ape_000.jpg").write_bytes(b"what macOS writes beside a file")
+    (source / ".cache").mkdir()
+    (source / "ape/ape_000.jpg").write_bytes(b"another image than in OUT, which is not read")
+    alone, data = load(out), load(out, "--source", str(source))
+    assert data.parts.count("source") == 25 and not data.unreadable
+    assert names_of(data, data.train(0)) == names_of(alone, alone.train(0))
+    assert names_of(data, data.val(0))[:-25] == names_of(alone, alone.val(0))
+    below = {path.relative_to(source).as_posix() for path in source.rglob("[ab]*.jpg")}
+    assert set(data.names) == below and len(data.names) == 40
+    for index in data.val(0)[-25:].tolist():
+        assert data.paths[index] == str(source / data.names[index])
+        assert data.names[index].startswith(data.classes[data.labels[index]] + "/")
+    folds = load(out, "--source", str(source), "--folds", "3")
+    tested = folds.val(training.TEST)
+    assert {folds.parts[at] for at in tested} == {"source"} and len(tested) == 25
+    assert sorted(folds.judged().tolist()) == list(range(15))
+
+
+@pytest.mark.parametrize("folds", [1, 3])
+def test_a_folder_to_validate_on_leaves_all_of_the_other_for_training(
+    folds: int, make_folder: Maker, capsys: Said
+) -> None:
+    """It holds two of three classes, copies of two training images, and a name of one."""
+    train = make_folder({"ape": 10, "bee": 10, "cat": 10})
+    val = make_folder({"ape": 14, "bee": 14}, "val")
+    for name in ("ape", "bee"):
+        for path in sorted((val / name).iterdir())[1:10]:
+            path.unlink()
+        (val / name / f"{name}_000.jpg").rename(val / name / "copy.jpg")
+    (val / "ape/ape_010.jpg").rename(val / "ape/ape_000.jpg")
+    data = load(train, "--val", str(val), *(["--folds", "3"] if folds > 1 else []))
+    assert data.train_counts().tolist() == [10, 10, 10]
+    judged = data.val(training.TEST if folds > 1 else 0)
+    assert data.counts(judged).tolist() == [4, 4, 0]
+    assert data.parts == ["train"] * 30 + ["val"] * 8 and data.copies == 2
+    assert all(Path(data.paths[index]).is_relative_to(val) for index in judged)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "copy of a" in line]
+    assert [line.split(": ")[1] for line in warnings] == [
+        str(val / "ape/copy.jpg"),
+        str(val / "bee/copy.jpg"),
+    ]
+
+
+# -------------------------------------------------------------------------- a split from a file
+
+
+@pytest.fixture
+def six(make_folder: Maker) -> tuple[Path, dict[str, str]]:
+    """Six images of each of two classes, and the parts of all but the last of each."""
+    sides = ("train", "val", "train", "val", "train")
+    parts = {f"{x}/{x}_{at:03}.jpg": part for x in ("ape", "bee") for at, part in enumerate(sides)}
+    return make_folder({"ape": 6, "bee": 6}), parts
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_split_from_a_file_is_kept_to_and_what_it_does_not_name_is_counted(
+    encoding: str, six: tuple[Path, dict[str, str]], capsys: Said
+) -> None:
+    folder, parts = six
+    file = write_parts(folder.parent / "parts.csv", parts, encoding)
+    for seed in ("0", "1"):
+        data = load(folder, "--split", str(file), "--seed", seed)
+        assert names_of(data, data.train(0)) == [name for name in parts if parts[name] == "train"]
+        assert names_of(data, data.val(0)) == [name for name in parts if parts[name] == "val"]
+        assert data.classes == ["ape", "bee"] and data.labels.tolist() == [0] * 5 + [1] * 5
+        said = f"warning: {file}: 2 images are not named there; left out"
+        assert said in capsys.readouterr().err.splitlines()
+
+
+def test_a_split_from_a_file_takes_from_the_source_what_it_names_and_nothing_else(
+    left_out: tuple[Path, Path], capsys: Said
+) -> None:
+    """20 images of each class, of which OUT has the first 10 and the first 5."""
+    source, out = left_out
+    parts = {"ape/ape_000.jpg": "train", "ape/ape_001.jpg": "val", "bee/bee_000.jpg": "train"}
+    added = {"bee/bee_019.jpg": "source", "ape/ape_010.jpg": "source"}
+    file = write_parts(out.parent / "parts.csv", parts | added)
+    data = load(out, "--split", str(file), "--source", str(source))
+    assert data.parts == ["train", "val", "train", "source", "source"]
+    assert names_of(data, data.val(0)) == ["ape/ape_001.jpg", "ape/ape_010.jpg", "bee/bee_019.jpg"]
+    assert [Path(path).parents[1] for path in data.paths] == [out] * 3 + [source] * 2
+    assert f"{file}: 35 images are not named there" in capsys.readouterr().err
+    for name, part in (("ape/ape_001.jpg", "source"), ("ape/ape_019.jpg", "val")):
+        write_parts(file, {**parts, name: part})
+        with pytest.raises(training.DataError, match=f"parts.csv: {name}: not .*; such rows: 1"):
+            load(out, "--split", str(file), "--source", str(source))
+
+
+# ----------------------------------------------------------------- folders that are refused
+
+LAYOUTS = {  # folders of images, and what is said of them, if they are no classes
+    "cat dog": "",
+    "cat/2019 dog/2019": "",
+    "cat/m cat/f dog/m dog/f emu/m emu/f": "",
+    "bus/left bus/right car/left car/right train/left train/right": "",
+    "strain_a/1 strain_a/2 strain_b/1 strain_b/2 strain_c/1 strain_c/2": "",
+    "train/left car/left bus/right": "",
+    "train test car": "",  # toys
+    "train/cat train/dog test/cat test/dog": "train --val test",
+    "train/cat train/dog val/cat val/dog test/cat test/dog": "train --val val",
+    "Train/cat Train/dog Test/cat Test/dog": "Train --val Test",
+    "seg_train/cat seg_train/dog seg_test/cat": "seg_train --val seg_test",
+    "train/cat train/dog valid/cat valid/dog other": "train --val valid",
+    "train/cat train/dog test": "train",  # without labels
+    "train/x/cat train/x/dog test/x/cat test/x/dog": "train --val test",
+    "fold1/cat fold1/dog fold2/cat fold2/dog": "fold1 --val fold2",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parts_of_a_data_set_are_told_from_classes_as_by_data_creation(
+    layout: str, tmp_path: Path, capsys: Said
+) -> None:
+    data, expected = tmp_path / "data", LAYOUTS[layout]
+    for folder in layout.split():
+        (data / folder).mkdir(parents=True)
+        (data / folder / "x.jpg").write_bytes(b"")
+        (data / folder / "y.jpg").write_bytes(b"")
+    (data / "readme.txt").write_text("not a part")
+    assert creation.main([str(data), str(tmp_path / "out"), "--step", "0"]) == (2 * bool(expected))
+    assert ("look like parts" in capsys.readouterr().err) is bool(expected)
+    if not expected:
+        training.list_images(data)
+        return
+    assert training.main([str(data), "--output", str(tmp_path / "run"), *SMALL]) == 2
+    error, (train, *val) = capsys.readouterr().err, expected.split(" --val ")
+    command = f"data_training.py {data / train}" + "".join(f" --val {data / name}" for name in val)
+    assert error.startswith(f"data_training.py: error: {data}: ") and error.count("\n") == 1
+    assert error.endswith(f"look like parts of a data set, not classes; run {command}\n")
+
+
+GOOD = ["path,part", "ape/ape_000.jpg,train", "ape/ape_001.jpg,val", "bee/bee_000.jpg,train"]
+SPLITS: list[tuple[list[str], str]] = [
+    ([], "no rows with these columns; needed is a CSV file of path, part"),
+    (["path,fold", *GOOD[1:]], "no rows with these columns"),
+    ([line.replace(",", ";") for line in GOOD], "no rows with these columns"),
+    ([*GOOD, '"' + 200_000 * "x"], "field larger than field limit"),
+    (
+        [*GOOD[:2], "ape/ape_001.jpg,Val", "ape/ape_002.jpg,test"],
+        "ape/ape_001.jpg: no part 'Val'; write train, val or source; such rows: 2",
+    ),
+    ([*GOOD, "ape/ape_002.jpg"], "ape/ape_002.jpg: no part None"),
+    (
+        [*GOOD, "ape/none.jpg,train", "good/ape/ape_002.jpg,val", "./bee/bee_001.jpg,val"],
+        "ape/none.jpg: not in DATA; write class/file as there; such rows: 3",
+    ),
+    (["path,part", "ape\\ape_000.jpg,train"], "ape\\ape_000.jpg: not in DATA;"),
+    ([*GOOD, "ape/ape_002.jpg,source"], "ape_002.jpg: not among what --source SRC adds to DATA;"),
+    ([*GOOD, GOOD[1]], "ape/ape_000.jpg: named before; leave one row of it; such rows: 1"),
+    (
+        [*GOOD[:3], "bee/bee_000.jpg,val"],
+        "bee: no image of this class to train on that can be read; add one or remove the class;",
+    ),
+    ([line.replace("val", "train") for line in GOOD], "names no image to validate on, as part val"),
+]
+ERRORS = {
+    "one": "one: fewer than two classes",
+    "hollow": "hollow: Found no valid file for the classes bee.",
+    "veiled": "veiled/.bee: hidden, but would count as a class",
+    "broken": "broken: bee: no image of this class to train on that can be read",
+    "single": "single: no image differs from those trained on; nothing to validate on",
+    "good --source more": "--source more: not classes of good: cat, dog; rename or remove",
+    "good --val more": "--val more: not classes of good: cat, dog; rename or remove",
+    "good --val good": "good: no image differs from those trained on; nothing to validate on",
+    "good --val good --split split.csv": "--split: not allowed with argument --val",
+    "good --split none.csv": "none.csv: No such file or directory; needed is a CSV file of path",
+    "good --group jpg": "--group jpg: makes all images one family; name what differs",
+    "good --group (?=x)*": "makes all images one family",
+    "more --folds 5": "--folds 5: class dog has 1 different images; add images, or drop it",
+    "four --folds 5": "--folds 5: class bee has 4 different images; the largest that fits is 4",
+    "four --folds 4 --group (bee)_00[01]": "class bee has 3 families; the largest that fits is 3",
+    "four --folds 3 --split split.csv": "split.csv names validation images, which folds choose",
+}
+ERRORS |= {f"good --split {number}.csv": said for number, (_, said) in enumerate(SPLITS)}
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders and tables that something is wrong with; nothing is ever written there."""
+    root = tmp_path_factory.mktemp("bad")
+    write_folder(root / "good", {"ape": 3, "bee": 3})
+    write_folder(root / "more", {"ape": 3, "bee": 3, "cat": 3, "dog": 1})
+    write_folder(root / "four", {"ape": 9, "bee": 4})
+    write_folder(root / "one", {"ape": 3})
+    write_folder(root / "single", {"ape": 1, "bee": 1})
+    write_folder(root / "veiled", {"ape": 3, ".bee": 3})
+    write_folder(root / "hollow", {"ape": 3, "bee": 0})
+    write_folder(root / "broken", {"ape": 3, "bee": 1})
+    (root / "broken/bee/bee_000.jpg").write_text("broken")
+    (root / "split.csv").write_text("\n".join([*GOOD, "bee/bee_001.jpg,val"]))
+    for number, (lines, _) in enumerate(SPLITS):
+        (root / f"{number}.csv").write_text("".join(f"{line}\n" for line in lines))
+    return root
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_what_cannot_be_trained_on_gets_one_line_and_status_2(
+    case: str, bad: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said
+) -> None:
+    monkeypatch.chdir(bad)
+    before = sorted(bad.rglob("*"))
+    assert training.main([*case.split(), "--output", "run", *SMALL]) == 2
+    *warnings, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("data_training.py: error: ") and ERRORS[case] in error
+    assert all(line.startswith(("warning: ", "--group: ")) for line in warnings)
+    assert sorted(bad.rglob("*")) == before
+
+
+# -------------------------------------------------------------------------- reading images
+
+QUARTERS = np.zeros((40, 60, 3), np.uint8)
+QUARTERS[:20, :30], QUARTERS[:20, 30:], QUARTERS[20:, :30] = (200, 40, 40), (40, 200, 40), 90
+GREY = np.array(Image.fromarray(QUARTERS).convert("L"))
+UPRIGHT = torch.from_numpy(QUARTERS).permute(2, 0, 1)
+
+
+def read(path: Path, least: int = 0) -> torch.Tensor:
+    return training.read_image(str(path), {}, least)
+
+
+def corners(image: torch.Tensor) -> np.ndarray:
+    """The colours a little inside the four corners, clockwise from the upper left."""
+    height, width = image.shape[1:]
+    places = [(6, 6), (6, width - 7), (height - 7, width - 7), (height - 7, 6)]
+    return np.array([image[:, y, x].tolist() for y, x in places])
+
+
+def write_modes(folder: Path) -> list[Path]:
+    """The same picture in every mode and format that matters."""
+    picture, grey = Image.fromarray(QUARTERS), Image.fromarray(GREY)
+    wide = GREY.astype(np.uint16) * 257
+    sixteen = Image.fromarray(wide)
+    images = {
+        **{"rgb.jpg": picture, "rgb.png": picture, "rgb.webp": picture, "rgb.bmp": picture},
+        **{"rgb.tif": picture, "rgb.ppm": picture, "cmyk.jpg": picture.convert("CMYK")},
+        **{"rgba.png": picture.convert("RGBA"), "palette.png": picture.quantize(8)},
+        **{"grey.jpg": grey, "grey.png": grey, "grey_alpha.png": grey.convert("LA")},
+        **{"grey16.png": sixteen, "grey16.tif": sixteen},
+    }
+    for name, image in images.items():
+        image.save(folder / name, **({"quality": 100} if name.endswith(("jpg", "webp")) else {}))
+    picture.save(folder / "a_png.jpg", "PNG")
+    (folder / "grey16.pgm").write_bytes(b"P5 60 40 65535\n" + wide.astype(">u2").tobytes())
+    return sorted(folder.iterdir())
+
+
+def test_every_mode_and_format_comes_out_as_rgb(tmp_path: Path) -> None:
+    paths = write_modes(tmp_path)
+    assert len(paths) == 16
+    for path in paths:
+        image = training.read_image(str(path), {"I": 65535})
+        assert image.dtype == torch.uint8 and image.shape == (3, 40, 60), path
+        wanted = torch.from_numpy(GREY).expand(3, -1, -1) if "grey" in path.name else UPRIGHT
+        difference = np.abs(corners(image) - corners(wanted)).max()
+        assert difference <= (12 if "cmyk" in path.name else 4), path
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "16.png"])
+@pytest.mark.parametrize(
+    ("orientation", "undo"),
+    [(3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_90), (2, 0)],
+)
+def test_images_come_out_upright(tmp_path: Path, suffix: str, orientation: int, undo: int) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    deep, path = suffix == "16.png", tmp_path / f"x.{suffix}"
+    picture = Image.fromarray(GREY.astype(np.uint16) * 257 if deep else QUARTERS)
+    stored = picture.transpose(undo)  # turned back by the orientation
+    stored.save(path, exif=exif, **({"quality": 95} if "tif" not in suffix else {}))
+    wanted = torch.from_numpy(GREY).expand(3, -1, -1) if deep else UPRIGHT
+    image = training.read_image(str(path), {"I": 65535})
+    assert image.shape == wanted.shape
+    assert np.abs(corners(image) - corners(wanted)).max() < 25
+
+
+@pytest.mark.parametrize("kind", ["RGBA.png", "LA.png", "P.png", "RGBA.webp", "RGBA.tif", "P.gif"])
+def test_what_is_transparent_shows_white_not_the_colour_below(tmp_path: Path, kind: str) -> None:
+    mode, path = kind.partition(".")[0], tmp_path / f"x.{kind}"
+    picture = Image.new("LA", (24, 24), (0, 0))  # black, and nowhere to be seen
+    picture.paste((100, 255), (0, 0, 12, 24))
+    if mode == "P":
+        picture = Image.new("P", (24, 24), 1)
+        picture.putpalette([100] * 3 + [0] * 3)
+        picture.paste(0, (0, 0, 12, 24))
+    options = {"P": {"transparency": 1}, "RGBA": {"lossless": True}}.get(mode, {})
+    (picture if mode == "P" else picture.convert(mode)).save(path, **options)
+    image = read(path)
+    assert image.shape == (3, 24, 24)
+    assert (image[..., :12] == 100).all() and (image[..., 12:] == 255).all()
+
+
+def write_photograph(path: Path, width: int, height: int, **options: object) -> Path:
+    stream = np.random.default_rng(0).integers(256, size=(12, 16, 3), dtype=np.uint8)
+    Image.fromarray(stream).resize((width, height), Image.Resampling.BICUBIC).save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize(("least", "side"), [(300, 300), (301, 600), (600, 600), (149, 150)])
+def test_a_large_jpeg_is_decoded_to_what_is_needed(tmp_path: Path, least: int, side: int) -> None:
+    """A half, a quarter or an eighth of 1,200 pixels, upright."""
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by a quarter
+    path = write_photograph(tmp_path / "x.jpg", 1600, 1200, quality=95, exif=exif)
+    image, whole = read(path, least), read(path)
+    assert whole.shape == (3, 1600, 1200) and image.shape == (3, side // 3 * 4, side)
+    same = v2.functional.resize(whole, list(image.shape[1:])).float()
+    assert (image.float() - same).abs().mean() < 1
+    for name, size in (("small.jpg", (731, 400)), ("x.png", (700, 600))):  # to the same pixels
+        path = write_photograph(tmp_path / name, *size)
+        assert torch.equal(read(path, 201), read(path))
+
+
+# -------------------------------------------------------------- images of more than 8 bits
+
+
+def write_deep(path: Path, kind: str, values: list[float]) -> Path:
+    """Columns of these values as grey 16-bit PNG, RGB 16-bit PNG, 32-bit or float TIFF."""
+    columns = np.tile(np.array(values).repeat(8), (32, 1))
+    if kind == "rgb16":
+        rows = [b"\0" + row.repeat(3).astype(">u2").tobytes() for row in columns]
+        path.with_suffix(".png").write_bytes(png(32, 32, 16, b"".join(rows)))
+    elif kind == "grey16":
+        Image.fromarray(columns.astype(np.uint16)).save(path.with_suffix(".png"))
+    else:
+        dtype = np.int32 if kind == "grey32" else np.float32
+        Image.fromarray(columns.astype(dtype)).save(path.with_suffix(".tif"))
+    return path.with_suffix(".png" if "16" in kind else ".tif")
+
+
+DEEP = [  # kind, columns of the brightest image, white, what is seen of them
+    ("grey16", [0, 1024, 2048, 4095], 4095, [0, 64, 128, 255]),
+    ("grey16", [0, 100, 200, 255], 255, [0, 100, 200, 255]),
+    ("grey16", [0, 100, 256, 512], 1023, [0, 25, 64, 128]),
+    ("grey16", [0, 257, 32896, 65535], 65535, [0, 1, 128, 255]),
+    ("grey16", [0, 256, 512, 1023], 1023, [0, 64, 128, 255]),
+    ("grey16", [0, 4096, 8192, 16383], 16383, [0, 64, 128, 255]),
+    ("rgb16", [0, 1024, 2048, 4095], 4095, [0, 64, 128, 255]),
+    ("rgb16", [0, 257, 32896, 65535], 65535, [0, 1, 128, 255]),
+    ("grey32", [0, 50000, 100000, 200000], 200000, [0, 64, 128, 255]),
+    ("float", [0, 0.25, 0.5, 1], 1, [0, 64, 128, 255]),
+    ("float", [0, 1.5, 100, 200], 255, [0, 2, 100, 200]),
+    ("float", [0, 1000, 2000, 4000], 4095, [0, 62, 125, 249]),
+    ("float", [0, 0, 0, 0], 1, [0, 0, 0, 0]),
+]
+
+
+@pytest.mark.parametrize(("kind", "values", "white", "seen"), DEEP)
+def test_all_images_of_a_kind_have_the_same_white(
+    kind: str, values: list[float], white: float, seen: list[int], make_folder: Maker
+) -> None:
+    """A dark image among bright ones stays dark; images of 8 bits are not touched."""
+    root = make_folder({"ape": 2, "bee": 2})
+    deep = write_deep(root / "ape/deep", kind, values)
+    dark = write_deep(root / "bee/dark", kind, [value / 4 for value in values])
+    plain = read(root / "ape/ape_000.jpg")
+    data = load(root)
+    assert data.white == {"F" if kind == "float" else "I": white}
+    for path, factor in ((deep, 1), (dark, 0.25)):
+        image = training.read_image(str(path), data.white)
+        assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
+        assert (image == image[:1, :1]).all()
+        expected = pytest.approx([each * factor for each in seen], abs=0.76)
+        assert image[0, 0, ::8].tolist() == expected
+    assert torch.equal(training.read_image(str(root / "ape/ape_000.jpg"), data.white), plain)
+
+
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, -math.inf])
+def test_values_that_are_no_brightness_are_refused_in_one_line(
+    value: float, make_folder: Maker, capsys: Said
+) -> None:
+    root = make_folder({"ape": 3, "bee": 3})
+    path = write_deep(root / "ape/x", "float", [0, value, 0.5, 1])
+    assert training.main([str(root), "--output", str(root.parent / "run"), *SMALL]) == 2
+    error = capsys.readouterr().err
+    text = "values below 0 or not finite; shift them, or remove the image"
+    assert error == f"data_training.py: error: {path}: {text}\n"
+    assert not (root.parent / "run").exists()
+
+
+# ----------------------------------------------------------------------------- views of images
+
+
+def views(size: int, *arguments: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """How images are seen in training and in evaluation."""
+    args = training.parse_args(["x", "--image-size", str(size), *arguments])
+    return training.transforms(args)
+
+
+FLIPS = [(["--flip", "none"], 1), (["--no-flip"], 1), ([], 2), (["--flip", "sides"], 2)]
+
+
+@pytest.mark.parametrize(("flags", "sides"), [*FLIPS, (["--flip", "all"], 8)])
+def test_images_are_mirrored_and_turned_as_told(flags: list[str], sides: int) -> None:
+    torch.manual_seed(0)
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    image[:, :16], image[:, :, :16] = 40, image[:, :, :16] + 100
+    image[:, :16, :16] = 200
+    view = views(32, *flags, "--crop-scale", "1")[0]
+    seen = Counter(tuple(view(image)[0, ::31, ::31].flatten().tolist()) for _ in range(160))
+    assert len(seen) == sides and min(seen.values()) > 100 / sides - 8
+    mirrored = {tuple(image.flip(-1)[0, ::31, ::31].flatten().tolist())} & seen.keys()
+    assert bool(mirrored) is (sides > 1) and tuple(image[0, ::31, ::31].flatten().tolist()) in seen
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.8])
+def test_a_crop_shows_at_least_the_part_asked_for(scale: float) -> None:
+    image = torch.arange(100.0).expand(3, 100, 100).byte()  # each column has its own shade
+    view = views(32, "--flip", "none", "--crop-scale", str(scale))[0]
+    widths = [(crop := view(image))[0, 0, -1].item() - crop[0, 0, 0].item() for _ in range(200)]
+    narrowest = 100 * (scale * 3 / 4) ** 0.5  # of a crop that is 3 wide and 4 high
+    assert narrowest - 6 < min(widths) < narrowest + 12
+
+
+@pytest.mark.parametrize("scale", ["0.08", "0.5", "1"])
+def test_no_crop_of_what_is_decoded_is_enlarged(scale: str) -> None:
+    args = training.parse_args(["x", "--image-size", "32", "--crop-scale", scale])
+    least = training.least_side(args)
+    assert least >= training.eval_size(32)
+    crop = training.RandomResizedCrop(32, (args.crop_scale, 1.0))
+    image = torch.zeros(3, least, least, dtype=torch.uint8)
+    parts = [crop.make_params([image]) for _ in range(500)]
+    assert min(min(part["height"], part["width"]) for part in parts) >= 31  # they are rounded
+
+
+def test_crops_are_those_of_torchvision() -> None:
+    image = torch.arange(40 * 30 * 3).remainder(251).byte().reshape(40, 30, 3).permute(2, 0, 1)
+    ours = training.RandomResizedCrop(16, (0.5, 1.0))
+    theirs = v2.RandomResizedCrop(16, (0.5, 1.0))
+    for seed in range(20):
+        crops = [torch.manual_seed(seed) and crop(image) for crop in (ours, theirs)]
+        assert crops[0].shape == (3, 16, 16)
+        assert (crops[0].int() - crops[1].int()).abs().max() <= 1  # 0 but for some processors
+
+
+def test_evaluation_is_larger_by_up_to_a_seventh_in_whole_cells_of_32_pixels() -> None:
+    sizes = {32: 32, 56: 64, 64: 64, 112: 128, 128: 128, 160: 160, 224: 256, 288: 320}
+    assert {size: training.eval_size(size) for size in sizes} == sizes
+    image = torch.zeros(3, 300, 600, dtype=torch.uint8)
+    image[:, :, 150:450] = 255  # the central square
+    seen = views(224)[1](image)
+    assert seen.shape == (3, 256, 256) and (seen == 255).float().mean() > 0.99
+
+
+# --------------------------------------------------------------------------- what reads images
+
+
+def given_of(folder: Path) -> training.Given:
+    """A run before its first epoch; its folder is beside the images."""
+    output = training.unused(folder.parent / "read")
+    small = ["--weights", "none", "--image-size", "24", "--epochs", "1", "--output", str(output)]
+    return prepare(folder, *small)[0]
+
+
+def test_the_same_index_and_seed_give_the_same_pixels_in_any_process(spread: Path) -> None:
+    given, loaded = given_of(spread), []
+    train = given.data.train(0)[torch.randperm(45)][:22]
+    drawn = training.cut_batches(train.repeat(2), 8, training.seeded("augment", 0, 1))
+    for workers in (0, 1, 2):
+        given.args.workers = workers
+        reader = training.Reader(given)
+        torch.manual_seed(workers)
+        loaded.append([*reader.read(drawn, ""), *reader.read(training.cut_batches(train, 5), "")])
+    assert [len(labels) for _, labels in loaded[0]] == [8, 8, 7, 7, 7, 7, 5, 5, 4, 4, 4]
+    labels = torch.cat([labels for _, labels in loaded[0]])
+    assert torch.equal(labels, given.data.labels[train.repeat(3)])
+    for (pixels, labels), *others in zip(*loaded, strict=True):
+        assert pixels.dtype == torch.uint8 and pixels.shape[1:] == (24, 24, 3)
+        for same, again in others:
+            assert torch.equal(pixels, same) and torch.equal(labels, again)
+    images, at = reader.loader.dataset, int(train[0])
+    assert torch.equal(images[at, 77][0], images[at, 77][0])
+    assert not torch.equal(images[at, 77][0], images[at, 78][0])
+
+
+def test_what_is_evaluated_again_is_read_once(make_folder: Maker) -> None:
+    """The files may be gone by then; a training view is none of those kept."""
+    given = given_of(make_folder({"ape": 10, "bee": 10}))
+    reader, train, val = training.Reader(given), given.data.train(0), given.data.val(0)
+    drawn = training.cut_batches(train, 8, training.seeded("augment", 0, 1))
+    viewed, judged = training.cut_batches(train, 8), training.cut_batches(val, 3)
+    first = [list(reader.read(batches, "")) for batches in (drawn, judged, viewed)][1]
+    assert reader.views.keys() == set(val.tolist())
+    for path in given.data.paths:
+        Path(path).unlink()
+    for (one, labels), (two, same) in zip(first, reader.read(judged, ""), strict=True):
+        assert torch.equal(one, two) and torch.equal(labels, same)
+    missing = re.escape(given.data.paths[int(train[0])])
+    with pytest.raises(training.DataError, match=f"{missing}: no regular file"):
+        list(reader.read(viewed, ""))

@@ -1,0 +1,230 @@
+"""What a network says of new images: `data_training.py PHOTOS --predict RUN`."""
+
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import network_of, rows_of, run, write_folder
+from PIL import Image, ImageOps
+from torchvision import models
+from torchvision.transforms import v2
+
+import data_training as training
+
+Said = pytest.CaptureFixture[str]
+COLUMNS = ["path", "class", "probability", "second", "second_probability"]
+FLOAT32 = ["--device", "cpu", "--no-amp"]
+
+
+def predict(photos: Path, network: Path, output: Path, *flags: str) -> list[dict[str, str]]:
+    """The rows of the table."""
+    run(photos, "--predict", network, *FLOAT32, "--output", output, *flags)
+    return rows_of(output)
+
+
+@pytest.fixture(scope="module")
+def mixed(animals: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of 8 and of 12 bits that the default run has never seen, large and upright or not."""
+    root = write_folder(
+        tmp_path_factory.mktemp("mixed") / "new", {"ape": 5, "bee": 4, "cat": 3}, 90
+    )
+    exif = Image.Exif()
+    exif[274] = 6
+    stream = np.random.default_rng(0)
+    for name in ("ape", "bee", "cat"):
+        grey = stream.integers(0, 9, (5, 7)).repeat(16, 0).repeat(16, 1)
+        for number, factor in enumerate((450, 30)):  # the second is dark beside the first
+            Image.fromarray((grey * factor).astype(np.uint16)).save(
+                root / name / f"deep{number}.png"
+            )
+        photograph = Image.fromarray(stream.integers(0, 255, (6, 8, 3), dtype=np.uint8))
+        photograph.resize((800, 600)).save(root / name / "large.JPG", exif=exif)
+    return root
+
+
+@pytest.fixture(scope="module")
+def judged(mixed: Path, animals: Path, default_run: SimpleNamespace) -> Path:
+    """The default run's network, calibrated, judged on `mixed` without training."""
+    output = mixed.parent / "judged"
+    weights = ["--weights", default_run.path / "network.pt", "--epochs", 0]
+    run(animals, "--val", mixed, *weights, *FLOAT32, "--output", output)
+    return output
+
+
+def test_the_table_says_what_a_run_predicted_of_the_same_images(
+    judged: Path, mixed: Path, tmp_path: Path
+) -> None:
+    said = {row["path"]: row for row in rows_of(judged / "predictions.csv")}
+    rows = predict(mixed, judged, tmp_path / "x.csv")
+    assert list(rows[0]) == COLUMNS
+    assert [row["path"] for row in rows] == [str(mixed / name) for name in sorted(said)]
+    assert network_of(judged)["white"] == {"I": 4095}
+    for row in rows:
+        known = said[Path(row["path"]).relative_to(mixed).as_posix()]
+        assert row["class"] == known["predicted"]
+        assert float(row["probability"]) == pytest.approx(float(known["probability"]), abs=2e-6)
+    assert len({row["probability"] for row in rows}) > 10
+
+
+def test_folds_vote_as_they_did_on_images_that_none_has_seen(
+    folds_run: SimpleNamespace, others: Path, tmp_path: Path
+) -> None:
+    said = {row["path"]: row for row in rows_of(folds_run.path / "test_predictions.csv")}
+    rows = predict(others, folds_run.path, tmp_path / "x.csv")
+    assert len(network_of(folds_run.path)["networks"]) == 3 and len(rows) == len(said) == 12
+    for row in rows:
+        known = said[Path(row["path"]).relative_to(others).as_posix()]
+        assert row["class"] == known["predicted"]
+        assert float(row["probability"]) == pytest.approx(float(known["probability"]), abs=2e-6)
+
+
+def by_hand(network: dict[str, Any], paths: list[str]) -> torch.Tensor:
+    """The mean logits of the networks, by torchvision alone: what the README shows."""
+    size = network["eval_size"]
+    view = [v2.PILToTensor(), v2.Resize(size), v2.CenterCrop(size)]
+    norm = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    prepare = v2.Compose([*view, v2.ToDtype(torch.float32, scale=True), norm])
+    photos = [prepare(ImageOps.exif_transpose(Image.open(path)).convert("RGB")) for path in paths]
+    model, logits = models.get_model(network["arch"], num_classes=len(network["classes"])), []
+    for state in network["networks"]:
+        model.load_state_dict(state)
+        logits.append(model.eval()(torch.stack(photos)).detach())
+    return torch.stack(logits).mean(0)
+
+
+@pytest.mark.parametrize("name", ["default_run", "folds_run"])
+def test_a_few_lines_of_torchvision_say_the_same(
+    name: str, others: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Where classes are equally frequent, or as frequent as in training."""
+    folder = request.getfixturevalue(name).path
+    network = network_of(folder)
+    for flags, prior in (([], [1, 1, 1]), (["--natural"], network["train_images"])):
+        rows = predict(others, folder, tmp_path / f"{len(flags)}.csv", *flags)
+        logits = by_hand(network, [row["path"] for row in rows]) + torch.tensor(prior).log()
+        probability, best = logits.softmax(1).topk(2)
+        names = [[network["classes"][at] for at in pair] for pair in best.tolist()]
+        assert [[row["class"], row["second"]] for row in rows] == names and len(rows) == 12
+        for place, column in enumerate(("probability", "second_probability")):
+            said = [float(row[column]) for row in rows]
+            assert said == pytest.approx(probability[:, place].tolist(), abs=1e-5)
+
+
+# ----------------------------------------------------------------------------------- photos
+
+
+@pytest.fixture
+def photos(others: Path, tmp_path: Path) -> Path:
+    """Three photos at several depths, and what is none."""
+    root, images = tmp_path / "photos", sorted(others.rglob("*.jpg"))
+    (root / "b/deep/er.jpg").mkdir(parents=True)
+    (root / ".trash").mkdir()
+    names = ["z.jpg", "b/A.JPG", "b/deep/er.jpg/x.png", ".trash/x.jpg", "b/._A.jpg"]
+    for image, name in zip(images[: len(names)], names, strict=True):
+        shutil.copy(image, root / name)
+    (root / "b/notes.txt").write_text("not a photo")
+    return root
+
+
+def test_photos_are_found_at_any_depth_but_not_hidden_ones(
+    photos: Path, default_run: SimpleNamespace, tmp_path: Path
+) -> None:
+    rows = predict(photos, default_run.path, tmp_path / "x.csv")
+    found = [Path(row["path"]).relative_to(photos).as_posix() for row in rows]
+    assert found == ["b/A.JPG", "b/deep/er.jpg/x.png", "z.jpg"]
+
+
+def test_a_table_on_stdout_a_network_s_file_and_a_single_photo(
+    photos: Path, default_run: SimpleNamespace, tmp_path: Path
+) -> None:
+    rows = predict(photos, default_run.path, tmp_path / "x.csv")
+    printed = run(photos, "--predict", default_run.path / "network.pt", *FLOAT32).out
+    assert (tmp_path / "x.csv").read_text() == printed and len(rows) == 3
+    shutil.copy(default_run.path / "network.pt", tmp_path / "renamed.pth")
+    single = run(photos / "b/A.JPG", "--predict", tmp_path / "renamed.pth", *FLOAT32).out
+    assert [line.split(",")[:2] for line in single.splitlines()] == [
+        COLUMNS[:2],
+        [str(photos / "b/A.JPG"), rows[0]["class"]],
+    ]
+
+
+def test_what_cannot_be_read_is_named_and_left_out(
+    photos: Path, default_run: SimpleNamespace, tmp_path: Path, capsys: Said
+) -> None:
+    (photos / "empty.jpg").write_bytes(b"")
+    (photos / "b/text.png").write_text("not an image")
+    for name, value in (("nan", math.nan), ("below", -1.0)):
+        values = np.full((32, 32), 0.5, np.float32)
+        values[0, 0] = value
+        Image.fromarray(values).save(photos / f"{name}.tif")
+    command = [str(photos), "--predict", str(default_run.path), *FLOAT32]
+    assert training.main([*command, "--output", str(tmp_path / "x.csv")]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 4 and len(rows_of(tmp_path / "x.csv")) == 3
+    for name in ("empty.jpg", "b/text.png", "nan.tif", "below.tif"):
+        (line,) = [line for line in said if f"{photos / name}: " in line]
+        assert line.startswith("warning: ") and line.endswith("; left out")
+
+
+def test_a_photo_of_12_bits_alone_is_as_bright_as_among_those_of_the_run(
+    judged: Path, mixed: Path
+) -> None:
+    """The run knows what is white."""
+    table = run(mixed, "--predict", judged, *FLOAT32).out.splitlines()
+    dark = mixed / "ape/deep1.png"
+    alone = run(dark, "--predict", judged, *FLOAT32).out.splitlines()[1]
+    (among,) = [line for line in table if line.startswith(f"{dark},")]
+    assert alone.split(",")[1] == among.split(",")[1]
+    assert float(alone.split(",")[2]) == pytest.approx(float(among.split(",")[2]), abs=2e-6)
+    pixels = training.read_image(str(dark), network_of(judged)["white"])
+    assert 0 < pixels.max() < 20
+
+
+# ------------------------------------------------------------------------------ user errors
+
+ERRORS = {
+    "PHOTOS --predict young": "--predict young: no network there; name a run that has one",
+    "PHOTOS --predict PRETRAINED": "pretrained.pth: not a network of this script; train one first",
+    "PHOTOS --predict text.pth": "--predict text.pth: not a network of this script",
+    "none --predict RUN": "DATA none: no such folder or image",
+    "young --predict RUN": "DATA young: no image in it; known are .jpg",
+    "broken --predict RUN": "broken: no image that can be read",
+    "text.pth --predict RUN": "text.pth: no image that can be read",
+    "PHOTOS --predict RUN --output text.pth": "--output text.pth: there already; name a new file",
+    "PHOTOS --predict RUN --output young": "--output young: there already",
+    "PHOTOS --predict RUN --output no/x.csv": "--output no/x.csv: no folder to write it in",
+    "PHOTOS --predict RUN --device abacus": "--device abacus: not on this machine",
+}
+FLAGS = ["--seed 0", "--weights none", "--arch resnet18", "--image-size 32", "--folds 3"]
+FLAGS += ["--source x", "--no-calibration", "--flip none"]
+for flag in FLAGS:
+    said = f"{flag.split()[0]}: not with --predict, which finds everything in RUN; drop it"
+    ERRORS[f"PHOTOS --predict RUN {flag}"] = said
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_photos_or_networks_that_are_none_get_one_line_and_status_2(
+    case: str, photos: Path, pretrained: Path, default_run: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch, capsys: Said,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(photos.parent)
+    Path("young").mkdir()
+    Path("young/config.json").write_text("{}")
+    Path("broken").mkdir()
+    Path("broken/x.jpg").write_text("broken")
+    Path("text.pth").write_text("no weights")
+    places = {"PHOTOS": photos, "RUN": default_run.path, "PRETRAINED": pretrained}
+    before = {path: path.stat().st_mtime_ns for path in photos.parent.rglob("*")}
+    with pytest.raises(SystemExit) as stop:
+        raise SystemExit(training.main([str(places.get(each, each)) for each in case.split()]))
+    printed = capsys.readouterr()
+    *warnings, error = printed.err.splitlines()
+    assert stop.value.code == 2 and not printed.out
+    assert error.startswith("data_training.py: error: ") and ERRORS[case] in error
+    assert all(line.startswith("warning: ") for line in warnings)
+    assert {path: path.stat().st_mtime_ns for path in photos.parent.rglob("*")} == before

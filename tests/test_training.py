@@ -1,0 +1,907 @@
+"""What `data_training.py` promises of its command line, of training, and of whole runs."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import (
+    CPU,
+    TINY,
+    Trigger,
+    begin,
+    network_of,
+    prepare,
+    rows_of,
+    run,
+    start,
+    weights_file,
+)
+from torch import Tensor, nn
+from torchvision import models
+
+import data_training as training
+from data_training import EVERY, TEST, Fold, Stage
+
+# ---------------------------------------------------------------------------- the command line
+
+
+def tree(*roots: Path) -> dict[Path, int]:
+    """Each file and folder below `roots`, a file with when it changed."""
+    found = [path for root in roots for path in root.rglob("*")]
+    return {path: path.is_file() and path.stat().st_mtime_ns for path in found}
+
+
+def status_of(command: list[str]) -> int:
+    """The exit status, that of argparse too."""
+    try:
+        return training.main(command)
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+
+
+ERRORS = {
+    # what argparse sees by itself
+    "": "arguments are required: DATA",
+    "DATA --epochs -1": "'-1' is not a whole number of at least 0",
+    "DATA --epochs 1.5": "'1.5' is not a whole number",
+    "DATA --frozen-epochs -1": "'-1' is not a whole number",
+    "DATA --val-fraction 1": "'1' is not a number between 0 and 1",
+    "DATA --val-fraction 0": "'0' is not a number between 0 and 1",
+    "DATA --folds 2": "'2' is not a whole number from 3 to 10",
+    "DATA --folds 11": "'11' is not a whole number from 3 to 10",
+    "DATA --folds 3 --val-fraction 0.3": "not allowed with argument",
+    "DATA --lr 0": "'0' is not a number above 0",
+    "DATA --lr nan": "'nan' is not a number above 0",
+    "DATA --lr inf": "'inf' is not a number above 0",
+    "DATA --power 11": "'11' is not a number from 0 to 10",
+    "DATA --crop-scale 0": "'0' is not a number above 0, at most 1",
+    "DATA --image-size 0": "'0' is not a whole number of at least 1",
+    "DATA --batch-size 0": "'0' is not a whole number of at least 1",
+    "DATA --workers -1": "'-1' is not a whole number",
+    "DATA --seed 9223372036854775808": "is not a whole number of 64 bits",
+    "DATA --flip up": "invalid choice: 'up'",
+    "DATA --rebalance loss": "invalid choice: 'loss'",
+    "DATA --no-such-flag": "unrecognized arguments: --no-such-flag",
+    # flags of another use
+    "--resume RUN --arch resnt18": "--arch: not with --resume",
+    "--resume RUN DATA": "DATA: not with --resume",
+    "--resume RUN --epochs 10": "--epochs: not with --resume",  # the default, but said
+    "--resume RUN --predict RUN": "--predict: not with --resume",
+    "DATA --predict RUN --epochs 3": "--epochs: not with --predict",
+    "DATA --predict RUN --val-fraction 0.1": "--val-fraction: not with --predict",
+    "--predict RUN": "arguments are required: DATA",
+    "DATA --natural": "--natural: of --predict",
+    # settings that do not go together
+    "NOWHERE": "DATA NOWHERE: no such folder",
+    "FILE": "DATA FILE: no such folder",
+    "DATA --val NOWHERE": "--val NOWHERE: no such folder",
+    "DATA --source NOWHERE": "--source NOWHERE: no such folder",
+    "DATA --source DATA --val OTHERS": "--source: not allowed with argument --val",
+    "DATA --power 1 --rebalance none": "--power: of the sampler",
+    "DATA --epochs 2 --frozen-epochs 3": "--frozen-epochs 3: more than --epochs 2",
+    "DATA --folds 3 --epochs 0": "--folds: nothing is trained with --epochs 0",
+    "DATA --group (": "--group (: no regular expression",
+    "DATA --output FILE": "--output FILE: a file",
+    "DATA --output RUN": "--output RUN: already holds a run",
+    "DATA --output DATA": "--output DATA: would be a class of",
+    "DATA --output DATA/new/run": "--output DATA/new/run: would be a class of",
+    "DATA --val OTHERS --output OTHERS/run": "--output OTHERS/run: would be a class of",
+    "DATA --source OTHERS --output OTHERS/run": "--output OTHERS/run: would be a class of",
+    "DATA --split TABLES/t.csv --output TABLES": "--output would write its own files there",
+    "DATA --device tpu": "--device tpu: not on this machine",
+    # what is found out once the run folder is claimed
+    "DATA --arch resnt18": "--arch resnt18: unknown; choose from resnet101",
+    "DATA --weights NOWHERE": "--weights NOWHERE: no such file; pass one, or IMAGENET1K_V1",
+    "DATA --weights FILE": "--weights FILE: no weights",
+    "DATA --weights TRAP": "--weights TRAP: more than weights in it",
+    "DATA --weights NUMBERS": "--weights NUMBERS: no weights",
+    "DATA --weights PRETRAINED --arch resnet50": "--weights: not of a resnet50",
+    "DATA --weights RUN/network.pt --arch resnet50": "--arch resnet50: the weights are of resnet18",
+    "DATA --weights RUN/network.pt --epochs 0 --image-size 64": "--image-size 64: the weights are",
+    "DATA --weights VOTE/network.pt": "3 networks that vote; judge them with --epochs 0",
+    "DATA --weights none --image-size 32 --batch-size 1": "is no batch for BatchNorm",
+    "DATA --weights none --baseline NOWHERE": "--baseline: NOWHERE",
+    "DATA --weights none --folds 7": "--folds 7: class cat has 6 different images",
+    # going on
+    "--resume NOWHERE": "--resume NOWHERE: no run to go on with",
+    "--resume DATA": "--resume DATA: no run to go on with",
+    "--predict NOWHERE DATA": "--predict NOWHERE: no network there",
+}
+
+
+@pytest.fixture(scope="session")
+def places(
+    animals: Path, others: Path, pretrained: Path, default_run: SimpleNamespace,
+    folds_run: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Path]:  # fmt: skip
+    """What the names in capital letters stand for."""
+    root = tmp_path_factory.mktemp("places")
+    (root / "tables").mkdir()
+    (root / "tables/t.csv").write_text("path,part\n")
+    (root / "file").write_text("something")
+
+    class Trap:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.mkdir, (str(root / "sprung"),)
+
+    torch.save({"state_dict": Trap()}, root / "trap.pt")
+    torch.save({"state_dict": {"fc.bias": 1}}, root / "numbers.pt")
+    files = {"TRAP": "trap.pt", "NUMBERS": "numbers.pt", "FILE": "file"}
+    return {
+        **{name: root / file for name, file in files.items()},
+        "TABLES": root / "tables",
+        "DATA": animals,
+        "OTHERS": others,
+        "PRETRAINED": pretrained,
+        "RUN": default_run.path,
+        "VOTE": folds_run.path,
+    }
+
+
+@pytest.mark.parametrize("line", ERRORS)
+def test_bad_input_gets_one_line_and_status_2_and_nothing_is_written(
+    line: str,
+    places: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, path in places.items():
+        (tmp_path / name).symlink_to(path)
+    before = tree(tmp_path, places["FILE"].parent, places["DATA"].parent)
+    command = line.split()
+    if command and "--resume" not in command and "--device" not in command:
+        command += ["--device", "cpu"]
+    if not {"--resume", "--predict", "--output"}.intersection(command):
+        command += ["--output", "some/new/run"]
+    assert status_of(command) == 2
+    printed = capsys.readouterr()
+    lines = printed.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("data_training.py: error: ")
+    assert ERRORS[line] in lines[0]
+    assert tree(tmp_path, places["FILE"].parent, places["DATA"].parent) == before
+
+
+def test_a_new_run_asks_for_data_alone_and_one_that_goes_on_or_predicts_for_its_own() -> None:
+    args = training.parse_args(["photos"])
+    given = {"data": Path("photos"), "epochs": 10, "folds": 1, "val_fraction": 0.2, "seed": 0}
+    given |= {
+        "rebalance": "sampler",
+        "flip": "sides",
+        "weights": "DEFAULT",
+        "no_calibration": False,
+    }
+    assert given.items() <= vars(args).items()
+    for name in ("arch", "batch_size", "image_size", "frozen_epochs", "lr", "output", "amp"):
+        assert getattr(args, name) is None, name
+    where = ["--device", "cpu", "--workers", "2", "--no-amp"]
+    args = training.parse_args(["--resume", "run", *where])
+    assert (args.resume, args.device, args.workers, args.amp) == (Path("run"), "cpu", 2, False)
+    args = training.parse_args(["x", "--predict", "run", "--natural", "--batch-size", "8", *where])
+    assert (args.predict, args.natural, args.batch_size) == (Path("run"), True, 8)
+    assert training.parse_args(["x", "--batch-size", "auto", "--arch", "auto"]).batch_size is None
+
+
+def test_help_names_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status_of(["--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "0 only evaluates the given weights (default: 10)" in shown and "examples:" in shown
+
+
+# ------------------------------------------------------------------------ sampling, by hand
+
+
+def images(labels: list[int], held: list[int], folds: int = 1) -> training.Data:
+    """Images that are not there, with these labels, held out by these folds."""
+    names = [f"{label}/{at}.jpg" for at, label in enumerate(labels)]
+    return training.Data(
+        classes=["no", "yes"],
+        paths=names,
+        names=names,
+        labels=torch.tensor(labels),
+        parts=["val" if fold == 0 else "train" for fold in held],
+        held=torch.tensor(held),
+        folds=folds,
+        white={},
+        copies=0,
+        unreadable=[],
+    )
+
+
+@pytest.mark.parametrize(
+    ("power", "expected"),
+    [(1.0, [1 / 4] * 4 + [1.0]), (0.5, [0.5] * 4 + [1.0]), (0.0, [1.0] * 5)],
+)
+def test_an_image_weighs_one_over_the_images_of_its_class(
+    power: float, expected: list[float]
+) -> None:
+    weights = training.sample_weights(torch.tensor([0, 0, 0, 0, 1]), power)
+    assert weights.tolist() == pytest.approx(expected) and weights.dtype == torch.float64
+
+
+def test_weighted_draws_balance_the_classes_and_others_take_each_image_once() -> None:
+    labels = torch.tensor([0] * 900 + [1] * 100)
+    weights = training.sample_weights(labels, 1.0)
+    drawn = training.draw_images(weights, True, training.seeded("draw", 0))
+    assert len(drawn) == 1000
+    assert abs((labels[drawn] == 1).sum() - 500) < 4 * math.sqrt(250)  # 4 standard deviations
+    assert len(drawn.unique()) < 700  # of 900, a frequent image is left out with 1 - e^-0.56
+    drawn = training.draw_images(weights, False, training.seeded("draw", 0))
+    assert sorted(drawn.tolist()) == list(range(1000)) and drawn.tolist() != list(range(1000))
+
+
+def epoch_of(data: training.Data, seed: int = 0, fold: int = 0, epoch: int = 1, **other: object):  # noqa: ANN201
+    """The images that an epoch draws."""
+    settings = SimpleNamespace(**{"seed": seed, "power": 1.0, "rebalance": "sampler"} | other)
+    stage = Stage("whole", fold, range(1, 3), passes=2, steps=1, last=True)
+    return training.draw_epoch(SimpleNamespace(args=settings, data=data), stage, epoch)
+
+
+def test_each_seed_fold_and_epoch_draws_its_own_images_the_same_again_and_none_held_out() -> None:
+    data = images([0] * 30 + [1] * 10, [*range(4)] * 9 + [TEST] * 4, folds=4)
+    first = epoch_of(data)
+    assert torch.equal(first, epoch_of(data)) and len(first) == 2 * 27
+    for other in ({"seed": 1}, {"fold": 1}, {"epoch": 2}):
+        assert not torch.equal(first, epoch_of(data, **other)), other
+    for fold in range(4):
+        drawn = epoch_of(data, fold=fold)
+        assert not (data.held[drawn] == fold).any() and not (data.held[drawn] == TEST).any()
+        assert set(drawn.tolist()) <= set(range(40))
+    once = epoch_of(data, rebalance="none")
+    assert torch.bincount(once)[data.train(0)].tolist() == [2] * 27
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size", "sizes"),
+    [(10, 4, [4, 3, 3]), (9, 3, [3, 3, 3]), (3, 8, [3]), (65, 64, [33, 32]), (0, 4, [])],
+)
+def test_batches_differ_by_one_image_at_most(
+    images: int, batch_size: int, sizes: list[int]
+) -> None:
+    batches = training.cut_batches(torch.arange(images), batch_size, training.seeded("augment", 0))
+    assert [len(batch) for batch in batches] == sizes
+    pairs = [pair for batch in batches for pair in batch.tolist()]
+    assert [index for index, _ in pairs] == list(range(images))
+    assert len({seed for _, seed in pairs}) == images  # each draw is augmented in its own way
+    judged = training.cut_batches(torch.arange(images), batch_size)
+    assert all((batch[:, 1] == training.EVALUATED).all() for batch in judged)
+
+
+@pytest.mark.parametrize(
+    ("images_", "processes", "size"),
+    [(5000, 1, 64), (2048, 1, 64), (2047, 1, 32), (10, 1, 32), (5000, 3, 66), (10, 5, 35)],
+)
+def test_batches_are_half_as_large_where_an_epoch_would_have_under_32_steps(
+    images_: int, processes: int, size: int
+) -> None:
+    data = images([0] * images_ + [1], [EVERY] * images_ + [0])
+    assert training.pick_batch_size(data, processes) == size
+
+
+# ------------------------------------------------------------------------------ the network
+
+
+def state_of(classes: int, seed: int = 0) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    return models.resnet18(num_classes=classes).state_dict()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": state},
+        lambda state: {f"module.{key}": value for key, value in state.items()},
+    ],
+)
+def test_weights_are_found_in_whatever_people_save(
+    wrap: Callable[[dict[str, Tensor]], object], tmp_path: Path
+) -> None:
+    state = {"fc.weight": torch.ones(2, 3), "fc.bias": torch.zeros(2)}
+    torch.save(wrap(state), tmp_path / "x.pt")
+    content = training.read_weights(str(tmp_path / "x.pt"))
+    assert list(content) == ["networks"] and len(content["networks"]) == 1
+    assert {k: v.tolist() for k, v in content["networks"][0].items()} == {
+        k: v.tolist() for k, v in state.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("size", "classes", "kept"),
+    [(2, None, True), (2, ["no", "yes"], True), (2, ["yes", "no"], False), (3, None, False)],
+)
+def test_a_head_stays_where_size_and_known_classes_agree_and_else_is_zero(
+    size: int, classes: list[str] | None, kept: bool
+) -> None:
+    state = state_of(size)
+    content = {"networks": [state]} | ({"classes": classes} if classes else {})
+    model, said = training.build_model("resnet18", ["no", "yes"], content)
+    expected = state["fc.weight"] if kept else torch.zeros(2, 512)
+    assert torch.equal(model.fc.weight, expected)
+    assert torch.equal(model.conv1.weight, state["conv1.weight"])
+    assert said == ("head kept" if kept else f"head of {size} classes dropped for a new one")
+
+
+def test_a_vote_is_the_mean_of_the_logits_of_its_networks() -> None:
+    states = [state_of(2, seed) for seed in range(3)]
+    content = {"networks": states, "classes": ["no", "yes"]}
+    vote, said = training.build_model("resnet18", ["no", "yes"], content)
+    assert isinstance(vote, training.Vote) and said == "3 networks, head kept"
+    inputs, logits = torch.randn(2, 3, 32, 32), torch.zeros(2, 2)
+    for state in states:
+        model = models.resnet18(num_classes=2).eval()
+        model.load_state_dict(state)
+        logits += model(inputs) / 3
+    torch.testing.assert_close(vote.eval()(inputs), logits)
+
+
+def test_a_checkpoint_brings_its_architecture_and_image_size(
+    default_run: SimpleNamespace, animals: Path, tmp_path: Path
+) -> None:
+    weights = ["--weights", default_run.path / "network.pt", "--epochs", 0]
+    done = run(animals, *weights, "--output", tmp_path / "run", "--device", "cpu", "--no-amp")
+    settings = json.loads((done.path / "config.json").read_text())["settings"]
+    assert (settings["arch"], settings["image_size"]) == ("resnet18", 32)
+    assert done.out.startswith("resnet18, ") and "head kept" in done.out.splitlines()[0]
+    state, before = (
+        network_of(done.path)["networks"][0],
+        network_of(default_run.path)["networks"][0],
+    )
+    assert all(torch.equal(state[name], before[name]) for name in before)  # not calibrated twice
+    files = {path.name for path in done.path.iterdir()}
+    assert training.STATE not in files and {"network.pt", "report.html"} <= files
+
+
+# --------------------------------------------------------------------------- the stages
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        # 1,000 steps of 10 images, by 40 images, make 250 passes of 4 steps
+        ("--epochs 3", [("head", 0, range(1), 250, 1000), ("whole", 0, range(1, 4), 1, 12)]),
+        ("--epochs 3 --frozen-epochs 0", [("whole", 0, range(1, 4), 1, 12)]),
+        ("--epochs 3 --weights none", [("whole", 0, range(1, 4), 1, 12)]),
+        (
+            "--epochs 3 --frozen-epochs 2",
+            [("head", 0, range(1, 3), 125, 1000), ("whole", 0, range(3, 4), 1, 4)],
+        ),
+        ("--epochs 3 --frozen-epochs 3", [("head", 0, range(1, 4), 84, 1008)]),
+        ("--epochs 0", [("given", 0, range(1), 0, 0)]),
+    ],
+)
+def test_the_stages_are_those_of_the_head_and_of_all_layers(
+    flags: str, expected: list[tuple[object, ...]]
+) -> None:
+    args = training.parse_args(["x", "--batch-size", "10", *flags.split()])
+    stages = training.plan(args, images([0, 1] * 25, [EVERY] * 40 + [0] * 10))
+    assert [stage[:5] for stage in stages] == expected
+    assert [stage.last for stage in stages] == [False] * (len(stages) - 1) + [True]
+
+
+def test_each_fold_has_stages_of_its_own_as_long_as_its_images_ask_for() -> None:
+    args = training.parse_args(["x", "--batch-size", "10", "--epochs", "1", "--folds", "3"])
+    stages = training.plan(args, images([0, 1] * 20, [0] * 5 + [1] * 15 + [2] * 20, folds=3))
+    assert [(stage.fold, stage.name) for stage in stages] == [
+        (fold, name) for fold in range(3) for name in ("head", "whole")
+    ]
+    assert [stage.steps for stage in stages if stage.name == "whole"] == [4, 3, 2]
+    assert [stage.last for stage in stages] == [False, True] * 3
+
+
+# ------------------------------------------------------------------- training, by hand
+
+
+def rate_by_hand(step: int, steps: int, rising: int) -> float:
+    """Part of the peak: by half a cosine from 1 / 25 up in `rising` steps, and down to nothing."""
+    if step <= rising:
+        return 1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * step / rising)) / 2
+    part = (step - rising) / (steps - 1 - rising)
+    return 4e-6 + (1 - 4e-6) * (1 + math.cos(math.pi * part)) / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "steps", "rising"),
+    [
+        ("whole", "x.pt", 100, 1),  # of given weights the second step is at the peak
+        ("whole", "none", 100, 9),  # others warm up for a tenth of the way
+        ("head", "x.pt", 100, 9),
+        ("whole", "none", 6, 1),
+        *(("whole", "x.pt", steps, 1) for steps in (1, 2, 3, 4)),
+    ],
+)
+def test_the_learning_rate_rises_and_falls_in_any_number_of_steps(
+    name: str, weights: str, steps: int, rising: int
+) -> None:
+    model = nn.Module()
+    model.fc = nn.Linear(1, 1)
+    stage = Stage(name, 0, range(1), 1, steps, last=True)
+    given = SimpleNamespace(args=SimpleNamespace(weights=weights), compute=CPU)
+    optimizer = torch.optim.SGD(model.parameters(), 3.0)
+    trainer, rates = training.Trainer(model, stage, optimizer, given), []
+    for _ in range(steps):
+        rates.append(trainer.rate())
+        trainer.step(model.fc(torch.ones(1, 1)).sum())
+    expected = [3 * rate_by_hand(step, max(4, steps), rising) for step in range(steps)]
+    assert rates == pytest.approx(expected, abs=1e-9)
+
+
+def normalised(given: training.Given, pairs: Tensor) -> Tensor:
+    """The images of (index, seed), as ImageNet's networks take them: (B, 3, S, S)."""
+    dataset = training.Reader(given).loader.dataset
+    pixels = torch.stack([dataset[tuple(pair)][0] for pair in pairs.tolist()])
+    mean, std = (torch.tensor(each) for each in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    return ((pixels / 255 - mean) / std).permute(0, 3, 1, 2)
+
+
+def batches_of(given: training.Given, epoch: int) -> tuple[Tensor, ...]:
+    """Those that `run` trains on."""
+    stage = next(each for each in training.plan(given.args, given.data) if epoch in each.epochs)
+    seeds = training.seeded("augment", given.args.seed, 0, epoch)
+    drawn = training.draw_epoch(given, stage, epoch)
+    return training.cut_batches(drawn, given.args.batch_size, seeds)
+
+
+def with_new_head(pretrained: Path) -> models.ResNet:
+    """The network that training begins with."""
+    model = models.resnet18(num_classes=7)
+    model.load_state_dict(torch.load(pretrained, weights_only=True))
+    model.fc = nn.Linear(512, 3)
+    nn.init.zeros_(model.fc.weight)
+    nn.init.zeros_(model.fc.bias)
+    return model.to(memory_format=torch.channels_last)
+
+
+def assert_moved_alike(state: dict[str, Tensor], model: nn.Module, start: nn.Module) -> None:
+    """The same way from the start, but for rounding, of which Adam makes much in a few weights."""
+    before = start.state_dict()
+    for name, value in model.state_dict().items():
+        way = (value - before[name]).float().norm()
+        assert (state[name] - value).float().norm() <= 0.03 * way + 1e-6, name
+
+
+def test_a_run_of_all_layers_ends_as_a_loop_that_is_written_by_hand(
+    animals: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    command = ["--weights", pretrained, "--epochs", 2, "--frozen-epochs", 0, *TINY]
+    command = [*map(str, command), "--no-calibration", "--output"]
+    done = run(animals, *command, str(tmp_path / "run"))
+    given, _ = prepare(animals, *command, str(tmp_path / "other"))
+    model, step = with_new_head(pretrained), 0
+    head = [model.fc.weight, model.fc.bias]
+    rest = [weight for name, weight in model.named_parameters() if "fc" not in name]
+    groups = [{"params": head, "weight_decay": 0.002}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups)
+    losses: list[float] = []
+    for epoch in (1, 2):
+        total = 0.0
+        for batch in batches_of(given, epoch):  # 31 images: three steps
+            for group, peak in zip(optimizer.param_groups, (9e-4, 3e-4), strict=True):
+                group["lr"] = peak * rate_by_hand(step, 6, 1)
+            loss = F.cross_entropy(model(normalised(given, batch)), given.data.labels[batch[:, 0]])
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            total, step = total + loss.item() * len(batch), step + 1
+        losses.append(total / 31)
+    content = network_of(done.path)
+    assert step == 6 and len(content["networks"]) == 1
+    assert_moved_alike(content["networks"][0], model, with_new_head(pretrained))
+    history = rows_of(done.path / "history.csv")
+    assert [row["phase"] for row in history] == ["whole", "whole"]
+    assert [float(row["train_loss"]) for row in history] == pytest.approx(losses, rel=1e-3)
+    assert float(history[0]["learning_rate"]) == pytest.approx(3e-4 * rate_by_hand(3, 6, 1), rel=1e-4)
+
+
+def test_a_run_of_the_head_ends_as_a_loop_that_is_written_by_hand(
+    animals: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "HEAD_STEPS", 5)  # of 12 images each: two passes over 31
+    command = ["--weights", pretrained, "--epochs", 1, "--frozen-epochs", 1, *TINY]
+    command = [*map(str, command), "--no-calibration", "--output"]
+    done = run(animals, *command, str(tmp_path / "run"))
+    given, _ = prepare(animals, *command, str(tmp_path / "other"))
+    backbone = with_new_head(pretrained).eval()
+    backbone.fc = nn.Identity()
+    everything = torch.arange(len(given.data.labels))
+    views = torch.stack([everything, torch.full_like(everything, training.EVALUATED)], 1)
+    with torch.no_grad():
+        features = backbone(normalised(given, views))
+    square = (features[given.data.train(0)] ** 2).sum(1).mean().item() / 512
+    weight, bias = torch.zeros(3, 512, requires_grad=True), torch.zeros(3, requires_grad=True)
+    pace = [[weight, 0.02 / square, 0.002 * square, 0.0], [bias, 0.02, 0.002, 0.0]]
+    batches = batches_of(given, 1)
+    assert len(batches) == 6
+    for step, batch in enumerate(batches):
+        indices = batch[:, 0]
+        loss = F.cross_entropy(features[indices] @ weight.T + bias, given.data.labels[indices])
+        for each, slope in zip(pace, torch.autograd.grad(loss, [weight, bias]), strict=True):
+            each[3] = 0.9 * each[3] + slope + each[2] * each[0].detach()  # momentum
+            each[0].data -= each[1] * rate_by_hand(step, 6, 1) * each[3]
+    state = network_of(done.path)["networks"][0]
+    torch.testing.assert_close(state["fc.weight"], weight.detach(), rtol=0.01, atol=1e-4)
+    torch.testing.assert_close(state["fc.bias"], bias.detach(), rtol=0.01, atol=1e-4)
+    given_weights = torch.load(pretrained, weights_only=True)
+    assert all(torch.equal(v, given_weights[k]) for k, v in state.items() if "fc" not in k)
+
+
+def test_the_head_is_less_sure_where_all_layers_begin_to_move_and_softened_once(
+    animals: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    command = ["--weights", str(pretrained), "--output", str(tmp_path / "run"), *TINY]
+    given, progress = prepare(animals, *command)
+    nn.init.ones_(progress.model.fc.weight)
+    nn.init.ones_(progress.model.fc.bias)
+    progress.history = [{"fold": 1, "epoch": 0, "phase": "head"}]
+    begin(given, progress, 1)
+    assert progress.head["fc.weight".removeprefix("fc.")].unique().tolist() == [1.0]
+    assert progress.model.fc.weight.unique().tolist() == [pytest.approx(0.1)]
+    assert progress.model.fc.bias.unique().tolist() == [pytest.approx(0.1)]
+    progress.history.append({"fold": 1, "epoch": 1, "phase": "whole"})
+    begin(given, progress, 2)  # as one that goes on does
+    assert progress.model.fc.weight.unique().tolist() == [pytest.approx(0.1)]
+    progress.history = []
+    begin(given, progress, 1)  # and without a head that was trained alone
+    assert progress.model.fc.weight.unique().tolist() == [pytest.approx(0.1)]
+
+
+# ------------------------------------------------------------------- how much is kept
+
+
+def test_a_share_of_the_way_is_a_mix_of_the_weights_and_the_whole_way_the_end_itself() -> None:
+    progress = SimpleNamespace(start={"conv": torch.tensor([1.0]), "fc.bias": torch.tensor([9.0])})
+    end = {"conv": torch.tensor([3.0]), "fc.bias": torch.tensor([8.0])}
+    fold = Fold(head={"bias": torch.tensor([4.0])}, end=end, way=torch.empty(0))
+    mixed = training.mix(progress, fold, 0.25)
+    assert {k: v.tolist() for k, v in mixed.items()} == {"conv": [1.5], "fc.bias": [5.0]}
+    assert training.mix(progress, fold, 0.0)["fc.bias"].tolist() == [4.0]
+    assert training.mix(progress, fold, 1.0) is end
+
+
+@pytest.mark.parametrize(
+    ("flags", "shares"),
+    [
+        ("", (0.0, 0.25, 0.5, 0.75, 1.0)),
+        ("--frozen-epochs 2", (0.0, 0.25, 0.5, 0.75, 1.0)),
+        ("--frozen-epochs 0", (1.0,)),  # where the way would begin there is no head
+        ("--frozen-epochs 10", (1.0,)),
+        ("--weights none", (1.0,)),
+    ],
+)
+def test_shares_are_compared_where_there_is_a_head_to_begin_with(
+    flags: str, shares: tuple[float, ...]
+) -> None:
+    assert training.list_shares(training.parse_args(["x", *flags.split()])) == shares
+
+
+def ways(*losses: list[float]) -> Tensor:
+    """Logits of images of class 0, 1, 0, 1, ... with these losses after each share: (S, M, 2)."""
+    p = (-torch.tensor(losses)).exp()
+    right = (p / (1 - p)).log()
+    logits = torch.stack([right, torch.zeros_like(right)], 2)
+    logits[:, 1::2] = logits[:, 1::2].flip(2)
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("losses", "kept"),
+    [
+        ([[0.5] * 4, [0.5] * 4], 1),  # the same: the end
+        ([[0.6] * 4, [0.5] * 4], 1),
+        # gains of 0.1, 0.1, 0.1, 0.05: 0.0875 on average, with a standard error of 0.011
+        ([[0.4, 0.4, 0.4, 0.45], [0.5] * 4], 0),
+        # gains of 0.1, 0.1, 0.1, -0.2: 0.025 on average, with a standard error of 0.065
+        ([[0.4, 0.4, 0.4, 0.7], [0.5] * 4], 1),
+        ([[0.4] * 4, [0.3, 0.3, 0.3, 0.35], [0.5] * 4], 1),  # the best, not the first that is good
+        ([[0.3, 0.3, 0.3, 0.8], [0.49] * 4, [0.5] * 4], 2),  # nor another where the best is chance
+    ],
+)
+@pytest.mark.parametrize("folds", [1, 2])
+def test_the_end_is_kept_unless_another_share_is_better_by_more_than_chance(
+    losses: list[list[float]], kept: int, folds: int
+) -> None:
+    """In two folds of two images each, or in one."""
+    whole = ways(*losses)
+    held = [0] * 4 if folds == 1 else [0, 0, 1, 1]
+    data = images([0, 1, 0, 1, 0, 1], [*held, EVERY, EVERY], folds)
+    args = training.parse_args(["x", "--no-calibration", "--weights", "x.pt"])
+    given = SimpleNamespace(args=args, data=data)
+    done = [Fold({}, {}, part) for part in whole.chunk(folds, 1)]
+    assert training.choose_share(given, done) == kept
+
+
+# ------------------------------------------------------------------------------ whole runs
+
+FILES = {
+    *("config.json", "split.csv", "history.csv", "classes.csv", "predictions.csv"),
+    *("recall.svg", "curves.svg", "report.html", "network.pt", "resume.pt"),
+}
+
+
+def test_a_run_folder_has_one_network_and_what_is_said_of_it(
+    default_run: SimpleNamespace, animals: Path, pretrained: Path
+) -> None:
+    assert {path.name for path in default_run.path.iterdir()} == FILES
+    content = network_of(default_run.path)
+    assert list(content) == [
+        *("arch", "classes", "train_images", "weights", "train_size", "eval_size", "white"),
+        "networks",
+    ]
+    assert content["arch"] == "resnet18" and content["classes"] == ["ape", "bee", "cat"]
+    assert content["train_images"] == [16, 10, 5] and content["weights"] == str(pretrained)
+    assert (content["train_size"], content["eval_size"]) == (32, 32) and content["white"] == {}
+    assert len(content["networks"]) == 1
+    models.resnet18(num_classes=3).load_state_dict(content["networks"][0])
+    history = rows_of(default_run.path / "history.csv")
+    told = [(row["fold"], row["epoch"], row["phase"]) for row in history]
+    assert told == [("1", "0", "head"), ("1", "1", "whole"), ("1", "2", "whole")]
+    for row in history:
+        assert 0 <= float(row["data_wait"]) <= 1 and float(row["images_per_second"]) > 0
+        assert int(row["fewest_draws"]) <= int(row["most_draws"])
+        assert 0 < float(row["distinct_images"]) <= 1
+    split = rows_of(default_run.path / "split.csv")
+    assert {row["path"] for row in split} == {
+        path.relative_to(animals).as_posix() for path in animals.rglob("*.jpg")
+    }
+    held = {row["path"] for row in split if row["part"] == "val"}
+    assert {row["path"] for row in rows_of(default_run.path / "predictions.csv")} == held
+    draws = sum(int(row["draws"]) for row in rows_of(default_run.path / "classes.csv"))
+    assert draws == (math.ceil(1000 * 12 / 31) + 2) * 31  # passes of the head, and two epochs
+
+
+def test_the_first_line_says_what_runs_where_and_the_last_ones_what_came_of_it(
+    default_run: SimpleNamespace,
+) -> None:
+    first, second, *_ = default_run.out.splitlines()
+    assert first.startswith("resnet18, ") and first.endswith("; cpu, torch.float32")  # --arch auto
+    assert "head of 7 classes dropped for a new one" in first
+    assert second.startswith("31 training images in 3 classes of 16 to 5, imbalance ratio 3.2; 7 v")
+    lines = default_run.out.splitlines()
+    assert sum(line.startswith(" 1/1 ") for line in lines) == 3
+    result = json.loads((default_run.path / "config.json").read_text())["result"]
+    assert f"\nbalanced accuracy {result['balanced_accuracy']:.1%} [" in default_run.out
+    assert default_run.out.endswith(f"everything else is in {default_run.path / 'report.html'}\n")
+    assert "about 1 min to go" in default_run.err
+
+
+def logits_of(state: dict[str, Tensor], inputs: Tensor) -> Tensor:
+    """What a network of torchvision says with these weights."""
+    model = models.resnet18(num_classes=3).eval()
+    model.load_state_dict(state)
+    with torch.no_grad():
+        return model(inputs)
+
+
+def look_at(folder: Path, names: list[str], scratch: Path) -> Tensor:
+    """The images as evaluation sees them."""
+    given, _ = prepare(folder, "--weights", "none", *TINY, "--output", str(scratch))
+    places = torch.tensor([given.data.names.index(name) for name in names])
+    pairs = torch.stack([places, torch.full_like(places, training.EVALUATED)], 1)
+    return normalised(given, pairs)
+
+
+def assert_said(rows: list[dict[str, str]], logits: Tensor) -> None:
+    """The predictions are those of uncalibrated logits."""
+    probability, predicted = logits.softmax(1).max(1)
+    assert [row["predicted"] for row in rows] == [["ape", "bee", "cat"][at] for at in predicted]
+    found = [float(row["probability"]) for row in rows]
+    assert found == pytest.approx(probability.tolist(), abs=1e-3)
+
+
+def test_each_image_is_judged_once_by_the_network_of_its_fold(
+    folds_run: SimpleNamespace, animals: Path, tmp_path: Path
+) -> None:
+    assert {path.name for path in folds_run.path.iterdir()} == FILES | {
+        *("test_predictions.csv", "test_classes.csv"),
+    }
+    rows = rows_of(folds_run.path / "predictions.csv")
+    assert len({row["path"] for row in rows}) == len(rows) == 38
+    parts = {row["path"]: row["part"] for row in rows_of(folds_run.path / "split.csv")}
+    networks = network_of(folds_run.path)["networks"]
+    inputs = look_at(animals, [row["path"] for row in rows], tmp_path / "x")
+    logits = torch.stack([logits_of(state, inputs) for state in networks])
+    folds = torch.tensor([int(parts[row["path"]].removeprefix("fold ")) for row in rows]) - 1
+    assert torch.bincount(folds).tolist() in ([13, 13, 12], [13, 12, 13], [12, 13, 13])
+    assert_said(rows, logits[folds, torch.arange(38)])
+    heads = [state["fc.weight"] for state in networks]
+    assert not torch.equal(heads[0], heads[1]) and not torch.equal(heads[1], heads[2])
+
+
+def test_the_network_of_a_fold_has_not_seen_the_images_that_judge_it(
+    folds_run: SimpleNamespace, animals: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    """It is trained as by a run on the images of the other folds alone."""
+    lines = ["path,part"]
+    for row in rows_of(folds_run.path / "split.csv"):
+        if row["part"].startswith("fold"):
+            lines.append(f"{row['path']},{'val' if row['part'] == 'fold 1' else 'train'}")
+    (tmp_path / "split.csv").write_text("\n".join(lines))
+    flags = ["--split", tmp_path / "split.csv", "--epochs", 1, "--no-calibration", *TINY]
+    done = run(animals, "--weights", pretrained, *flags, "--output", tmp_path / "run")
+    alone = rows_of(done.path / "history.csv")
+    fold = [row for row in rows_of(folds_run.path / "history.csv") if row["fold"] == "1"]
+    for ours, theirs in zip(alone, fold, strict=True):
+        assert (ours["phase"], ours["epoch"]) == (theirs["phase"], theirs["epoch"])
+        assert float(ours["train_loss"]) == pytest.approx(float(theirs["train_loss"]), rel=1e-2)
+        assert float(ours["val_loss"]) == pytest.approx(float(theirs["val_loss"]), rel=1e-2)
+
+
+def test_the_networks_are_tested_together_on_images_that_none_has_seen(
+    folds_run: SimpleNamespace, others: Path, animals: Path, tmp_path: Path
+) -> None:
+    rows = rows_of(folds_run.path / "test_predictions.csv")
+    assert sorted(row["path"] for row in rows) == sorted(
+        path.relative_to(others).as_posix() for path in others.rglob("*.jpg")
+    )
+    networks = network_of(folds_run.path)["networks"]
+    assert len(networks) == 3
+    inputs = look_at(others, [row["path"] for row in rows], tmp_path / "x")
+    assert_said(rows, torch.stack([logits_of(state, inputs) for state in networks]).mean(0))
+    assert "untouched test" in folds_run.out and "of single folds" in folds_run.out
+    # With --epochs 0 the network file votes as it did.
+    given = ["--weights", folds_run.path / "network.pt", "--epochs", 0, "--val", others]
+    voted = run(animals, *given, *TINY, "--output", tmp_path / "voted")
+    again = rows_of(voted.path / "predictions.csv")
+    assert [row["predicted"] for row in again] == [row["predicted"] for row in rows]
+    assert [float(row["probability"]) for row in again] == pytest.approx(
+        [float(row["probability"]) for row in rows], abs=1e-4
+    )
+    assert len(network_of(voted.path)["networks"]) == 3
+
+
+def test_all_folds_train_their_heads_on_features_that_are_computed_once(
+    folds_run: SimpleNamespace,
+) -> None:
+    assert folds_run.err.count("features:   0%") == 1
+    assert folds_run.err.count("training, head:   0%") == 3
+
+
+def test_where_the_head_alone_is_trained_folds_share_their_backbone(
+    animals: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "HEAD_STEPS", 100)
+    flags = ["--folds", 3, "--epochs", 2, "--frozen-epochs", 2, *TINY]
+    done = run(animals, "--weights", pretrained, *flags, "--output", tmp_path / "run")
+    given = torch.load(pretrained, weights_only=True)
+    networks = network_of(done.path)["networks"]
+    for state in networks:
+        assert all(torch.equal(v, given[k]) for k, v in state.items() if "fc." not in k)
+    heads = [state["fc.weight"] for state in networks]
+    assert len(heads) == 3 and not torch.equal(heads[0], heads[1])
+    phases = [(row["fold"], row["phase"]) for row in rows_of(done.path / "history.csv")]
+    assert phases == [(fold, "head") for fold in "112233"]
+    classes = rows_of(done.path / "classes.csv")
+    recalls = [float(row["recall"]) for row in classes]
+    assert min(recalls) > 0.5  # squares of one colour are told apart by any features
+    assert [row["val_images"] for row in classes] == ["20", "12", "6"]
+
+
+def test_from_random_weights_every_layer_is_trained(animals: Path, tmp_path: Path) -> None:
+    flags = ["--weights", "none", "--arch", "resnet18", "--epochs", 1, *TINY]
+    done = run(animals, *flags, "--output", tmp_path / "run", "--seed", 5, "--rebalance", "none")
+    torch.manual_seed(5)
+    start = models.resnet18(num_classes=3).state_dict()
+    state = network_of(done.path)["networks"][0]
+    for name, value in start.items():
+        if name.endswith(("weight", "running_mean")):
+            assert not torch.equal(state[name], value), name
+    [row] = rows_of(done.path / "history.csv")
+    assert row["phase"] == "whole" and row["distinct_images"] == "1"
+
+
+# ---------------------------------------------------------------------- what may happen to a run
+
+
+def test_of_two_runs_at_once_with_one_output_the_second_gets_an_error(
+    animals: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    command = [str(animals), "--weights", str(pretrained), "--epochs", "0", *TINY]
+    pair = [start(*command, "--output", str(tmp_path / "run")) for _ in range(2)]
+    errors = [process.communicate(timeout=120)[1] for process in pair]
+    assert sorted(process.returncode for process in pair) == [0, 2]
+    [error] = [e for e, process in zip(errors, pair, strict=True) if process.returncode == 2]
+    assert error.count("\n") == 1
+    assert "another run has just begun there" in error or "already holds a run" in error
+    assert (tmp_path / "run/network.pt").exists()
+
+
+def test_two_runs_of_the_same_second_get_folders_of_their_own(
+    animals: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seconds in range(120):
+        moment = datetime.now() + timedelta(seconds=seconds)
+        (tmp_path / f"runs/{moment:%Y-%m-%d_%H-%M-%S}").mkdir(parents=True)
+    run(animals, "--weights", pretrained, "--epochs", 0, *TINY)
+    [made] = [path for path in (tmp_path / "runs").iterdir() if any(path.iterdir())]
+    assert made.name.endswith("-2") and made.with_name(made.name[:-2]).exists()
+
+
+def test_a_validation_image_that_goes_during_the_run_costs_reports_alone(
+    animals: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(animals, tmp_path / "animals")
+    output = tmp_path / "run"
+
+    def remove() -> None:
+        for row in rows_of(output / "split.csv"):
+            if row["part"] == "val":
+                (folder / row["path"]).unlink()
+
+    command = [str(folder), "--weights", str(pretrained), "--epochs", "1", *TINY]
+    with contextlib.redirect_stdout(Trigger("   0/1 ", remove)):
+        assert training.main([*command, "--output", str(output)]) == 0
+    error = capsys.readouterr().err
+    assert "not all reports could be written" in error and error.count("warning: ") == 1
+    assert [row["epoch"] for row in rows_of(output / "history.csv")] == ["0", "1"]
+    assert (output / "network.pt").exists() and len(rows_of(output / "predictions.csv")) == 7
+
+
+def test_a_diverging_run_says_so_in_one_line(
+    animals: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--lr", "1e30", "--epochs", "2", "--frozen-epochs", "0", *TINY]
+    command = [str(animals), "--weights", str(pretrained), *flags]
+    assert training.main([*command, "--output", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("data_training.py: error: ")
+    assert "--lr: the loss became" in error or "the network's outputs are no numbers" in error
+
+
+def test_a_batch_for_which_memory_does_not_do_names_a_smaller_one(
+    animals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pixels for which no address is left: the first image is too many."""
+    flags = ["--weights", "none", "--image-size", "20000000", "--device", "cpu"]
+    assert training.main([str(animals), *flags, "--output", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("data_training.py: error: --batch-size 16: out of memory on cpu; try 8")
+
+
+def test_another_error_of_torch_keeps_its_traceback(
+    animals: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    """As of a bug, here in what is printed."""
+
+    def fail() -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    command = [str(animals), "--weights", str(pretrained), "--epochs", "0", *TINY]
+    with (
+        contextlib.redirect_stdout(Trigger("training images", fail)),
+        pytest.raises(RuntimeError, match="mat1"),
+    ):
+        training.main([*command, "--output", str(tmp_path / "run")])
+
+
+def test_what_is_printed_is_one_line_even_of_names_that_hold_several() -> None:
+    assert training.printable("a\nb\x1b[0m\udce9") == r"a\nb\x1b[0m\udce9"
+
+
+def test_weights_in_half_precision_are_trained_in_single(animals: Path, tmp_path: Path) -> None:
+    state = torch.load(weights_file(tmp_path / "w.pth"), weights_only=True)
+    torch.save({k: v.half() if v.is_floating_point() else v for k, v in state.items()},
+               tmp_path / "half.pth")  # fmt: skip
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        given, progress = prepare(
+            animals, "--weights", str(tmp_path / "half.pth"), "--output", str(tmp_path / "x"), *TINY
+        )
+    assert progress.model.conv1.weight.dtype == torch.float32
+    torch.testing.assert_close(
+        progress.model.conv1.weight.data, state["conv1.weight"], atol=1e-3, rtol=1e-3
+    )
+    assert given.origin == "head of 7 classes dropped for a new one"
