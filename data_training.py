@@ -134,8 +134,8 @@ PARTS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "test
 WITH_RESUME = ("device", "workers", "amp")
 WITH_PREDICT = ("data", "output", "natural", "batch_size", *WITH_RESUME)
 HEADER = (
-    "fold  epoch  phase  train loss  val loss  accuracy  balanced [95 %]       as trained    many  "
-    "medium     few  images/s   left"
+    "fold   epoch  phase  train loss  val loss  accuracy  balanced [95 %]       as trained    many "
+    " medium     few  images/s   left"
 )
 Rows = list[dict[str, Any]]
 MOST_CLASSES, GROUPS = 30, 10  # that the page shows one by one; groups of more
@@ -1772,13 +1772,16 @@ def fit_calibration(
     The problem is convex. A prior worth `PRIOR` images holds the numbers near what is usual where
     there is little to go by: near a scale of 1 and a shift of `left` times the scale, since that
     many log shares are left in the logits. Images with weights w that sum to 1 tell as much as
-    1 / sum(w^2) of equal weight (Kish 1965).
+    1 / sum(w^2) of equal weight (Kish 1965); a class without images counts there as half an image,
+    since without it the others are best told by never naming it.
     """
     if not len(targets):
         return Calibration(1.0, left)
     picked = pick_evenly(targets, MOST_FITTED // len(log_share))
     logits, targets, log_share = logits[picked].double(), targets[picked], log_share.double()
     weights = class_weights(targets)
+    counts = torch.bincount(targets, minlength=len(log_share)).clamp(min=0.5)
+    prior = PRIOR * (1 / counts).mean() / len(counts)
     spread = max(log_share.std(correction=0).item(), LEAST_SPREAD)
     steps = (log_share - log_share.mean()) / spread
     numbers = torch.tensor([1.0, left * spread], dtype=torch.float64, requires_grad=True)
@@ -1789,15 +1792,16 @@ def fit_calibration(
         scale, shift = numbers
         losses = F.cross_entropy(scale * logits - shift * steps, targets, reduction="none")
         far = (scale - 1) ** 2 + (shift - left * spread * scale) ** 2
-        value = weights @ losses + PRIOR * weights @ weights * far
+        value = weights @ losses + prior * far
         value.backward()
         return value
 
     with torch.enable_grad():
         optimizer.step(loss)
     scale, shift = numbers.tolist()
-    # A network worse than chance is not turned round: it knows nothing.
-    return Calibration(max(scale, LEAST_SCALE), shift / spread)
+    if scale < LEAST_SCALE:  # worse than chance: it is not turned round, but knows nothing
+        return Calibration(LEAST_SCALE, left * LEAST_SCALE)
+    return Calibration(scale, shift / spread)
 
 
 def pick_evenly(labels: Tensor, most: int) -> Tensor:
@@ -1922,9 +1926,10 @@ def wilson_interval(right: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     With n - 1 in place of n, as the variance of a sample has it; of one image all is possible, and
     so of none.
     """
-    part, n = (right / counts).nan_to_num(), (counts - 1).clamp(min=0)
+    part, n = (right.double() / counts).nan_to_num(), (counts - 1).clamp(min=0)
     centre, half = 2 * n * part + Z**2, Z * (Z**2 + 4 * n * part * (1 - part)).sqrt()
-    return (centre - half) / (2 * (n + Z**2)), (centre + half) / (2 * (n + Z**2))
+    low, high = (end / (2 * (n + Z**2)) for end in (centre - half, centre + half))
+    return low.clamp(min=0), high.clamp(max=1)  # what rounding leaves would be shown as -0 %
 
 
 def mean_interval(recall: Tensor, counts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -1936,7 +1941,7 @@ def mean_interval(recall: Tensor, counts: Tensor, weights: Tensor) -> tuple[Tens
     """
     recall, n = recall.nan_to_num(), (counts - 1).clamp(min=ONE_TELLS)
     below, above = (lowest_mean(part, n, weights) for part in (recall, 1 - recall))
-    mean = weights @ recall
+    mean = (weights * recall).sum(1)
     return mean, mean - below, mean + above
 
 
@@ -2039,8 +2044,8 @@ def compare(targets: Tensor, before: Tensor, after: Tensor, train_counts: Tensor
             "before": b,
             "after": a,
             "difference": a - b,
-            "low": a - b - h,
-            "high": a - b + h,
+            "low": max(a - b - h, -1.0),
+            "high": min(a - b + h, 1.0),
         }
         for name, b, a, h in zip(MEASURES, one.tolist(), two.tolist(), half.tolist(), strict=True)
     ]
@@ -2387,7 +2392,7 @@ def format_epoch(row: dict[str, Any], args: Namespace) -> str:
     return (
         f"{row['fold']:2}/{args.folds:<2} {row['epoch']:3}/{args.epochs:<3} {row['phase']:5}  "
         f"{row['train_loss']:10.3f}  {row['val_loss']:8.3f}  {cells['accuracy']:>8}  "
-        f"{balanced:<18}  {cells['as_trained_balanced_accuracy']:>10}  "
+        f"{balanced:<20}  {cells['as_trained_balanced_accuracy']:>10}  "
         f"{cells['many']:>6}  {cells['medium']:>6}  {cells['few']:>6}  "
         f"{row['images_per_second']:8.1f}  {left:>5}"
     )
@@ -2793,8 +2798,8 @@ def describe_method(given: Given, last: Evaluation) -> str:
         )
     return text + (
         "Balanced accuracy is the mean recall of the classes. Intervals (95 %) are Wilson's for a "
-        "class and score intervals for a mean; they say how far other images could move a figure, not how "
-        "far another training could."
+        "class and score intervals for a mean; they say how far other images could move a figure, "
+        "not how far another training could."
     )
 
 

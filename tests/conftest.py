@@ -94,15 +94,6 @@ def begin(
     return SimpleNamespace(stage=stage, trainer=progress.trainer, reader=reader, source=source)
 
 
-def train(given: training.Given, begun: SimpleNamespace, epoch: int) -> tuple[torch.Tensor, ...]:
-    """Train an epoch; the batches that it trained on."""
-    drawn = training.draw_epoch(given, begun.stage, epoch)
-    seeds = training.seeded("augment", given.args.seed, begun.stage.fold, epoch)
-    batches = training.cut_batches(drawn, given.args.batch_size, seeds)
-    training.train_epoch(given, begun.trainer, batches, begun.source)
-    return batches
-
-
 def png(width: int, height: int, bits: int, rows: bytes) -> bytes:
     """A PNG of three channels, as Pillow would not write it."""
 
@@ -140,7 +131,7 @@ def start(*arguments: str, processes: int = 0, script: Path = SCRIPT) -> subproc
     command = [sys.executable, str(script)]
     if processes:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command = [*torchrun, f"--nproc-per-node={processes}", str(SCRIPT)]
+        command = [*torchrun, f"--nproc-per-node={processes}", str(script)]
     return subprocess.Popen(
         [*command, *arguments],
         stdout=subprocess.PIPE,
@@ -176,7 +167,7 @@ def raises(error: BaseException) -> Callable[[], object]:
 
 
 def interrupt_after(epochs: int, command: list[str], output: Path) -> Path:
-    """The run, stopped by Ctrl-C when so many epochs of its first fold are written."""
+    """The run, stopped by Ctrl-C once epoch number `epochs` of its first fold is written."""
     stdout = Trigger(f"{epochs + 1:3}/", raises(KeyboardInterrupt()))
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout):
         patch.setattr(training, "WRITE_EVERY", 0.0)

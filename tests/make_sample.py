@@ -2,9 +2,10 @@
 
     python tests/make_sample.py DEST
 
-DEST gets twelve class folders of 96 x 96 JPEGs, 60 down to 38 images each, 588 in all. A breed is a
-coat colour, ears, spots and a tail; colours overlap between breeds, size, place, pose, light and
-background vary from image to image. The same images come out every time.
+DEST gets four class folders of 128 x 128 JPEGs: 124, 104, 84 and 64 images, 376 in all. The last
+breed has its coat in common with the first, its ears with the second: where it is rare, it is taken
+for one of those. Size, place, tilt, shades, light and background vary from image to image. The same
+images come out every time.
 """
 
 import random
@@ -13,64 +14,73 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-SIZE = 96
-COATS = ((196, 142, 82), (92, 64, 48), (214, 206, 192), (120, 118, 124))
-BREEDS = (
-    *("akita", "beagle", "corgi", "dingo", "eurasier", "foxhound"),
-    *("greyhound", "husky", "iceland", "jindo", "kelpie", "labrador"),
-)
+SIZE, FINE = 128, 2  # pixels a side, and how many times finer an image is drawn
+SPARE = 0.2  # of a side, drawn around an image so that it can be tilted
+RED, GREY = (190, 130, 70), (128, 134, 146)
+BREEDS = {  # images, coat, ears
+    "akita": (124, RED, "pricked"),
+    "weimaraner": (104, GREY, "hanging"),
+    "husky": (84, GREY, "pricked"),
+    "spaniel": (64, RED, "hanging"),
+}
+Colour = tuple[int, ...]
 
 
-def draw_dog(breed: int, stream: random.Random) -> Image.Image:
-    """One image of the breed: coat = breed % 4, ears = breed // 4, spots on every second one."""
+def shade(colour: Colour, by: float) -> Colour:
+    """The colour, darker for `by` below 1 and lighter above."""
+    return tuple(min(255, int(channel * by)) for channel in colour)
 
-    def vary(value: float, by: float) -> float:
-        return value + stream.uniform(-by, by)
 
-    background = tuple(stream.randrange(60, 230) for _ in range(3))
-    image = Image.new("RGB", (SIZE, SIZE), background)
+def draw_dog(coat: Colour, ears: str, stream: random.Random) -> Image.Image:
+    """A portrait of a dog with such a coat and such ears; all else is left to chance."""
+    side, vary = int(SIZE * FINE * (1 + 2 * SPARE)), stream.uniform
+    wall = shade(tuple(stream.randrange(90, 256) for _ in "rgb"), vary(0.8, 1))
+    image = Image.new("RGB", (side, side), wall)
     draw = ImageDraw.Draw(image)
-    for _ in range(8):  # clutter
-        x, y, r = stream.uniform(0, SIZE), stream.uniform(0, SIZE), stream.uniform(2, 9)
-        draw.ellipse([x - r, y - r, x + r, y + r], tuple(stream.randrange(60, 230) for _ in "rgb"))
-    light = stream.uniform(0.85, 1.12)
-    coat = tuple(min(255, int(vary(channel, 14) * light)) for channel in COATS[breed % 4])
-    dark = tuple(channel * 2 // 5 for channel in coat)
-    x, y, s = vary(SIZE / 2, 9), vary(SIZE / 2, 7), vary(1.0, 0.2)
-    body = [x - 26 * s, y - 4 * s, x + 20 * s, y + 20 * s]
-    for leg in (-20, -12, 8, 15):
-        draw.line([x + leg * s, y + 10 * s, x + vary(leg, 3) * s, y + 36 * s], coat, int(5 * s))
-    draw.ellipse(body, coat)
-    tail = -34 if breed % 3 else -24
-    draw.line([x - 24 * s, y, x + tail * s, y + vary(-18, 5) * s], coat, int(5 * s))
-    head = (x + 22 * s, y - 12 * s)
-    r = 12 * s
-    draw.ellipse([head[0] - r, head[1] - r, head[0] + r, head[1] + r], coat)
-    draw.ellipse([head[0] + 6 * s, head[1] - 1 * s, head[0] + 17 * s, head[1] + 8 * s], coat)
-    for side in (-7, 5):
-        ear_x, ear_y = head[0] + side * s, head[1] - 8 * s
-        if breed // 4 == 0:  # pricked
-            tip = (ear_x + 2 * s, ear_y - 20 * s)
-            draw.polygon([(ear_x - 5 * s, ear_y), tip, (ear_x + 7 * s, ear_y)], dark)
-        elif breed // 4 == 1:  # hanging
-            draw.ellipse([ear_x - 5 * s, ear_y, ear_x + 5 * s, ear_y + 24 * s], dark)
-        else:  # round
-            draw.ellipse([ear_x - 7 * s, ear_y - 10 * s, ear_x + 7 * s, ear_y + 4 * s], dark)
-    if breed % 2:
-        for _ in range(6):
-            px, py = x + stream.uniform(-20, 14) * s, y + stream.uniform(0, 14) * s
-            draw.ellipse([px - 4 * s, py - 4 * s, px + 4 * s, py + 4 * s], dark)
-    draw.ellipse([head[0] + 2 * s, head[1] - 4 * s, head[0] + 5 * s, head[1] - 1 * s], "black")
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if stream.random() < 0.5 else image
+    draw.rectangle([0, side * vary(0.55, 0.75), side, side], shade(wall, vary(0.65, 0.85)))
+    for _ in range(8):
+        x, y, r = side * vary(0, 1), side * vary(0, 1), side * vary(0.02, 0.07)
+        draw.ellipse([x - r, y - r, x + r, y + r], shade(wall, vary(0.7, 1.2)))
+    unit = SIZE * FINE / 100 * vary(0.85, 1.15)
+    left, top = (side / 2 + vary(-8, 8) * unit for _ in "xy")
+    coat = shade(tuple(channel + stream.randint(-12, 12) for channel in coat), vary(0.85, 1.15))
+    dark, pale = shade(coat, 0.6), tuple((channel + 510) // 3 for channel in coat)
+
+    def dot(x: float, y: float, wide: float, high: float, colour: Colour) -> None:
+        box = [x - wide, y - high, x + wide, y + high]
+        draw.ellipse([(left, top)[at % 2] + unit * end for at, end in enumerate(box)], colour)
+
+    def spike(*corners: tuple[float, float], colour: Colour) -> None:
+        draw.polygon([(left + unit * x, top + unit * y) for x, y in corners], colour)
+
+    dot(0, 66, 31, 46, coat)  # body
+    dot(0, 66, 14, 38, pale)
+    for way in (-1, 1) if ears == "pricked" else ():
+        x, y = way * vary(25, 30), vary(-50, -43)
+        spike((way * 7, -20), (x, y), (way * 28, -6), colour=dark)
+        spike((way * 13, -20), (x * 0.95, y * 0.85), (way * 25, -10), colour=pale)
+    dot(0, 0, 27, 28, coat)  # head
+    for way in (-1, 1) if ears == "hanging" else ():
+        dot(way * vary(26, 30), vary(5, 12), 9, 24, dark)
+    for way in (-1, 1):
+        dot(way * 11, -6, 4.5, 5, (255, 255, 255))
+        dot(way * 11, -5, 3, 3.6, (20, 16, 14))
+    if stream.random() < 0.6:
+        dot(0, 24, 4.5, 8, (226, 110, 120))  # tongue
+    dot(0, 13, 13, 11, pale)
+    dot(0, 7, 5, 3.6, (20, 16, 14))  # nose
+    ends = [side * at / (1 + 2 * SPARE) for at in (SPARE, SPARE, 1 + SPARE, 1 + SPARE)]
+    tilted = image.rotate(vary(-14, 14), Image.Resampling.BILINEAR)
+    return tilted.resize((SIZE, SIZE), Image.Resampling.LANCZOS, ends)
 
 
 def main(dest: Path) -> None:
     """Write all images under `dest`, which must not exist."""
     dest.mkdir(parents=True)
-    for breed, name in enumerate(BREEDS):
+    for name, (images, coat, ears) in BREEDS.items():
         (dest / name).mkdir()
-        for number in range(60 - 2 * breed):
-            image = draw_dog(breed, random.Random(f"{name}/{number}"))
+        for number in range(images):
+            image = draw_dog(coat, ears, random.Random(f"{name}/{number}"))
             image.save(dest / name / f"{name}_{number:03}.jpg", quality=90)
 
 

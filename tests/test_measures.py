@@ -73,19 +73,19 @@ def test_the_interval_of_a_recall_is_wilson_s_at_one_image_less(
 def farthest(recall: list[float], counts: list[int], weights: list[float]) -> float:
     """The lowest mean that is not refused, found on a grid of all pairs of true recalls.
 
-    A mean is refused if it is Z standard deviations away where its likeliest pair is the truth.
+    A mean is refused if what was seen is over Z standard deviations away from it, were the
+    likeliest pair of recalls with that mean the truth.
     """
-    p, q = np.meshgrid(*[np.linspace(5e-4, 1 - 5e-4, 1000)] * 2)
+    p, q = (each.ravel() for each in np.meshgrid(*[np.linspace(5e-4, 1 - 5e-4, 1000)] * 2))
     likelihood, variance = np.zeros(p.shape), np.zeros(p.shape)
     for part, r, n, w in zip((p, q), recall, (c - 1 for c in counts), weights, strict=True):
         likelihood += n * (r * np.log(part) + (1 - r) * np.log(1 - part))
         variance += w**2 * part * (1 - part) / n
-    means, seen = weights[0] * p + weights[1] * q, np.dot(recall, weights)
-    for mean in np.arange(0, seen, 5e-4):
-        near = np.where(abs(means - mean) < 5e-4, likelihood, -np.inf)
-        if seen - mean <= training.Z * variance.flat[near.argmax()] ** 0.5:
-            return float(mean)
-    return float(seen)
+    order, of_likeliest = likelihood.argsort(), np.zeros(1001)
+    steps = (1000 * (weights[0] * p + weights[1] * q)).round().astype(int)
+    of_likeliest[steps[order]] = variance[order]  # the last one stays
+    distance = np.dot(recall, weights) - np.arange(1001) / 1000
+    return float((distance <= training.Z * of_likeliest**0.5).argmax() / 1000)
 
 
 @pytest.mark.parametrize(
@@ -102,9 +102,9 @@ def test_the_ends_of_a_mean_are_those_of_a_search_over_all_recalls(
     given = (torch.tensor(x).double() for x in (recall, counts, [weights]))
     mean, low, high = (x.item() for x in training.mean_interval(*given))
     assert mean == pytest.approx(np.dot(recall, weights))
-    assert low == pytest.approx(farthest(recall, counts, weights), abs=3e-3)
+    assert low == pytest.approx(farthest(recall, counts, weights), abs=2e-3)
     below = farthest([1 - r for r in recall], counts, weights)
-    assert high == pytest.approx(1 - below, abs=3e-3)
+    assert high == pytest.approx(1 - below, abs=2e-3)
 
 
 def test_intervals_of_means_of_nothing_and_of_sure_things() -> None:
@@ -112,7 +112,9 @@ def test_intervals_of_means_of_nothing_and_of_sure_things() -> None:
     recall = torch.tensor([math.nan, 1, 1]).double()
     mean, low, high = training.mean_interval(recall, counts, weights)
     assert mean.tolist() == high.tolist() == [1, 1]
-    assert low[0] == pytest.approx(4 / (4 + training.Z**2)) and low[1] < low[0]
+    # Recalls are at most 4 / (pull / 2) and 0.3 / (pull / 2), pull * (1 - their mean) = Z^2.
+    expected = [4 / (4 + training.Z**2), 4.3 / (4.3 + training.Z**2)]
+    assert low.tolist() == pytest.approx(expected)
     empty = training.mean_interval(recall, counts, weights * math.nan)
     assert all(end.isnan().all() for end in empty)
 
@@ -133,7 +135,7 @@ def test_a_comparison_adds_a_quarter_of_an_image_to_both_who_won_and_who_lost() 
     same = rows[4]  # two images tell little: 0.25 + 0.25 of 2.5, of n - 1/2
     half = 1.959964 * (0.5 / 2.5 / 1.5) ** 0.5
     assert [*same.values()][1:] == pytest.approx([0.5, 0.5, 0, -half, half])
-    assert (rows[0]["before"], rows[0]["after"]) == (0.5, 0.7)
+    assert (rows[0]["before"], rows[0]["after"]) == pytest.approx((0.5, 0.7))
     assert (rows[1]["before"], rows[1]["after"]) == (0.5, 0.625)
 
 
@@ -161,16 +163,90 @@ def draw(counts: Tensor, part: Tensor, runs: int, seed: int = 0) -> Tensor:
 def test_the_interval_of_balanced_accuracy_covers_the_truth(
     setting: str, first: float, last: float
 ) -> None:
-    """In 93 to 98 % of runs; with three images of a class it may be more, but not less.
-
-    Recalls fall evenly from the first class to the last. A class is a part of what is drawn alike,
-    so runs share their classes: each is a row of weights, of its own columns.
-    """
-    counts, runs = torch.tensor(SETTINGS[setting]), 1500
+    """In 93 to 98 % of runs; with 300 and 3 images it may be more. Recalls fall evenly."""
+    counts, runs = torch.tensor(SETTINGS[setting]), 2000
     truth = torch.linspace(first, last, len(counts)).double()
-    weights = torch.full((1, len(counts)), 1 / len(counts)).double()
-    covered = 0
-    for right in draw(counts, truth, runs):
-        _, low, high = training.mean_interval(right / counts, counts, weights)
-        covered += low.item() <= truth.mean() <= high.item()
-    assert 0.93 <= covered / runs <= (1 if setting == "300 : 3" else 0.98)
+    weights = torch.full((runs, len(counts)), 1 / len(counts)).double()
+    recalls = draw(counts, truth, runs) / counts
+    _, low, high = training.mean_interval(recalls, counts, weights)
+    covered = ((low <= truth.mean()) & (truth.mean() <= high)).double().mean().item()
+    assert 0.93 <= covered <= (1 if setting == "300 : 3" else 0.985)
+
+
+@pytest.mark.parametrize(("won", "lost"), [(0.2, 0.1), (0.3, 0.1), (0.3, 0.2), (0.15, 0.15)])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_interval_of_a_difference_covers_the_truth(
+    setting: str, won: float, lost: float
+) -> None:
+    """In 93 to 98 % of runs on the same images; more where so few images tell the two apart."""
+    counts, runs, covered = torch.tensor(SETTINGS[setting]), 400, 0
+    targets = torch.arange(len(counts)).repeat_interleave(counts)
+    fates = torch.rand((runs, len(targets)), generator=torch.Generator().manual_seed(1))
+    wrong = (targets + 1) % len(counts)
+    for fate in fates:
+        before = torch.where(fate < won, wrong, targets)
+        after = torch.where((fate >= won) & (fate < won + lost), wrong, targets)
+        row = training.compare(targets, before, after, counts)[1]
+        covered += row["low"] <= won - lost <= row["high"]
+    few = setting == "300 : 3"  # whose three have ten outcomes
+    assert (0.91 if few else 0.93) <= covered / runs <= (0.995 if few else 0.985)
+
+
+@pytest.mark.parametrize("classes", [2, 20])
+def test_a_network_whose_probabilities_are_right_has_the_floor_as_its_error(classes: int) -> None:
+    """By simulation: images are right as often as their probabilities say.
+
+    With two classes a rare image is alone in its bin, of which the normal distribution knows less.
+    """
+    stream = torch.Generator().manual_seed(0)
+    counts = torch.logspace(2.3, 0.7, classes).long()
+    targets = torch.arange(classes).repeat_interleave(counts)
+    p = 0.3 + 0.7 * torch.rand(len(targets), generator=stream)
+    errors = []
+    for _ in range(400):
+        wrong = torch.rand(len(targets), generator=stream) > p
+        error, floor = training.calibration_error(targets, (targets + wrong) % classes, p)
+        errors.append(error)
+    assert np.mean(errors) == pytest.approx(floor, rel=0.05 if classes > 2 else 0.12)
+
+
+# ---------------------------------------------------------------------- of what a network says
+
+
+def test_calibration_error_is_the_gap_between_probability_and_being_right() -> None:
+    """Two classes of 4 and 2: in one bin of 0.95, right 3 of 4; in one of 0.55, right 2 of 2."""
+    targets, predicted = torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 1, 1, 1])
+    probability = torch.tensor([0.95] * 4 + [0.55] * 2)
+    error, floor = training.calibration_error(targets, predicted, probability)
+    assert error == pytest.approx((0.95 - 0.75) / 2 + (1 - 0.55) / 2)
+    # weights of 1/8 and 1/4; a normal with standard deviation s is sqrt(2 / pi) * s away from 0
+    spread = (4 / 64 * 0.95 * 0.05) ** 0.5 + (2 / 16 * 0.55 * 0.45) ** 0.5
+    assert floor == pytest.approx((2 / math.pi) ** 0.5 * spread, rel=1e-5)
+
+
+def test_loss_counts_classes_alike_and_natural_accuracy_as_in_training(
+    animals: Path, tmp_path: Path
+) -> None:
+    """Of 4 apes, 2 bees and 1 cat for validation; 16, 10 and 5 are trained on."""
+    flags = ["--weights", "none", "--no-calibration", "--output", str(tmp_path / "x")]
+    given, _ = prepare(animals, *flags)
+    data = given.data
+    assert data.counts(data.val(0)).tolist() == [4, 2, 1]
+    targets = data.labels[data.val(0)]
+    logits = torch.tensor([[2.0, 0, 0], [0, 0, 0.6], [0, 0, 0.1]])[targets]
+    judged = training.judge(given, {0: logits})
+    a, b, c = math.exp(2), math.exp(0.6), math.exp(0.1)
+    losses = math.log(a + 2) - 2, math.log(b + 2), math.log(c + 2) - 0.1
+    assert judged.loss == pytest.approx(sum(losses) / 3)
+    assert judged.predicted.tolist() == [2 * (label > 0) for label in targets]
+    assert judged.true_probability.tolist() == pytest.approx(
+        [math.exp(-losses[label]) for label in targets]
+    )
+    # Classes as frequent as in training: bees and cats are taken for apes, log(16 / 5) ahead.
+    assert judged.natural.tolist() == [0] * 7
+    measures = training.measure_all(judged, data.train_counts())
+    assert measures["natural_accuracy"] == pytest.approx(16 / 31)
+    other = dataclasses.replace(judged, natural=targets.clamp(max=1))
+    assert training.natural_accuracy(other, torch.tensor([90, 10, 50])) == pytest.approx(2 / 3)
+    unseen = dataclasses.replace(judged, natural=judged.natural[:4], targets=targets[:4])
+    assert training.natural_accuracy(unseen, torch.tensor([90, 10, 50])) == 1  # of what is known

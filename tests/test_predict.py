@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import network_of, rows_of, run, write_folder
+from conftest import network_of, prepare, rows_of, run, write_folder
 from PIL import Image, ImageOps
 from torchvision import models
 from torchvision.transforms import v2
@@ -83,7 +83,7 @@ def test_folds_vote_as_they_did_on_images_that_none_has_seen(
         assert float(row["probability"]) == pytest.approx(float(known["probability"]), abs=2e-6)
 
 
-def by_hand(network: dict[str, Any], paths: list[str]) -> torch.Tensor:
+def by_hand(network: dict[str, Any], paths: list[Any]) -> torch.Tensor:
     """The mean logits of the networks, by torchvision alone: what the README shows."""
     size = network["eval_size"]
     view = [v2.PILToTensor(), v2.Resize(size), v2.CenterCrop(size)]
@@ -113,6 +113,19 @@ def test_a_few_lines_of_torchvision_say_the_same(
         for place, column in enumerate(("probability", "second_probability")):
             said = [float(row[column]) for row in rows]
             assert said == pytest.approx(probability[:, place].tolist(), abs=1e-5)
+
+
+def test_the_network_that_is_written_is_calibrated(animals: Path, tmp_path: Path) -> None:
+    """As scale * logits - shift * (log share of the class, less their mean)."""
+    small = ["--weights", "none", "--image-size", "32", "--output", str(tmp_path / "run")]
+    given, progress = prepare(animals, *small)
+    torch.nn.init.normal_(progress.model.fc.weight)
+    states = [training.copy_state(progress.model)]
+    training.write_network(given, states, training.Calibration(2.0, 0.5))
+    network, photos = network_of(tmp_path / "run"), sorted(animals.rglob("*.jpg"))[:3]
+    share = torch.tensor([16.0, 10.0, 5.0]).log()
+    expected = 2 * by_hand(network | {"networks": states}, photos) - (share - share.mean()) / 2
+    torch.testing.assert_close(by_hand(network, photos), expected, atol=1e-4, rtol=1e-4)
 
 
 # ----------------------------------------------------------------------------------- photos

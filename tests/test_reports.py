@@ -1,446 +1,449 @@
-"""What `data_training.py` says of a run: the epoch line, charts, mistakes, progress and help."""
+"""What a run says of itself: tables, lines and page agree, and the page loads nothing."""
 
-import dataclasses
-import email.message
-import io
+import json
 import math
-import shlex
-import sys
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
-from conftest import CPU, Terminal, rows_of
+from conftest import CPU, TINY, rows_of, run
 from PIL import Image
-from torchvision import models
+from torch import Tensor
 
 import data_training as training
 
-BLUE, ORANGE, WHITE, BLACK = (0x2F, 0x6F, 0xB0), (0xD9, 0x82, 0x2B), (255, 255, 255), (0, 0, 0)
-COLOURS = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255), "cyan": (0, 255, 255)}
+Run = SimpleNamespace  # as conftest's `run` returns it, or as `invent` does
+
+# ------------------------------------------------------------------------- tables and console
 
 
-# ------------------------------------------------------------------------ measures, by hand
+@pytest.fixture(scope="session")
+def scratch_run(animals: Path) -> Run:
+    """Two epochs from random weights, of which there is no way to look back on."""
+    output = animals.parent / "scratch"
+    return run(animals, "--weights", "none", "--epochs", 2, *TINY, "--output", output)
 
 
-def test_f1_and_its_mean_by_hand() -> None:
-    confusion = torch.tensor([[8, 1, 1, 0], [1, 3, 0, 0], [3, 0, 1, 0], [0, 0, 0, 0]])
-    f1 = training.f1_by_class(confusion)
-    # recall 0.8, 0.75, 0.25 and precision 8/12, 0.75, 0.5; nobody asked for the last
-    expected = [2 / (1 / 0.8 + 12 / 8), 0.75, 2 / (4 + 2)]
-    assert f1[:3].tolist() == pytest.approx(expected) and f1[3].isnan()
-    result = training.measure(confusion, torch.tensor([50, 50, 50, 50]))
-    assert result["macro_f1"] == pytest.approx(sum(expected) / 3)
+@pytest.fixture(scope="session")
+def compared_run(scratch_run: Run, default_run: Run, animals: Path) -> Run:
+    """The default run's network as it is, compared with the run from random weights."""
+    flags = ["--weights", default_run.path / "network.pt", "--epochs", 0, *TINY]
+    output = animals.parent / "compared"
+    return run(animals, *flags, "--baseline", scratch_run.path, "--output", output)
 
 
-def test_a_class_that_is_never_predicted_counts_0_in_macro_f1() -> None:
-    confusion = torch.tensor([[3, 0], [2, 0]])  # precision 3/5, recall 1
-    assert training.measure(confusion, torch.tensor([9, 9]))["macro_f1"] == pytest.approx(0.375)
+@pytest.fixture(params=["scratch_run", "default_run", "folds_run", "compared_run"])
+def any_run(request: pytest.FixtureRequest) -> Run:
+    return request.getfixturevalue(request.param)
 
 
-def test_a_class_without_images_has_no_f1_though_others_are_taken_for_it() -> None:
-    confusion = torch.tensor([[1, 1], [0, 0]])
-    assert training.f1_by_class(confusion)[1].isnan()
-    assert training.measure(confusion, torch.tensor([9, 9]))["macro_f1"] == pytest.approx(2 / 3)
+def near(value: float) -> object:
+    """As near as six digits are."""
+    return pytest.approx(value, rel=1e-5, abs=1e-6, nan_ok=True)
 
 
-def test_evaluation_knows_the_probability_of_the_true_class() -> None:
-    logits, targets = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0])
-    result = training.assess(logits, targets, torch.zeros(2), False)
-    sure = 1 / (1 + math.exp(-2))
-    assert result.probability.tolist() == pytest.approx([sure, sure])
-    assert result.true_probability.tolist() == pytest.approx([sure, 1 - sure])
+def test_tables_agree_with_each_other(any_run: Run) -> None:
+    path = any_run.path
+    predictions, classes = rows_of(path / "predictions.csv"), rows_of(path / "classes.csv")
+    result = json.loads((path / "config.json").read_text())["result"]
+    right = Counter(row["class"] for row in predictions if row["class"] == row["predicted"])
+    asked = Counter(row["class"] for row in predictions)
+    taken = Counter(row["predicted"] for row in predictions)
+    recalls = []
+    for row in classes:
+        name = row["class"]
+        assert int(row["val_images"]) == asked[name]
+        recalls.append(right[name] / asked[name])
+        assert float(row["recall"]) == near(recalls[-1])
+        precision = right[name] / taken[name] if taken[name] else math.nan
+        assert float(row["precision"]) == near(precision)
+        assert float(row["f1"]) == near(2 * right[name] / (asked[name] + taken[name]))
+        assert 0 <= float(row["low"]) <= float(row["recall"]) <= float(row["high"]) <= 1
+    assert result["balanced_accuracy"] == near(sum(recalls) / 3)
+    assert result["accuracy"] == near(right.total() / len(predictions))
+    assert result["macro_f1"] == near(sum(float(row["f1"]) for row in classes) / 3)
+    losses = {name: 0.0 for name in asked}
+    for row in predictions:
+        same = row["true_probability"] == row["probability"]
+        assert same is (row["predicted"] == row["class"])
+        losses[row["class"]] -= math.log(float(row["true_probability"])) / asked[row["class"]]
+    assert result["val_loss"] == pytest.approx(sum(losses.values()) / 3, rel=1e-3)
 
 
-# --------------------------------------------------------------------------- the epoch line
+def test_the_last_row_describes_the_network_unless_a_part_was_kept(any_run: Run) -> None:
+    history = rows_of(any_run.path / "history.csv")
+    result = json.loads((any_run.path / "config.json").read_text())["result"]
+    described = all(float(history[-1][name]) == near(result[name]) for name in result)
+    if any_run.path.name == "folds":  # each fold is judged by its own images, the run by all
+        assert [row["fold"] for row in history] == [*"112233"] and not described
+    elif "\nkept " not in any_run.out:
+        assert described
+
+
+def test_lines_stand_under_their_header_and_say_what_the_tables_do(any_run: Run) -> None:
+    lines, history = any_run.out.splitlines(), rows_of(any_run.path / "history.csv")
+    start = lines.index(training.HEADER)
+    assert len(lines[start]) <= 140
+    column = training.HEADER.index("balanced")
+    for line, row in zip(lines[start + 1 :], history, strict=False):
+        assert len(line) == len(lines[start])
+        ends = [f"{100 * float(row[end]):.1f}" for end in ("low", "high")]
+        shown = f"{float(row['balanced_accuracy']):.1%} [{', '.join(ends)}]"
+        assert line[column:].startswith(shown)
+        trained = f"{float(row['as_trained_balanced_accuracy']):.1%}"
+        assert line[: training.HEADER.index("as trained") + 10].endswith(trained)
+    result = json.loads((any_run.path / "config.json").read_text())["result"]
+    ending = lines[start + 1 + len(history) :]
+    assert ending[0] == "" and len(ending) <= 24  # one screen
+    ends = f"[{100 * result['low']:.1f}, {100 * result['high']:.1f}]"
+    assert ending[1].startswith(f"balanced accuracy {result['balanced_accuracy']:.1%} {ends}")
+    assert ending[-1] == f"everything else is in {any_run.path / 'report.html'}"
+    worst = sorted(rows_of(any_run.path / "classes.csv"), key=lambda row: float(row["recall"]))
+    lowest = ending[ending.index("lowest recall:") + 1 :]
+    for row, line in zip(worst, lowest[:3], strict=True):
+        assert line.startswith(f"{float(row['recall']):8.1%} of {int(row['val_images']):4}  ")
+
+
+def test_a_comparison_has_both_runs_and_their_difference(
+    compared_run: Run, scratch_run: Run
+) -> None:
+    rows = rows_of(compared_run.path / "comparison.csv")
+    before, after = (
+        json.loads((each.path / "config.json").read_text())["result"]
+        for each in (scratch_run, compared_run)
+    )
+    assert [row["measure"] for row in rows] == [*training.MEASURES]
+    for row in rows:
+        name = row["measure"]
+        assert float(row["before"]) == near(before[name])
+        assert float(row["after"]) == near(after[name])
+        start = rf"{name.replace('_', ' ')} +\S+ in scratch"
+        lines = [line for line in compared_run.out.splitlines() if re.match(start, line)]
+        if math.isnan(before[name]):
+            assert lines == []
+            continue
+        difference, low, high = (float(row[key]) for key in ("difference", "low", "high"))
+        assert difference == near(after[name] - before[name]) and low <= difference <= high
+        [line] = lines
+        assert line.endswith("undecided" if low <= 0 <= high else "yes")
+        assert f"{100 * difference:+.1f} points, {100 * low:+.1f} to {100 * high:+.1f};" in line
+    page = (compared_run.path / "report.html").read_text()
+    assert "Since scratch" in page and "before: scratch" in page
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda rows: rows[:-2], "0 only there and 2 only here"),
+        (lambda rows: [*rows, "cat/new.jpg,cat,ape,0.5,0.5"], "1 only there and 0 only here"),
+        (lambda rows: [*rows[:-1], "cat/cat_000.jpg,cat,eel,0.5,0.5"], "eel"),
+        (lambda rows: ["no", "table"], "predictions.csv: no rows with these columns"),
+    ],
+)
+def test_a_baseline_on_other_images_is_refused_in_one_line(
+    damage: Callable[[list[str]], list[str]],
+    expected: str,
+    scratch_run: Run,
+    animals: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = damage((scratch_run.path / "predictions.csv").read_text().splitlines())
+    (tmp_path / "predictions.csv").write_text("\n".join(lines))
+    command = [str(animals), "--weights", "none", *TINY, "--output", str(tmp_path / "run")]
+    assert training.main([*command, "--baseline", str(tmp_path)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert expected in line and not (tmp_path / "run").exists()
+
+
+def test_reports_that_cannot_be_written_are_a_warning_and_the_run_goes_on(
+    animals: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "report.html").mkdir()
+    flags = ["--weights", "none", "--epochs", 1, *TINY]
+    done = run(animals, *flags, "--output", tmp_path)
+    [*_, line] = [line for line in done.err.splitlines() if "not all reports" in line]
+    assert "warning: " in line and "report.html" in line
+    there = {path.name for path in tmp_path.iterdir()}
+    assert there >= {"network.pt", "resume.pt", "history.csv", "classes.csv", "predictions.csv"}
+    assert not list(tmp_path.glob(".*")) and done.out.rstrip().endswith("report.html")
+
+
+def test_who_knows_a_recall_from_few_images_is_told_so(any_run: Run) -> None:
+    notes = [line for line in any_run.out.splitlines() if line.startswith("note: the recall")]
+    if any_run.path.name in ("folds", "compared"):
+        assert notes == []
+        return
+    expected = "cat is known from 1 images alone [0%, 100%]; --folds 5 would tell it from all"
+    assert len(notes) == 1 and expected in notes[0]
 
 
 def row(epoch: int, **others: object) -> dict[str, object]:
-    """A row of a history."""
+    """A row of a history, with the longest numbers that there are."""
+    names = ("accuracy", "balanced_accuracy", "as_trained_balanced_accuracy", "medium", "high")
     return {
-        **{"epoch": epoch, "phase": "full", "train_loss": 1.5, "val_loss": 123.456},
-        **{"accuracy": 1.0, "balanced_accuracy": 0.9, "half_width": 0.1234, "macro_f1": 0.765},
-        **{"many": math.nan, "medium": 1.0, "few": 0.5, "fewest_draws": 1234, "most_draws": 56789},
-        **{"as_trained_balanced_accuracy": 0.765, "natural_accuracy": 1.0},
-        **{"distinct_images": 0.57, "images_per_second": 12345.6, "seconds": 60.0, **others},
+        **{"fold": 1, "epoch": epoch, "phase": "whole", "train_loss": 1.5, "val_loss": 123.456},
+        **dict.fromkeys(names, 1.0),
+        **{"low": 0.555, "many": math.nan, "few": 0.5, "images_per_second": 12345.6},
+        **{"seconds": 60.0, **others},
     }
 
 
-@pytest.mark.parametrize("phase", ["head", "full", "given"])
-def test_the_line_of_an_epoch_stands_under_its_header(phase: str) -> None:
-    line = training.format_epoch(row(7, phase=phase), 100)
-    assert len(line) == len(training.HEADER) <= 136
-    end = training.HEADER.index("as trained") + len("as trained")
-    assert line[:end].endswith(" 76.5%") and "90.0% ±12.3" in line
-
-
 @pytest.mark.parametrize(
-    ("epoch", "phase", "seconds", "left"),
+    ("epoch", "fold", "phase", "seconds", "left"),
     [
-        *((6, "full", 1500.0, "1h40"), (9, "full", 29.0, "0h00"), (10, "full", 1500.0, "0h00")),
-        *((1, "full", 9600.0, "24h00"), (2, "head", 1500.0, "-")),  # the full ones take longer
+        *((6, 5, "whole", 1500.0, "1h40"), (9, 5, "whole", 29.0, "0h00")),
+        *((10, 5, "whole", 1500.0, "0h00"), (1, 5, "whole", 9600.0, "24h00")),
+        (10, 3, "whole", 60.0, "0h20"),  # two more folds of ten epochs
+        (2, 5, "head", 1500.0, "-"),  # the others take longer
     ],
 )
 def test_the_time_left_is_what_the_rest_takes_at_the_pace_of_the_epoch(
-    epoch: int, phase: str, seconds: float, left: str
+    epoch: int, fold: int, phase: str, seconds: float, left: str
 ) -> None:
-    line = training.format_epoch(row(epoch, phase=phase, seconds=seconds), 10)
-    assert line.split()[-1] == left
+    args = SimpleNamespace(epochs=10, folds=5)
+    others = {"fold": fold, "phase": phase, "seconds": seconds}
+    line = training.format_epoch(row(epoch, **others), args)
+    assert line.split()[-1] == left and len(line) == len(training.HEADER)
 
 
-# -------------------------------------------------------------------------------- the charts
+# ------------------------------------------------------------------------------------- the page
+
+HOSTILE = ["<script>alert(1)</script>", "a\x00\u202eb\ud800", "&amp;", '"><img src="http://x.y">']
+NAMES = {
+    "two": ["healthy", "ill"],
+    "hostile": [*HOSTILE, *(f"dog {at}" for at in range(8))],
+    "folds": [f"n021{at:05}-Shetland_sheepdog_{at}" for at in range(30)],
+    "many": [f"kind {at}" for at in range(120)],
+}
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
-        (0, 252, [0, 50, 100, 150, 200, 250]),
-        (0.753, 0.861, [0.74, 0.76, 0.78, 0.8, 0.82, 0.84, 0.86]),
-        (0, 0, [0]),
-        (0, 3e38, [0, 5e37, 1e38, 1.5e38, 2e38, 2.5e38, 3e38]),
-    ],
-)
-def test_ticks_are_round_numbers(low: float, high: float, expected: list[float]) -> None:
-    assert training.ticks(low, high) == pytest.approx(expected)
+def invent(case: str, folder: Path) -> Run:
+    """A run of invented answers: classes of 252 to 14 images, the last but one not validated on."""
+    names, folds = NAMES[case], 5 if case == "folds" else 1
+    stream, classes = torch.Generator().manual_seed(0), len(names)
+    counts = torch.logspace(2.4, 1.15, classes).long()
+    labels = torch.arange(classes).repeat_interleave(counts)
+    held = torch.arange(len(labels)) % 5
+    held = held if folds > 1 else torch.where(held == 0, 0, training.EVERY)
+    held[(labels == classes - 2) & (held >= 0)] = training.EVERY if classes > 2 else 0
+    Image.effect_noise((200, 150), 90).convert("RGB").save(folder / "noise.jpg")
+    data = training.Data(
+        classes=names,
+        paths=[str(folder / "noise.jpg")] * len(labels),
+        names=[f"{label}/{at}.jpg" for at, label in enumerate(labels.tolist())],
+        labels=labels,
+        parts=["train" if fold < 0 else "val" for fold in held.tolist()],
+        held=held,
+        folds=folds,
+        white={},
+        copies=0,
+        unreadable=[],
+    )
+    places = data.judged()
+    args = training.parse_args(["pictures", "--arch", "resnet18", "--folds", str(max(3, folds))])
+    args.folds, args.output, args.baseline = folds, folder, Path("runs/plain")
+    args.lr, args.power, args.batch_size = 3e-4, 1.0, 16
 
+    def answer(skill: float) -> Tensor:
+        noise = torch.randn(len(places), classes, generator=stream)
+        return noise + skill * torch.nn.functional.one_hot(labels[places], classes)
 
-@pytest.mark.parametrize(
-    ("values", "top"),
-    [
-        ([30.0, 2.5, 2.4, 2.3, 2.2, 2.1], 2.5),
-        ([4.8, 3.0, 2.4, 2.0, 1.8, 1.6], 4.8),  # an ordinary start
-        ([math.nan, math.inf, 1.0, 1.5], 1.5),
-        ([math.nan], 1.0),
-        ([0.0, 0.0], 1.0),
-    ],
-)
-def test_the_top_of_the_losses_leaves_out_what_would_squeeze_the_rest(
-    values: list[float], top: float
-) -> None:
-    assert training.robust_top(values) == top
-
-
-def history() -> list[dict[str, object]]:
-    """Two epochs of the head and three of everything; the first validation loss is huge."""
-    losses = (250.0, 2.4, 2.2, 2.0, 1.8)
-    phases = ("head", "head", "full", "full", "full")
-    return [
-        row(at + 1, phase=phase, val_loss=loss, balanced_accuracy=0.75 + at / 50, accuracy=0.82)
-        for at, (phase, loss) in enumerate(zip(phases, losses, strict=True))
+    before = answer(1.5).argmax(1) if case in ("hostile", "many") else None
+    given = training.Given(args=args, data=data, baseline=before, origin="", compute=CPU)
+    numbers = torch.ones(len(places), 2)
+    last = training.assess(given, places, answer(3.0), numbers, training.Calibration(1.0, 1.0))
+    measures, epochs = training.measure_all(last, data.train_counts()), range(11)
+    losses = [math.nan if epoch == 0 else 3 / epoch for epoch in epochs]
+    history = [
+        row(epoch, **measures) | {"fold": fold + 1, "train_loss": losses[epoch], "val_loss": 1.0}
+        for fold in range(folds)
+        for epoch in epochs
     ]
+    draws = torch.full((classes,), 100)
+    progress = SimpleNamespace(history=history, draws=draws)
+    page = training.make_page(given, progress, last, last)
+    return SimpleNamespace(given=given, progress=progress, last=last, page=page)
 
 
-def test_the_curves_mark_phases_and_a_value_above_the_picture() -> None:
-    losses, accuracies = training.curve_panels(history())
-    assert losses.labels == ["1", "2", "3", "4", "5"]
-    assert losses.phases == accuracies.phases == {"head": 0, "full": 2}
-    assert losses.title == "loss by epoch (values above the picture: 1)" and losses.top == 2.4
-    assert losses.levels()[0] == 0 and accuracies.title == "accuracy by epoch"
-    picture = training.draw_chart([losses, accuracies]).crop((0, 0, 1600, 640))
-    places = [round(130 + 1430 * (at + 0.4) / 5) for at in range(5)]
-    for at, x in enumerate(places):
-        value = min(2.4, (250.0, 2.4, 2.2, 2.0, 1.8)[at])
-        assert picture.getpixel((x, round(440 - 360 * value / 2.4))) == BLUE
-    corners = [picture.getpixel((x - 5, 75)) for x in places[:2]]
-    assert corners == [WHITE, BLUE]  # of a triangle that points up, and of a square
-    grey = (0x99,) * 3
-    edges = [x for x in range(130, 1560) if picture.getpixel((x, 60)) == grey]
-    assert {round((x - 130) / 286) for x in edges} == {0, 2}  # 286 pixels an epoch
+@pytest.fixture(scope="module", params=NAMES)
+def invented(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> object:
+    return invent(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def test_the_accuracy_axis_begins_at_a_round_number_below_the_lowest_value() -> None:
-    accuracies = training.curve_panels(history())[1]
-    assert accuracies.levels() == pytest.approx([0.74, 0.76, 0.78, 0.8, 0.82])
-    assert accuracies.spot(0, 0.74)[1] == pytest.approx(440)
-    assert accuracies.spot(0, 0.83)[1] == pytest.approx(80)
+class Parsed(HTMLParser):
+    """The tags that are open, all text, and all that an attribute could load."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.said: list[str] = []
+        self.tags: set[str] = set()
+        self.loaded: list[str | None] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        names = ("src", "href", "srcset", "xlink:href", "action", "data", "poster")
+        self.loaded += [value for name, value in attrs if name in names]
+        assert not any(name.startswith("on") for name, _ in attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.said.append(data)
 
 
-def test_a_run_that_is_always_wrong_has_curves_too() -> None:
-    rows = [row(0, train_loss=math.nan, accuracy=0.0, balanced_accuracy=0.0, val_loss=math.inf)]
-    losses, accuracies = training.curve_panels(rows)
-    assert (accuracies.levels()[0], accuracies.top) == (0, 1) and "picture: 1" in losses.title
-    training.draw_chart([losses, accuracies])
+def test_the_page_closes_every_tag_and_loads_nothing(invented: Run) -> None:
+    text = training.render(invented.page)
+    parsed = Parsed(text)
+    assert parsed.open == [] and not parsed.tags & {"script", "link", "iframe", "object", "base"}
+    assert all(str(each).startswith("data:image/jpeg;base64,") for each in parsed.loaded)
+    assert len(parsed.loaded) == 2 * len(invented.page.mistakes) == 2 * training.MISTAKES
+    outside = re.sub(r'base64,[^"]*|xmlns="http://www.w3.org/2000/svg"', "", text)
+    known = re.findall(r"\S*(?:https?:|//)\S*", outside)
+    assert all("http://x.y" in each for each in known)  # the name of a class, as text
+    assert not re.search(r"@import|url\(|javascript:", outside)
+    assert len(text.encode()) < 2e6
 
 
-def data_of(classes: list[str], labels: torch.Tensor, train: int, **known: Any) -> training.Data:
-    """Images with these labels, the first `train` of them to train on."""
-    parts = torch.arange(len(labels)).tensor_split([train])
-    other = {"paths": [], "names": [], "parts": [], "copies": 0, "unreadable": []} | known
-    return training.Data(classes=classes, labels=labels, train=parts[0], val=parts[1], **other)
+def as_shown(value: object) -> str:
+    """Per cent with a digit, a dash for what is unknown, all else as one line."""
+    if isinstance(value, float):
+        return "–" if math.isnan(value) else f"{100 * value:.1f}\u00a0%"
+    return training.printable(str(value))
 
 
-def said(targets: torch.Tensor, predicted: torch.Tensor, sure: torch.Tensor) -> training.Evaluation:
-    """What a network says, of any class as sure as this."""
-    classes = int(torch.cat([targets, predicted]).max()) + 1
-    return training.Evaluation(
-        loss=1.0,
-        targets=targets,
-        predicted=predicted,
-        probability=sure,
-        true_probability=sure,
-        as_trained=predicted,
-        trained_probability=sure,
-        natural=predicted,
-        confusion=training.confusion_matrix(targets, predicted, classes),
-        calibration=training.Calibration(),
-    )
+def cells_of(text: str) -> list[list[str]]:
+    """The rows of all tables in the text."""
+    rows = re.findall(r"<tr><th>(.*?)</th>((?:<td>.*?</td>)*)</tr>", text, re.DOTALL)
+    return [Parsed(f"<p>{name}</p>{cells}").said for name, cells in rows]
 
 
-def run_of(names: list[str], baseline: bool = False) -> tuple[training.Given, training.Evaluation]:
-    """Classes of 1, 2, 3, ... training images and four for validation, of which two are right."""
-    classes = len(names)
-    train = torch.arange(classes).repeat_interleave(torch.arange(classes) + 1)
-    targets = torch.arange(classes).repeat_interleave(4)
-    predicted = torch.where(torch.arange(len(targets)) % 4 < 2, targets, (targets + 1) % classes)
-    given = training.Given(
-        args=SimpleNamespace(baseline=Path("runs/plain")),
-        data=data_of(names, torch.cat([train, targets]), len(train)),
-        baseline=targets if baseline else None,
-        origin="",
-        compute=CPU,
-    )
-    return given, said(targets, predicted, torch.full((len(targets),), 0.5))
+def test_the_page_names_every_class_with_its_numbers(invented: Run) -> None:
+    text, page = training.render(invented.page), invented.page
+    rows = cells_of(text)
+    for each in page.classes:
+        values = [as_shown(x) for x in each.values()]
+        assert values in rows
+    said = " ".join(Parsed(text).said)
+    for name in ("balanced_accuracy", "as_trained_balanced_accuracy"):
+        assert f"{100 * page.result[name]:.1f}\u00a0%" in said
+    assert page.method in said and all(fact in said for fact in map(training.printable, page.facts))
+    for change in page.changes:
+        assert change["points"] in said and change["95 % interval"] in said
 
 
-def test_up_to_thirty_classes_have_a_bar_each_and_more_stand_in_ten_groups() -> None:
-    names = [f"class {number}" for number in range(30)]
-    recalls, images = training.class_panels(*run_of(names))
-    assert recalls.labels == images.labels == names[::-1]
-    assert images.series["images"] == [[30 - place] for place in range(30)]
-    recalls, images = training.class_panels(*run_of(["x"] * 40))
-    assert recalls.labels[:2] == ["40 to 37", "36 to 33"] and len(recalls.labels) == 10
-    assert images.series["images"][:2] == [[38.5], [34.5]]
-    # Four classes of which two of four are right: variance 1/12 each, of the mean 1/48.
-    half = 1.959964 / 48**0.5
-    assert recalls.series["recall"] == [pytest.approx([0.5, 0.5 - half, 0.5 + half])] * 10
-    assert "40 classes" in recalls.title
+def test_confusions_are_a_matrix_or_the_commonest_of_many(invented: Run) -> None:
+    page = invented.page
+    [_, *rows] = cells_of(training.confusion_table(page.classes, page.confusion))
+    if len(page.classes) <= training.MOST_CLASSES:  # in the order of their training images
+        matrix = [[str(n) for n in line if n] for line in page.confusion]
+        assert [cells[1:] for cells in rows] == matrix
+        return
+    found = [n for a, line in enumerate(page.confusion) for b, n in enumerate(line) if a != b]
+    assert [int(count.split()[0]) for _, count in rows] == sorted(found)[:-21:-1]
+    for pair, count in rows:
+        a, b = (NAMES["many"].index(name) for name in pair.split(" taken for "))
+        assert count == f"{page.confusion[a][b]} of {sum(page.confusion[a])}"
 
 
-def test_a_group_knows_nothing_of_classes_that_are_not_validated() -> None:
-    confusion = torch.tensor([[4, 0, 0], [0, 0, 0], [2, 0, 2]])
-    mean, low, high = training.group_recall(confusion, torch.tensor([0, 1, 2]))
-    assert mean == pytest.approx(0.75) and 0 < low < mean < high <= 1
-    assert all(map(math.isnan, training.group_recall(confusion, torch.tensor([1]))))
+def test_charts_are_files_of_their_own_that_say_the_same(invented: Run) -> None:
+    page = invented.page
+    training.write_page(invented.given, invented.progress, invented.last, None)
+    folder = invented.given.args.output
+    for name in ("recall.svg", "curves.svg"):
+        assert ElementTree.parse(folder / name).getroot().tag.endswith("svg")
+    chart = (folder / "recall.svg").read_text()
+    lines = min(len(page.classes), 10 if len(page.classes) > 30 else 30)
+    assert chart.count(" validation images") == lines
+    colours = 2 if page.before_name else 1
+    assert len(re.findall('r="5.5"', chart)) == colours * (lines - (2 < lines != 10))
+    if len(page.classes) <= 30:
+        assert f'cx="{page.classes[0]["recall"]:.2%}"' in chart
+    assert "nan" not in chart and "nan" not in (folder / "curves.svg").read_text()
 
 
-def test_each_recall_carries_the_whisker_of_its_interval() -> None:
-    low, high = 0.15004, 0.84996  # Wilson, 2 of 4
-    recalls, images = training.class_panels(*run_of(["ape", "bee"], baseline=True))
-    assert list(recalls.series) == ["plain", "this run"]
-    assert recalls.series["this run"] == [pytest.approx([0.5, low, high], abs=1e-5)] * 2
-    assert recalls.series["plain"][0] == pytest.approx([1.0, 0.51011, 1.0], abs=1e-5)
-    picture = training.draw_chart([recalls, images])
-    x = round(130 + 1430 * 0.6 / 2)  # the second of two bars that share 0.8 of a place
-    column = {y: picture.getpixel((x, y)) for y in (*range(100, 388), 400)}
-    black = [y for y, colour in column.items() if colour == BLACK]
-    assert black == list(range(black[0], black[-1] + 1))
-    assert [black[0], black[-1]] == pytest.approx([440 - 360 * high, 440 - 360 * low], abs=1)
-    assert column[400] == BLUE and picture.getpixel((x + 40, 250)) == WHITE
-    assert picture.getpixel((x + 40, 270)) == BLUE
+def test_the_page_shows_the_surest_mistakes(invented: Run) -> None:
+    last, classes = invented.last, invented.given.data.classes
+    wrong = (last.predicted != last.targets).nonzero().flatten().tolist()
+    order = sorted(wrong, key=lambda at: -last.probability[at].item())[: training.MISTAKES]
+    for at, each in zip(order, invented.page.mistakes, strict=True):
+        assert each["probability"] == last.probability[at].item()
+        assert each["true"] == classes[last.targets[at]]
+        assert each["predicted"] == classes[last.predicted[at]]
 
 
-def lowest_ink(names: list[str]) -> int:
-    """How far below the axis names reach, in pixels."""
-    picture = training.draw_chart(training.class_panels(*run_of(names))[:1])
-    pixels = picture.crop((0, 444, 1600, picture.height)).convert("L")
-    return pixels.point(lambda value: 255 * (value < 128)).getbbox()[3]
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    text = training.render(invent("hostile", tmp_path).page).encode().decode()
+    assert "<script" not in text and "\x00" not in text and "\u202e" not in text
+    assert "&amp;amp;" in text and "a\\x00\\u202eb\\ud800" in text
 
 
-def test_names_are_slanted_where_they_do_not_fit_side_by_side_and_cut_where_too_long() -> None:
-    assert lowest_ink(["ape", "bee"]) < 40
-    assert 100 < lowest_ink([f"Siberian_husky_{number}" for number in range(20)]) < 180
-    assert lowest_ink(["W" * 255] * 3) < 190
-
-
-# ------------------------------------------------------------------------------ the mistakes
-
-
-def evaluation(targets: list[int], predicted: list[int], sure: list[float]) -> training.Evaluation:
-    return said(torch.tensor(targets), torch.tensor(predicted), torch.tensor(sure))
-
-
-def test_mistakes_are_sorted_by_confidence_and_right_answers_are_none() -> None:
-    last = evaluation([0, 0, 1, 1, 1], [1, 0, 0, 1, 0], [0.6, 0.99, 0.9, 0.7, 0.6])
-    assert training.find_mistakes(last) == [2, 0, 4]  # of equals the first comes first
-    many = evaluation([0] * 40, [1] * 40, [number / 40 for number in range(40)])
-    assert training.find_mistakes(many) == list(range(39, 15, -1))
-
-
-def coloured(folder: Path, names: list[str]) -> tuple[training.Given, training.Progress]:
-    """A run after its only epoch, with an image of each colour for validation."""
-    folder.mkdir(exist_ok=True)
-    for name, colour in COLOURS.items():
-        Image.new("RGB", (60, 20), colour).save(folder / f"{name}.png")
-    paths = [str(folder / f"{name}.png") for name in COLOURS]
-    labels = torch.tensor([0, 1, 0, 0, 1, 1])
-    given = training.Given(
-        args=SimpleNamespace(output=folder, epochs=1),
-        data=data_of(names, labels, 2, paths=[*paths[:2], *paths], names=[*"abcdef"]),
-        baseline=None,
-        origin="",
-        compute=CPU,
-    )
-    draws = torch.zeros(2, dtype=torch.int64)
-    return given, training.Progress(models.resnet18(), [row(1)], draws, shares={}, stored={})
-
-
-SOME = evaluation([0, 0, 1, 1], [1, 0, 1, 0], [0.7, 0.99, 0.98, 0.8])  # red and cyan are wrong
-NONE = evaluation([0, 0, 1, 1], [0, 0, 1, 1], [0.7, 0.99, 0.98, 0.8])
-
-
-def test_the_sheet_shows_the_wrong_images_the_most_confident_first(tmp_path: Path) -> None:
-    training.write_pictures(*coloured(tmp_path, ["ape", "bee"]), SOME)
-    sheet = Image.open(tmp_path / "mistakes.png")
-    tiles = [sheet.getpixel((20 + 263 * number + 122, 192)) for number in range(3)]
-    assert tiles == [COLOURS["cyan"], COLOURS["red"], WHITE] and sheet.height == 400
-    for number in range(2):  # its class in black, what it is taken for in orange
-        left = 20 + 263 * number
-        lines = [sheet.crop((left, y, left + 244, y + 30)) for y in (320, 350)]
-        inks = [{colour for _, colour in line.getcolors(2**16)} for line in lines]
-        assert BLACK in inks[0] and ORANGE in inks[1] and ORANGE not in inks[0]
-
-
-def test_the_sheet_says_how_sure_the_network_was(tmp_path: Path) -> None:
-    given, _ = coloured(tmp_path, ["ape", "bee"])
-    surer = dataclasses.replace(SOME, probability=SOME.probability + 0.1)
-    one, two = (training.draw_mistakes(given.data, last, [3, 0]) for last in (SOME, surer))
-    different = [one.crop(box) != two.crop(box) for box in ((0, 0, 1600, 350), (0, 350, 1600, 400))]
-    assert different == [False, True]
-
-
-def test_of_a_name_too_long_for_its_tile_the_end_is_shown() -> None:
-    font = SimpleNamespace(getlength=lambda text: 10 * len(text))
-    assert training.shorten("beagle", font, 60) == "beagle"
-    assert training.shorten("n02088364-beagle", font, 90) == "...beagle"
-    assert training.shorten("n02088364-beagle", font, 95) == "...beagle"
-
-
-def test_a_name_too_long_for_its_tile_is_cut(tmp_path: Path) -> None:
-    given, _ = coloured(tmp_path, ["W" * 255, "new\nline" * 30])
-    sheet = training.draw_mistakes(given.data, SOME, [3, 0])
-    assert sheet.crop((264, 70, 283, 400)).getcolors() == [(19 * 330, WHITE)]
-    assert sheet.crop((20, 385, 1600, 400)).getcolors() == [(1580 * 15, WHITE)]
-
-
-def test_mistakes_are_drawn_after_the_last_epoch_and_only_where_there_are_any(
-    tmp_path: Path,
+def test_the_end_of_any_run_fits_one_screen(
+    invented: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, sheet = coloured(tmp_path, ["ape", "bee"]), tmp_path / "mistakes.png"
-    run[0].args.epochs = 2
-    training.write_pictures(*run, SOME)
-    assert not sheet.exists() and (tmp_path / "curves.png").exists()
-    run[1].history.append(row(2))
-    training.write_pictures(*run, SOME)
-    assert sheet.exists()
-    training.write_pictures(*run, NONE)
-    assert not sheet.exists()
-
-
-def test_the_tables_have_precision_f1_and_the_probability_of_the_true_class(tmp_path: Path) -> None:
-    last = evaluation([0, 0, 1, 1], [0, 1, 1, 1], [0.7, 0.99, 0.98, 0.8])
-    last = dataclasses.replace(last, true_probability=torch.tensor([0.7, 0.01, 0.98, 0.8]))
-    training.write_tables(*coloured(tmp_path, ["ape", "bee"]), last)
-    rows = [
-        [float(row[name]) for name in ("recall", "precision", "f1")]
-        for row in rows_of(tmp_path / "classes.csv")
-    ]
-    assert rows == [pytest.approx([1 / 2, 1, 2 / 3], 1e-5), pytest.approx([1, 2 / 3, 0.8], 1e-5)]
-    shares = [row["true_probability"] for row in rows_of(tmp_path / "predictions.csv")]
-    assert shares == ["0.7", "0.01", "0.98", "0.8"]
-
-
-def test_the_summary_says_what_was_kept_on_which_images_and_what_came_next(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    given, progress = coloured(tmp_path, ["ape", "bee"])
-    given.args.source = given.args.val = given.args.split = None
-    given.args.no_calibration = True
-    progress.history[-1]["phase"] = "gentle"
-    progress.shares["trial"] = {1.0: 0.5, 0.0: 0.75, 0.75: 0.4}
-    training.print_summary(given, progress, SOME)
+    training.print_end(invented.given, invented.progress, invented.last, invented.last, 0.5)
     lines = capsys.readouterr().out.splitlines()
-    assert (
-        "of what phase trial changed, 0% was kept and gentle came next, by balanced accuracy "
-        "on 4 validation images: 50.0% at 100%, 75.0% at 0%, 40.0% at 75%"
-    ) in lines
-    progress.shares = {"firm": {1.0: 0.5, 0.0: 0.25, 0.75: 0.4}}
-    training.print_summary(given, progress, SOME)
-    assert "of what phase firm changed, 100% was kept, by" in capsys.readouterr().out
+    assert len(lines) <= 24 and any(line.startswith("untouched test") for line in lines)
+    assert "kept              50% of what training changed after the head" in lines
 
 
-# ------------------------------------------------------------------------------ the progress
+KNOWN = {"class": "a", "train_images": 5, "val_images": 4, "recall": 0.0, "low": 0.0, "high": 0.5}
+UNKNOWN = {**KNOWN, "val_images": 0, **dict.fromkeys(("recall", "low", "high"), math.nan)}
 
 
-@pytest.mark.parametrize(
-    ("screen", "rank", "shown"),
-    [(Terminal, 0, True), (Terminal, 1, False), (io.StringIO, 0, False)],
-)
-def test_only_a_terminal_shows_bars_and_only_those_of_the_first_process(
-    screen: type, rank: int, shown: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "stderr", screen())
-    shown_by = training.show_progress([[], []], "training, head", CPU._replace(rank=rank))
-    assert len(list(shown_by)) == 2
-    assert ("training, head: " in sys.stderr.getvalue()) is shown
+def test_a_recall_of_0_has_a_dot_and_what_is_unknown_none() -> None:
+    assert 'cx="0.00%"' in training.recall_chart([KNOWN])
+    unknown = training.recall_chart([UNKNOWN])
+    assert "circle" not in unknown and "nan" not in unknown and "–" in unknown
 
 
-@pytest.mark.parametrize(("screen", "shown"), [(Terminal, True), (io.StringIO, False)])
-def test_the_check_of_the_images_shows_a_bar_in_a_terminal_and_names_the_broken_anywhere(
-    screen: type, shown: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "stderr", screen())
-    (tmp_path / "a.jpg").write_text("no image")
-    assert training.check_images([str(tmp_path / "a.jpg")]) == {}
-    assert ("checking: " in sys.stderr.getvalue()) is shown
-    assert "a.jpg: not an image; left out\n" in sys.stderr.getvalue()
+def test_a_group_of_classes_has_the_mean_of_those_that_are_known() -> None:
+    keys = ("recall", "low", "high")
+    assert training.mean_recall([KNOWN, UNKNOWN], keys) == (0.0, 0.0, 0.5)
+    assert all(map(math.isnan, training.mean_recall([UNKNOWN, UNKNOWN], keys)))
+    other = {**KNOWN, "recall": 1.0}
+    mean, low, high = training.mean_recall([KNOWN, other, UNKNOWN], keys)
+    assert mean == 0.5 and low == pytest.approx(1 - high) and 0.15 < low < 0.3
 
 
-@pytest.mark.parametrize(("screen", "shown"), [(Terminal, True), (io.StringIO, False)])
-def test_a_download_shows_a_bar_in_a_terminal_alone(
-    screen: type, shown: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Reply(io.BytesIO):
-        def info(self) -> email.message.Message:
-            return email.message.Message()
-
-    monkeypatch.setattr("torch.hub.urlopen", lambda *_, **__: Reply(b"not the weights"))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(sys, "stderr", screen())
-    with pytest.raises(training.DataError, match="could not be fetched"):
-        training.load_weights(training.parse_args(["x", "--arch", "resnet18"]))
-    assert ("15.0" in sys.stderr.getvalue()) is shown  # bytes
+def test_curves_skip_what_is_not_finite_and_cut_off_what_is_far_above() -> None:
+    rows = [{"epoch": at, "fold": 1, "a": x, "b": 0.5} for at, x in enumerate([1, math.inf, 2])]
+    assert 'points="0,-1 0,-1 2,-2"' in training.draw_panel(rows, ("a", "b"), 1)
+    rows = [{"epoch": at, "fold": 1, "a": x, "b": 1.0} for at, x in enumerate([250.0, *[2.0] * 20])]
+    assert 'viewBox="0 -4.0 20 3.0"' in training.draw_panel(rows, ("a", "b"), 1)
+    nothing = [{"epoch": 0, "fold": 1, "a": math.nan, "b": math.nan}]
+    ElementTree.fromstring(training.svg(training.draw_panel(nothing, ("a", "b"), 1), 9))
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>no weights</html>"])
-def test_weights_in_the_cache_that_cannot_be_read_are_told_with_their_place(
-    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth").write_bytes(content)
-    with pytest.raises(training.DataError, match="IMAGENET1K_V1.*or read.*checkpoints"):
-        training.load_weights(training.parse_args(["x", "--arch", "resnet18"]))
-
-
-# ---------------------------------------------------------------------------------- the help
-
-
-def test_the_help_shows_no_empty_defaults_and_ends_with_commands_that_work(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit):
-        training.parse_args(["--help"])
-    text, _, examples = capsys.readouterr().out.partition("\nexamples:\n")
-    assert "DATA  " in text and "OUT" not in text
-    assert "default: False" not in text and "default: None" not in text
-    assert "none with --weights none (default: auto)" in " ".join(text.split())
-    assert len(examples.splitlines()) == 3
-    for line in examples.splitlines():
-        python, script, *arguments = shlex.split(line)
-        assert (python, script) == ("python", "data_training.py")
-        args = training.parse_args(arguments)
-        assert (args.no_flip, args.resume, args.source) == (False, False, None)
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium on this system")
+def test_a_browser_shows_the_page(tmp_path: Path) -> None:
+    page = training.render(invent("hostile", tmp_path).page)
+    (tmp_path / "report.html").write_text(page, encoding="utf-8")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars"
+    flags += " --disable-background-networking --disable-component-update --disable-sync"
+    files = [f"--user-data-dir={tmp_path}/profile", f"--screenshot={tmp_path}/shot.png"]
+    call = ["chromium", *flags.split(), *files, "--window-size=1280,900"]
+    subprocess.run(
+        [*call, f"file://{tmp_path}/report.html"], check=True, timeout=120, capture_output=True
+    )
+    with Image.open(tmp_path / "shot.png") as shot:
+        colours = {colour for _, colour in shot.convert("RGB").getcolors(1280 * 900) or []}
+        assert shot.size == (1280, 900) and (57, 135, 201) in colours

@@ -1,7 +1,7 @@
 """What `data_training.py` promises of its command line, of training, and of whole runs."""
 
 import contextlib
-import io
+import copy
 import json
 import math
 import os
@@ -24,7 +24,6 @@ from conftest import (
     rows_of,
     run,
     start,
-    weights_file,
 )
 from torch import Tensor, nn
 from torchvision import models
@@ -53,24 +52,17 @@ ERRORS = {
     # what argparse sees by itself
     "": "arguments are required: DATA",
     "DATA --epochs -1": "'-1' is not a whole number of at least 0",
-    "DATA --epochs 1.5": "'1.5' is not a whole number",
-    "DATA --frozen-epochs -1": "'-1' is not a whole number",
     "DATA --val-fraction 1": "'1' is not a number between 0 and 1",
-    "DATA --val-fraction 0": "'0' is not a number between 0 and 1",
     "DATA --folds 2": "'2' is not a whole number from 3 to 10",
-    "DATA --folds 11": "'11' is not a whole number from 3 to 10",
     "DATA --folds 3 --val-fraction 0.3": "not allowed with argument",
     "DATA --lr 0": "'0' is not a number above 0",
     "DATA --lr nan": "'nan' is not a number above 0",
     "DATA --lr inf": "'inf' is not a number above 0",
     "DATA --power 11": "'11' is not a number from 0 to 10",
     "DATA --crop-scale 0": "'0' is not a number above 0, at most 1",
-    "DATA --image-size 0": "'0' is not a whole number of at least 1",
     "DATA --batch-size 0": "'0' is not a whole number of at least 1",
-    "DATA --workers -1": "'-1' is not a whole number",
     "DATA --seed 9223372036854775808": "is not a whole number of 64 bits",
     "DATA --flip up": "invalid choice: 'up'",
-    "DATA --rebalance loss": "invalid choice: 'loss'",
     "DATA --no-such-flag": "unrecognized arguments: --no-such-flag",
     # flags of another use
     "--resume RUN --arch resnt18": "--arch: not with --resume",
@@ -83,7 +75,6 @@ ERRORS = {
     "DATA --natural": "--natural: of --predict",
     # settings that do not go together
     "NOWHERE": "DATA NOWHERE: no such folder",
-    "FILE": "DATA FILE: no such folder",
     "DATA --val NOWHERE": "--val NOWHERE: no such folder",
     "DATA --source NOWHERE": "--source NOWHERE: no such folder",
     "DATA --source DATA --val OTHERS": "--source: not allowed with argument --val",
@@ -114,7 +105,6 @@ ERRORS = {
     "DATA --weights none --folds 7": "--folds 7: class cat has 6 different images",
     # going on
     "--resume NOWHERE": "--resume NOWHERE: no run to go on with",
-    "--resume DATA": "--resume DATA: no run to go on with",
     "--predict NOWHERE DATA": "--predict NOWHERE: no network there",
 }
 
@@ -193,12 +183,6 @@ def test_a_new_run_asks_for_data_alone_and_one_that_goes_on_or_predicts_for_its_
     assert training.parse_args(["x", "--batch-size", "auto", "--arch", "auto"]).batch_size is None
 
 
-def test_help_names_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    assert status_of(["--help"]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "0 only evaluates the given weights (default: 10)" in shown and "examples:" in shown
-
-
 # ------------------------------------------------------------------------ sampling, by hand
 
 
@@ -249,17 +233,22 @@ def epoch_of(data: training.Data, seed: int = 0, fold: int = 0, epoch: int = 1, 
 
 
 def test_each_seed_fold_and_epoch_draws_its_own_images_the_same_again_and_none_held_out() -> None:
-    data = images([0] * 30 + [1] * 10, [*range(4)] * 9 + [TEST] * 4, folds=4)
-    first = epoch_of(data)
-    assert torch.equal(first, epoch_of(data)) and len(first) == 2 * 27
-    for other in ({"seed": 1}, {"fold": 1}, {"epoch": 2}):
-        assert not torch.equal(first, epoch_of(data, **other)), other
+    # Each fold learns 24 images of one class and then 6 of the other.
+    data = images([0] * 32 + [1] * 12, [*range(4)] * 10 + [TEST] * 4, folds=4)
+
+    def places(**other: int) -> list[int]:
+        drawn = epoch_of(data, **other)
+        assert len(drawn) == 60 and torch.isin(drawn, data.train(other.get("fold", 0))).all()
+        return torch.searchsorted(data.train(other.get("fold", 0)), drawn).tolist()
+
+    first = places()
+    assert places() == first
+    for other in ({"seed": 1}, {"fold": 1}, {"fold": 3}, {"epoch": 2}):
+        assert places(**other) != first, other
     for fold in range(4):
-        drawn = epoch_of(data, fold=fold)
-        assert not (data.held[drawn] == fold).any() and not (data.held[drawn] == TEST).any()
-        assert set(drawn.tolist()) <= set(range(40))
+        assert set(data.held[data.train(fold)].tolist()) == {0, 1, 2, 3} - {fold}
     once = epoch_of(data, rebalance="none")
-    assert torch.bincount(once)[data.train(0)].tolist() == [2] * 27
+    assert torch.bincount(once)[data.train(0)].tolist() == [2] * 30
 
 
 @pytest.mark.parametrize(
@@ -279,13 +268,13 @@ def test_batches_differ_by_one_image_at_most(
 
 
 @pytest.mark.parametrize(
-    ("images_", "processes", "size"),
-    [(5000, 1, 64), (2048, 1, 64), (2047, 1, 32), (10, 1, 32), (5000, 3, 66), (10, 5, 35)],
+    ("count", "processes", "size"),
+    [(5000, 1, 64), (2048, 1, 64), (2047, 1, 32), (10, 1, 32), (5000, 3, 66), (10, 3, 33)],
 )
-def test_batches_are_half_as_large_where_an_epoch_would_have_under_32_steps(
-    images_: int, processes: int, size: int
+def test_batches_are_halved_where_an_epoch_would_have_under_32_steps(
+    count: int, processes: int, size: int
 ) -> None:
-    data = images([0] * images_ + [1], [EVERY] * images_ + [0])
+    data = images([0] * count + [1], [EVERY] * count + [0])
     assert training.pick_batch_size(data, processes) == size
 
 
@@ -345,6 +334,36 @@ def test_a_vote_is_the_mean_of_the_logits_of_its_networks() -> None:
         model.load_state_dict(state)
         logits += model(inputs) / 3
     torch.testing.assert_close(vote.eval()(inputs), logits)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_weights_of_any_scale_begin_with_the_one_that_rates_are_for(arch: str) -> None:
+    """What they compute stays."""
+    torch.manual_seed(0)
+    model = models.get_model(arch, weights=None, num_classes=3)
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            for value, low in ((layer.weight, 0.5), (layer.bias, -0.2), (layer.running_mean, -0.2)):
+                nn.init.uniform_(value, low, low + 0.4)
+            nn.init.uniform_(layer.running_var, 0.5, 1.5)
+    model.eval()
+    twin, inputs = copy.deepcopy(model), torch.randn(2, 3, 64, 64)
+    kinds = (nn.Conv2d, nn.BatchNorm2d)
+    layers = [layer for layer in twin.modules() if isinstance(layer, kinds)]
+    with torch.no_grad():
+        for conv, norm in zip(layers[::2], layers[1::2], strict=True):
+            conv.weight *= 10
+            norm.running_mean *= 10
+            norm.running_var.add_(norm.eps).mul_(100).sub_(norm.eps)
+        expected = model(inputs)
+        for network in (model, twin):
+            training.rescale(network)
+            torch.testing.assert_close(network(inputs), expected, rtol=1e-3, atol=1e-3)
+    for name, weight in twin.named_parameters():
+        torch.testing.assert_close(weight, model.get_parameter(name), rtol=1e-3, atol=1e-5)
+        if weight.dim() == 4:  # 0.5 / sqrt(fan-in)
+            size = weight.square().sum((1, 2, 3)).mean().sqrt().item()
+            assert size == pytest.approx(0.5, rel=1e-4)
 
 
 def test_a_checkpoint_brings_its_architecture_and_image_size(
@@ -438,6 +457,17 @@ def test_the_learning_rate_rises_and_falls_in_any_number_of_steps(
     assert rates == pytest.approx(expected, abs=1e-9)
 
 
+def test_how_far_the_head_moves_hangs_on_the_length_of_its_features() -> None:
+    model, lengths = models.resnet18(num_classes=3), torch.full((9,), 2 * math.sqrt(512))
+    groups = training.head_optimizer(model, lengths).param_groups
+    rates = [(group["lr"], group["weight_decay"]) for group in groups]
+    assert rates == [pytest.approx((0.02 / 4, 0.002 * 4)), (0.02, 0.002)]
+    args = training.parse_args(["x", "--lr", "1", "--weights", "x.pt"])
+    head, rest = training.whole_optimizer(model, args).param_groups
+    assert (head["lr"], head["weight_decay"], rest["lr"], rest["weight_decay"]) == (3, 0.002, 1, 0)
+    assert len(head["params"]) == 2 and len(rest["params"]) == 60
+
+
 def normalised(given: training.Given, pairs: Tensor) -> Tensor:
     """The images of (index, seed), as ImageNet's networks take them: (B, 3, S, S)."""
     dataset = training.Reader(given).loader.dataset
@@ -454,22 +484,20 @@ def batches_of(given: training.Given, epoch: int) -> tuple[Tensor, ...]:
     return training.cut_batches(drawn, given.args.batch_size, seeds)
 
 
-def with_new_head(pretrained: Path) -> models.ResNet:
-    """The network that training begins with."""
-    model = models.resnet18(num_classes=7)
-    model.load_state_dict(torch.load(pretrained, weights_only=True))
-    model.fc = nn.Linear(512, 3)
-    nn.init.zeros_(model.fc.weight)
-    nn.init.zeros_(model.fc.bias)
+def network_with(state: dict[str, Tensor]) -> models.ResNet:
+    """A network of torchvision with these weights."""
+    model = models.resnet18(num_classes=3)
+    model.load_state_dict(state)
     return model.to(memory_format=torch.channels_last)
 
 
-def assert_moved_alike(state: dict[str, Tensor], model: nn.Module, start: nn.Module) -> None:
+def assert_moved_alike(
+    state: dict[str, Tensor], model: nn.Module, start: dict[str, Tensor]
+) -> None:
     """The same way from the start, but for rounding, of which Adam makes much in a few weights."""
-    before = start.state_dict()
     for name, value in model.state_dict().items():
-        way = (value - before[name]).float().norm()
-        assert (state[name] - value).float().norm() <= 0.03 * way + 1e-6, name
+        way = (value - start[name]).float().norm()
+        assert (state[name] - value).float().norm() <= 0.1 * way + 1e-6, name
 
 
 def test_a_run_of_all_layers_ends_as_a_loop_that_is_written_by_hand(
@@ -478,8 +506,8 @@ def test_a_run_of_all_layers_ends_as_a_loop_that_is_written_by_hand(
     command = ["--weights", pretrained, "--epochs", 2, "--frozen-epochs", 0, *TINY]
     command = [*map(str, command), "--no-calibration", "--output"]
     done = run(animals, *command, str(tmp_path / "run"))
-    given, _ = prepare(animals, *command, str(tmp_path / "other"))
-    model, step = with_new_head(pretrained), 0
+    given, progress = prepare(animals, *command, str(tmp_path / "other"))
+    model, step = network_with(progress.start), 0
     head = [model.fc.weight, model.fc.bias]
     rest = [weight for name, weight in model.named_parameters() if "fc" not in name]
     groups = [{"params": head, "weight_decay": 0.002}, {"params": rest, "weight_decay": 0.0}]
@@ -499,11 +527,13 @@ def test_a_run_of_all_layers_ends_as_a_loop_that_is_written_by_hand(
         losses.append(total / 31)
     content = network_of(done.path)
     assert step == 6 and len(content["networks"]) == 1
-    assert_moved_alike(content["networks"][0], model, with_new_head(pretrained))
+    assert_moved_alike(content["networks"][0], model, progress.start)
     history = rows_of(done.path / "history.csv")
     assert [row["phase"] for row in history] == ["whole", "whole"]
     assert [float(row["train_loss"]) for row in history] == pytest.approx(losses, rel=1e-3)
-    assert float(history[0]["learning_rate"]) == pytest.approx(3e-4 * rate_by_hand(3, 6, 1), rel=1e-4)
+    assert float(history[0]["learning_rate"]) == pytest.approx(
+        3e-4 * rate_by_hand(3, 6, 1), rel=1e-4
+    )
 
 
 def test_a_run_of_the_head_ends_as_a_loop_that_is_written_by_hand(
@@ -513,8 +543,8 @@ def test_a_run_of_the_head_ends_as_a_loop_that_is_written_by_hand(
     command = ["--weights", pretrained, "--epochs", 1, "--frozen-epochs", 1, *TINY]
     command = [*map(str, command), "--no-calibration", "--output"]
     done = run(animals, *command, str(tmp_path / "run"))
-    given, _ = prepare(animals, *command, str(tmp_path / "other"))
-    backbone = with_new_head(pretrained).eval()
+    given, progress = prepare(animals, *command, str(tmp_path / "other"))
+    backbone = network_with(progress.start).eval()
     backbone.fc = nn.Identity()
     everything = torch.arange(len(given.data.labels))
     views = torch.stack([everything, torch.full_like(everything, training.EVALUATED)], 1)
@@ -534,8 +564,7 @@ def test_a_run_of_the_head_ends_as_a_loop_that_is_written_by_hand(
     state = network_of(done.path)["networks"][0]
     torch.testing.assert_close(state["fc.weight"], weight.detach(), rtol=0.01, atol=1e-4)
     torch.testing.assert_close(state["fc.bias"], bias.detach(), rtol=0.01, atol=1e-4)
-    given_weights = torch.load(pretrained, weights_only=True)
-    assert all(torch.equal(v, given_weights[k]) for k, v in state.items() if "fc" not in k)
+    assert all(torch.equal(v, progress.start[k]) for k, v in state.items() if "fc" not in k)
 
 
 def test_the_head_is_less_sure_where_all_layers_begin_to_move_and_softened_once(
@@ -556,6 +585,20 @@ def test_the_head_is_less_sure_where_all_layers_begin_to_move_and_softened_once(
     progress.history = []
     begin(given, progress, 1)  # and without a head that was trained alone
     assert progress.model.fc.weight.unique().tolist() == [pytest.approx(0.1)]
+
+
+def test_each_fold_begins_where_the_first_one_did(
+    animals: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    command = ["--weights", str(pretrained), "--folds", "3", *TINY]
+    given, progress = prepare(animals, *command, "--output", str(tmp_path / "run"))
+    progress.history = [{"fold": 1, "epoch": 10, "phase": "whole"}]
+    progress.features = torch.ones(38, 512).half()
+    for value in progress.model.state_dict().values():
+        value.fill_(7)
+    begin(given, progress, 0, fold=1)
+    for name, value in progress.model.state_dict().items():
+        assert torch.equal(value, progress.start[name]), name
 
 
 # ------------------------------------------------------------------- how much is kept
@@ -636,10 +679,10 @@ def test_a_run_folder_has_one_network_and_what_is_said_of_it(
 ) -> None:
     assert {path.name for path in default_run.path.iterdir()} == FILES
     content = network_of(default_run.path)
-    assert list(content) == [
-        *("arch", "classes", "train_images", "weights", "train_size", "eval_size", "white"),
-        "networks",
-    ]
+    assert set(content) == {
+        *("arch", "classes", "train_images", "weights", "train_size", "eval_size", "least_side"),
+        *("white", "networks"),
+    }
     assert content["arch"] == "resnet18" and content["classes"] == ["ape", "bee", "cat"]
     assert content["train_images"] == [16, 10, 5] and content["weights"] == str(pretrained)
     assert (content["train_size"], content["eval_size"]) == (32, 32) and content["white"] == {}
@@ -775,10 +818,9 @@ def test_where_the_head_alone_is_trained_folds_share_their_backbone(
     monkeypatch.setattr(training, "HEAD_STEPS", 100)
     flags = ["--folds", 3, "--epochs", 2, "--frozen-epochs", 2, *TINY]
     done = run(animals, "--weights", pretrained, *flags, "--output", tmp_path / "run")
-    given = torch.load(pretrained, weights_only=True)
     networks = network_of(done.path)["networks"]
     for state in networks:
-        assert all(torch.equal(v, given[k]) for k, v in state.items() if "fc." not in k)
+        assert all(torch.equal(v, networks[0][k]) for k, v in state.items() if "fc." not in k)
     heads = [state["fc.weight"] for state in networks]
     assert len(heads) == 3 and not torch.equal(heads[0], heads[1])
     phases = [(row["fold"], row["phase"]) for row in rows_of(done.path / "history.csv")]
@@ -792,10 +834,9 @@ def test_where_the_head_alone_is_trained_folds_share_their_backbone(
 def test_from_random_weights_every_layer_is_trained(animals: Path, tmp_path: Path) -> None:
     flags = ["--weights", "none", "--arch", "resnet18", "--epochs", 1, *TINY]
     done = run(animals, *flags, "--output", tmp_path / "run", "--seed", 5, "--rebalance", "none")
-    torch.manual_seed(5)
-    start = models.resnet18(num_classes=3).state_dict()
+    _, progress = prepare(animals, *map(str, flags), "--output", str(tmp_path / "x"), "--seed", "5")
     state = network_of(done.path)["networks"][0]
-    for name, value in start.items():
+    for name, value in progress.start.items():
         if name.endswith(("weight", "running_mean")):
             assert not torch.equal(state[name], value), name
     [row] = rows_of(done.path / "history.csv")
@@ -868,7 +909,9 @@ def test_a_batch_for_which_memory_does_not_do_names_a_smaller_one(
     flags = ["--weights", "none", "--image-size", "20000000", "--device", "cpu"]
     assert training.main([str(animals), *flags, "--output", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("data_training.py: error: --batch-size 16: out of memory on cpu; try 8")
+    assert error.startswith(
+        "data_training.py: error: --batch-size 32: out of memory on cpu; try 16"
+    )
 
 
 def test_another_error_of_torch_keeps_its_traceback(
@@ -885,23 +928,3 @@ def test_another_error_of_torch_keeps_its_traceback(
         pytest.raises(RuntimeError, match="mat1"),
     ):
         training.main([*command, "--output", str(tmp_path / "run")])
-
-
-def test_what_is_printed_is_one_line_even_of_names_that_hold_several() -> None:
-    assert training.printable("a\nb\x1b[0m\udce9") == r"a\nb\x1b[0m\udce9"
-
-
-def test_weights_in_half_precision_are_trained_in_single(animals: Path, tmp_path: Path) -> None:
-    state = torch.load(weights_file(tmp_path / "w.pth"), weights_only=True)
-    torch.save({k: v.half() if v.is_floating_point() else v for k, v in state.items()},
-               tmp_path / "half.pth")  # fmt: skip
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        given, progress = prepare(
-            animals, "--weights", str(tmp_path / "half.pth"), "--output", str(tmp_path / "x"), *TINY
-        )
-    assert progress.model.conv1.weight.dtype == torch.float32
-    torch.testing.assert_close(
-        progress.model.conv1.weight.data, state["conv1.weight"], atol=1e-3, rtol=1e-3
-    )
-    assert given.origin == "head of 7 classes dropped for a new one"
