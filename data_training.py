@@ -100,7 +100,7 @@ SOFTENED = 0.1  # what is left of the head's logits as the training of the whole
 # waits for the GPU three times a layer, 159 times a step of ResNet-50 (torch's _functions.py).
 SYNCHRONISED = 8
 CLIP_NORM = 1.0  # longest gradient followed; tiny BatchNorm variances can make it explode
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the way from the head alone to the end of training
+DISTANCES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the way from the head alone to the end of training
 PRIOR = 2.0  # images for which what calibration expects counts
 LEFT = 1.0  # log class shares that balanced training leaves in the logits, on most sets
 LEAST_SCALE = 0.01
@@ -170,7 +170,7 @@ class Fold(NamedTuple):
 
     head: dict[str, Tensor]  # state of the last layer where the way of the whole network began
     end: dict[str, Tensor]  # state of the network
-    way: Tensor  # logits of the images it is judged by after each of its `SHARES`: (S, M, C)
+    way: Tensor  # logits of the images it is judged by after each of its `DISTANCES`: (S, M, C)
 
 
 @dataclass
@@ -1818,38 +1818,39 @@ def copy_state(module: nn.Module) -> dict[str, Tensor]:
     return {key: value.to("cpu", copy=True) for key, value in module.state_dict().items()}
 
 
-def list_shares(args: Namespace) -> tuple[float, ...]:
-    """The shares of the way from the head alone to the end that are compared, the end last.
+def list_distances(args: Namespace) -> tuple[float, ...]:
+    """The distances along the way from the head alone to the end that are compared, the end last.
 
     On images like those that the weights know, the end has lost what a part of the way keeps
     (Wortsman et al. 2022, arXiv:2109.01903); on others it has not.
     """
     head = args.weights != "none" and args.frozen_epochs != 0
-    return SHARES if head and (args.frozen_epochs or 0) < args.epochs else SHARES[-1:]
+    return DISTANCES if head and (args.frozen_epochs or 0) < args.epochs else DISTANCES[-1:]
 
 
-def mix(progress: Progress, fold: Fold, share: float) -> dict[str, Tensor]:
-    """The state of a network after a share of its way: weights between the start's and end's."""
+def mix(progress: Progress, fold: Fold, distance: float) -> dict[str, Tensor]:
+    """The state of a network after a distance of its way: weights between the start's and end's."""
     start = progress.start | {f"fc.{key}": value for key, value in fold.head.items()}
-    parts = {k: torch.lerp(start[k].float(), v.float(), share) for k, v in fold.end.items()}
-    return fold.end if share == 1 else parts
+    ends = {k: (start[k].float(), v.float(), v.dtype) for k, v in fold.end.items()}
+    mixed = {k: torch.lerp(one, two, distance).to(kind) for k, (one, two, kind) in ends.items()}
+    return fold.end if distance == 1 else mixed
 
 
 def look_back(given: Given, progress: Progress, stage: Stage, reader: Reader) -> Fold:
-    """The network of a fold at its end, and what it says after each share of its way there."""
+    """The network of a fold at its end, and what it says after each distance of its way there."""
     model, places = progress.model, given.data.val(stage.fold)
     fold = Fold(progress.head, copy_state(model), progress.logits[None])
-    *earlier, _ = list_shares(given.args)
+    *earlier, _ = list_distances(given.args)
     way = []
-    for share in earlier:
-        model.load_state_dict(mix(progress, fold, share))
-        way.append(evaluate(given, model, reader, places, f"choosing, {share:.0%}"))
+    for distance in earlier:
+        model.load_state_dict(mix(progress, fold, distance))
+        way.append(evaluate(given, model, reader, places, f"choosing, {distance:.0%}"))
     model.load_state_dict(fold.end)
     return fold._replace(way=torch.stack([*way, progress.logits]))
 
 
-def choose_share(given: Given, done: Sequence[Fold]) -> int:
-    """The place in `list_shares` of what all folds keep of their ways.
+def choose_distance(given: Given, done: Sequence[Fold]) -> int:
+    """The place in `list_distances` of what all folds keep of their ways.
 
     It is the end, unless another has a lower log loss by more than a standard error, calibrated on
     other images than it is judged by, each class counting the same: of few images the best of five
@@ -1872,12 +1873,13 @@ def finish(given: Given, progress: Progress, reader: Reader) -> None:
     args, data, compute, done = given.args, given.data, given.compute, progress.done
     if not done:  # of a run that had come to its end before
         if compute.rank == 0:
+            drop_leftovers(args.output)
             print(f"\nnothing is left to do in {printable(str(args.output))}")
         return
-    at = first_makes(lambda: choose_share(given, done), compute)
-    share = list_shares(args)[at]
+    at = first_makes(lambda: choose_distance(given, done), compute)
+    distance = list_distances(args)[at]
     last = judge(given, {fold: each.way[at] for fold, each in enumerate(done)})
-    states = [mix(progress, fold, share) for fold in done]
+    states = [mix(progress, fold, distance) for fold in done]
     if isinstance(progress.model, Vote):
         states = [copy_state(network) for network in progress.model.networks]
     test, tested = data.val(TEST), None
@@ -1889,7 +1891,7 @@ def finish(given: Given, progress: Progress, reader: Reader) -> None:
         tested = assess(given, test, logits, numbers, last.calibration)
     if compute.rank == 0:
         write_network(given, states, last.calibration)
-        report_end(given, progress, (last, tested), share)
+        report_end(given, progress, (last, tested), distance)
 
 
 # ------------------------------------------------------------------------------- measures
@@ -2399,7 +2401,7 @@ def format_epoch(row: dict[str, Any], args: Namespace) -> str:
 
 
 def print_end(
-    given: Given, progress: Progress, last: Evaluation, tested: Evaluation | None, share: float
+    given: Given, progress: Progress, last: Evaluation, tested: Evaluation | None, distance: float
 ) -> None:
     """Print, in one screen, the result, what is recognised least, and where the rest is."""
     args, data = given.args, given.data
@@ -2418,8 +2420,8 @@ def print_end(
             row["balanced_accuracy"] for row in progress.history if row["epoch"] == args.epochs
         ]
         print(f"of single folds   {min(folds):.1%} to {max(folds):.1%}")
-    if share < 1:
-        print(f"kept              {share:.0%} of what training changed after the head")
+    if distance < 1:
+        print(f"kept              {distance:.0%} of what training changed after the head")
     if tested:
         print(
             f"untouched test    {format_range(measure_all(tested, data.train_counts()))}, by vote"
@@ -2988,16 +2990,21 @@ def report(given: Given, progress: Progress, done: bool) -> None:
 
 
 def report_end(
-    given: Given, progress: Progress, judged: tuple[Evaluation, Evaluation | None], share: float
+    given: Given, progress: Progress, judged: tuple[Evaluation, Evaluation | None], distance: float
 ) -> None:
     """Write and print what there is to say of a run that is done, and drop what it went on from."""
     output = given.args.output
     write_reports(given, progress, *judged)
     if given.args.epochs:
         save_state(given, progress, done=True)
-    for file in (output / START, *(fold_file(output, fold) for fold in range(given.args.folds))):
+    drop_leftovers(output)
+    print_end(given, progress, *judged, distance)
+
+
+def drop_leftovers(output: Path) -> None:
+    """Remove what a run that is done would have gone on from."""
+    for file in (output / START, *output.glob("fold-*.pt")):
         file.unlink(missing_ok=True)
-    print_end(given, progress, *judged, share)
 
 
 def main(argv: list[str] | None = None) -> int:

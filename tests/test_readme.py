@@ -75,6 +75,22 @@ def test_the_block_that_predicts_answers_for_every_image(tried: Path) -> None:
         assert (tried / row["path"]).is_file() and 0 < float(row["probability"]) <= 1
 
 
+def test_the_lines_for_a_program_of_ones_own_say_what_predict_says(tried: Path) -> None:
+    lines = block("in a program")
+    answer = subprocess.run(
+        [sys.executable, "-c", lines], cwd=tried, capture_output=True, text=True, check=True
+    ).stdout
+    photo = re.search(r'Image.open\("(.+?)"\)', lines)[1]
+    run = re.search(r'"(runs/\S+)/network.pt"', lines)[1]
+    shown = execute(f"python data_training.py {photo} --predict {run} --no-amp", tried)
+    [row] = csv.DictReader(shown.splitlines())
+    name, probability = answer.split()
+    assert (name, float(probability)) == (
+        row["class"],
+        pytest.approx(float(row["probability"]), abs=1e-5),
+    )
+
+
 def test_the_block_that_tests_finds_the_tests() -> None:
     """Only collected here: to run them would run this one, too."""
     pytest.importorskip("xdist")
@@ -87,7 +103,7 @@ def test_the_block_that_tests_finds_the_tests() -> None:
 
 def test_every_mark_is_of_a_block_that_is_run() -> None:
     marks = set(re.findall(r"<!-- (.*?) -->\n```", README))
-    assert marks == {"try it", "use it", "test command"}
+    assert marks == {"try it", "use it", "in a program", "test command"}
 
 
 def test_every_option_the_readme_names_exists() -> None:

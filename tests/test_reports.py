@@ -139,6 +139,15 @@ def test_a_comparison_has_both_runs_and_their_difference(
     assert "Since scratch" in page and "before: scratch" in page
 
 
+@pytest.mark.parametrize(("low", "high", "said"), [(-0.1, 0.3, 0), (0.01, 0.3, 1), (-0.3, -0.1, 1)])
+def test_a_change_is_undecided_where_its_interval_holds_0(
+    low: float, high: float, said: int
+) -> None:
+    numbers = {"before": 0.4, "after": 0.5, "difference": 0.1, "low": low, "high": high}
+    change = training.show_change({"measure": "few", **numbers})
+    assert change["more than chance?"] == ["undecided", "yes"][said]
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
@@ -249,7 +258,7 @@ def invent(case: str, folder: Path) -> Run:
         unreadable=[],
     )
     places = data.judged()
-    args = training.parse_args(["pictures", "--arch", "resnet18", "--folds", str(max(3, folds))])
+    args = training.parse_args([case, "--arch", "resnet18", "--folds", str(max(3, folds))])
     args.folds, args.output, args.baseline = folds, folder, Path("runs/plain")
     args.lr, args.power, args.batch_size = 3e-4, 1.0, 16
 
@@ -346,6 +355,10 @@ def test_the_page_names_every_class_with_its_numbers(invented: Run) -> None:
     for name in ("balanced_accuracy", "as_trained_balanced_accuracy"):
         assert f"{100 * page.result[name]:.1f}\u00a0%" in said
     assert page.method in said and all(fact in said for fact in map(training.printable, page.facts))
+    if page.before_name:
+        last, before = invented.last, invented.given.baseline
+        right = (before == last.targets)[last.targets == 0].double().mean().item()
+        assert page.classes[0]["before"] == pytest.approx(right)
     for change in page.changes:
         assert change["points"] in said and change["95 % interval"] in said
 
@@ -373,10 +386,14 @@ def test_charts_are_files_of_their_own_that_say_the_same(invented: Run) -> None:
     chart = (folder / "recall.svg").read_text()
     lines = min(len(page.classes), 10 if len(page.classes) > 30 else 30)
     assert chart.count(" validation images") == lines
-    colours = 2 if page.before_name else 1
-    assert len(re.findall('r="5.5"', chart)) == colours * (lines - (2 < lines != 10))
-    if len(page.classes) <= 30:
-        assert f'cx="{page.classes[0]["recall"]:.2%}"' in chart
+    if lines != 10:  # from the most training images to the fewest, before above now
+        places = [chart.index(f">{training.show(name)}<") for name in NAMES[page.title]]
+        marks = [("old", "before"), ("new", "recall")] if page.before_name else [("new", "recall")]
+        dots = [f'"{age}" cx="{each[key]:.2%}"' for each in page.classes for age, key in marks]
+        assert places == sorted(places)
+        assert re.findall(r'("\w+" cx="\S+") cy="\S+" r="5.5"', chart) == [
+            dot for dot in dots if "nan" not in dot
+        ]
     assert "nan" not in chart and "nan" not in (folder / "curves.svg").read_text()
 
 
@@ -402,6 +419,10 @@ def test_the_end_of_any_run_fits_one_screen(
     training.print_end(invented.given, invented.progress, invented.last, invented.last, 0.5)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 24 and any(line.startswith("untouched test") for line in lines)
+    first = lines.index("lowest recall:") + 1
+    worst = sorted(recall for recall in invented.last.recall.tolist() if not math.isnan(recall))
+    shown = [line.split()[0] for line in lines[first : first + 3]]
+    assert shown[: len(worst)] == [f"{recall:.1%}" for recall in worst[:3]]
     assert "kept              50% of what training changed after the head" in lines
 
 

@@ -627,7 +627,7 @@ def test_a_share_of_the_way_is_a_mix_of_the_weights_and_the_whole_way_the_end_it
 def test_shares_are_compared_where_there_is_a_head_to_begin_with(
     flags: str, shares: tuple[float, ...]
 ) -> None:
-    assert training.list_shares(training.parse_args(["x", *flags.split()])) == shares
+    assert training.list_distances(training.parse_args(["x", *flags.split()])) == shares
 
 
 def ways(*losses: list[float]) -> Tensor:
@@ -663,7 +663,7 @@ def test_the_end_is_kept_unless_another_share_is_better_by_more_than_chance(
     args = training.parse_args(["x", "--no-calibration", "--weights", "x.pt"])
     given = SimpleNamespace(args=args, data=data)
     done = [Fold({}, {}, part) for part in whole.chunk(folds, 1)]
-    assert training.choose_share(given, done) == kept
+    assert training.choose_distance(given, done) == kept
 
 
 # ------------------------------------------------------------------------------ whole runs
