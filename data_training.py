@@ -2840,7 +2840,7 @@ def predict_photos(args: Namespace) -> None:
     model: Any = build_model(run["arch"], run["classes"], run)[0].eval()
     model.to(compute.device, memory_format=memory_format(compute.device))
     log_share = torch.tensor(run["train_images"]).log() if args.natural else 0.0
-    rows = []
+    rows, started = [], time.perf_counter()
     for views, read in read_photos(paths, run, args.batch_size or BATCH):
         with torch.no_grad(), compute.autocast():
             logits = model(to_input(views, compute.device))
@@ -2850,6 +2850,8 @@ def predict_photos(args: Namespace) -> None:
             rows.append(answer | {"second": run["classes"][two], "second_probability": q})
     if not rows:
         raise DataError(f"{args.data}: no image that can be read")
+    speed = len(rows) / (time.perf_counter() - started)
+    print(f"{len(rows)} images, {speed:.1f} a second", file=sys.stderr)
     if args.output:
         write_file(args.output, format_table(rows))
     else:

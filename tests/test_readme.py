@@ -23,7 +23,7 @@ def block(name: str) -> str:
 
 
 def commands_after_installation(name: str) -> list[str]:
-    """The block's commands but for those that get the clone and make and fill an environment."""
+    """The block's commands but for those that make and fill an environment."""
     commands = [
         command.split("  #")[0].strip()
         for line in block(name).splitlines()
@@ -31,7 +31,6 @@ def commands_after_installation(name: str) -> list[str]:
         if not re.match(r"\s*($|#|git |cd |python3 -m venv |\. \.venv|pip install )", command)
     ]
     assert commands and all(command.startswith("python ") for command in commands)
-    assert re.search(r"^(.* && )?pip install .*-r requirements.txt", block(name), re.MULTILINE)
     return commands
 
 
