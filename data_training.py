@@ -2368,11 +2368,13 @@ def print_start(given: Given, progress: Progress) -> None:
 def describe_val(given: Given) -> str:
     """How many images the network is judged by, and where they are from."""
     args, data = given.args, given.data
-    others = f"{data.parts.count('source')} others of SRC"
     text = f"{data.parts.count('val')} validation images"
-    if where := args.val or args.split or (args.source and "DATA"):
+    if where := args.val or args.split:
         text += f" of {printable(str(where))}"
-    text += f" and {others}" if args.source else ""
+    if args.source:
+        text += (
+            f" and {data.parts.count('source')} of {printable(args.source.name)} that were left out"
+        )
     if data.folds > 1:
         text = f"{data.folds} networks, each judged by the fold of them it has not seen"
         if tests := len(data.val(TEST)):
@@ -2650,7 +2652,7 @@ def show_mistakes(mistakes: Rows) -> str:
     """The worst mistakes, each beside an image of the class it was taken for."""
     text = ""
     for each in mistakes:
-        sure = f"taken for, {show(each['probability'])} sure"
+        sure = f"taken for ({show(each['probability'])}), as here"
         text += "<figure>"
         for image, said, name in (("image", "is", "true"), ("typical", sure, "predicted")):
             content, small = io.BytesIO(), each[image].convert("RGB")
@@ -2693,7 +2695,9 @@ def render(page: Page) -> str:
     )
     values = " · ".join(f"{show(name)}: {show(str(x))}" for name, x in page.settings.items())
     sections = {
-        f"Since {show(page.before_name)}": changes if page.changes else "",
+        f"Compared with {show(page.before_name)}, on the same images": changes
+        if page.changes
+        else "",
         "Recall": recall_chart(page.classes, page.before_name)
         + f"<details><summary>Images, draws, measures of each class</summary>{classes}</details>",
         "Mistakes": page.mistakes
@@ -2724,9 +2728,12 @@ def make_page(
         old = list_classes(data, progress.draws, before)
         for row, was in zip(classes, old, strict=True):
             row |= {"before": was["recall"], "before_low": was["low"], "before_high": was["high"]}
+    way = "trained from random weights"
+    if args.weights != "none":
+        way = f"fine-tuned from {Path(args.weights).name}"
     facts = [
-        f"{args.arch} ({args.weights}), fine-tuned on {int(counts.sum())} images of {len(counts)} "
-        f"classes, {counts.max()} of the most frequent and {counts.min()} of the rarest.",
+        f"{args.arch}, {way}, on {int(counts.sum())} images of {len(counts)} classes, "
+        f"{counts.max()} of the most frequent and {counts.min()} of the rarest.",
         f"Judged by {describe_val(given)}.",
     ]
     if tested:

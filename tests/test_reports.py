@@ -136,7 +136,7 @@ def test_a_comparison_has_both_runs_and_their_difference(
         assert line.endswith("undecided" if low <= 0 <= high else "yes")
         assert f"{100 * difference:+.1f} points, {100 * low:+.1f} to {100 * high:+.1f};" in line
     page = (compared_run.path / "report.html").read_text()
-    assert "Since scratch" in page and "before: scratch" in page
+    assert "Compared with scratch" in page and "before: scratch" in page
 
 
 @pytest.mark.parametrize(("low", "high", "said"), [(-0.1, 0.3, 0), (0.01, 0.3, 1), (-0.3, -0.1, 1)])
