@@ -1555,9 +1555,7 @@ def begin(given: Given, progress: Progress, stage: Stage, reader: Reader) -> Inp
     """Set up `progress.trainer` for a stage, or take up what was stored; where its inputs are."""
     model, fold = progress.model, progress.at()[0]
     inputs: Inputs = reader
-    stored = progress.stored if fold == stage.fold else {}
-    goes_on = bool(progress.history) and fold == stage.fold
-    before = progress.history[-1]["phase"] if goes_on else ""
+    before = progress.history[-1]["phase"] if fold == stage.fold else ""
     if fold != stage.fold and fold >= 0:  # a fold begins where the first one did
         model.load_state_dict(progress.start)
     if stage.name == "head":
@@ -1570,7 +1568,7 @@ def begin(given: Given, progress: Progress, stage: Stage, reader: Reader) -> Inp
         optimizer = whole_optimizer(model, given.args)
     progress.trainer = Trainer(model, stage, optimizer, given)
     if before == stage.name:
-        progress.trainer.load_state_dict(stored)
+        progress.trainer.load_state_dict(progress.stored)
     elif stage.name == "whole":
         progress.head = copy_state(model.fc)
         if before == "head":
