@@ -376,6 +376,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
         parser.error("the following arguments are required: DATA")
     if "natural" in said and "predict" not in said:
         parser.error("--natural: of --predict; drop it")
+    if other := {"val", "split"} & said.keys() if "val_fraction" in said else ():
+        parser.error(f"--val-fraction: --{min(other)} names what validates; drop one of them")
     return Namespace(**defaults | said)
 
 
@@ -1391,6 +1393,8 @@ def build_model(
             raise DataError(
                 f"--weights: not of a {arch}: {reason} ...; pass their --arch"
             ) from None
+        if not all(value.isfinite().all() for value in model.state_dict().values()):
+            raise DataError("--weights: of a training that failed: not finite; take others")
     return (built[0], said) if len(built) == 1 else (Vote(built), f"{len(built)} networks, {said}")
 
 

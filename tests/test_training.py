@@ -73,6 +73,8 @@ ERRORS = {
     "DATA --predict RUN --val-fraction 0.1": "--val-fraction: not with --predict",
     "--predict RUN": "arguments are required: DATA",
     "DATA --natural": "--natural: of --predict",
+    "DATA --val OTHERS --val-fraction 0.3": "--val-fraction: --val names what validates",
+    "DATA --split FILE --val-fraction 0.3": "--val-fraction: --split names what validates",
     # settings that do not go together
     "NOWHERE": "DATA NOWHERE: no such folder",
     "DATA --val NOWHERE": "--val NOWHERE: no such folder",
@@ -96,6 +98,7 @@ ERRORS = {
     "DATA --weights FILE": "--weights FILE: no weights",
     "DATA --weights TRAP": "--weights TRAP: more than weights in it",
     "DATA --weights NUMBERS": "--weights NUMBERS: no weights",
+    "DATA --weights NAN --epochs 0": "--weights: of a training that failed: not finite",
     "DATA --weights PRETRAINED --arch resnet50": "--weights: not of a resnet50",
     "DATA --weights RUN/network.pt --arch resnet50": "--arch resnet50: the weights are of resnet18",
     "DATA --weights RUN/network.pt --epochs 0 --image-size 64": "--image-size 64: the weights are",
@@ -126,7 +129,9 @@ def places(
 
     torch.save({"state_dict": Trap()}, root / "trap.pt")
     torch.save({"state_dict": {"fc.bias": 1}}, root / "numbers.pt")
-    files = {"TRAP": "trap.pt", "NUMBERS": "numbers.pt", "FILE": "file"}
+    state = torch.load(pretrained, weights_only=True)
+    torch.save(state | {"bn1.bias": state["bn1.bias"] / 0}, root / "nan.pt")
+    files = {"TRAP": "trap.pt", "NUMBERS": "numbers.pt", "NAN": "nan.pt", "FILE": "file"}
     return {
         **{name: root / file for name, file in files.items()},
         "TABLES": root / "tables",
