@@ -378,7 +378,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
         parser.error("--natural: of --predict; drop it")
     if other := {"val", "split"} & said.keys() if "val_fraction" in said else ():
         parser.error(f"--val-fraction: --{min(other)} names what validates; drop one of them")
-    return Namespace(**defaults | said)
+    words = sys.argv if argv is None else ["data_training.py", *argv]
+    return Namespace(**defaults | said, command=shlex.join(["python", *words]))
 
 
 def number(kind: type, accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
@@ -422,13 +423,11 @@ def check_settings(args: Namespace) -> None:
     args.output = args.output or unused(Path("runs", f"{datetime.now():%Y-%m-%d_%H-%M-%S}"))
     if args.output.exists() and not args.output.is_dir():
         raise DataError(f"--output {args.output}: a file; name a new folder")
-    if any((args.output / name).exists() for name in (STATE, "config.json")):
-        raise DataError(f"--output {args.output}: already holds a run; name another, or --resume")
+    if args.output.exists() and any(each.name[0] != "." for each in args.output.iterdir()):
+        raise DataError(f"--output {args.output}: not empty; name a new folder, or --resume a run")
     for folder in filter(None, (args.data, args.val, args.source)):
         if args.output.resolve().is_relative_to(folder.resolve()):
             raise DataError(f"--output {args.output}: would be a class of {folder}; move it out")
-    if args.split and args.split.resolve().parent == args.output.resolve():
-        raise DataError(f"{args.split}: --output would write its own files there; move it out")
 
 
 def unused(path: Path) -> Path:
@@ -635,7 +634,7 @@ class Data(NamedTuple):
     held: Tensor  # (N,) int64: the fold that is judged by it and does not learn it, `EVERY`, `TEST`
     folds: int
     white: dict[str, float]  # what is white in images of more than 8 bits, by kind
-    copies: int  # how many were left out of validation as copies of training images
+    related: int  # images left out as copies, or of the families, of those that are learnt
     unreadable: list[str]  # paths left out
     sizes: Sequence[int] = ()  # bytes of each file, to find out later that one has changed
 
@@ -685,36 +684,37 @@ def list_rows(args: Namespace) -> tuple[list[str], list[Row]]:
 def load_data(args: Namespace, classes: list[str], rows: list[Row]) -> Data:
     """The images of a new run, of those that were listed.
 
-    What cannot be decoded is named and left out, and so is a copy of a training image elsewhere.
+    What cannot be decoded is named and left out, and so is what would judge a network that learns
+    a copy of it, or an image of its family.
     """
     checked = check_images([row.path for row in rows])
     unreadable = [row.path for row in rows if row.path not in checked]
     rows = [row for row in rows if row.path in checked]
-    digests = {path: each.digest for path, each in checked.items()}
-    held = hold_images(args, rows, find_families(args, rows, digests))
-    learnt = {digests[row.path] for row, fold in zip(rows, held, strict=True) if row.part == "train"
-              and (fold == EVERY or args.folds > 1)}  # fmt: skip
-    kept, left_out = [], 0
-    for row, fold in zip(rows, held, strict=True):
-        if copy_of := row.part != "train" and digests[row.path] in learnt:
-            text = f"{printable(row.path)}: copy of a training image; left out"
-            print(f"warning: {text}", file=sys.stderr)
-        elif args.folds == 1 and fold == 0 and row.part == "train":
-            row = row._replace(part="val")
-        left_out += copy_of
-        kept += [] if copy_of else [(row, fold)]
+    families = find_families(args, rows, {path: each.digest for path, each in checked.items()})
+    held = hold_images(args, rows, families)
+    learnt = {family for row, fold, family in zip(rows, held, families, strict=True)
+              if row.part == "train" and (fold == EVERY or args.folds > 1)}  # fmt: skip
+    kept, related = [], []
+    for row, fold, family in zip(rows, held, families, strict=True):
+        if row.part != "train" and family in learnt:
+            related.append(row.path)
+            continue
+        part = "val" if args.folds == 1 and fold == 0 and row.part == "train" else row.part
+        kept.append((row._replace(part=part), fold))
+    if related:
+        text = f"{len(related)} images are copies of training images, or of their families"
+        text = f"{text}: left out, {printable(related[0])} for one"
+        print(f"warning: {text}", file=sys.stderr)
     peaks: dict[str, float] = {}
     for each in checked.values():
         peaks[each.kind] = max(each.peak, peaks.get(each.kind, 0))
     white = {kind: pick_white(kind, peak) for kind, peak in peaks.items() if kind}
-    return make_data(args, classes, kept, (white, left_out, unreadable))
+    found = {"white": white, "related": len(related), "unreadable": unreadable}
+    return make_data(args, classes, kept, **found)
 
 
 def make_data(
-    args: Namespace,
-    classes: list[str],
-    rows: list[tuple[Row, int]],
-    found: tuple[dict[str, float], int, list[str]],
+    args: Namespace, classes: list[str], rows: list[tuple[Row, int]], **found: Any
 ) -> Data:
     """The images of a run; `DataError` if a class has none to train on, or none is validated on."""
     data = Data(
@@ -725,11 +725,10 @@ def make_data(
         parts=[row.part for row, _ in rows],
         held=torch.tensor([fold for _, fold in rows]).long(),
         folds=args.folds,
-        white=found[0],
-        copies=found[1],
-        unreadable=found[2],
         sizes=[os.path.getsize(row.path) for row, _ in rows],
+        **found,
     )
+    where = args.val or args.split or args.data
     for fold in range(args.folds):
         if bare := (data.counts(data.train(fold)) == 0).nonzero().flatten().tolist():
             text = "no image of this class to train on that can be read; add one or remove the"
@@ -737,9 +736,9 @@ def make_data(
             raise DataError(f"{args.split or args.data}: {text}")
         if not len(data.val(fold)):
             text = "no image differs from those trained on; nothing to validate on"
-            if args.split and set(data.parts) == {"train"} and not data.copies:
+            if args.split and set(data.parts) == {"train"} and not data.related:
                 text = "names no image to validate on, as part val or source"
-            raise DataError(f"{args.val or args.split or args.data}: {text}")
+            raise DataError(f"{where}: {text}")
     return data
 
 
@@ -779,6 +778,12 @@ def list_images(root: Path) -> tuple[list[str], list[Row]]:
         raise DataError(f"{root / hidden[0]}: hidden, but would count as a class; remove it")
     rows = make_rows(root, folder.samples, "train")
     refuse_parts(root, rows)
+    walk = os.walk(root, followlinks=True)
+    names = [name for at, _, names in walk for name in names if at != str(root) and name[0] != "."]
+    if others := [name for name in names if not name.lower().endswith(IMG_EXTENSIONS)]:
+        kinds = ", ".join(sorted({Path(name).suffix or name for name in others})[:9])
+        text = f"{root}: {len(others)} files left out, whose names end in {kinds}"
+        print(f"warning: {printable(text)}", file=sys.stderr)
     return folder.classes, rows
 
 
@@ -802,7 +807,8 @@ def refuse_parts(root: Path, rows: list[Row]) -> None:
     train, *others = [root / name for name in nested]
     command = f"data_training.py {train}" + (f" --val {others[0]}" if others else "")
     names = " and ".join(sorted(places) if not others else [train.name, others[0].name])
-    raise DataError(f"{root}: {names} look like parts of a data set, not classes; run {command}")
+    text = f"{names} look like parts of a data set, not classes (else move their images up to them)"
+    raise DataError(f"{root}: {text}; run {command}")
 
 
 def make_rows(folder: Path, samples: list[tuple[str, int]], part: str) -> list[Row]:
@@ -825,6 +831,8 @@ def list_others(args: Namespace, classes: list[str], ours: list[Row]) -> list[Ro
     labels = {name: label for label, name in enumerate(classes)}
     samples = make_dataset(folder, labels, IMG_EXTENSIONS, allow_empty=True)
     rows = make_rows(folder, samples, part)
+    if args.val and not rows:
+        raise DataError(f"--val {folder}: no image in folders named as those of {args.data}")
     known = {row.name for row in ours if args.source}
     return [row for row in rows if row.name not in known and "/." not in row.name]
 
@@ -886,7 +894,9 @@ def deep_pixels(picture: Image.Image, content: bytes) -> tuple[str, np.ndarray[A
     if picture.mode.startswith(("I", "F")):
         return picture.mode[0], np.asarray(picture)
     # Of colours of 16 bits Pillow keeps the upper half, which is black where 12 bits are used.
-    if picture.format == "PNG" and picture.mode == "RGB" and content[24] == 16:
+    if picture.format == "TIFF" and max(getattr(picture, "tag_v2", {}).get(258, (8,))) > 8:
+        raise ValueError("a TIFF with colours of over 8 bits; save it as PNG")
+    if picture.format == "PNG" and picture.mode in ("RGB", "RGBA", "LA") and content[24] == 16:
         encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         return "I", decode_image(encoded, ImageReadMode.RGB).permute(1, 2, 0).numpy()
     return "", np.empty(0)
@@ -922,15 +932,19 @@ def read_image(path: str, white: Mapping[str, float], least: int = 0) -> Tensor:
                 raise ValueError("below 0 or not finite")
             top = white.get(kind) or pick_white(kind, float(values.max()))
             values = (values.clip(0, top) * (255 / top) + 0.5).astype(np.uint8)
+            alpha = picture.getchannel("A") if "A" in picture.getbands() else None
             exif, picture = picture.getexif(), Image.fromarray(values)
             picture.getexif().update(exif)
+            if alpha:
+                picture.putalpha(alpha)
         picture = ImageOps.exif_transpose(picture)
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return v2.functional.pil_to_tensor(picture.convert("RGB"))
     except Exception as error:  # Pillow raises nearly anything on a broken file
-        reason = f"cannot be decoded ({type(error).__name__}); remove it"
+        known = str(error) if isinstance(error, ValueError) else type(error).__name__
+        reason = f"cannot be decoded ({known}); remove it"
         raise DataError(f"{printable(path)}: {reason}") from None
 
 
@@ -951,8 +965,10 @@ def find_families(args: Namespace, rows: list[Row], digests: Mapping[str, str]) 
         match = re.search(args.group, Path(row.name).name) if args.group else None
         name = match and (match.group(1) if match.re.groups else match.group())
         strange += name is None
-        above[root(digests[row.path])] = root(row.name if name is None else f"--group {name}")
+        above[root(digests[row.path])] = root(row.path if name is None else f"--group {name}")
     keys = [root(digests[row.path]) for row in rows]
+    if args.group and strange == len(rows):
+        raise DataError(f"--group {args.group}: matches no file name, without the folders")
     if args.group and len(set(keys)) == 1:
         raise DataError(f"--group {args.group}: makes all images one family; name what differs")
     if args.group:
@@ -1090,6 +1106,11 @@ class Batches(Sampler[list[tuple[int, int]]]):
         return (batch.tolist() for batch in self.given)
 
 
+def leave_interrupts(_: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to every process, to the first one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Reader:
     """Reads images, by workers that live as long as it does, and keeps what evaluation sees again.
 
@@ -1108,6 +1129,7 @@ class Reader:
             batch_sampler=self.batches,
             num_workers=args.workers,
             persistent_workers=args.workers > 0,
+            worker_init_fn=leave_interrupts,
             pin_memory=args.device == "cuda",
         )
 
@@ -1172,22 +1194,6 @@ def evaluated_again(given: Given) -> set[int]:
     return images if fits and (args.frozen_epochs or 0) < args.epochs else set()
 
 
-class RandomResizedCrop(v2.RandomResizedCrop):
-    """torchvision's, to the same pixels in less time.
-
-    Decoded images have their channels last, but torch does not notice that of a crop with three
-    dimensions, which is only a view: it rearranges all pixels before it resizes them, and again
-    afterwards.
-    """
-
-    def forward(self, image: Tensor) -> Tensor:
-        """A random part of the image, resized."""
-        crop = v2.functional.crop(image, **self.make_params([image]))
-        rows = crop.permute(1, 2, 0)[None]  # a batch whose strides say that channels are last
-        batch = rows.permute(0, 3, 1, 2)
-        return F.interpolate(batch, self.size, mode="bilinear", antialias=True)[0]
-
-
 class RandomQuarterTurn(nn.Module):
     """Turns an image by 0, 90, 180 or 270 degrees."""
 
@@ -1199,7 +1205,7 @@ class RandomQuarterTurn(nn.Module):
 def transforms(args: Namespace) -> tuple[nn.Module, nn.Module]:
     """For training a random crop, at random mirrored; for evaluation the central square, larger."""
     size, larger = args.image_size, eval_size(args.image_size)
-    crop = RandomResizedCrop(size, (args.crop_scale, 1.0))
+    crop = v2.RandomResizedCrop(size, (args.crop_scale, 1.0))
     flips = [v2.RandomHorizontalFlip(0.0 if args.flip == "none" else 0.5)]
     turns = [RandomQuarterTurn()] if args.flip == "all" else []
     return v2.Compose([crop, *flips, *turns]), central_square(larger)
@@ -1291,6 +1297,8 @@ def load_weights(args: Namespace) -> dict[str, Any]:
     So may be its `--arch` and `--image-size`: they are taken from there unless they are given.
     """
     asked, content = args.weights, dict[str, Any]()
+    if os.path.isdir(asked):
+        asked = args.weights = os.path.join(asked, NETWORK)
     if os.path.isfile(asked):
         content = read_weights(asked)
         adopt(args, "arch", content.get("arch"))
@@ -1725,7 +1733,7 @@ def assess(
 ) -> Evaluation:
     """What (M, C) logits say of the images at `places`, calibrated by (M, 2) `numbers`."""
     log_share, targets = given.data.log_share(), given.data.labels[places]
-    answers = defaultdict(list)
+    natural, answers = natural_shift(given.args, given.data), defaultdict(list)
     for rows in torch.arange(len(targets)).split(BLOCK):
         scale, shift = numbers[rows].T[..., None]
         trained = logits[rows].float()
@@ -1737,7 +1745,7 @@ def assess(
         answers["trained_probability"].append(trained_probability)
         answers["predicted"].append(predicted)
         answers["probability"].append(probability)
-        answers["natural"].append((adjusted + log_share).argmax(1))
+        answers["natural"].append((adjusted + natural).argmax(1))
     whole = {name: torch.cat(parts) for name, parts in answers.items()}
     losses = whole.pop("losses")
     return Evaluation(
@@ -1749,6 +1757,14 @@ def assess(
         calibration=fitted,
         **whole,
     )
+
+
+def natural_shift(args: Namespace, data: Data) -> Tensor:
+    """What to add to logits where classes are as frequent as in training: (C,) float32.
+
+    Without calibration, what the sampler did not take away is in them already.
+    """
+    return data.log_share() * (args.power if args.no_calibration else 1.0)
 
 
 def pick_half(targets: Tensor) -> Tensor:
@@ -2042,17 +2058,9 @@ def compare(targets: Tensor, before: Tensor, after: Tensor, train_counts: Tensor
     variance = ((won + lost) / n - ((won - lost) / n) ** 2) / (n - 1)
     one, two = (weights @ recall_by_class(each).nan_to_num() for each in (old, new))
     half = Z * (weights**2 @ variance).sqrt()
-    return [
-        {
-            "measure": name,
-            "before": b,
-            "after": a,
-            "difference": a - b,
-            "low": max(a - b - h, -1.0),
-            "high": min(a - b + h, 1.0),
-        }
-        for name, b, a, h in zip(MEASURES, one.tolist(), two.tolist(), half.tolist(), strict=True)
-    ]
+    low, high = (two - one - half).clamp(min=-1), (two - one + half).clamp(max=1)
+    columns = {"before": one, "after": two, "difference": two - one, "low": low, "high": high}
+    return to_rows({"measure": MEASURES, **columns})
 
 
 # -------------------------------------------------------------------------------- records
@@ -2135,50 +2143,50 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_file(path, format_table(rows))
 
 
+def to_rows(columns: Mapping[str, Sequence[Any] | Tensor]) -> Rows:
+    """A row for each place of the columns."""
+    lists = [x.tolist() if isinstance(x, Tensor) else x for x in columns.values()]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
+
+
 def list_split(data: Data) -> Rows:
     """A row for each image: its class, and the part it is in."""
-    rows = []
-    for name, label, part, fold in zip(
-        data.names, data.labels.tolist(), data.parts, data.held.tolist(), strict=True
-    ):
-        part = f"fold {fold + 1}" if data.folds > 1 and fold >= 0 else part
-        rows.append({"path": name, "class": data.classes[label], "part": part})
-    return rows
+    held = zip(data.parts, data.held.tolist(), strict=True)
+    folds = data.folds > 1
+    return to_rows({
+        "path": data.names,
+        "class": [data.classes[label] for label in data.labels.tolist()],
+        "part": [f"fold {at + 1}" if folds and at >= 0 else part for part, at in held],
+    })  # fmt: skip
 
 
 def list_predictions(data: Data, last: Evaluation) -> Rows:
-    """A row for each image that is judged."""
-    columns = last.places, last.targets, last.predicted, last.probability, last.true_probability
-    return [
-        {
-            "path": data.names[at],
-            "class": data.classes[true],
-            "predicted": data.classes[predicted],
-            "probability": probability,
-            "true_probability": true_probability,
-        }
-        for at, true, predicted, probability, true_probability in zip(
-            *(column.tolist() for column in columns), strict=True
-        )
-    ]
+    """A row for each image that is judged, the least probable first: their labels may be wrong."""
+    rows = to_rows({
+        "path": [data.names[at] for at in last.places.tolist()],
+        "class": [data.classes[at] for at in last.targets.tolist()],
+        "predicted": [data.classes[at] for at in last.predicted.tolist()],
+        "probability": last.probability,
+        "true_probability": last.true_probability,
+    })  # fmt: skip
+    return sorted(rows, key=lambda row: row["true_probability"])
 
 
 def list_classes(data: Data, draws: Tensor, confusion: Tensor) -> Rows:
     """A row for each class; NaN where nothing is known."""
     low, high = wilson_interval(confusion.diag(), confusion.sum(1))
     known = confusion.sum(1) > 0
-    columns = {
+    return to_rows({
         "class": data.classes,
-        "train_images": data.train_counts().tolist(),
-        "val_images": confusion.sum(1).tolist(),
-        "draws": draws.tolist(),
-        "recall": recall_by_class(confusion).tolist(),
-        "low": low.where(known, math.nan).tolist(),
-        "high": high.where(known, math.nan).tolist(),
-        "precision": recall_by_class(confusion.T).tolist(),  # NaN for a class never predicted
-        "f1": f1_by_class(confusion).tolist(),
-    }
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        "train_images": data.train_counts(),
+        "val_images": confusion.sum(1),
+        "draws": draws,
+        "recall": recall_by_class(confusion),
+        "low": low.where(known, math.nan),
+        "high": high.where(known, math.nan),
+        "precision": recall_by_class(confusion.T),  # NaN for a class never predicted
+        "f1": f1_by_class(confusion),
+    })  # fmt: skip
 
 
 def list_changes(given: Given, last: Evaluation) -> Rows:
@@ -2195,15 +2203,13 @@ def write_reports(
     data, output = given.data, given.args.output
     try:
         write_config(given, progress, last, tested)
-        write_table(output / "history.csv", progress.history)
-        write_table(output / "predictions.csv", list_predictions(data, last))
-        write_table(output / "classes.csv", list_classes(data, progress.draws, last.confusion))
-        if changes := list_changes(given, last):
-            write_table(output / "comparison.csv", changes)
-        if tested:
-            write_table(output / "test_predictions.csv", list_predictions(data, tested))
-            rows = list_classes(data, progress.draws, tested.confusion)
-            write_table(output / "test_classes.csv", rows)
+        tables = {"history.csv": progress.history, "comparison.csv": list_changes(given, last)}
+        for prefix, each in (("", last), ("test_", tested)) if tested else (("", last),):
+            tables[f"{prefix}predictions.csv"] = list_predictions(data, each)
+            tables[f"{prefix}classes.csv"] = list_classes(data, progress.draws, each.confusion)
+        for name, rows in tables.items():
+            if rows:
+                write_table(output / name, rows)
         write_page(given, progress, last, tested)
     except Exception as error:  # of a picture that is gone, a disk that is full, a bug in a chart
         text = f"{output}: not all reports could be written: {type(error).__name__}: {error}"
@@ -2222,6 +2228,7 @@ def write_network(given: Given, states: list[dict[str, Tensor]], fitted: Calibra
         "arch": args.arch,
         "classes": data.classes,
         "train_images": data.train_counts().tolist(),
+        "natural": natural_shift(args, data),
         "weights": args.weights,
         "train_size": args.image_size,
         "eval_size": eval_size(args.image_size),
@@ -2335,8 +2342,10 @@ def write_config(
         "train_images": counts.tolist(),
         "white": data.white,
         "left_out": data.unreadable,
-        **{name: measure_all(each, counts) for name, each in judged.items() if each},
     }
+    for name, each in judged.items():
+        measures = measure_all(each, counts) if each else {}
+        content[name] = {k: None if math.isnan(x) else x for k, x in measures.items()}  # as in JSON
     text = json.dumps(content, indent=1, default=str)  # of paths and of the precision
     write_file(args.output / "config.json", text.encode())
 
@@ -2381,8 +2390,8 @@ def describe_val(given: Given) -> str:
         text = f"{data.folds} networks, each judged by the fold of them it has not seen"
         if tests := len(data.val(TEST)):
             text += f", all together by {tests} images of {printable(str(args.val or args.source))}"
-    if data.copies:
-        text += f" ({data.copies} copies of training images left out)"
+    if data.related:
+        text += f" ({data.related} copies or relatives of training images left out)"
     return text
 
 
@@ -2414,6 +2423,8 @@ def print_end(
         f"{data.folds} networks, each on images it has not seen" if data.folds > 1 else "validation"
     )
     print(f"\nbalanced accuracy {format_range(result)}  ({of})")
+    if bare := int((last.val_counts == 0).sum()):
+        print(f"warning: {bare} of {len(data.classes)} classes are not in it: no image judges them")
     if args.epochs and not args.no_calibration:
         print(f"as trained        {result['as_trained_balanced_accuracy']:.1%}, calibration error "
               f"{result['as_trained_calibration_error']:.1%}; calibrated "
@@ -2466,11 +2477,11 @@ def print_advice(given: Given, last: Evaluation) -> None:
     if judged >= FEW_JUDGED or args.folds > 1 or not args.epochs:
         return
     low, high = wilson_interval(last.confusion.diag(), last.val_counts)
-    print(
-        f"note: the recall of {printable(data.classes[rarest])} is known from {judged} images "
-        f"alone [{low[rarest]:.0%}, {high[rarest]:.0%}]; --folds 5 would tell it from all of its "
-        "images, and takes five times as long"
-    )
+    text = f"known from {judged} images alone [{low[rarest]:.0%}, {high[rarest]:.0%}]"
+    own = [part != "source" for part in data.parts]
+    if sum(data.labels[own] == rarest) >= 5 and not (args.val or args.split or args.group):
+        text += "; --folds 5 would tell it from all of its images, and takes five times as long"
+    print(f"note: the recall of {printable(data.classes[rarest])} is {text}")
 
 
 # ------------------------------------------------------------------------------------ page
@@ -2674,17 +2685,18 @@ def show_result(page: Page) -> str:
     worst = min(page.classes, key=lambda row: (not row["val_images"], row["recall"]))
     others = zip(page.confusion[page.classes.index(worst)], page.classes, strict=True)
     count, taken = max((n * (row is not worst), row["class"]) for n, row in others)
-    for name, part, note in (
+    tiles = [
         (
             "balanced accuracy",
             result["balanced_accuracy"],
-            f"[{100 * result['low']:.1f}, {100 * result['high']:.1f}]",
+            format_range(result).split(maxsplit=1)[1],
         ),
         ("as trained", result["as_trained_balanced_accuracy"], "before calibration"),
         ("most frequent class", usual["recall"], f"recall of {usual['class']}"),
         ("rarest class", rare["recall"], f"recall of {rare['class']}"),
         ("lowest recall", worst["recall"], f"{worst['class']}, {count} taken for {taken}"),
-    ):
+    ]
+    for name, part, note in tiles:
         text += f"<div>{name}<b>{show(part)}</b><small>{show(note)}</small></div>"
     return f'<div class="tiles">{text}</div>'
 
@@ -2751,8 +2763,8 @@ def make_page(
         confusion=last.confusion.tolist(),
         mistakes=list_mistakes(data, last),
         history=progress.history,
-        settings=vars(args) | versions(),
-        command=shlex.join(["python", *sys.argv]),
+        settings={k: v for k, v in vars(args).items() if k != "command"} | versions(),
+        command=args.command,
         method=describe_method(given, last),
     )
 
@@ -2791,16 +2803,22 @@ def list_mistakes(data: Data, last: Evaluation) -> Rows:
 
 def describe_method(given: Given, last: Evaluation) -> str:
     """How a run was measured, for a methods section."""
-    args = given.args
-    way = "each image once per epoch"
-    if args.rebalance == "sampler":
-        way = f"by a weighted random sampler, weights 1 / (images of the class) ** {args.power:g}"
-    text = (
-        f"A {args.arch} ({args.weights}) was fine-tuned for {args.epochs} epochs with images of "
-        f"{args.image_size} pixels, drawn {way}; first the last layer alone, then all layers "
-        f"(AdamW, {args.lr:g}, batches of {args.batch_size}, seed {args.seed}). It was judged by "
-        f"{describe_val(given)}. "
-    )
+    args, stages = given.args, {stage.name for stage in plan(given.args, given.data)}
+    text = f"A {args.arch} ({args.weights}) was judged as it was given"
+    if args.epochs:
+        way = "each image once per epoch"
+        if args.rebalance == "sampler":
+            way = (
+                f"drawn by a weighted sampler, weights 1 / (images of the class) ** {args.power:g}"
+            )
+        layers = {"head": "the last layer alone (SGD)", "whole": f"all layers (AdamW, {args.lr:g})"}
+        trained = " and then ".join(text for name, text in layers.items() if name in stages)
+        text = (
+            f"A {args.arch} ({args.weights}) was trained for {args.epochs} epochs with images of "
+            f"{args.image_size} pixels, {way}: {trained}, in batches of {args.batch_size}, seed "
+            f"{args.seed}"
+        )
+    text += f". It was judged by {describe_val(given)}. "
     if args.epochs and not args.no_calibration:
         text += (
             f"Logits were multiplied by {last.calibration.scale:.3f} and lowered by "
@@ -2839,7 +2857,7 @@ def predict_photos(args: Namespace) -> None:
     run: dict[str, Any] = {}
     with contextlib.suppress(DataError):
         run = read_weights(str(file))
-    if "classes" not in run:
+    if not run.keys() >= {"classes", "natural"}:
         raise DataError(f"--predict {file}: not a network of this script; train one first")
     if args.output and args.output.exists():
         raise DataError(f"--output {args.output}: there already; name a new file")
@@ -2848,12 +2866,12 @@ def predict_photos(args: Namespace) -> None:
     compute, paths = pick_compute(args.device, args.amp), list_photos(args.data)
     model: Any = build_model(run["arch"], run["classes"], run)[0].eval()
     model.to(compute.device, memory_format=memory_format(compute.device))
-    log_share = torch.tensor(run["train_images"]).log() if args.natural else 0.0
+    natural = run["natural"] if args.natural else 0.0
     rows, started = [], time.perf_counter()
     for views, read in read_photos(paths, run, args.batch_size or BATCH):
         with torch.no_grad(), compute.autocast():
             logits = model(to_input(views, compute.device))
-        probability, best = (logits.float().cpu() + log_share).softmax(1).topk(2)
+        probability, best = (logits.float().cpu() + natural).softmax(1).topk(2)
         for path, (p, q), (one, two) in zip(read, probability.tolist(), best.tolist(), strict=True):
             answer = {"path": path, "class": run["classes"][one], "probability": p}
             rows.append(answer | {"second": run["classes"][two], "second_probability": q})
@@ -2864,7 +2882,7 @@ def predict_photos(args: Namespace) -> None:
     if args.output:
         write_file(args.output, format_table(rows))
     else:
-        sys.stdout.write(format_table(rows).decode(errors="surrogateescape"))
+        sys.stdout.buffer.write(format_table(rows))
 
 
 def list_photos(place: Path) -> list[str]:
@@ -2873,12 +2891,13 @@ def list_photos(place: Path) -> list[str]:
         return [str(place)]
     if not place.is_dir():
         raise DataError(f"DATA {place}: no such folder or image")
+    walk = os.walk(place, followlinks=True)  # as in training
+    below = sorted(Path(folder, name) for folder, _, names in walk for name in names)
     found = [
         str(path)
-        for path in sorted(place.rglob("*"))
+        for path in below
         if path.suffix.lower() in IMG_EXTENSIONS
         and not any(part.startswith(".") for part in path.relative_to(place).parts)
-        and not path.is_dir()
     ]
     if not found:
         raise DataError(f"DATA {place}: no image in it; known are {', '.join(IMG_EXTENSIONS)}")
@@ -2936,6 +2955,8 @@ def prepare(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
         model, origin = build_model(args.arch, data.classes, content)
         if args.epochs and args.weights != "none":
             rescale(model)
+        if not args.epochs:
+            check_given(args, content, origin)
         for name in PATHS:  # a run goes on from any folder
             setattr(args, name, getattr(args, name) and getattr(args, name).resolve())
         given = Given(args=args, data=data, baseline=baseline, origin=origin, compute=compute)
@@ -2947,6 +2968,16 @@ def prepare(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
             save_tensors(args.output / START, start)
             save_state(given, progress)
     return given, progress
+
+
+def check_given(args: Namespace, content: Mapping[str, Any], origin: str) -> None:
+    """Raise `DataError` where a network that is not trained knows no classes, or not these."""
+    if "head kept" not in origin:
+        text = "have no head for these classes; train one, or name folders as in its training"
+        raise DataError(f"--epochs 0: the weights {args.weights} {text}")
+    if "classes" in content and not (args.val or args.split):
+        text = "the network may have learnt some of the images that judge it; name others by --val"
+        print(f"warning: --epochs 0: {text}", file=sys.stderr)
 
 
 def pick_batch_size(data: Data, processes: int) -> int:

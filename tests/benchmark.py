@@ -458,7 +458,8 @@ def grow(images: int, folder: Path) -> dict[str, float]:
     classes, found = training.list_images(folder)
     lap("scan")
     held = training.hold_images(args, found, [row.path for row in found])
-    data = training.make_data(args, classes, [*zip(found, held, strict=True)], ({}, 0, []))
+    empty = {"white": {}, "related": 0, "unreadable": []}
+    data = training.make_data(args, classes, [*zip(found, held, strict=True)], **empty)
     train, val = data.train(0), data.val(0)
     lap("split")
     weights = training.sample_weights(data.labels[train], 1.0)

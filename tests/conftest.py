@@ -94,14 +94,14 @@ def begin(
     return SimpleNamespace(stage=stage, trainer=progress.trainer, reader=reader, source=source)
 
 
-def png(width: int, height: int, bits: int, rows: bytes) -> bytes:
-    """A PNG of three channels, as Pillow would not write it."""
+def png(width: int, height: int, bits: int, rows: bytes, kind: int = 2) -> bytes:
+    """A PNG of three channels, or of `kind` 6 with transparency, as Pillow would not write it."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         checksum = struct.pack(">I", zlib.crc32(name + content))
         return struct.pack(">I", len(content)) + name + content + checksum
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
     content = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + header + content
 
@@ -183,12 +183,14 @@ TINY = ["--image-size", "32", "--batch-size", "12", "--device", "cpu", "--no-amp
 
 def run(*arguments: object) -> SimpleNamespace:
     """A run that succeeds: its folder (that behind `--output`), what it printed, its bars."""
-    out, err = io.StringIO(), Terminal()
+    out, err = io.TextIOWrapper(io.BytesIO(), "utf-8", newline=""), Terminal()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = training.main([*map(str, arguments)])
     assert status == 0, err.getvalue()
     path = Path(arguments[arguments.index("--output") + 1]) if "--output" in arguments else None
-    return SimpleNamespace(path=path, out=out.getvalue(), err=err.getvalue())
+    out.flush()
+    printed = out.buffer.getvalue().decode()
+    return SimpleNamespace(path=path, out=printed, err=err.getvalue())
 
 
 def network_of(run: Path) -> dict[str, Any]:

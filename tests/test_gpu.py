@@ -224,11 +224,17 @@ def test_neither_evaluation_nor_the_feature_pass_waits_for_the_gpu_in_between(
 @cuda
 @pytest.mark.parametrize("frozen", ["1", "0", "none"])
 def test_a_full_gpu_gets_one_line_of_advice(
-    frozen: str, settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    frozen: str,
+    settings: list[str],
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """In the feature pass, in a step, and in evaluation: 45 images of 1,024 pixels, 300 MB."""
     epochs = ["--epochs", "1", "--frozen-epochs", frozen]
-    epochs = ["--epochs", "0", "--frozen-epochs", "0"] if frozen == "none" else epochs
+    if frozen == "none":
+        given = weights_file(tmp_path / "given.pth", sum(1 for _ in folder.iterdir()))
+        epochs = ["--weights", str(given), "--epochs", "0", "--frozen-epochs", "0"]
     command = [*settings, "cuda", *epochs, "--image-size", "1024", "--batch-size", "64"]
     gc.collect()
     torch.cuda.empty_cache()

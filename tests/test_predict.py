@@ -152,6 +152,34 @@ def test_photos_are_found_at_any_depth_but_not_hidden_ones(
     assert found == ["b/A.JPG", "b/deep/er.jpg/x.png", "z.jpg"]
 
 
+def test_a_folder_may_be_a_link_as_in_training(
+    photos: Path, default_run: SimpleNamespace, tmp_path: Path
+) -> None:
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/x").symlink_to(photos)
+    rows = predict(tmp_path / "links", default_run.path, tmp_path / "x.csv")
+    assert [row["path"] for row in rows][-1] == str(tmp_path / "links/x/z.jpg") and len(rows) == 3
+
+
+def test_what_an_uncalibrated_network_knows_of_frequencies_counts_once(
+    others: Path, animals: Path, tmp_path: Path
+) -> None:
+    """Trained without balancing, and not calibrated, it answers for them as it is."""
+    flags = ["--weights", "none", "--arch", "resnet18", "--epochs", "1", "--no-calibration"]
+    for power, factor in (("0", 0), ("0.5", 0.5)):
+        balance = ["--power", power] if power != "0" else ["--rebalance", "none"]
+        command = [animals, *flags, *balance, "--image-size", "32", *FLOAT32]
+        folder = run(*command, "--output", tmp_path / power).path
+        rows = [predict(others, folder, tmp_path / f"{power}{len(more)}.csv", *more)
+                for more in ([], ["--natural"])]  # fmt: skip
+        share = torch.tensor(network_of(folder)["train_images"]).log() * factor
+        paths = [row["path"] for row in rows[1]]
+        for each, prior in zip(rows, (torch.zeros(3), share), strict=True):
+            expected = (by_hand(network_of(folder), paths) + prior).softmax(1).max(1).values
+            said = [float(row["probability"]) for row in each]
+            assert said == pytest.approx(expected.tolist(), abs=1e-5)
+
+
 def test_a_table_on_stdout_a_network_s_file_and_a_single_photo(
     photos: Path, default_run: SimpleNamespace, tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """What a run says of itself: tables, lines and page agree, and the page loads nothing."""
 
+import contextlib
 import json
 import math
 import re
@@ -14,7 +15,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from conftest import CPU, TINY, rows_of, run
+from conftest import CPU, TINY, Trigger, rows_of, run
 from PIL import Image
 from torch import Tensor
 
@@ -51,9 +52,12 @@ def near(value: float) -> object:
 
 
 def test_tables_agree_with_each_other(any_run: Run) -> None:
-    path = any_run.path
+    path, config = any_run.path, (any_run.path / "config.json").read_text()
     predictions, classes = rows_of(path / "predictions.csv"), rows_of(path / "classes.csv")
-    result = json.loads((path / "config.json").read_text())["result"]
+    assert "NaN" not in config  # which is no JSON
+    result = json.loads(config)["result"]
+    order = [float(row["true_probability"]) for row in predictions]
+    assert order == sorted(order)  # so that labels which may be wrong come first
     right = Counter(row["class"] for row in predictions if row["class"] == row["predicted"])
     asked = Counter(row["class"] for row in predictions)
     taken = Counter(row["predicted"] for row in predictions)
@@ -81,7 +85,8 @@ def test_tables_agree_with_each_other(any_run: Run) -> None:
 def test_the_last_row_describes_the_network_unless_a_part_was_kept(any_run: Run) -> None:
     history = rows_of(any_run.path / "history.csv")
     result = json.loads((any_run.path / "config.json").read_text())["result"]
-    described = all(float(history[-1][name]) == near(result[name]) for name in result)
+    numbers = {name: math.nan if x is None else x for name, x in result.items()}
+    described = all(float(history[-1][name]) == near(x) for name, x in numbers.items())
     if any_run.path.name == "folds":  # each fold is judged by its own images, the run by all
         assert [row["fold"] for row in history] == [*"112233"] and not described
     elif "\nkept " not in any_run.out:
@@ -117,8 +122,9 @@ def test_a_comparison_has_both_runs_and_their_difference(
 ) -> None:
     rows = rows_of(compared_run.path / "comparison.csv")
     before, after = (
-        json.loads((each.path / "config.json").read_text())["result"]
+        {name: math.nan if x is None else x for name, x in result.items()}
         for each in (scratch_run, compared_run)
+        for result in [json.loads((each.path / "config.json").read_text())["result"]]
     )
     assert [row["measure"] for row in rows] == [*training.MEASURES]
     for row in rows:
@@ -174,16 +180,18 @@ def test_a_baseline_on_other_images_is_refused_in_one_line(
 
 
 def test_reports_that_cannot_be_written_are_a_warning_and_the_run_goes_on(
-    animals: Path, tmp_path: Path
+    animals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "report.html").mkdir()
-    flags = ["--weights", "none", "--epochs", 1, *TINY]
-    done = run(animals, *flags, "--output", tmp_path)
-    [*_, line] = [line for line in done.err.splitlines() if "not all reports" in line]
-    assert "warning: " in line and "report.html" in line
-    there = {path.name for path in tmp_path.iterdir()}
+    output = tmp_path / "run"
+    command = [str(animals), "--weights", "none", "--epochs", "1", *TINY, "--output", str(output)]
+    printed = Trigger("training images", lambda: (output / "report.html").mkdir())
+    with contextlib.redirect_stdout(printed):
+        assert training.main(command) == 0
+    [*_, line] = capsys.readouterr().err.splitlines()
+    assert "warning: " in line and "not all reports" in line and "report.html" in line
+    there = {path.name for path in output.iterdir()}
     assert there >= {"network.pt", "resume.pt", "history.csv", "classes.csv", "predictions.csv"}
-    assert not list(tmp_path.glob(".*")) and done.out.rstrip().endswith("report.html")
+    assert not list(output.glob(".*")) and printed.getvalue().rstrip().endswith("report.html")
 
 
 def test_who_knows_a_recall_from_few_images_is_told_so(any_run: Run) -> None:
@@ -193,6 +201,36 @@ def test_who_knows_a_recall_from_few_images_is_told_so(any_run: Run) -> None:
         return
     expected = "cat is known from 1 images alone [0%, 100%]; --folds 5 would tell it from all"
     assert len(notes) == 1 and expected in notes[0]
+
+
+def test_classes_that_no_image_judges_are_counted(animals: Path, tmp_path: Path) -> None:
+    (tmp_path / "val/ape").mkdir(parents=True)
+    shutil.copy(animals / "ape/ape_000.jpg", tmp_path / "val/ape/x.jpg")
+    (tmp_path / "val/ape/x.jpg").open("ab").write(b" ")  # another file, of the same pixels
+    flags = ["--val", tmp_path / "val", "--weights", "none", "--epochs", 1, *TINY]
+    done = run(animals, *flags, "--output", tmp_path / "run")
+    assert "\nwarning: 2 of 3 classes are not in it: no image judges them\n" in done.out
+    assert "--folds 5" not in done.out  # which would not judge that folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "trained"),
+    [
+        ("--epochs 3", "the last layer alone (SGD) and then all layers (AdamW, 0.0003), in"),
+        ("--epochs 3 --weights none", "classes) ** 1: all layers (AdamW, 0.001), in batches of 4"),
+        ("--epochs 3 --frozen-epochs 3", "the last layer alone (SGD), in batches of 4, seed 0."),
+        ("--epochs 3 --rebalance none", "each image once per epoch: the last layer alone (SGD) a"),
+        ("--epochs 0", "was judged as it was given. It was judged by"),
+    ],
+)
+def test_the_page_says_how_the_network_was_trained(
+    flags: str, trained: str, invented: SimpleNamespace
+) -> None:
+    command = ["x", "--batch-size", "4", *flags.split()]
+    args = training.parse_args(command)
+    args.lr, args.power = 1e-3 if args.weights == "none" else 3e-4, 1.0
+    given = SimpleNamespace(args=args, data=invented.given.data)
+    assert trained.replace("classes)", "class)") in training.describe_method(given, invented.last)
 
 
 def row(epoch: int, **others: object) -> dict[str, object]:
@@ -254,7 +292,7 @@ def invent(case: str, folder: Path) -> Run:
         held=held,
         folds=folds,
         white={},
-        copies=0,
+        related=0,
         unreadable=[],
     )
     places = data.judged()

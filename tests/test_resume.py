@@ -47,6 +47,8 @@ def assert_same_run(one: Path, other: Path) -> None:
         for each in (one, other)
     ]
     assert histories[0] == histories[1]
+    for each in (one, other):  # the command that makes it again
+        assert "--resume" not in (each / "report.html").read_text()
 
 
 # -------------------------------------------------------------------------- killed anywhere

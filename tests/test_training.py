@@ -85,12 +85,11 @@ ERRORS = {
     "DATA --folds 3 --epochs 0": "--folds: nothing is trained with --epochs 0",
     "DATA --group (": "--group (: no regular expression",
     "DATA --output FILE": "--output FILE: a file",
-    "DATA --output RUN": "--output RUN: already holds a run",
-    "DATA --output DATA": "--output DATA: would be a class of",
+    "DATA --output RUN": "--output RUN: not empty; name a new folder, or --resume a run",
+    "DATA --output TABLES": "--output TABLES: not empty",
     "DATA --output DATA/new/run": "--output DATA/new/run: would be a class of",
     "DATA --val OTHERS --output OTHERS/run": "--output OTHERS/run: would be a class of",
     "DATA --source OTHERS --output OTHERS/run": "--output OTHERS/run: would be a class of",
-    "DATA --split TABLES/t.csv --output TABLES": "--output would write its own files there",
     "DATA --device tpu": "--device tpu: not on this machine",
     # what is found out once the run folder is claimed
     "DATA --arch resnt18": "--arch resnt18: unknown; choose from resnet101",
@@ -103,6 +102,10 @@ ERRORS = {
     "DATA --weights RUN/network.pt --arch resnet50": "--arch resnet50: the weights are of resnet18",
     "DATA --weights RUN/network.pt --epochs 0 --image-size 64": "--image-size 64: the weights are",
     "DATA --weights VOTE/network.pt": "3 networks that vote; judge them with --epochs 0",
+    "DATA --weights PRETRAINED --epochs 0": "have no head for these classes",
+    "DATA --weights none --epochs 0": "have no head for these classes",
+    "DATA --weights none --group ZZZ": "--group ZZZ: matches no file name",
+    "DATA --weights none --val TABLES": "--val TABLES: no image in folders named as those of",
     "DATA --weights none --image-size 32 --batch-size 1": "is no batch for BatchNorm",
     "DATA --weights none --baseline NOWHERE": "--baseline: NOWHERE",
     "DATA --weights none --folds 7": "--folds 7: class cat has 6 different images",
@@ -203,7 +206,7 @@ def images(labels: list[int], held: list[int], folds: int = 1) -> training.Data:
         held=torch.tensor(held),
         folds=folds,
         white={},
-        copies=0,
+        related=0,
         unreadable=[],
     )
 
@@ -665,7 +668,7 @@ def test_the_end_is_kept_unless_another_share_is_better_by_more_than_chance(
     whole = ways(*losses)
     held = [0] * 4 if folds == 1 else [0, 0, 1, 1]
     data = images([0, 1, 0, 1, 0, 1], [*held, EVERY, EVERY], folds)
-    args = training.parse_args(["x", "--no-calibration", "--weights", "x.pt"])
+    args = training.parse_args(["x", "--no-calibration", "--weights", "x.pt", "--power", "1"])
     given = SimpleNamespace(args=args, data=data)
     done = [Fold({}, {}, part) for part in whole.chunk(folds, 1)]
     assert training.choose_distance(given, done) == kept
@@ -686,7 +689,7 @@ def test_a_run_folder_has_one_network_and_what_is_said_of_it(
     content = network_of(default_run.path)
     assert set(content) == {
         *("arch", "classes", "train_images", "weights", "train_size", "eval_size", "least_side"),
-        *("white", "networks"),
+        *("natural", "white", "networks"),
     }
     assert content["arch"] == "resnet18" and content["classes"] == ["ape", "bee", "cat"]
     assert content["train_images"] == [16, 10, 5] and content["weights"] == str(pretrained)
@@ -852,26 +855,33 @@ def test_from_random_weights_every_layer_is_trained(animals: Path, tmp_path: Pat
 
 
 def test_of_two_runs_at_once_with_one_output_the_second_gets_an_error(
-    animals: Path, pretrained: Path, tmp_path: Path
+    animals: Path, default_run: SimpleNamespace, tmp_path: Path
 ) -> None:
-    command = [str(animals), "--weights", str(pretrained), "--epochs", "0", *TINY]
+    command = [
+        str(animals),
+        "--weights",
+        str(default_run.path / "network.pt"),
+        "--epochs",
+        "0",
+        *TINY,
+    ]
     pair = [start(*command, "--output", str(tmp_path / "run")) for _ in range(2)]
     errors = [process.communicate(timeout=120)[1] for process in pair]
     assert sorted(process.returncode for process in pair) == [0, 2]
     [error] = [e for e, process in zip(errors, pair, strict=True) if process.returncode == 2]
     assert error.count("\n") == 1
-    assert "another run has just begun there" in error or "already holds a run" in error
+    assert "another run has just begun there" in error or "not empty" in error
     assert (tmp_path / "run/network.pt").exists()
 
 
 def test_two_runs_of_the_same_second_get_folders_of_their_own(
-    animals: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    animals: Path, default_run: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for seconds in range(120):
         moment = datetime.now() + timedelta(seconds=seconds)
         (tmp_path / f"runs/{moment:%Y-%m-%d_%H-%M-%S}").mkdir(parents=True)
-    run(animals, "--weights", pretrained, "--epochs", 0, *TINY)
+    run(animals, "--weights", default_run.path / "network.pt", "--epochs", 0, *TINY)
     [made] = [path for path in (tmp_path / "runs").iterdir() if any(path.iterdir())]
     assert made.name.endswith("-2") and made.with_name(made.name[:-2]).exists()
 
@@ -920,14 +930,21 @@ def test_a_batch_for_which_memory_does_not_do_names_a_smaller_one(
 
 
 def test_another_error_of_torch_keeps_its_traceback(
-    animals: Path, pretrained: Path, tmp_path: Path
+    animals: Path, default_run: SimpleNamespace, tmp_path: Path
 ) -> None:
     """As of a bug, here in what is printed."""
 
     def fail() -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    command = [str(animals), "--weights", str(pretrained), "--epochs", "0", *TINY]
+    command = [
+        str(animals),
+        "--weights",
+        str(default_run.path / "network.pt"),
+        "--epochs",
+        "0",
+        *TINY,
+    ]
     with (
         contextlib.redirect_stdout(Trigger("training images", fail)),
         pytest.raises(RuntimeError, match="mat1"),
