@@ -2477,7 +2477,8 @@ def print_advice(given: Given, last: Evaluation) -> None:
     if judged >= FEW_JUDGED or args.folds > 1 or not args.epochs:
         return
     low, high = wilson_interval(last.confusion.diag(), last.val_counts)
-    text = f"known from {judged} images alone [{low[rarest]:.0%}, {high[rarest]:.0%}]"
+    images, ends = "1 image" if judged == 1 else f"{judged} images", (low[rarest], high[rarest])
+    text = f"known from {images} alone [{ends[0]:.0%}, {ends[1]:.0%}]"
     own = [part != "source" for part in data.parts]
     if sum(data.labels[own] == rarest) >= 5 and not (args.val or args.split or args.group):
         text += "; --folds 5 would tell it from all of its images, and takes five times as long"

@@ -199,7 +199,7 @@ def test_who_knows_a_recall_from_few_images_is_told_so(any_run: Run) -> None:
     if any_run.path.name in ("folds", "compared"):
         assert notes == []
         return
-    expected = "cat is known from 1 images alone [0%, 100%]; --folds 5 would tell it from all"
+    expected = "cat is known from 1 image alone [0%, 100%]; --folds 5 would tell it from all"
     assert len(notes) == 1 and expected in notes[0]
 
 
