@@ -2436,7 +2436,8 @@ def print_end(
         ]
         print(f"of single folds   {min(folds):.1%} to {max(folds):.1%}")
     if distance < 1:
-        print(f"kept              {distance:.0%} of what training changed after the head")
+        text = f"; --frozen-epochs {args.epochs} is as good and faster" if not distance else ""
+        print(f"kept              {distance:.0%} of what training changed after the head{text}")
     if tested:
         print(
             f"untouched test    {format_range(measure_all(tested, data.train_counts()))}, by vote"

@@ -462,6 +462,9 @@ def test_the_end_of_any_run_fits_one_screen(
     shown = [line.split()[0] for line in lines[first : first + 3]]
     assert shown[: len(worst)] == [f"{recall:.1%}" for recall in worst[:3]]
     assert "kept              50% of what training changed after the head" in lines
+    training.print_end(invented.given, invented.progress, invented.last, None, 0.0)
+    said = "kept              0% of what training changed after the head; --frozen-epochs 10 is as"
+    assert said in capsys.readouterr().out
 
 
 KNOWN = {"class": "a", "train_images": 5, "val_images": 4, "recall": 0.0, "low": 0.0, "high": 0.5}
