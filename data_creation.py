@@ -29,6 +29,7 @@ from typing import NamedTuple, NoReturn
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # What the folders with the parts of a data set are named, and their order.
 PARTS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "test": 2, "testing": 2}
+FOLDS = {"fold", "split", "part"}
 ORDERS = {"size": "ranked by number of images, largest first", "random": "ranked at random"}
 CHART = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1000 480" width="100%"><style>
 svg { max-width: 1000px; background: #ffffff; fill: #1f2328; font-family: sans-serif }
@@ -161,17 +162,15 @@ def find_parts(tree: Mapping[str, set[str]]) -> list[str]:
 
     `tree` has for each folder the sub-folders that its images lie in, "" for the folder itself.
     Parts are a folder named for training, all its images in sub-folders, and those named for
-    validation or testing. Whatever their names, folders with all images in sub-folders are parts if
-    they have as many sub-folders in common as they are, at least two: fold1 and fold2 of cats and
-    dogs, but neither cat/2019 and dog/2019 nor fifty species by sex.
+    validation or testing; or all folders, if each is named a fold and has sub-folders alone.
     """
     words = {name: re.findall("[a-z]+", name.lower()) for name in sorted(tree)}
     places = {name: PARTS[word] for name in words for word in words[name] if word in PARTS}
     nested = {name for name in tree if "" not in tree[name]}
     if any(places.values()) and 0 in [places[name] for name in places.keys() & nested]:
         return sorted(places, key=lambda name: places[name])
-    shared = set.intersection(*tree.values())
-    return sorted(tree) if nested == tree.keys() and len(shared) >= len(tree) > 1 else []
+    folds = all(FOLDS.intersection(words[name]) for name in tree)
+    return sorted(tree) if folds and nested == tree.keys() else []
 
 
 def check_classes(src: Path, classes: Classes) -> None:

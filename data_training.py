@@ -130,6 +130,7 @@ PATHS = ("data", "val", "source", "split", "output", "baseline")  # settings tha
 KINDS = {"I": "whole numbers", "F": "fractions"}
 # What folders of a whole data set are named for, in the order of their use.
 PARTS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "test": 2, "testing": 2}
+FOLDS = {"fold", "split", "part"}
 # What may be said beside `--resume` and `--predict`: where it runs, not what comes out.
 WITH_RESUME = ("device", "workers", "amp")
 WITH_PREDICT = ("data", "output", "natural", "batch_size", *WITH_RESUME)
@@ -301,8 +302,8 @@ def make_parser() -> OneLineParser:
         help="folder that DATA was made from: its images that are not in DATA are validated on "
         "as well")  # fmt: skip
     add("--group", metavar="PATTERN",
-        help="regular expression: images whose file names give the same first group, or match, "
-        "are of one family (a patient, a film) and on one side of every split")  # fmt: skip
+        help="regular expression: images whose paths below their class give the same first "
+        "group, or match, are one family (patient, film), on one side of every split")  # fmt: skip
     add("--image-size", metavar="PX", type=auto_or(some), default="auto",
         help="pixels per side of a training crop; evaluation takes up to 8/7 of that, 256 for "
         "224; auto: that of --weights, else 224")  # fmt: skip
@@ -791,7 +792,7 @@ def refuse_parts(root: Path, rows: list[Row]) -> None:
     """Raise `DataError` where folders are parts of a data set, train/cat and test/cat, no classes.
 
     As `data_creation.py` tells them: one is named for training, all its images in sub-folders, and
-    another for validation or testing; or all have as many sub-folders in common as they are.
+    another for validation or testing; or each is named a fold and has sub-folders alone.
     """
     tree: dict[str, set[str]] = defaultdict(set)
     for row in rows:
@@ -802,7 +803,7 @@ def refuse_parts(root: Path, rows: list[Row]) -> None:
     nested = [name for name in sorted(tree) if "" not in tree[name]]
     if any(places.values()) and 0 in [places.get(name) for name in nested]:
         nested = sorted(places.keys() & nested, key=lambda name: (places[name], name))
-    elif len(nested) < len(tree) or len(set.intersection(*tree.values())) < len(tree):
+    elif len(nested) < len(tree) or not all(FOLDS.intersection(each) for each in words.values()):
         return
     train, *others = [root / name for name in nested]
     command = f"data_training.py {train}" + (f" --val {others[0]}" if others else "")
@@ -962,13 +963,15 @@ def find_families(args: Namespace, rows: list[Row], digests: Mapping[str, str]) 
 
     strange = 0
     for row in rows:
-        match = re.search(args.group, Path(row.name).name) if args.group else None
+        match = re.search(args.group, row.name.partition("/")[2]) if args.group else None
         name = match and (match.group(1) if match.re.groups else match.group())
         strange += name is None
         above[root(digests[row.path])] = root(row.path if name is None else f"--group {name}")
     keys = [root(digests[row.path]) for row in rows]
     if args.group and strange == len(rows):
-        raise DataError(f"--group {args.group}: matches no file name, without the folders")
+        raise DataError(
+            f"--group {args.group}: matches no image, as its path below its class reads"
+        )
     if args.group and len(set(keys)) == 1:
         raise DataError(f"--group {args.group}: makes all images one family; name what differs")
     if args.group:

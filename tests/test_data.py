@@ -229,6 +229,14 @@ def test_the_images_of_a_patient_are_on_one_side(
         assert min(data.counts(data.val(fold)).tolist()) >= 4
 
 
+def test_a_family_may_be_a_folder(patients: Path, capsys: Said) -> None:
+    for path in sorted(patients.rglob("*.jpg")):
+        path.with_name(path.name[:2]).mkdir(exist_ok=True)
+        path.rename(path.with_name(path.name[:2]) / path.name[3:])
+    load(patients, "--group", "^(P[0-9]+)/")
+    assert capsys.readouterr().err == "--group: 8 families of 64 images\n"
+
+
 def test_copies_bind_patients_and_names_that_do_not_match_are_families_of_one(
     patients: Path, capsys: Said
 ) -> None:
@@ -412,6 +420,8 @@ LAYOUTS = {  # folders of images, and what is said of them, if they are no class
     "strain_a/1 strain_a/2 strain_b/1 strain_b/2 strain_c/1 strain_c/2": "",
     "train/left car/left bus/right": "",
     "train test car": "",  # toys
+    "ill/P0 ill/P1 well/P0 well/P1": "",  # patients
+    "fold1 fold2": "",
     "train/cat train/dog test/cat test/dog": "train --val test",
     "train/cat train/dog val/cat val/dog test/cat test/dog": "train --val val",
     "Train/cat Train/dog Test/cat Test/dog": "Train --val Test",

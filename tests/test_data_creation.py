@@ -406,8 +406,9 @@ PARTS = """
     train:a,b | test:a,b = train,test;  test:a | train:a | valid:a = train,valid,test
     seg_test:a | seg_train:b = seg_train,seg_test;  Testing:a,b | Training:a = Training,Testing
     train2017:a | validation:. = train2017,validation;  extra:a | test:. | train:a = train,test
-    x:cat,dog | y:cat,dog = x,y;  x:a,b,c | y:a,b,c,d | z:a,b,c = x,y,z
-    x:a,b | y:a,b | z:a,b =;  cat:2019,2020 | dog:2019 =;  cat:2019,2020,. | dog:2019,2020 =
+    Fold1:cat,dog | Fold2:cat = Fold1,Fold2;  part_a:a | part_b:a | split3:b = part_a,part_b,split3
+    ill:P0,P1 | well:P0,P1 =;  fold1:a | fold2:a | cat:a =;  fold1:. | fold2:a =
+    cat:2019,2020 | dog:2019 =;  cat:2019,2020,. | dog:2019,2020 =
     train:. | test:. =;  train:old,. | test:old =;  steam train:a | fast train:a =
     train:a | bus:a =;  trainer:a | tester:a =;  test:a | val:a =;  x:a,b =;  train:a,b =
 """
@@ -440,7 +441,7 @@ ERRORS = """
     OUT is a link to SRC | way->src | src way | ~/src:
     SRC is inside OUT | box/in/a/1.jpg box/in/b/1.jpg | box/in box | ~/box:
     SRC has parts | p/test/a/1.jpg p/train/a/1.jpg p/x/ | p out | data_creation.py ~/p/train OUT,
-    SRC has folds | p/x/a/1/1.jpg p/x/b/2/1.jpg p/y/a/3/1.jpg p/y/b/1/1.jpg p/z/ | p out | /p/x OUT,
+    SRC has folds | p/fold1/a/1/1.jpg p/fold2/a/3/1.jpg p/fold3/ | p out | /p/fold1 OUT,
     an image is a dangling link | src/a/x.jpg->gone | src out | ~/src/a/x.jpg:
     a class is a dangling link | src/c->gone | src out | ~/src/c:
     a link leads back up | src/a/up->src | src out | ~/src/a/up:

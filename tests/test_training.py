@@ -104,7 +104,7 @@ ERRORS = {
     "DATA --weights VOTE/network.pt": "3 networks that vote; judge them with --epochs 0",
     "DATA --weights PRETRAINED --epochs 0": "have no head for these classes",
     "DATA --weights none --epochs 0": "have no head for these classes",
-    "DATA --weights none --group ZZZ": "--group ZZZ: matches no file name",
+    "DATA --weights none --group ZZZ": "--group ZZZ: matches no image",
     "DATA --weights none --val TABLES": "--val TABLES: no image in folders named as those of",
     "DATA --weights none --image-size 32 --batch-size 1": "is no batch for BatchNorm",
     "DATA --weights none --baseline NOWHERE": "--baseline: NOWHERE",
