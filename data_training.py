@@ -2347,8 +2347,9 @@ def write_config(
         "left_out": data.unreadable,
     }
     for name, each in judged.items():
-        measures = measure_all(each, counts) if each else {}
-        content[name] = {k: None if math.isnan(x) else x for k, x in measures.items()}  # as in JSON
+        if each:
+            measures = measure_all(each, counts)
+            content[name] = {k: None if math.isnan(x) else x for k, x in measures.items()}
     text = json.dumps(content, indent=1, default=str)  # of paths and of the precision
     write_file(args.output / "config.json", text.encode())
 
