@@ -729,7 +729,6 @@ def make_data(
         sizes=[os.path.getsize(row.path) for row, _ in rows],
         **found,
     )
-    where = args.val or args.split or args.data
     for fold in range(args.folds):
         if bare := (data.counts(data.train(fold)) == 0).nonzero().flatten().tolist():
             text = "no image of this class to train on that can be read; add one or remove the"
@@ -739,7 +738,7 @@ def make_data(
             text = "no image differs from those trained on; nothing to validate on"
             if args.split and set(data.parts) == {"train"} and not data.related:
                 text = "names no image to validate on, as part val or source"
-            raise DataError(f"{where}: {text}")
+            raise DataError(f"{args.val or args.split or args.data}: {text}")
     return data
 
 
@@ -2482,8 +2481,8 @@ def print_advice(given: Given, last: Evaluation) -> None:
     if judged >= FEW_JUDGED or args.folds > 1 or not args.epochs:
         return
     low, high = wilson_interval(last.confusion.diag(), last.val_counts)
-    images, ends = "1 image" if judged == 1 else f"{judged} images", (low[rarest], high[rarest])
-    text = f"known from {images} alone [{ends[0]:.0%}, {ends[1]:.0%}]"
+    images = "1 image" if judged == 1 else f"{judged} images"
+    text = f"known from {images} alone [{low[rarest]:.0%}, {high[rarest]:.0%}]"
     own = [part != "source" for part in data.parts]
     if sum(data.labels[own] == rarest) >= 5 and not (args.val or args.split or args.group):
         text += "; --folds 5 would tell it from all of its images, and takes five times as long"

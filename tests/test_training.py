@@ -854,17 +854,15 @@ def test_from_random_weights_every_layer_is_trained(animals: Path, tmp_path: Pat
 # ---------------------------------------------------------------------- what may happen to a run
 
 
+def judging(folder: Path, known: SimpleNamespace) -> list[str]:
+    """A run that trains nothing: the network of another on these images."""
+    return [str(folder), "--weights", str(known.path / "network.pt"), "--epochs", "0", *TINY]
+
+
 def test_of_two_runs_at_once_with_one_output_the_second_gets_an_error(
     animals: Path, default_run: SimpleNamespace, tmp_path: Path
 ) -> None:
-    command = [
-        str(animals),
-        "--weights",
-        str(default_run.path / "network.pt"),
-        "--epochs",
-        "0",
-        *TINY,
-    ]
+    command = judging(animals, default_run)
     pair = [start(*command, "--output", str(tmp_path / "run")) for _ in range(2)]
     errors = [process.communicate(timeout=120)[1] for process in pair]
     assert sorted(process.returncode for process in pair) == [0, 2]
@@ -937,14 +935,7 @@ def test_another_error_of_torch_keeps_its_traceback(
     def fail() -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    command = [
-        str(animals),
-        "--weights",
-        str(default_run.path / "network.pt"),
-        "--epochs",
-        "0",
-        *TINY,
-    ]
+    command = judging(animals, default_run)
     with (
         contextlib.redirect_stdout(Trigger("training images", fail)),
         pytest.raises(RuntimeError, match="mat1"),
