@@ -92,6 +92,11 @@ HEAD_RATE = 0.02  # of SGD, for features of squared length 512, as those of a Re
 HEAD_DECAY = 0.002  # weight decay, of the head alone and in the whole network
 RATE, SCRATCH_RATE = 3e-4, 1e-3  # of AdamW, for pretrained weights and for random ones
 HEAD_FACTOR = 3.0  # times that for the head of a pretrained network
+# Of images like those that the weights know, training all layers forgets more than it learns: a
+# trial of so many steps, where that is a fifth of all at most, tells before the time is spent.
+TRIAL_STEPS = 100
+UPPER_FACTOR = 1 / 15  # times `RATE` for the upper half of a network that fails the trial
+LOWER = ("conv1.", "bn1.", "layer1.", "layer2.")  # the other half
 # The scale of weights that the learning rates are for, see `rescale`.
 CONV_SCALE, FEATURE_SCALE = 0.5, 2.0
 BATCH, SMALL_BATCH, STEPS = 64, 32, 32  # images a step; the small one for fewer steps an epoch
@@ -184,6 +189,7 @@ class Progress:
     draws: Tensor  # of each class so far: (C,) int64
     head: dict[str, Tensor]  # as in `Fold`, of the fold in training
     logits: Tensor  # of the images that the last epoch was judged by: (M, C)
+    failed: bool = False  # the trial, so that the upper half alone is trained
     done: list[Fold] = field(default_factory=list)
     stored: dict[str, Any] = field(default_factory=dict)  # a trainer's state, to take up once
     trainer: Any = None  # a `Trainer`, from the first stage on
@@ -216,6 +222,8 @@ def run(args: Namespace) -> None:
     if compute.rank == 0:
         start_run(given, progress)
     for stage in plan(given.args, data):
+        if stage.name == "whole" and progress.failed:
+            stage = stage._replace(name="upper")
         left = [epoch for epoch in stage.epochs if (stage.fold, epoch) > progress.at()]
         inputs = begin(given, progress, stage, reader) if left else reader
         for epoch in left:
@@ -230,6 +238,9 @@ def run(args: Namespace) -> None:
             )
             if epoch == stage.epochs[-1] and stage.last:
                 progress.done.append(look_back(given, progress, stage, reader))
+            elif epoch == stage.epochs[-1] and stage.name == "trial":
+                tried = look_back(given, progress, stage, reader)
+                progress.failed = first_makes(partial(fails, given, tried), compute)
             judged = judge(given, {stage.fold: progress.logits})
             row = {
                 "fold": stage.fold + 1,
@@ -1440,7 +1451,7 @@ def rescale(model: Any) -> None:
 class Stage(NamedTuple):
     """A stretch of epochs in which one network trains in one way."""
 
-    name: str  # "head", "whole", or "given": nothing is trained
+    name: str  # "head", "trial", "whole", "upper", or "given": nothing is trained
     fold: int
     epochs: range
     passes: int  # over as many images as there are, an epoch
@@ -1451,9 +1462,10 @@ class Stage(NamedTuple):
 def plan(args: Namespace, data: Data) -> list[Stage]:
     """The stages of a run in order: of each fold the head alone, and then all layers.
 
-    By default the head has epoch 0: on features it costs a third of an epoch.
+    By default the head has epoch 0: on features it costs a third of an epoch. The first epochs of
+    all layers are a trial where they are enough for one; the other folds do as the first one did.
     """
-    stages = []
+    stages: list[Stage] = []
     own = args.frozen_epochs is None and args.weights != "none"
     head = range(1) if own else range(1, 1 + (args.frozen_epochs or 0))
     whole = range(head.stop, args.epochs + 1)
@@ -1466,9 +1478,13 @@ def plan(args: Namespace, data: Data) -> list[Stage]:
             passes = math.ceil(HEAD_STEPS * args.batch_size / (len(head) * images))
             steps = len(head) * math.ceil(passes * images / args.batch_size)
             stages.append(Stage("head", fold, head, passes, steps, last=not whole))
-        if whole:
-            steps = len(whole) * math.ceil(images / args.batch_size)
-            stages.append(Stage("whole", fold, whole, 1, steps, last=True))
+        steps, rest = math.ceil(images / args.batch_size), whole
+        tried = math.ceil(TRIAL_STEPS / steps)
+        if head and fold == 0 and tried <= len(whole) // 5:
+            stages.append(Stage("trial", fold, whole[:tried], 1, tried * steps, last=False))
+            rest = whole[tried:]
+        if rest:
+            stages.append(Stage("whole", fold, rest, 1, len(rest) * steps, last=True))
     return stages
 
 
@@ -1478,15 +1494,15 @@ class Trainer:
     def __init__(self, model: Any, stage: Stage, optimizer: Optimizer, given: Given):
         """A stage at its beginning."""
         self.stage, self.optimizer = stage, optimizer
-        head_alone = stage.name == "head"
-        self.evaluated = model.fc if head_alone else model.train()
+        head_alone, upper = stage.name == "head", stage.name == "upper"
+        self.evaluated = model.fc if head_alone else model.train(not upper)
         self.network = wrap_ddp(self.evaluated, given)
         groups = optimizer.param_groups
         self.weights = [weight for group in groups for weight in group["params"]]
         peaks = [group["lr"] for group in groups]
         # OneCycleLR divides by zero where either part of the cycle has a single step.
         steps = max(4, stage.steps)
-        warm_up = 0.1 if head_alone or given.args.weights == "none" else 0.0
+        warm_up = 0.1 if head_alone or upper or given.args.weights == "none" else 0.0
         rising = max(warm_up, 2 / steps)
         self.scheduler = OneCycleLR(optimizer, peaks, steps, pct_start=rising, cycle_momentum=False)
         scaled = given.compute.amp is torch.float16
@@ -1500,7 +1516,7 @@ class Trainer:
         """Take a step against the gradient of `loss`."""
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
-        if self.stage.name == "whole":  # the head alone is a convex problem
+        if self.stage.name != "head":  # which is a convex problem
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.weights, CLIP_NORM)
         self.scaler.step(self.optimizer)
@@ -1551,14 +1567,17 @@ def head_optimizer(model: models.ResNet, lengths: Tensor) -> Optimizer:
     return torch.optim.SGD(groups, momentum=0.9, fused=True)
 
 
-def whole_optimizer(model: nn.Module, args: Namespace) -> Optimizer:
-    """AdamW for all layers."""
+def whole_optimizer(model: nn.Module, args: Namespace, upper: bool) -> Optimizer:
+    """AdamW for all layers, or for the `upper` half in small steps."""
     parts: dict[bool, list[Tensor]] = {True: [], False: []}
     for name, weight in model.named_parameters():
-        parts[name.startswith("fc.")].append(weight)
+        weight.requires_grad = not (upper and name.startswith(LOWER))
+        if weight.requires_grad:
+            parts[name.startswith("fc.")].append(weight)
+    rate = args.lr * (UPPER_FACTOR if upper else 1.0)
     factor = 1.0 if args.weights == "none" else HEAD_FACTOR
-    head = {"params": parts[True], "lr": args.lr * factor}
-    rest = {"params": parts[False], "lr": args.lr, "weight_decay": 0.0}
+    head = {"params": parts[True], "lr": rate * factor}
+    rest = {"params": parts[False], "lr": rate, "weight_decay": 0.0}
     return torch.optim.AdamW([head, rest], weight_decay=HEAD_DECAY, fused=True)
 
 
@@ -1579,13 +1598,16 @@ def begin(given: Given, progress: Progress, stage: Stage, reader: Reader) -> Inp
         table = progress.features[given.data.train(stage.fold)].float()
         optimizer = head_optimizer(model, torch.linalg.vector_norm(table, dim=1))
     else:
-        optimizer = whole_optimizer(model, given.args)
+        optimizer = whole_optimizer(model, given.args, stage.name == "upper")
     progress.trainer = Trainer(model, stage, optimizer, given)
     if before == stage.name:
         progress.trainer.load_state_dict(progress.stored)
-    elif stage.name == "whole":
+    elif before == "trial":
+        if stage.name == "upper":  # back to where the trial began
+            model.load_state_dict(at_start(progress, progress.head))
+    elif stage.name != "head":
         progress.head = copy_state(model.fc)
-        if before == "head":
+        if before == "head" and stage.name != "upper":
             # A confident head holds the backbone to the old features, a new one pulls it anywhere.
             for weight in model.fc.parameters():
                 weight.data.mul_(SOFTENED)
@@ -1625,10 +1647,12 @@ def train_epoch(given: Given, trainer: Trainer, batches: Sequence[Tensor], input
         # Gradients are averaged over processes, whose parts of a batch may differ by one image.
         trainer.step(loss * (len(targets) * compute.world_size / len(batch)))
         total += loss.detach() * len(targets)
-        if trainer.scheduler.last_epoch == tenth and trainer.stage[:2] == ("whole", 0):
+        stage = trainer.stage
+        if trainer.scheduler.last_epoch == tenth and stage.fold == 0 and stage.name != "head":
             epoch = (time.perf_counter() - started) * len(batches) / tenth
             if compute.rank == 0:
-                minutes = math.ceil(epoch * args.epochs * args.folds / 60)
+                epochs = args.epochs * args.folds - stage.epochs[0] + 1
+                minutes = math.ceil(epoch * epochs / 60)
                 tqdm.write(f"about {minutes} min to go", sys.stderr)
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -1848,9 +1872,14 @@ def list_distances(args: Namespace) -> tuple[float, ...]:
     return DISTANCES if head and (args.frozen_epochs or 0) < args.epochs else DISTANCES[-1:]
 
 
+def at_start(progress: Progress, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a network where the training of all its layers begins."""
+    return progress.start | {f"fc.{key}": value for key, value in head.items()}
+
+
 def mix(progress: Progress, fold: Fold, distance: float) -> dict[str, Tensor]:
     """The state of a network after a distance of its way: weights between the start's and end's."""
-    start = progress.start | {f"fc.{key}": value for key, value in fold.head.items()}
+    start = at_start(progress, fold.head)
     ends = {k: (start[k].float(), v.float(), v.dtype) for k, v in fold.end.items()}
     mixed = {k: torch.lerp(one, two, distance).to(kind) for k, (one, two, kind) in ends.items()}
     return fold.end if distance == 1 else mixed
@@ -1886,6 +1915,11 @@ def choose_distance(given: Given, done: Sequence[Fold]) -> int:
     gain = weights @ gains
     error = (weights**2 @ (gains - gain) ** 2).sqrt()
     return best if gain > error else end
+
+
+def fails(given: Given, tried: Fold) -> bool:
+    """Whether less than half of the way of a trial is worth keeping."""
+    return list_distances(given.args)[choose_distance(given, [tried])] < 0.5
 
 
 def finish(given: Given, progress: Progress, reader: Reader) -> None:
@@ -2246,7 +2280,7 @@ def save_state(given: Given, progress: Progress, done: bool = False) -> None:
     args, data = given.args, given.data
     plain = {name: None if v is None else str(v) for name, v in vars(args).items() if name in PATHS}
     fields = {name: value for name, value in data._asdict().items() if name != "paths"}
-    state = {
+    state: dict[str, Any] = {
         "settings": vars(args) | plain,
         "data": fields,
         "baseline": given.baseline,
@@ -2257,6 +2291,7 @@ def save_state(given: Given, progress: Progress, done: bool = False) -> None:
         state |= {
             "head": progress.head,
             "logits": progress.logits,
+            "failed": progress.failed,
             "model": progress.model.state_dict(),
             "trainer": progress.trainer.state_dict() if progress.trainer else {},
         }
@@ -2298,6 +2333,7 @@ def load_run(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
         draws=state["draws"],
         head=state.get("head", {}),
         logits=state.get("logits", torch.empty(0)),
+        failed=state.get("failed", False),
         stored=state.get("trainer", {}),
     )
     if "model" in state:
@@ -2770,7 +2806,7 @@ def make_page(
         history=progress.history,
         settings={k: v for k, v in vars(args).items() if k != "command"} | versions(),
         command=args.command,
-        method=describe_method(given, last),
+        method=describe_method(given, progress, last),
     )
 
 
@@ -2806,9 +2842,9 @@ def list_mistakes(data: Data, last: Evaluation) -> Rows:
     return rows
 
 
-def describe_method(given: Given, last: Evaluation) -> str:
+def describe_method(given: Given, progress: Progress, last: Evaluation) -> str:
     """How a run was measured, for a methods section."""
-    args, stages = given.args, {stage.name for stage in plan(given.args, given.data)}
+    args, stages = given.args, {row["phase"] for row in progress.history}
     text = f"A {args.arch} ({args.weights}) was judged as it was given"
     if args.epochs:
         way = "each image once per epoch"
@@ -2816,7 +2852,12 @@ def describe_method(given: Given, last: Evaluation) -> str:
             way = (
                 f"drawn by a weighted sampler, weights 1 / (images of the class) ** {args.power:g}"
             )
-        layers = {"head": "the last layer alone (SGD)", "whole": f"all layers (AdamW, {args.lr:g})"}
+        layers = {
+            "head": "the last layer alone (SGD)",
+            "trial": f"all layers for a trial (AdamW, {args.lr:g})",
+            "whole": f"all layers (AdamW, {args.lr:g})",
+            "upper": f"from the last layer on, the upper half (AdamW, {args.lr * UPPER_FACTOR:g})",
+        }
         trained = " and then ".join(text for name, text in layers.items() if name in stages)
         text = (
             f"A {args.arch} ({args.weights}) was trained for {args.epochs} epochs with images of "

@@ -214,23 +214,26 @@ def test_classes_that_no_image_judges_are_counted(animals: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("flags", "trained"),
+    ("stages", "flags", "trained"),
     [
-        ("--epochs 3", "the last layer alone (SGD) and then all layers (AdamW, 0.0003), in"),
-        ("--epochs 3 --weights none", "classes) ** 1: all layers (AdamW, 0.001), in batches of 4"),
-        ("--epochs 3 --frozen-epochs 3", "the last layer alone (SGD), in batches of 4, seed 0."),
-        ("--epochs 3 --rebalance none", "each image once per epoch: the last layer alone (SGD) a"),
-        ("--epochs 0", "was judged as it was given. It was judged by"),
+        ("head whole", "", "the last layer alone (SGD) and then all layers (AdamW, 0.0003), in"),
+        ("whole", "--weights none", "classes) ** 1: all layers (AdamW, 0.001), in batches of 4"),
+        ("head", "", "the last layer alone (SGD), in batches of 4, seed 0."),
+        ("head", "--rebalance none", "each image once per epoch: the last layer alone (SGD)"),
+        ("head trial upper", "", "trial (AdamW, 0.0003) and then from the last layer on, the up"),
+        ("given", "--epochs 0", "was judged as it was given. It was judged by"),
     ],
 )
 def test_the_page_says_how_the_network_was_trained(
-    flags: str, trained: str, invented: SimpleNamespace
+    stages: str, flags: str, trained: str, invented: SimpleNamespace
 ) -> None:
-    command = ["x", "--batch-size", "4", *flags.split()]
+    command = ["x", "--epochs", "3", "--batch-size", "4", *flags.split()]
     args = training.parse_args(command)
     args.lr, args.power = 1e-3 if args.weights == "none" else 3e-4, 1.0
     given = SimpleNamespace(args=args, data=invented.given.data)
-    assert trained.replace("classes)", "class)") in training.describe_method(given, invented.last)
+    done = SimpleNamespace(history=[{"phase": name} for name in stages.split()])
+    said = training.describe_method(given, done, invented.last)
+    assert trained.replace("classes)", "class)") in said
 
 
 def row(epoch: int, **others: object) -> dict[str, object]:

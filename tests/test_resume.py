@@ -23,6 +23,7 @@ from conftest import (
     Trigger,
     begin,
     interrupt_after,
+    network_of,
     prepare,
     raises,
     rows_of,
@@ -203,6 +204,24 @@ def test_a_run_that_is_stopped_before_its_state_is_written_leaves_nothing(
         "\ndata_training.py: interrupted before the first checkpoint\n"
     )
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_trial_that_failed_is_remembered(
+    animals: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "TRIAL_STEPS", 3)  # an epoch
+    monkeypatch.setattr(training, "HEAD_STEPS", 100)
+    command = [str(animals), "--weights", str(pretrained), "--epochs", "5", "--lr", "0.1", *TINY]
+    whole = run(*command, "--output", tmp_path / "whole").path
+    stages = [row["phase"] for row in rows_of(whole / "history.csv")]
+    assert stages == ["head", "trial", *["upper"] * 4]
+    start = prepare(animals, *command[1:], "--output", str(tmp_path / "other"))[1].start
+    end = network_of(whole)["networks"][0]
+    moved = {key.split(".")[0] for key in start if not torch.equal(start[key], end[key])}
+    assert moved <= {"layer3", "layer4", "fc"}
+    interrupt_after(1, command, tmp_path / "run")
+    run("--resume", tmp_path / "run")
+    assert_same_run(whole, tmp_path / "run")
 
 
 def test_scratch_training_goes_on_as_well(animals: Path, tmp_path: Path) -> None:

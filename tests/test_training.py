@@ -406,6 +406,17 @@ def test_a_checkpoint_brings_its_architecture_and_image_size(
             [("head", 0, range(1, 3), 125, 1000), ("whole", 0, range(3, 4), 1, 4)],
         ),
         ("--epochs 3 --frozen-epochs 3", [("head", 0, range(1, 4), 84, 1008)]),
+        # 100 steps are 25 epochs, and a fifth of 125
+        ("--epochs 124 --frozen-epochs 0", [("whole", 0, range(1, 125), 1, 496)]),
+        ("--epochs 125 --weights none", [("whole", 0, range(1, 126), 1, 500)]),
+        (
+            "--epochs 125",
+            [
+                ("head", 0, range(1), 250, 1000),
+                ("trial", 0, range(1, 26), 1, 100),
+                ("whole", 0, range(26, 126), 1, 400),
+            ],
+        ),
         ("--epochs 0", [("given", 0, range(1), 0, 0)]),
     ],
 )
@@ -426,6 +437,9 @@ def test_each_fold_has_stages_of_its_own_as_long_as_its_images_ask_for() -> None
     ]
     assert [stage.steps for stage in stages if stage.name == "whole"] == [4, 3, 2]
     assert [stage.last for stage in stages] == [False, True] * 3
+    args.epochs = 500  # the first fold has the trial for all of them
+    names = [stage.name for stage in training.plan(args, images([0, 1, 2] * 20, [0, 1, 2] * 20, 3))]
+    assert names == ["head", "trial", "whole", "head", "whole", "head", "whole"]
 
 
 # ------------------------------------------------------------------- training, by hand
@@ -593,6 +607,43 @@ def test_the_head_is_less_sure_where_all_layers_begin_to_move_and_softened_once(
     progress.history = []
     begin(given, progress, 1)  # and without a head that was trained alone
     assert progress.model.fc.weight.unique().tolist() == [pytest.approx(0.1)]
+
+
+def test_after_a_trial_training_goes_on_or_with_the_upper_half_from_before_it(
+    animals: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    flags = ["--weights", str(pretrained), "--output", str(tmp_path / "run"), *TINY]
+    given, progress = prepare(animals, *flags)
+    progress.head = {"weight": torch.full((3, 512), 5.0), "bias": torch.full((3,), 6.0)}
+    progress.history = [{"fold": 1, "epoch": 2, "phase": "trial"}]
+    for value in progress.model.state_dict().values():
+        value.fill_(7)
+    stage, reader = Stage("whole", 0, range(3, 4), 1, 12, last=True), training.Reader(given)
+    training.begin(given, progress, stage, reader)
+    assert all((value == 7).all() for value in progress.model.state_dict().values())
+    training.begin(given, progress, stage._replace(name="upper"), reader)
+    for name, value in progress.model.state_dict().items():
+        head = {"fc.weight": torch.tensor(5.0), "fc.bias": torch.tensor(6.0)}
+        assert torch.equal(value, head.get(name, progress.start[name]).expand_as(value)), name
+    groups = progress.trainer.optimizer.param_groups
+    assert [group["max_lr"] for group in groups] == pytest.approx([6e-5, 2e-5])
+    named = {id(weight): name for name, weight in progress.model.named_parameters()}
+    trained = {named[id(weight)].split(".")[0] for weight in progress.trainer.weights}
+    assert trained == {"layer3", "layer4", "fc"}
+    assert not progress.model.training  # so BatchNorm keeps its statistics
+
+
+@pytest.mark.parametrize(("best", "failed"), [(0.0, True), (0.25, True), (0.5, False), (1, False)])
+def test_a_trial_fails_where_less_than_half_of_its_way_is_best(best: float, failed: bool) -> None:
+    truth = torch.arange(40) % 2
+    way = []
+    for distance in training.DISTANCES:
+        wrong = torch.arange(40) < 40 * abs(distance - best)  # as many more as it is further off
+        way.append(F.one_hot(torch.where(wrong, 1 - truth, truth), 2) * 2.0)
+    args = training.parse_args(["x", "--epochs", "9"])
+    data = images([0, 1] * 40, [EVERY] * 40 + [0] * 40)
+    given, args.power = SimpleNamespace(args=args, data=data), 1.0
+    assert training.fails(given, Fold(head={}, end={}, way=torch.stack(way))) is failed
 
 
 def test_each_fold_begins_where_the_first_one_did(
