@@ -49,7 +49,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cache, partial
-from itertools import product
+from itertools import permutations, product
 from multiprocessing import get_start_method
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -2121,17 +2121,14 @@ def load_baseline(run: Path, data: Data) -> Tensor:
     labels = {name: label for label, name in enumerate(data.classes)}
     try:
         rows = read_table(run / "predictions.csv", "path", "class", "predicted")
+        theirs = {(row["path"], row["class"]): labels[row["predicted"]] for row in rows}
     except DataError as error:
         raise DataError(f"--baseline: {error}; name an earlier run") from None
-    try:
-        theirs = {(row["path"], row["class"]): labels[row["predicted"]] for row in rows}
     except KeyError as error:
         raise DataError(f"--baseline {run}: not of these classes: {error}") from None
-    ours = [
-        (data.names[index], data.classes[data.labels[index]]) for index in data.judged().tolist()
-    ]
+    ours = [(data.names[at], data.classes[data.labels[at]]) for at in data.judged().tolist()]
     if other := sorted(theirs.keys() ^ ours):
-        there = sum(each in theirs for each in other)
+        there = len(theirs.keys() - ours)
         raise DataError(
             f"--baseline {run}: validated on other images: {there} only there and "
             f"{len(other) - there} only here, {other[0][0]} for one; give both runs the same DATA, "
@@ -2174,11 +2171,6 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return file.getvalue().replace("\r\n", "\n").encode(errors="surrogateescape")
 
 
-def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a CSV file of `rows`."""
-    write_file(path, format_table(rows))
-
-
 def to_rows(columns: Mapping[str, Sequence[Any] | Tensor]) -> Rows:
     """A row for each place of the columns."""
     lists = [x.tolist() if isinstance(x, Tensor) else x for x in columns.values()]
@@ -2187,13 +2179,11 @@ def to_rows(columns: Mapping[str, Sequence[Any] | Tensor]) -> Rows:
 
 def list_split(data: Data) -> Rows:
     """A row for each image: its class, and the part it is in."""
-    held = zip(data.parts, data.held.tolist(), strict=True)
-    folds = data.folds > 1
-    return to_rows({
-        "path": data.names,
-        "class": [data.classes[label] for label in data.labels.tolist()],
-        "part": [f"fold {at + 1}" if folds and at >= 0 else part for part, at in held],
-    })  # fmt: skip
+    parts = list(data.parts)
+    for at, fold in enumerate(data.held.tolist() if data.folds > 1 else []):
+        parts[at] = f"fold {fold + 1}" if fold >= 0 else parts[at]
+    classes = [data.classes[label] for label in data.labels.tolist()]
+    return to_rows({"path": data.names, "class": classes, "part": parts})
 
 
 def list_predictions(data: Data, last: Evaluation) -> Rows:
@@ -2210,16 +2200,16 @@ def list_predictions(data: Data, last: Evaluation) -> Rows:
 
 def list_classes(data: Data, draws: Tensor, confusion: Tensor) -> Rows:
     """A row for each class; NaN where nothing is known."""
-    low, high = wilson_interval(confusion.diag(), confusion.sum(1))
-    known = confusion.sum(1) > 0
+    counts = confusion.sum(1)
+    low, high = wilson_interval(confusion.diag(), counts)
     return to_rows({
         "class": data.classes,
         "train_images": data.train_counts(),
-        "val_images": confusion.sum(1),
+        "val_images": counts,
         "draws": draws,
         "recall": recall_by_class(confusion),
-        "low": low.where(known, math.nan),
-        "high": high.where(known, math.nan),
+        "low": low.where(counts > 0, math.nan),
+        "high": high.where(counts > 0, math.nan),
         "precision": recall_by_class(confusion.T),  # NaN for a class never predicted
         "f1": f1_by_class(confusion),
     })  # fmt: skip
@@ -2238,15 +2228,16 @@ def write_reports(
     """Write the tables and the page of a run. What goes wrong is a warning: no epoch is lost."""
     data, output = given.data, given.args.output
     try:
-        write_config(given, progress, last, tested)
+        write_config(given, last, tested)
         tables = {"history.csv": progress.history, "comparison.csv": list_changes(given, last)}
         for prefix, each in (("", last), ("test_", tested)) if tested else (("", last),):
             tables[f"{prefix}predictions.csv"] = list_predictions(data, each)
             tables[f"{prefix}classes.csv"] = list_classes(data, progress.draws, each.confusion)
         for name, rows in tables.items():
             if rows:
-                write_table(output / name, rows)
-        write_page(given, progress, last, tested)
+                write_file(output / name, format_table(rows))
+        for name, text in make_page(given, progress, last, tested).items():
+            write_file(output / name, text.encode(errors="backslashreplace"))
     except Exception as error:  # of a picture that is gone, a disk that is full, a bug in a chart
         text = f"{output}: not all reports could be written: {type(error).__name__}: {error}"
         print(f"warning: {printable(text)}", file=sys.stderr)
@@ -2255,11 +2246,12 @@ def write_reports(
 def write_network(given: Given, states: list[dict[str, Tensor]], fitted: Calibration) -> None:
     """Write all that it takes to use the network; its heads are calibrated."""
     args, data = given.args, given.data
-    networks = [{key: value.clone() for key, value in state.items()} for state in states]
-    for state in networks:
-        state["fc.weight"] *= fitted.scale
-        state["fc.bias"] *= fitted.scale
-        state["fc.bias"] -= fitted.shift * data.log_share()
+    scale, shift = fitted.scale, fitted.shift * data.log_share()
+    networks = [
+        state
+        | {"fc.weight": state["fc.weight"] * scale, "fc.bias": state["fc.bias"] * scale - shift}
+        for state in states
+    ]
     content = {
         "arch": args.arch,
         "classes": data.classes,
@@ -2277,12 +2269,10 @@ def write_network(given: Given, states: list[dict[str, Tensor]], fitted: Calibra
 
 def save_state(given: Given, progress: Progress, done: bool = False) -> None:
     """Write what a run needs to go on: all of it, or that it is `done`."""
-    args, data = given.args, given.data
-    plain = {name: None if v is None else str(v) for name, v in vars(args).items() if name in PATHS}
-    fields = {name: value for name, value in data._asdict().items() if name != "paths"}
+    args, fields = given.args, given.data._asdict()
     state: dict[str, Any] = {
-        "settings": vars(args) | plain,
-        "data": fields,
+        "settings": vars(args) | {k: str(v) for k, v in vars(args).items() if v and k in PATHS},
+        "data": {name: value for name, value in fields.items() if name != "paths"},
         "baseline": given.baseline,
         "history": progress.history,
         "draws": progress.draws,
@@ -2296,11 +2286,6 @@ def save_state(given: Given, progress: Progress, done: bool = False) -> None:
             "trainer": progress.trainer.state_dict() if progress.trainer else {},
         }
     save_tensors(args.output / STATE, state)
-
-
-def fold_file(output: Path, fold: int) -> Path:
-    """Where a fold's network waits for the others."""
-    return output / f"fold-{fold + 1}.pt"
 
 
 def read_state(path: Path) -> Any:
@@ -2319,15 +2304,15 @@ def load_run(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
     if not (output / STATE).exists():
         raise DataError(f"--resume {output}: no run to go on with; name its folder")
     state = read_state(output / STATE)
-    here = {name: getattr(args, name) for name in WITH_RESUME if getattr(args, name) is not None}
-    settings = state["settings"] | here
-    paths = {name: Path(settings[name]) for name in PATHS if settings[name] is not None}
+    said = {name: value for name, value in vars(args).items() if name in WITH_RESUME}
+    settings = state["settings"] | {k: v for k, v in said.items() if v is not None}
+    paths = {name: Path(settings[name]) for name in PATHS if settings[name]}
     args = Namespace(**settings | paths | {"output": output})
     args.device, args.workers = compute.device.type, count_workers(args)
     data = find_again(args, state["data"])
     given = Given(args, data, state["baseline"], origin="as it was stopped", compute=compute)
     progress = Progress(
-        start={},
+        start=read_state(output / START) if "model" in state else {},
         model=build_model(args.arch, data.classes, {"networks": [state.get("model", {})]})[0],
         history=state["history"],
         draws=state["draws"],
@@ -2336,40 +2321,30 @@ def load_run(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
         failed=state.get("failed", False),
         stored=state.get("trainer", {}),
     )
-    if "model" in state:
-        progress.start = read_state(output / START)
-        for fold in range(args.folds):
-            if (
-                fold_file(output, fold).exists()
-                and (fold, plan(args, data)[-1].epochs[-1]) <= progress.at()
-            ):
-                progress.done.append(Fold(**read_state(fold_file(output, fold))))
+    for fold in range(args.folds if "model" in state else 0):
+        if (fold, args.epochs) <= progress.at():
+            progress.done.append(Fold(**read_state(output / f"fold-{fold + 1}.pt")))
     return given, progress
 
 
 def find_again(args: Namespace, stored: dict[str, Any]) -> Data:
     """The images of a run that goes on; raises `DataError` for one that is gone or has changed."""
-    val = args.val or args.data
-    folders = {"train": args.data, "val": val, "source": args.source}
-    paths = [
-        os.path.join(folders[part], *name.split("/"))
-        for part, name in zip(stored["parts"], stored["names"], strict=True)
-    ]
-    for path, size in zip(paths, stored["sizes"], strict=True):
-        there = os.path.isfile(path)
-        if not there or os.path.getsize(path) != size:
-            what = "changed" if there else "gone"
+    folders = {"train": args.data, "val": args.val or args.data, "source": args.source}
+    paths = []
+    for part, name, size in zip(stored["parts"], stored["names"], stored["sizes"], strict=True):
+        path = folders[part] / name
+        if not path.is_file() or path.stat().st_size != size:
+            what = "changed" if path.is_file() else "gone"
             raise DataError(f"{path}: {what} since the run began; put it back, or start a new run")
+        paths.append(str(path))
     return Data(**stored | {"paths": paths})
 
 
 def write_config(
-    given: Given, progress: Progress, last: Evaluation | None, tested: Evaluation | None
+    given: Given, last: Evaluation | None = None, tested: Evaluation | None = None
 ) -> None:
     """Write every setting as used, what the run is made of, and the measures of its network."""
     args, data, compute = given.args, given.data, given.compute
-    judged = {"result": last, "test": tested}
-    counts = data.train_counts()
     content = {
         "settings": vars(args),
         "versions": versions(),
@@ -2377,13 +2352,13 @@ def write_config(
         "processes": compute.world_size,
         "precision": compute.amp or torch.float32,
         "classes": data.classes,
-        "train_images": counts.tolist(),
+        "train_images": data.train_counts().tolist(),
         "white": data.white,
         "left_out": data.unreadable,
     }
-    for name, each in judged.items():
+    for name, each in (("result", last), ("test", tested)):
         if each:
-            measures = measure_all(each, counts)
+            measures = measure_all(each, data.train_counts())
             content[name] = {k: None if math.isnan(x) else x for k, x in measures.items()}
     text = json.dumps(content, indent=1, default=str)  # of paths and of the precision
     write_file(args.output / "config.json", text.encode())
@@ -2398,9 +2373,13 @@ def versions() -> dict[str, str]:
 # -------------------------------------------------------------------------------- console
 
 
-def print_start(given: Given, progress: Progress) -> None:
-    """Print what is about to happen, and the epochs that were there before."""
+def start_run(given: Given, progress: Progress) -> None:
+    """Clear the run folder of what a killed run left half-written, and print what comes."""
     data, args, compute = given.data, given.args, given.compute
+    for unfinished in args.output.glob(".*.partial"):
+        unfinished.unlink()
+    if not progress.history:  # else it tells of the last epoch, or the result
+        write_config(given)
     counts = data.train_counts()
     print(
         f"{args.arch}, {printable(args.weights)}: {given.origin}; {compute.name()}, "
@@ -2418,17 +2397,17 @@ def print_start(given: Given, progress: Progress) -> None:
 def describe_val(given: Given) -> str:
     """How many images the network is judged by, and where they are from."""
     args, data = given.args, given.data
-    text = f"{data.parts.count('val')} validation images"
-    if where := args.val or args.split:
-        text += f" of {printable(str(where))}"
-    if args.source:
-        text += (
-            f" and {data.parts.count('source')} of {printable(args.source.name)} that were left out"
-        )
     if data.folds > 1:
         text = f"{data.folds} networks, each judged by the fold of them it has not seen"
         if tests := len(data.val(TEST)):
             text += f", all together by {tests} images of {printable(str(args.val or args.source))}"
+    else:
+        text = f"{data.parts.count('val')} validation images"
+        if where := args.val or args.split:
+            text += f" of {printable(str(where))}"
+        if args.source:
+            more, name = data.parts.count("source"), printable(args.source.name)
+            text += f" and {more} of {name} that were left out"
     if data.related:
         text += f" ({data.related} copies or relatives of training images left out)"
     return text
@@ -2438,7 +2417,6 @@ def format_epoch(row: dict[str, Any], args: Namespace) -> str:
     """The line of an epoch, as wide as `HEADER`, with the time left if all take as long."""
     numbers = {key: value for key, value in row.items() if isinstance(value, float)}
     cells = {key: "-" if math.isnan(x) else f"{x:.1%}" for key, x in numbers.items()}
-    balanced = f"{row['balanced_accuracy']:.1%} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
     epochs = args.epochs * (args.folds - row["fold"] + 1) - row["epoch"]
     hours, minutes = divmod(round(row["seconds"] * epochs / 60), 60)
     # The head's first epoch computes the features, and after its last one come slower ones.
@@ -2446,21 +2424,26 @@ def format_epoch(row: dict[str, Any], args: Namespace) -> str:
     return (
         f"{row['fold']:2}/{args.folds:<2} {row['epoch']:3}/{args.epochs:<3} {row['phase']:5}  "
         f"{row['train_loss']:10.3f}  {row['val_loss']:8.3f}  {cells['accuracy']:>8}  "
-        f"{balanced:<20}  {cells['as_trained_balanced_accuracy']:>10}  "
+        f"{format_range(row):<20}  {cells['as_trained_balanced_accuracy']:>10}  "
         f"{cells['many']:>6}  {cells['medium']:>6}  {cells['few']:>6}  "
         f"{row['images_per_second']:8.1f}  {left:>5}"
     )
+
+
+def format_range(measures: Mapping[str, float]) -> str:
+    """A balanced accuracy with its interval."""
+    ends = f"{100 * measures['low']:.1f}, {100 * measures['high']:.1f}"
+    return f"{measures['balanced_accuracy']:.1%} [{ends}]"
 
 
 def print_end(
     given: Given, progress: Progress, last: Evaluation, tested: Evaluation | None, distance: float
 ) -> None:
     """Print, in one screen, the result, what is recognised least, and where the rest is."""
-    args, data = given.args, given.data
-    result = measure_all(last, data.train_counts())
-    of = (
-        f"{data.folds} networks, each on images it has not seen" if data.folds > 1 else "validation"
-    )
+    args, data, counts = given.args, given.data, given.data.train_counts()
+    result, of = measure_all(last, counts), "validation"
+    if data.folds > 1:
+        of = f"{data.folds} networks, each on images it has not seen"
     print(f"\nbalanced accuracy {format_range(result)}  ({of})")
     if bare := int((last.val_counts == 0).sum()):
         print(f"warning: {bare} of {len(data.classes)} classes are not in it: no image judges them")
@@ -2470,31 +2453,21 @@ def print_end(
               f"{result['calibration_error']:.1%} (of a perfect network "
               f"{result['calibration_floor']:.1%})")  # fmt: skip
     if data.folds > 1:
-        folds = [
-            row["balanced_accuracy"] for row in progress.history if row["epoch"] == args.epochs
-        ]
+        ends = [row for row in progress.history if row["epoch"] == args.epochs]
+        folds = [row["balanced_accuracy"] for row in ends]
         print(f"of single folds   {min(folds):.1%} to {max(folds):.1%}")
     if distance < 1:
         text = f"; --frozen-epochs {args.epochs} is as good and faster" if not distance else ""
         print(f"kept              {distance:.0%} of what training changed after the head{text}")
     if tested:
-        print(
-            f"untouched test    {format_range(measure_all(tested, data.train_counts()))}, by vote"
-        )
+        print(f"untouched test    {format_range(measure_all(tested, counts))}, by vote")
     print_lowest(data, last)
-    for change in list_changes(given, last):
-        if not math.isnan(change["before"]):  # as of an empty group
-            name, before, now, *rest = show_change(change).values()
-            since = f"{before:.1%} in {printable(args.baseline.name)}, now {now:.1%}"
-            print(f"{name:17} {since}: {' points, '.join(rest[:2])}; more than chance? {rest[2]}")
+    for change in show_changes(list_changes(given, last)):
+        name, before, now, points, ends, sure = change.values()
+        since = f"{before:.1%} in {printable(args.baseline.name)}, now {now:.1%}"
+        print(f"{name:17} {since}: {points} points, {ends}; more than chance? {sure}")
     print_advice(given, last)
     print(f"everything else is in {printable(str(args.output / 'report.html'))}")
-
-
-def format_range(measures: Mapping[str, float]) -> str:
-    """A balanced accuracy with its interval."""
-    ends = f"{100 * measures['low']:.1f}, {100 * measures['high']:.1f}"
-    return f"{measures['balanced_accuracy']:.1%} [{ends}]"
 
 
 def print_lowest(data: Data, last: Evaluation) -> None:
@@ -2503,9 +2476,9 @@ def print_lowest(data: Data, last: Evaluation) -> None:
     wrong = last.confusion - last.confusion.diag().diag()
     known = [at for at in last.recall.argsort(stable=True).tolist() if last.val_counts[at]]
     for at in known[:3]:
-        taken = printable(data.classes[int(wrong[at].argmax())])
-        text = f"; most often taken for {taken}" if wrong[at].any() else ""
-        text = printable(data.classes[at]) + text
+        text = printable(data.classes[at])
+        if wrong[at].any():
+            text += f"; most often taken for {printable(data.classes[int(wrong[at].argmax())])}"
         print(f"{last.recall[at]:8.1%} of {last.val_counts[at]:4}  {text}")
 
 
@@ -2523,6 +2496,22 @@ def print_advice(given: Given, last: Evaluation) -> None:
     if sum(data.labels[own] == rarest) >= 5 and not (args.val or args.split or args.group):
         text += "; --folds 5 would tell it from all of its images, and takes five times as long"
     print(f"note: the recall of {printable(data.classes[rarest])} is {text}")
+
+
+def show_changes(changes: Rows) -> Rows:
+    """What `list_changes` found, in words; "undecided" where an interval holds 0."""
+    return [
+        {
+            "measure": change["measure"].replace("_", " "),
+            "before": change["before"],
+            "now": change["after"],
+            "points": f"{100 * change['difference']:+.1f}",
+            "95 % interval": f"{100 * change['low']:+.1f} to {100 * change['high']:+.1f}",
+            "more than chance?": "undecided" if change["low"] <= 0 <= change["high"] else "yes",
+        }
+        for change in changes
+        if not math.isnan(change["before"])  # as of an empty group
+    ]
 
 
 # ------------------------------------------------------------------------------------ page
@@ -2552,23 +2541,6 @@ stroke-width:8}@media print{*{print-color-adjust:exact}.wide{overflow:visible}
 details::details-content{block-size:auto;content-visibility:visible}}"""
 
 
-class Page(NamedTuple):
-    """All that the page of a run says; fractions from 0 to 1, NaN where nothing is known."""
-
-    title: str
-    facts: list[str]  # what was trained on what, in sentences
-    result: dict[str, float]  # as a row of the history
-    classes: Rows  # as classes.csv, by label; before, before_low, before_high
-    changes: Rows  # as print_changes shows comparison.csv, empty without `before_name`
-    before_name: str
-    confusion: list[list[int]]  # rows true, columns predicted
-    mistakes: Rows  # true, predicted, probability, image, typical: RGB images
-    history: Rows  # as history.csv, with fold
-    settings: dict[str, Any]
-    command: str
-    method: str
-
-
 def show(value: Any) -> str:
     """A fraction in per cent, NaN as a dash, all else as text that HTML and SVG do not obey."""
     if isinstance(value, float):
@@ -2594,54 +2566,51 @@ def write_title(title: str, *names: str) -> str:
     return write(title, 0, 14, "head") + write(" &#160; ".join(spots), 0, 34, "soft")
 
 
-def mean_recall(rows: Rows, keys: tuple[str, ...]) -> tuple[float, float, float]:
+def mean_recall(rows: Rows, keys: tuple[str, ...]) -> tuple[float, ...]:
     """The mean recall of classes and the ends of its interval; NaN if none is known."""
     known = [row for row in rows if row["val_images"] and keys[0] in row]
     if len(known) < 2:
-        mean, low, high = (known[0][key] if known else math.nan for key in keys)
-        return mean, low, high
-    recall, counts = (
-        torch.tensor([row[key] for row in known]).double() for key in (keys[0], "val_images")
-    )
+        return tuple(known[0][key] if known else math.nan for key in keys)
+    pairs = [(row[keys[0]], row["val_images"]) for row in known]
+    recall, counts = torch.tensor(pairs, dtype=torch.float64).T
     weights = torch.full((1, len(known)), 1 / len(known), dtype=torch.float64)
-    mean, low, high = (end.item() for end in mean_interval(recall, counts, weights))
-    return mean, low, high
+    return tuple(end.item() for end in mean_interval(recall, counts, weights))
 
 
 def draw_row(rows: Rows, y: int) -> str:
     """The row of a class, or of several as a group; a recall of 0 has a dot like others."""
-    train, val = ([row[key] for row in rows] for key in ("train_images", "val_images"))
     new, old = mean_recall(rows, NEW), mean_recall(rows, OLD)
-    half, marks, name, each = 0 if math.isnan(old[0]) else 8, "", show(rows[0]["class"]), train[0]
+    half, marks = 0 if math.isnan(old[0]) else 8, ""
+    name, images = show(rows[0]["class"]), str(rows[0]["train_images"])
     if len(rows) > 1:
-        name, each = f"{len(rows)} classes", f"{train[0]} to {train[-1]}"
-    for recall in (row["recall"] for row in rows[1:] and rows if row["val_images"]):
-        marks += f'<circle class="new bar" cx="{recall:.2%}" cy="{20 + half}" r="3"/>'
+        name, images = f"{len(rows)} classes", f"{images} to {rows[-1]['train_images']}"
+        for recall in (row["recall"] for row in rows if row["val_images"]):
+            marks += f'<circle class="new bar" cx="{recall:.2%}" cy="{20 + half}" r="3"/>'
     for age, at, (mean, low, high) in (("old", 20 - half, old), ("new", 20 + half, new)):
         if not math.isnan(mean):
             marks += f'<line class="{age} bar" x1="{low:.2%}" x2="{high:.2%}" y1="{at}" y2="{at}"/>'
             marks += f'<circle class="{age}" cx="{mean:.2%}" cy="{at}" r="5.5"/>'
-    texts = write(name, 38, 14, "end") + write(f"{each} training", 38, 29, "soft end")
-    texts += write(f"{sum(val)} validation images", 38, 43, "soft end")
+    texts = write(name, 38, 14, "end") + write(f"{images} training", 38, 29, "soft end")
+    judged = sum(row["val_images"] for row in rows)
+    texts += write(f"{judged} validation images", 38, 43, "soft end")
     texts += write(show(new[0]), 100, 25 + half, "end")
     return f'<svg y="{y}" height="54">{texts}<svg {PLOT}>{marks}</svg></svg>'
 
 
 def recall_chart(classes: Rows, before_name: str = "") -> str:
     """The recall of each class, or of groups if many, most training images first: SVG."""
-    order, cuts = sorted(classes, key=lambda row: -row["train_images"]), len(classes)
-    title, names = "Recall, 95 % interval", [f"before: {before_name}", "now"] if before_name else []
+    order, title = sorted(classes, key=lambda row: -row["train_images"]), "Recall, 95 % interval"
+    cuts, names = len(order), [f"before: {before_name}", "now"] if before_name else []
     if cuts > MOST_CLASSES:
         cuts, title = GROUPS, "Mean recall, 95 % interval (dots: classes)"
-    body, height = write_title(title, *names), 62 + 56 * cuts
+    body, height, grid = write_title(title, *names), 62 + 56 * cuts, ""
     for cut in range(cuts):
         first, end = (len(order) * at // cuts for at in (cut, cut + 1))
         body += draw_row(order[first:end], 60 + 56 * cut)
-    body += f"<svg {PLOT}>"
     for x in range(0, 101, 25):
-        body += f'<line class="grid" x1="{x}%" x2="{x}%" y1="58" y2="{height}"/>'
-        body += write(str(x), x, 52, "soft middle")
-    return svg(f"{body}</svg>", height)
+        grid += f'<line class="grid" x1="{x}%" x2="{x}%" y1="58" y2="{height}"/>'
+        grid += write(str(x), x, 52, "soft middle")
+    return svg(f"{body}<svg {PLOT}>{grid}</svg>", height)
 
 
 def draw_panel(history: Rows, keys: tuple[str, str], scale: int) -> str:
@@ -2682,15 +2651,21 @@ def make_table(rows: Iterable[Iterable[str]]) -> str:
     return f'<div class="wide"><table>{body}</table></div>'
 
 
-def confusion_table(classes: Rows, confusion: list[list[int]]) -> str:
+def show_rows(rows: Rows) -> str:
+    """A table of rows with the same columns."""
+    return make_table(map(show, row) for row in (rows[0], *(row.values() for row in rows)))
+
+
+def show_confusions(data: Data, last: Evaluation) -> str:
     """What is taken for what: a coloured matrix, or of many classes the commonest mistakes."""
-    names = [show(row["class"]) for row in classes]
-    order = sorted(range(len(names)), key=lambda label: -classes[label]["train_images"])
+    names, confusion = [show(name) for name in data.classes], last.confusion.tolist()
+    order = data.train_counts().argsort(descending=True, stable=True).tolist()
     if len(names) > MOST_CLASSES:
-        pairs = ((confusion[a][b], a, b) for a in order for b in order if a != b)
         rows = [["confusion", "images"]]
-        for n, a, b in (pair for pair in heapq.nlargest(20, pairs) if pair[0]):
-            rows.append([f"{names[a]} taken for {names[b]}", f"{n} of {sum(confusion[a])}"])
+        pairs = ((confusion[a][b], a, b) for a, b in permutations(order, 2))
+        for n, a, b in heapq.nlargest(20, pairs):
+            if n:
+                rows.append([f"{names[a]} taken for {names[b]}", f"{n} of {sum(confusion[a])}"])
         return make_table(rows)
     rows = [["is ↓ taken for →", *(names[label] for label in order)]]
     for a in order:
@@ -2702,169 +2677,131 @@ def confusion_table(classes: Rows, confusion: list[list[int]]) -> str:
     return f'<div class="matrix">{make_table(rows)}</div>'
 
 
-def show_mistakes(mistakes: Rows) -> str:
-    """The worst mistakes, each beside an image of the class it was taken for."""
-    text = ""
-    for each in mistakes:
-        sure = f"taken for ({show(each['probability'])}), as here"
-        text += "<figure>"
-        for image, said, name in (("image", "is", "true"), ("typical", sure, "predicted")):
-            content, small = io.BytesIO(), each[image].convert("RGB")
-            small.thumbnail((THUMBNAIL, THUMBNAIL))
-            small.save(content, "JPEG", quality=80)
-            data = base64.b64encode(content.getvalue()).decode()
-            text += f'<div><img alt="" src="data:image/jpeg;base64,{data}">'
-            text += f"<small>{said}</small><b>{show(each[name])}</b></div>"
-        text += "</figure>"
-    return f'<div class="pairs">{text}</div>'
-
-
-def show_result(page: Page) -> str:
-    """The result in large type, the rarest, the most frequent and the worst class."""
-    result, text = page.result, ""
-    rare, usual = (end(page.classes, key=lambda row: row["train_images"]) for end in (min, max))
-    worst = min(page.classes, key=lambda row: (not row["val_images"], row["recall"]))
-    others = zip(page.confusion[page.classes.index(worst)], page.classes, strict=True)
-    count, taken = max((n * (row is not worst), row["class"]) for n, row in others)
-    tiles = [
-        (
-            "balanced accuracy",
-            result["balanced_accuracy"],
-            format_range(result).split(maxsplit=1)[1],
-        ),
-        ("as trained", result["as_trained_balanced_accuracy"], "before calibration"),
-        ("most frequent class", usual["recall"], f"recall of {usual['class']}"),
-        ("rarest class", rare["recall"], f"recall of {rare['class']}"),
-        ("lowest recall", worst["recall"], f"{worst['class']}, {count} taken for {taken}"),
-    ]
-    for name, part, note in tiles:
-        text += f"<div>{name}<b>{show(part)}</b><small>{show(note)}</small></div>"
-    return f'<div class="tiles">{text}</div>'
-
-
-def render(page: Page) -> str:
-    """The page as text: one file that runs no script and loads nothing."""
-    classes, changes = (
-        make_table(map(show, row) for row in (rows[0], *(row.values() for row in rows)))
-        for rows in (page.classes, page.changes or [{"": ""}])
-    )
-    values = " · ".join(f"{show(name)}: {show(str(x))}" for name, x in page.settings.items())
-    sections = {
-        f"Compared with {show(page.before_name)}, on the same images": changes
-        if page.changes
-        else "",
-        "Recall": recall_chart(page.classes, page.before_name)
-        + f"<details><summary>Images, draws, measures of each class</summary>{classes}</details>",
-        "Mistakes": page.mistakes
-        and "<p>Wrong with the most confidence. Beside each image: a typical training "
-        f"image of the class it was taken for.</p>{show_mistakes(page.mistakes)}",
-        "Confusions": confusion_table(page.classes, page.confusion),
-        "Training": curve_chart(page.history),
-        "Make it again": f"<pre>{show(page.command)}</pre><p><small>{values}</small></p>",
-        "How this was measured": f"<p>{show(page.method)}</p>",
-    }
-    body = "".join(f"<h2>{name}</h2>{text}" for name, text in sections.items() if text)
-    return (
-        '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width='
-        f'device-width"><title>{show(page.title)}</title><style>{STYLE}</style><h1>{show(page.title)}'
-        f"</h1><p>{show(' '.join(page.facts))}</p>{show_result(page)}{body}</html>\n"
-    )
-
-
-def make_page(
-    given: Given, progress: Progress, last: Evaluation, tested: Evaluation | None
-) -> Page:
-    """What the page of a run says."""
-    args, data = given.args, given.data
-    counts, classes = data.train_counts(), list_classes(data, progress.draws, last.confusion)
-    changes = list_changes(given, last)
-    if changes and given.baseline is not None:
-        before = confusion_matrix(last.targets, given.baseline, len(classes))
-        old = list_classes(data, progress.draws, before)
-        for row, was in zip(classes, old, strict=True):
-            row |= {"before": was["recall"], "before_low": was["low"], "before_high": was["high"]}
-    way = "trained from random weights"
-    if args.weights != "none":
-        way = f"fine-tuned from {Path(args.weights).name}"
-    facts = [
-        f"{args.arch}, {way}, on {int(counts.sum())} images of {len(counts)} classes, "
-        f"{counts.max()} of the most frequent and {counts.min()} of the rarest.",
-        f"Judged by {describe_val(given)}.",
-    ]
-    if tested:
-        test = measure_all(tested, counts)
-        facts.append(f"Voting on the untouched test they have {format_range(test)}.")
-    return Page(
-        title=args.data.name,
-        facts=facts,
-        result=measure_all(last, counts),
-        classes=classes,
-        changes=[show_change(change) for change in changes if not math.isnan(change["before"])],
-        before_name=args.baseline.name if changes else "",
-        confusion=last.confusion.tolist(),
-        mistakes=list_mistakes(data, last),
-        history=progress.history,
-        settings={k: v for k, v in vars(args).items() if k != "command"} | versions(),
-        command=args.command,
-        method=describe_method(given, progress, last),
-    )
-
-
-def show_change(change: Mapping[str, Any]) -> dict[str, Any]:
-    """A change since a baseline in words; "undecided" where its interval holds 0."""
-    undecided = change["low"] <= 0 <= change["high"]
-    return {
-        "measure": change["measure"].replace("_", " "),
-        "before": change["before"],
-        "now": change["after"],
-        "points": f"{100 * change['difference']:+.1f}",
-        "95 % interval": f"{100 * change['low']:+.1f} to {100 * change['high']:+.1f}",
-        "more than chance?": "undecided" if undecided else "yes",
-    }
-
-
-def list_mistakes(data: Data, last: Evaluation) -> Rows:
+def show_mistakes(data: Data, last: Evaluation) -> str:
     """The images that are wrong with the most confidence, each beside one of the class it was
     taken for: the training image in the middle of their names."""
     wrong = (last.predicted != last.targets).nonzero().flatten()
     order = last.probability[wrong].argsort(descending=True, stable=True)
-    view, rows = central_square(THUMBNAIL), []
+    text = ""
     for at in wrong[order][:MISTAKES].tolist():
-        own, taken = int(last.places[at]), int(last.predicted[at])
+        true, taken = last.targets[at], last.predicted[at]
         theirs = ((data.labels == taken) & (data.held != TEST)).nonzero().flatten()
-        images = [
-            v2.functional.to_pil_image(view(read_image(data.paths[place], data.white)))
-            for place in (own, int(theirs[len(theirs) // 2]))
-        ]
-        row = {"true": data.classes[last.targets[at]], "predicted": data.classes[taken]}
-        shown = {"image": images[0], "typical": images[1]}
-        rows.append({**row, "probability": last.probability[at].item(), **shown})
-    return rows
+        sure = f"taken for ({show(last.probability[at].item())}), as here"
+        text += f"<figure>{show_image(data, last.places[at], 'is', true)}"
+        text += f"{show_image(data, theirs[len(theirs) // 2], sure, taken)}</figure>"
+    said = (
+        "Wrong with the most confidence. Beside each image: a typical training image of the class"
+    )
+    return text and f'<p>{said} it was taken for.</p><div class="pairs">{text}</div>'
+
+
+def show_image(data: Data, place: Tensor, said: str, label: Tensor) -> str:
+    """The image at a place of `data`, and below it what is said of it and the name of a class."""
+    pixels = central_square(THUMBNAIL)(read_image(data.paths[place], data.white))
+    content = io.BytesIO()
+    v2.functional.to_pil_image(pixels).save(content, "JPEG", quality=80)
+    encoded = base64.b64encode(content.getvalue()).decode()
+    return (
+        f'<div><img alt="" src="data:image/jpeg;base64,{encoded}">'
+        f"<small>{said}</small><b>{show(data.classes[label])}</b></div>"
+    )
+
+
+def show_result(data: Data, last: Evaluation) -> str:
+    """The result in large type, the rarest, the most frequent and the worst class."""
+    counts, wrong = data.train_counts(), last.confusion - last.confusion.diag().diag()
+    result, recall, names = measure_all(last, counts), last.recall.tolist(), data.classes
+    usual, rare = int(counts.argmax()), int(counts.argmin())
+    worst = int(last.recall.argsort(stable=True)[0])  # NaN comes last
+    said, most = names[worst], int(wrong[worst].max())
+    if most:
+        said += f", {most} taken for {names[int(wrong[worst].argmax())]}"
+    ends = format_range(result).split(maxsplit=1)[1]
+    tiles = {
+        "balanced accuracy": (result["balanced_accuracy"], ends),
+        "as trained": (result["as_trained_balanced_accuracy"], "before calibration"),
+        "most frequent class": (recall[usual], f"recall of {names[usual]}"),
+        "rarest class": (recall[rare], f"recall of {names[rare]}"),
+        "lowest recall": (recall[worst], said),
+    }
+    text = ""
+    for name, (part, note) in tiles.items():
+        text += f"<div>{name}<b>{show(part)}</b><small>{show(note)}</small></div>"
+    return f'<div class="tiles">{text}</div>'
+
+
+def make_page(
+    given: Given, progress: Progress, last: Evaluation, tested: Evaluation | None
+) -> dict[str, str]:
+    """By their files' names, the charts and the page: one file without scripts, loading nothing."""
+    args, data, changes = given.args, given.data, list_changes(given, last)
+    classes = list_classes(data, progress.draws, last.confusion)
+    if changes and given.baseline is not None:
+        before = confusion_matrix(last.targets, given.baseline, len(classes))
+        for row, old in zip(classes, list_classes(data, progress.draws, before), strict=True):
+            row |= {was: old[now] for now, was in zip(NEW, OLD, strict=True)}
+    baseline, title = args.baseline.name if changes else "", show(args.data.name)
+    recall, curves = recall_chart(classes, baseline), curve_chart(progress.history)
+    settings = {k: v for k, v in vars(args).items() if k != "command"} | versions()
+    values = " · ".join(f"{show(name)}: {show(str(x))}" for name, x in settings.items())
+    sections = {
+        f"Compared with {show(baseline)}, on the same images": changes
+        and show_rows(show_changes(changes)),
+        "Recall": f"{recall}<details><summary>Images, draws, measures of each class</summary>"
+        f"{show_rows(classes)}</details>",
+        "Mistakes": show_mistakes(data, last),
+        "Confusions": show_confusions(data, last),
+        "Training": curves,
+        "Make it again": f"<pre>{show(args.command)}</pre><p><small>{values}</small></p>",
+        "How this was measured": f"<p>{show(describe_method(given, progress, last))}</p>",
+    }
+    body = f"<h1>{title}</h1><p>{show(describe_run(given, tested))}</p>{show_result(data, last)}"
+    body += "".join(f"<h2>{name}</h2>{text}" for name, text in sections.items() if text)
+    page = (
+        '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width='
+        f'device-width"><title>{title}</title><style>{STYLE}</style>{body}</html>\n'
+    )
+    return {"recall.svg": recall, "curves.svg": curves, "report.html": page}
+
+
+def describe_run(given: Given, tested: Evaluation | None) -> str:
+    """What was trained on what, and what judged it."""
+    args, counts, way = given.args, given.data.train_counts(), "trained from random weights"
+    if args.weights != "none":
+        way = f"fine-tuned from {Path(args.weights).name}"
+    text = (
+        f"{args.arch}, {way}, on {int(counts.sum())} images of {len(counts)} classes, "
+        f"{counts.max()} of the most frequent and {counts.min()} of the rarest. "
+        f"Judged by {describe_val(given)}."
+    )
+    if tested:
+        result = format_range(measure_all(tested, counts))
+        text += f" Voting on the untouched test they have {result}."
+    return text
 
 
 def describe_method(given: Given, progress: Progress, last: Evaluation) -> str:
     """How a run was measured, for a methods section."""
     args, stages = given.args, {row["phase"] for row in progress.history}
-    text = f"A {args.arch} ({args.weights}) was judged as it was given"
+    layers = {
+        "given": "was judged as it was given",
+        "head": "the last layer alone (SGD)",
+        "trial": f"all layers for a trial (AdamW, {args.lr:g})",
+        "whole": f"all layers (AdamW, {args.lr:g})",
+        "upper": f"from the last layer on, the upper half (AdamW, {args.lr * UPPER_FACTOR:g})",
+    }
+    way = " and then ".join(text for name, text in layers.items() if name in stages)
     if args.epochs:
-        way = "each image once per epoch"
+        drawn = "each image once per epoch"
         if args.rebalance == "sampler":
-            way = (
+            drawn = (
                 f"drawn by a weighted sampler, weights 1 / (images of the class) ** {args.power:g}"
             )
-        layers = {
-            "head": "the last layer alone (SGD)",
-            "trial": f"all layers for a trial (AdamW, {args.lr:g})",
-            "whole": f"all layers (AdamW, {args.lr:g})",
-            "upper": f"from the last layer on, the upper half (AdamW, {args.lr * UPPER_FACTOR:g})",
-        }
-        trained = " and then ".join(text for name, text in layers.items() if name in stages)
-        text = (
-            f"A {args.arch} ({args.weights}) was trained for {args.epochs} epochs with images of "
-            f"{args.image_size} pixels, {way}: {trained}, in batches of {args.batch_size}, seed "
-            f"{args.seed}"
+        way = (
+            f"was trained for {args.epochs} epochs with images of {args.image_size} pixels, "
+            f"{drawn}: {way}, in batches of {args.batch_size}, seed {args.seed}"
         )
-    text += f". It was judged by {describe_val(given)}. "
+    text = f"A {args.arch} ({args.weights}) {way}. It was judged by {describe_val(given)}. "
     if args.epochs and not args.no_calibration:
         text += (
             f"Logits were multiplied by {last.calibration.scale:.3f} and lowered by "
@@ -2878,37 +2815,16 @@ def describe_method(given: Given, progress: Progress, last: Evaluation) -> str:
     )
 
 
-def write_page(
-    given: Given, progress: Progress, last: Evaluation, tested: Evaluation | None
-) -> None:
-    """Write the page of a run, and its charts as files."""
-    page = make_page(given, progress, last, tested)
-    charts = {
-        "recall.svg": recall_chart(page.classes, page.before_name),
-        "curves.svg": curve_chart(page.history),
-        "report.html": render(page),
-    }
-    for name, text in charts.items():
-        write_file(given.args.output / name, text.encode(errors="backslashreplace"))
-
-
 # -------------------------------------------------------------------------------- predicting
 
 
 def predict_photos(args: Namespace) -> None:
     """Write what the network of a run says of each image below DATA, as CSV."""
-    file = args.predict / NETWORK if args.predict.is_dir() else args.predict
-    if not file.is_file():
-        raise DataError(f"--predict {args.predict}: no network there; name a run that has one")
-    run: dict[str, Any] = {}
-    with contextlib.suppress(DataError):
-        run = read_weights(str(file))
-    if not run.keys() >= {"classes", "natural"}:
-        raise DataError(f"--predict {file}: not a network of this script; train one first")
-    if args.output and args.output.exists():
-        raise DataError(f"--output {args.output}: there already; name a new file")
-    if args.output and not args.output.parent.is_dir():
-        raise DataError(f"--output {args.output}: no folder to write it in; make that first")
+    run, out = load_network(args), args.output
+    if out and out.exists():
+        raise DataError(f"--output {out}: there already; name a new file")
+    if out and not out.parent.is_dir():
+        raise DataError(f"--output {out}: no folder to write it in; make that first")
     compute, paths = pick_compute(args.device, args.amp), list_photos(args.data)
     model: Any = build_model(run["arch"], run["classes"], run)[0].eval()
     model.to(compute.device, memory_format=memory_format(compute.device))
@@ -2925,10 +2841,22 @@ def predict_photos(args: Namespace) -> None:
         raise DataError(f"{args.data}: no image that can be read")
     speed = len(rows) / (time.perf_counter() - started)
     print(f"{len(rows)} images, {speed:.1f} a second", file=sys.stderr)
-    if args.output:
-        write_file(args.output, format_table(rows))
+    if out:
+        write_file(out, format_table(rows))
     else:
         sys.stdout.buffer.write(format_table(rows))
+
+
+def load_network(args: Namespace) -> dict[str, Any]:
+    """What a run wrote of its network; raises `DataError` where `--predict` names no such run."""
+    file = args.predict / NETWORK if args.predict.is_dir() else args.predict
+    if not file.is_file():
+        raise DataError(f"--predict {args.predict}: no network there; name a run that has one")
+    with contextlib.suppress(DataError):
+        run = read_weights(str(file))
+        if run.keys() >= {"classes", "natural"}:
+            return run
+    raise DataError(f"--predict {file}: not a network of this script; train one first")
 
 
 def list_photos(place: Path) -> list[str]:
@@ -2937,14 +2865,9 @@ def list_photos(place: Path) -> list[str]:
         return [str(place)]
     if not place.is_dir():
         raise DataError(f"DATA {place}: no such folder or image")
-    walk = os.walk(place, followlinks=True)  # as in training
-    below = sorted(Path(folder, name) for folder, _, names in walk for name in names)
-    found = [
-        str(path)
-        for path in below
-        if path.suffix.lower() in IMG_EXTENSIONS
-        and not any(part.startswith(".") for part in path.relative_to(place).parts)
-    ]
+    images = make_dataset(str(place), {"": 0}, IMG_EXTENSIONS, allow_empty=True)
+    below = sorted(Path(path) for path, _ in images)
+    found = [str(path) for path in below if "/." not in f"/{path.relative_to(place).as_posix()}"]
     if not found:
         raise DataError(f"DATA {place}: no image in it; known are {', '.join(IMG_EXTENSIONS)}")
     return found
@@ -2962,18 +2885,15 @@ def read_photos(
         except DataError as error:
             return str(error)
 
-    with (
-        ThreadPool() as pool,
-        tqdm(total=len(paths), desc="predicting", unit=" images", leave=False, disable=None) as bar,
-    ):
+    bar = tqdm(total=len(paths), desc="predicting", unit=" images", leave=False, disable=None)
+    with ThreadPool() as pool, bar:
         for first in range(0, len(paths), batch_size):
-            part = paths[first : first + batch_size]
-            found = pool.map(read, part)
-            for text in (each for each in found if isinstance(each, str)):
-                tqdm.write(f"warning: {text.removesuffix('; remove it')}; left out", sys.stderr)
-            views = {
-                p: each for p, each in zip(part, found, strict=True) if isinstance(each, Tensor)
-            }
+            part, views = paths[first : first + batch_size], {}
+            for path, each in zip(part, pool.map(read, part), strict=True):
+                if isinstance(each, Tensor):
+                    views[path] = each
+                else:
+                    tqdm.write(f"warning: {each.removesuffix('; remove it')}; left out", sys.stderr)
             if views:
                 yield torch.stack([*views.values()]), [*views]
             bar.update(len(part))
@@ -2991,8 +2911,6 @@ def prepare(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
         classes, rows = list_rows(args)  # in no time, before weights may be fetched
         content = load_weights(args)
         data = load_data(args, classes, rows)
-        if not args.epochs:
-            data = data._replace(white=data.white | content.get("white", {}))
         args.batch_size = args.batch_size or pick_batch_size(data, compute.world_size)
         args.workers = count_workers(args)
         baseline = load_baseline(args.baseline, data) if args.baseline else None
@@ -3003,13 +2921,14 @@ def prepare(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
             rescale(model)
         if not args.epochs:
             check_given(args, content, origin)
+            data = data._replace(white=data.white | content.get("white", {}))
         for name in PATHS:  # a run goes on from any folder
             setattr(args, name, getattr(args, name) and getattr(args, name).resolve())
         given = Given(args=args, data=data, baseline=baseline, origin=origin, compute=compute)
         none = torch.zeros(len(data.classes), dtype=torch.int64)
         start = copy_state(model)
         progress = Progress(start, model, history=[], draws=none, head={}, logits=torch.empty(0))
-        write_table(args.output / "split.csv", list_split(data))
+        write_file(args.output / "split.csv", format_table(list_split(data)))
         if args.epochs:
             save_tensors(args.output / START, start)
             save_state(given, progress)
@@ -3047,15 +2966,6 @@ def check_batches(args: Namespace, data: Data, processes: int) -> None:
         raise DataError(f"--batch-size {args.batch_size}: {text}")
 
 
-def start_run(given: Given, progress: Progress) -> None:
-    """Clear the run folder of what a killed run left half-written, and print what comes."""
-    for unfinished in given.args.output.glob(".*.partial"):
-        unfinished.unlink()
-    if not progress.history:  # else it tells of the last epoch, or the result
-        write_config(given, progress, None, None)
-    print_start(given, progress)
-
-
 def report(given: Given, progress: Progress, done: bool) -> None:
     """Print what there is to say after an epoch, and write it if it is time or a stage `done`.
 
@@ -3065,12 +2975,12 @@ def report(given: Given, progress: Progress, done: bool) -> None:
     print(format_epoch(row, args), flush=True)
     if not args.epochs or (not done and time.perf_counter() - progress.written < WRITE_EVERY):
         return
-    fold, finished = row["fold"] - 1, len(progress.done)
+    fold = row["fold"] - 1
     answers = {at: each.way[-1] for at, each in enumerate(progress.done)}
     states = [each.end for each in progress.done] or [copy_state(progress.model)]
-    if finished > fold:  # the network of this fold is done
-        save_tensors(fold_file(args.output, fold), progress.done[fold]._asdict())
-    last = judge(given, answers if finished > fold else answers | {fold: progress.logits})
+    if fold in answers:  # the network of this fold is done
+        save_tensors(args.output / f"fold-{fold + 1}.pt", progress.done[fold]._asdict())
+    last = judge(given, answers | {fold: progress.logits})
     write_network(given, states, last.calibration)
     save_state(given, progress)
     write_reports(given, progress, last, None)
@@ -3105,15 +3015,14 @@ def main(argv: list[str] | None = None) -> int:
             run(args)
         if dist.is_initialized():  # only now that `run` holds no network that would still use it
             dist.destroy_process_group()
+        return 0
     except RuntimeError as error:  # of a batch, in the feature pass and in evaluation too
         if not any(text in str(error) for text in NO_MEMORY):
             raise
-        processes = int(os.environ.get("WORLD_SIZE", 1))
-        size = args.batch_size or BATCH
+        size, processes = args.batch_size or BATCH, int(os.environ.get("WORLD_SIZE", 1))
         half = size // 2 // processes * processes
         other = f"{half} or a smaller --image-size" if half else "a smaller --image-size"
-        message = f"--batch-size {size}: out of memory on {args.device}; "
-        message += f"try {other}, in a new run"
+        message = f"--batch-size {size}: out of memory on {args.device}; try {other}, in a new run"
     except (DataError, OSError) as error:
         message = str(error).rstrip()
         if "Original Traceback" in message:  # from a process that reads images
@@ -3125,8 +3034,6 @@ def main(argv: list[str] | None = None) -> int:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"\ndata_training.py: {printable(text)}", file=sys.stderr)
         return 128 + (error.args[0] if error.args else signal.SIGINT)
-    else:
-        return 0
     print(f"data_training.py: error: {printable(message)}", file=sys.stderr)
     return 2
 

@@ -476,7 +476,8 @@ def grow(images: int, folder: Path) -> dict[str, float]:
     logits = F.one_hot(data.labels[val].roll(1), len(classes)).float()
     last = training.judge(given, {0: logits})
     training.measure_all(last, data.train_counts()) | training.count_draws(data, 0, drawn)
-    training.write_table(folder.parent / "predictions.csv", training.list_predictions(data, last))
+    table = training.format_table(training.list_predictions(data, last))
+    training.write_file(folder.parent / "predictions.csv", table)
     lap("evaluation")
     return {"images": images, **seconds, "bytes": (own_peak() - before) / images}
 

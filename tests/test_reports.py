@@ -150,7 +150,7 @@ def test_a_change_is_undecided_where_its_interval_holds_0(
     low: float, high: float, said: int
 ) -> None:
     numbers = {"before": 0.4, "after": 0.5, "difference": 0.1, "low": low, "high": high}
-    change = training.show_change({"measure": "few", **numbers})
+    [change] = training.show_changes([{"measure": "few", **numbers}])
     assert change["more than chance?"] == ["undecided", "yes"][said]
 
 
@@ -320,8 +320,15 @@ def invent(case: str, folder: Path) -> Run:
     ]
     draws = torch.full((classes,), 100)
     progress = SimpleNamespace(history=history, draws=draws)
-    page = training.make_page(given, progress, last, last)
-    return SimpleNamespace(given=given, progress=progress, last=last, page=page)
+    files = training.make_page(given, progress, last, last)
+    rows = training.list_classes(data, draws, last.confusion)
+    old = None
+    if before is not None:
+        was = training.confusion_matrix(last.targets, before, classes)
+        old = training.recall_by_class(was).tolist()
+    return SimpleNamespace(
+        given=given, progress=progress, last=last, files=files, classes=rows, before=old
+    )
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -361,11 +368,11 @@ class Parsed(HTMLParser):
 
 
 def test_the_page_closes_every_tag_and_loads_nothing(invented: Run) -> None:
-    text = training.render(invented.page)
+    text = invented.files["report.html"]
     parsed = Parsed(text)
     assert parsed.open == [] and not parsed.tags & {"script", "link", "iframe", "object", "base"}
     assert all(str(each).startswith("data:image/jpeg;base64,") for each in parsed.loaded)
-    assert len(parsed.loaded) == 2 * len(invented.page.mistakes) == 2 * training.MISTAKES
+    assert len(parsed.loaded) == 2 * training.MISTAKES
     outside = re.sub(r'base64,[^"]*|xmlns="http://www.w3.org/2000/svg"', "", text)
     known = re.findall(r"\S*(?:https?:|//)\S*", outside)
     assert all("http://x.y" in each for each in known)  # the name of a class, as text
@@ -387,69 +394,71 @@ def cells_of(text: str) -> list[list[str]]:
 
 
 def test_the_page_names_every_class_with_its_numbers(invented: Run) -> None:
-    text, page = training.render(invented.page), invented.page
-    rows = cells_of(text)
-    for each in page.classes:
-        values = [as_shown(x) for x in each.values()]
-        assert values in rows
+    text, given, last = invented.files["report.html"], invented.given, invented.last
+    known = {tuple(row[:9]): row[9:] for row in cells_of(text)}
+    for at, each in enumerate(invented.classes):
+        before = known[tuple(as_shown(x) for x in each.values())]
+        assert before[:1] == ([as_shown(invented.before[at])] if invented.before else [])
     said = " ".join(Parsed(text).said)
+    result = training.measure_all(last, given.data.train_counts())
     for name in ("balanced_accuracy", "as_trained_balanced_accuracy"):
-        assert f"{100 * page.result[name]:.1f}\u00a0%" in said
-    assert page.method in said and all(fact in said for fact in map(training.printable, page.facts))
-    if page.before_name:
-        last, before = invented.last, invented.given.baseline
-        right = (before == last.targets)[last.targets == 0].double().mean().item()
-        assert page.classes[0]["before"] == pytest.approx(right)
-    for change in page.changes:
+        assert f"{100 * result[name]:.1f}\u00a0%" in said
+    assert training.describe_method(given, invented.progress, last) in said
+    assert training.printable(training.describe_run(given, last)) in said
+    changes = training.show_changes(training.list_changes(given, last))
+    assert bool(changes) is bool(invented.before)
+    for change in changes:
         assert change["points"] in said and change["95 % interval"] in said
 
 
 def test_confusions_are_a_matrix_or_the_commonest_of_many(invented: Run) -> None:
-    page = invented.page
-    [_, *rows] = cells_of(training.confusion_table(page.classes, page.confusion))
-    if len(page.classes) <= training.MOST_CLASSES:  # in the order of their training images
-        matrix = [[str(n) for n in line if n] for line in page.confusion]
+    confusion = invented.last.confusion.tolist()
+    [_, *rows] = cells_of(training.show_confusions(invented.given.data, invented.last))
+    if len(confusion) <= training.MOST_CLASSES:  # in the order of their training images
+        matrix = [[str(n) for n in line if n] for line in confusion]
         assert [cells[1:] for cells in rows] == matrix
         return
-    found = [n for a, line in enumerate(page.confusion) for b, n in enumerate(line) if a != b]
+    found = [n for a, line in enumerate(confusion) for b, n in enumerate(line) if a != b]
     assert [int(count.split()[0]) for _, count in rows] == sorted(found)[:-21:-1]
     for pair, count in rows:
         a, b = (NAMES["many"].index(name) for name in pair.split(" taken for "))
-        assert count == f"{page.confusion[a][b]} of {sum(page.confusion[a])}"
+        assert count == f"{confusion[a][b]} of {sum(confusion[a])}"
 
 
 def test_charts_are_files_of_their_own_that_say_the_same(invented: Run) -> None:
-    page = invented.page
-    training.write_page(invented.given, invented.progress, invented.last, None)
-    folder = invented.given.args.output
+    classes, before, chart = invented.classes, invented.before, invented.files["recall.svg"]
     for name in ("recall.svg", "curves.svg"):
-        assert ElementTree.parse(folder / name).getroot().tag.endswith("svg")
-    chart = (folder / "recall.svg").read_text()
-    lines = min(len(page.classes), 10 if len(page.classes) > 30 else 30)
+        assert ElementTree.fromstring(invented.files[name]).tag.endswith("svg")
+        assert invented.files[name] in invented.files["report.html"]
+        assert "nan" not in invented.files[name]
+    lines = min(len(classes), 10 if len(classes) > 30 else 30)
     assert chart.count(" validation images") == lines
     if lines != 10:  # from the most training images to the fewest, before above now
-        places = [chart.index(f">{training.show(name)}<") for name in NAMES[page.title]]
-        marks = [("old", "before"), ("new", "recall")] if page.before_name else [("new", "recall")]
-        dots = [f'"{age}" cx="{each[key]:.2%}"' for each in page.classes for age, key in marks]
+        places = [chart.index(f">{training.show(each['class'])}<") for each in classes]
         assert places == sorted(places)
+        dots = []
+        for at, each in enumerate(classes):
+            dots += [f'"old" cx="{before[at]:.2%}"'] if before else []
+            dots += [f'"new" cx="{each["recall"]:.2%}"']
         assert re.findall(r'("\w+" cx="\S+") cy="\S+" r="5.5"', chart) == [
             dot for dot in dots if "nan" not in dot
         ]
-    assert "nan" not in chart and "nan" not in (folder / "curves.svg").read_text()
 
 
 def test_the_page_shows_the_surest_mistakes(invented: Run) -> None:
-    last, classes = invented.last, invented.given.data.classes
+    last, data = invented.last, invented.given.data
     wrong = (last.predicted != last.targets).nonzero().flatten().tolist()
     order = sorted(wrong, key=lambda at: -last.probability[at].item())[: training.MISTAKES]
-    for at, each in zip(order, invented.page.mistakes, strict=True):
-        assert each["probability"] == last.probability[at].item()
-        assert each["true"] == classes[last.targets[at]]
-        assert each["predicted"] == classes[last.predicted[at]]
+    figures = re.findall("<figure>(.*?)</figure>", training.show_mistakes(data, last), re.DOTALL)
+    for at, figure in zip(order, figures, strict=True):
+        true, taken = (data.classes[labels[at]] for labels in (last.targets, last.predicted))
+        sure = f"taken for ({as_shown(last.probability[at].item())}), as here"
+        said = [text for text in Parsed(figure).said if text]
+        assert said == ["is", training.printable(true), sure, training.printable(taken)]
 
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
-    text = training.render(invent("hostile", tmp_path).page).encode().decode()
+    text = invent("hostile", tmp_path).files["report.html"].encode().decode()
     assert "<script" not in text and "\x00" not in text and "\u202e" not in text
     assert "&amp;amp;" in text and "a\\x00\\u202eb\\ud800" in text
 
@@ -500,7 +509,7 @@ def test_curves_skip_what_is_not_finite_and_cut_off_what_is_far_above() -> None:
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium on this system")
 def test_a_browser_shows_the_page(tmp_path: Path) -> None:
-    page = training.render(invent("hostile", tmp_path).page)
+    page = invent("hostile", tmp_path).files["report.html"]
     (tmp_path / "report.html").write_text(page, encoding="utf-8")
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars"
     flags += " --disable-background-networking --disable-component-update --disable-sync"
