@@ -2246,12 +2246,10 @@ def write_reports(
 def write_network(given: Given, states: list[dict[str, Tensor]], fitted: Calibration) -> None:
     """Write all that it takes to use the network; its heads are calibrated."""
     args, data = given.args, given.data
-    scale, shift = fitted.scale, fitted.shift * data.log_share()
-    networks = [
-        state
-        | {"fc.weight": state["fc.weight"] * scale, "fc.bias": state["fc.bias"] * scale - shift}
-        for state in states
-    ]
+    networks, shift = [], fitted.shift * data.log_share()
+    for state in states:
+        weight, bias = (state[f"fc.{name}"] * fitted.scale for name in ("weight", "bias"))
+        networks.append(state | {"fc.weight": weight, "fc.bias": bias - shift})
     content = {
         "arch": args.arch,
         "classes": data.classes,
@@ -2304,10 +2302,10 @@ def load_run(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
     if not (output / STATE).exists():
         raise DataError(f"--resume {output}: no run to go on with; name its folder")
     state = read_state(output / STATE)
-    said = {name: value for name, value in vars(args).items() if name in WITH_RESUME}
-    settings = state["settings"] | {k: v for k, v in said.items() if v is not None}
-    paths = {name: Path(settings[name]) for name in PATHS if settings[name]}
-    args = Namespace(**settings | paths | {"output": output})
+    said = {k: v for k, v in vars(args).items() if k in WITH_RESUME and v is not None}
+    settings = state["settings"] | said | {"output": output}
+    paths = {k: Path(v) for k, v in settings.items() if k in PATHS and v}
+    args = Namespace(**settings | paths)
     args.device, args.workers = compute.device.type, count_workers(args)
     data = find_again(args, state["data"])
     given = Given(args, data, state["baseline"], origin="as it was stopped", compute=compute)
@@ -2390,8 +2388,7 @@ def start_run(given: Given, progress: Progress) -> None:
     )
     for kind, white in data.white.items():
         print(f"images of more than 8 bits ({KINDS[kind]}): a value of {white:g} is white")
-    rows = [format_epoch(row, args) for row in progress.history]
-    print("", HEADER, *rows, sep="\n", flush=True)
+    print("", HEADER, *(format_epoch(row, args) for row in progress.history), sep="\n", flush=True)
 
 
 def describe_val(given: Given) -> str:
@@ -2453,8 +2450,7 @@ def print_end(
               f"{result['calibration_error']:.1%} (of a perfect network "
               f"{result['calibration_floor']:.1%})")  # fmt: skip
     if data.folds > 1:
-        ends = [row for row in progress.history if row["epoch"] == args.epochs]
-        folds = [row["balanced_accuracy"] for row in ends]
+        folds = [x["balanced_accuracy"] for x in progress.history if x["epoch"] == args.epochs]
         print(f"of single folds   {min(folds):.1%} to {max(folds):.1%}")
     if distance < 1:
         text = f"; --frozen-epochs {args.epochs} is as good and faster" if not distance else ""
@@ -2484,8 +2480,7 @@ def print_lowest(data: Data, last: Evaluation) -> None:
 
 def print_advice(given: Given, last: Evaluation) -> None:
     """Say so where the recall of the rarest class is known from few images alone."""
-    data, args = given.data, given.args
-    rarest = int(data.train_counts().argmin())
+    data, args, rarest = given.data, given.args, int(given.data.train_counts().argmin())
     judged = int(last.val_counts[rarest])
     if judged >= FEW_JUDGED or args.folds > 1 or not args.epochs:
         return
@@ -2689,10 +2684,10 @@ def show_mistakes(data: Data, last: Evaluation) -> str:
         sure = f"taken for ({show(last.probability[at].item())}), as here"
         text += f"<figure>{show_image(data, last.places[at], 'is', true)}"
         text += f"{show_image(data, theirs[len(theirs) // 2], sure, taken)}</figure>"
-    said = (
-        "Wrong with the most confidence. Beside each image: a typical training image of the class"
+    return text and (
+        "<p>Wrong with the most confidence. Beside each image: a typical training image of the "
+        f'class it was taken for.</p><div class="pairs">{text}</div>'
     )
-    return text and f'<p>{said} it was taken for.</p><div class="pairs">{text}</div>'
 
 
 def show_image(data: Data, place: Tensor, said: str, label: Tensor) -> str:
@@ -2967,10 +2962,7 @@ def check_batches(args: Namespace, data: Data, processes: int) -> None:
 
 
 def report(given: Given, progress: Progress, done: bool) -> None:
-    """Print what there is to say after an epoch, and write it if it is time or a stage `done`.
-
-    The network and the state come first, the reports after them.
-    """
+    """Print what there is to say after an epoch, and write it if it is time or a stage `done`."""
     row, args = progress.history[-1], given.args
     print(format_epoch(row, args), flush=True)
     if not args.epochs or (not done and time.perf_counter() - progress.written < WRITE_EVERY):
@@ -2991,11 +2983,10 @@ def report_end(
     given: Given, progress: Progress, judged: tuple[Evaluation, Evaluation | None], distance: float
 ) -> None:
     """Write and print what there is to say of a run that is done, and drop what it went on from."""
-    output = given.args.output
     write_reports(given, progress, *judged)
     if given.args.epochs:
         save_state(given, progress, done=True)
-    drop_leftovers(output)
+    drop_leftovers(given.args.output)
     print_end(given, progress, *judged, distance)
 
 
