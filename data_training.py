@@ -127,7 +127,6 @@ if not dist.is_available():  # in a torch that is built for one process there is
     dist.is_initialized = dist.is_torchelastic_launched = lambda: False
 # What several processes talk by; what is on the CPU goes by gloo in any case.
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
-SHARED = Path("/dev/shm")  # through which, where there is one, workers hand their batches over
 # What a RuntimeError says where memory is out: on CUDA, in main memory that is pinned for it and on
 # MPS; in main memory of Unix and of Windows. Only the first has a class of its own.
 NO_MEMORY = ("out of memory", "allocate memory", "not enough memory")
@@ -278,14 +277,16 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {printable(message)}; see --help\n")
 
 
+# fmt: off
 def make_parser() -> OneLineParser:
     """The flags; `None` stands for "auto"."""
-    parser = OneLineParser(
-        prog="data_training.py",
-        description="fine-tune a pretrained ResNet on an imbalanced image folder",
-        epilog=EXAMPLES,
-        formatter_class=Help,
-    )
+    title = "fine-tune a pretrained ResNet on an imbalanced image folder"
+    parser = OneLineParser("data_training.py", None, title, EXAMPLES, formatter_class=Help)
+
+    def add(flag: str, metavar: str, kind: Any, default: Any, text: str) -> None:
+        parse = (lambda said: None if said == "auto" else kind(said)) if default == "auto" else kind
+        group.add_argument(flag, metavar=metavar, type=parse, default=default, help=text)
+
     whole = number(int, lambda n: n >= 0, "a whole number of at least 0")
     some = number(int, lambda n: n >= 1, "a whole number of at least 1")
     folds = number(int, lambda n: 3 <= n <= 10, "a whole number from 3 to 10")
@@ -295,101 +296,86 @@ def make_parser() -> OneLineParser:
     power = number(float, lambda x: 0 <= x <= 10, "a number from 0 to 10")
     bits = number(int, lambda n: -(2**63) <= n < 2**63, "a whole number of 64 bits")
     parser.add_argument("data", metavar="DATA", type=Path, nargs="?",
-        help="folder of class folders; with --predict images, at any depth, or one")  # fmt: skip
+        help="folder of class folders; with --predict images, at any depth, or one")
     group = parser.add_argument_group("data")
-    add = group.add_mutually_exclusive_group().add_argument
-    add("--val-fraction", metavar="F", type=inside, default=0.2,
-        help="part of each class that is kept for validation")  # fmt: skip
-    add("--folds", metavar="K", type=folds, default=1,
-        help="train K networks (3 to 10), each on all but one part of the images, which vote; "
-        "images of --val or --source then test the vote, untouched")  # fmt: skip
-    add = group.add_argument
-    add("--val", metavar="DIR", type=Path,
-        help="folder of class folders to validate on; then nothing is split off")  # fmt: skip
-    add("--split", metavar="FILE", type=Path,
-        help="CSV file of path (class/file) and part (train, val, or source for images of SRC), "
-        "like a run's split.csv; what it does not name is left out")  # fmt: skip
-    add("--source", metavar="SRC", type=Path,
-        help="folder that DATA was made from: its images that are not in DATA are validated on "
-        "as well")  # fmt: skip
-    add("--group", metavar="PATTERN",
-        help="regular expression: images whose paths below their class give the same first "
-        "group, or match, are one family (patient, film), on one side of every split")  # fmt: skip
-    add("--image-size", metavar="PX", type=auto_or(some), default="auto",
-        help="pixels per side of a training crop; evaluation takes up to 8/7 of that, 256 for "
-        "224; auto: that of --weights, else 224")  # fmt: skip
-    add("--crop-scale", metavar="F", type=fraction, default=0.5,
-        help="smallest part of an image's area that a training crop may show")  # fmt: skip
-    add("--flip", choices=("sides", "none", "all"), default="sides",
-        help="training images are mirrored at random; none: for text, signs, left and right; all: "
-        "turned by quarters too, for microscopes and from above")  # fmt: skip
-    add("--no-flip", dest="flip", action="store_const", const="none", help=argparse.SUPPRESS)
-    add("--workers", metavar="N", type=auto_or(whole), default="auto",
-        help="processes that read images; auto: 0 on a CPU, else the number of cores minus 1, "
-        "at most 16, or 8 where processes are spawned")  # fmt: skip
-    add = parser.add_argument_group("model").add_argument
-    add("--arch", metavar="NAME", type=auto_or(str), default="auto",
-        help="a ResNet of torchvision; auto: that of --weights, else resnet50 on an accelerator "
-        "and resnet18 on a CPU")  # fmt: skip
-    add("--weights", metavar="NAME|PATH", default="DEFAULT",
-        help="name of torchvision weights, file of weights, or none")  # fmt: skip
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", metavar="N", type=whole, default=10,
-        help="passes over the training images; 0 only evaluates the given weights")  # fmt: skip
-    add("--frozen-epochs", metavar="N", type=auto_or(whole), default="auto",
-        help="first epochs, in which the last layer (the head) alone is trained; auto: one epoch "
-        "before all others, none with --weights none")  # fmt: skip
-    add("--rebalance", choices=("sampler", "none"), default="sampler",
-        help="sampler: draw every class equally often; none: every image once")  # fmt: skip
-    add("--power", metavar="P", type=power,
-        help="the sampler's weights are 1 / count ** P; 0.5: square root (default: 1)")  # fmt: skip
-    add("--batch-size", metavar="N", type=auto_or(some), default="auto",
-        help="images per step, over all processes; auto: 64, or 32 where an epoch would have "
-        "under 32 steps")  # fmt: skip
-    add("--lr", metavar="X", type=auto_or(positive), default="auto",
-        help=f"highest learning rate of all layers but the head, by AdamW; auto: {RATE:g}, from "
-        f"random weights {SCRATCH_RATE:g}")  # fmt: skip
-    add("--no-calibration", action="store_true",
+    add("--val-fraction", "F", inside, 0.2, "part of each class that is kept for validation")
+    add("--folds", "K", folds, 1, "train K networks (3 to 10), each on all but one part of the "
+        "images, which vote; images of --val or --source then test the vote")
+    add("--val", "DIR", Path, None, "folder of class folders to validate on; nothing is split off")
+    add("--split", "FILE", Path, None, "CSV file of path (class/file) and part (train, val, or "
+        "source for images of SRC), like a run's split.csv; other images are left out")
+    add("--source", "SRC", Path, None, "folder that DATA was made from: its images that are not in "
+        "DATA are validated on as well")
+    add("--group", "PATTERN", str, None, "regular expression: images whose paths below their class "
+        "give the same first group, or match, are one family (patient, film), never split up")
+    add("--image-size", "PX", some, "auto", "pixels per side of a training crop; evaluation takes "
+        "up to 8/7 of that, 256 for 224; auto: that of --weights, else 224")
+    add("--crop-scale", "F", fraction, 0.5, "smallest part of an image that a training crop shows")
+    group.add_argument("--flip", choices=("sides", "none", "all"), default="sides",
+        help="training images are mirrored at random; none: for text, signs, left and right; "
+        "all: turned by quarters too, for microscopes and from above")
+    group.add_argument("--no-flip", dest="flip", action="store_const", const="none",
+        help=argparse.SUPPRESS)
+    add("--workers", "N", whole, "auto", "processes that read images; auto: 0 on a CPU, else the "
+        "number of cores minus 1, at most 16, or 8 where processes are spawned")
+    group = parser.add_argument_group("model")
+    add("--arch", "NAME", str, "auto", "a ResNet of torchvision; auto: that of --weights, else "
+        "resnet50 on an accelerator and resnet18 on a CPU")
+    add("--weights", "NAME|PATH", str, "DEFAULT", "torchvision's name, file of weights, or none")
+    group = parser.add_argument_group("training")
+    add("--epochs", "N", whole, 10, "passes over the training images; 0 judges the given weights")
+    add("--frozen-epochs", "N", whole, "auto", "first epochs, in which the last layer (the head) "
+        "alone is trained; auto: one epoch before all others, none with --weights none")
+    group.add_argument("--rebalance", choices=("sampler", "none"), default="sampler",
+        help="sampler: draw every class equally often; none: every image once")
+    add("--power", "P", power, 1.0, "the sampler weighs by 1 / count ** P; 0.5: square root")
+    add("--batch-size", "N", some, "auto", "images per step, over all processes; auto: 64, or 32 "
+        "where an epoch would have under 32 steps")
+    add("--lr", "X", positive, "auto", "highest learning rate of all layers but the head, by "
+        f"AdamW; auto: {RATE:g}, from random weights {SCRATCH_RATE:g}")
+    group.add_argument("--no-calibration", action="store_true",
         help="keep the logits as trained: they favour frequent classes and are too sure; else "
-        "two numbers fitted on the validation images correct both")  # fmt: skip
-    add = parser.add_argument_group("use").add_argument
-    add("--predict", metavar="RUN", type=Path,
-        help="a run folder or network file that says what the images below DATA are; a CSV file "
-        "on stdout, or in --output FILE")  # fmt: skip
-    add(
-        "--natural",
-        action="store_true",
-        help="predict for classes as frequent as in training, not for equally frequent ones",
-    )
-    add = parser.add_argument_group("run").add_argument
-    add("--output", metavar="DIR", type=auto_or(Path), default="auto",
-        help="new folder for the results; auto: runs/DATE-TIME")  # fmt: skip
-    add("--resume", metavar="RUN", type=Path, help="go on with the run in this folder")
-    add("--baseline", metavar="RUN", type=Path,
-        help="folder of an earlier run on the same validation images, to compare with")  # fmt: skip
-    add("--seed", metavar="N", type=bits, default=0, help="of split, draws and augmentation")
-    add("--device", metavar="NAME", default="auto", help="auto: an accelerator, else cpu")
-    add("--amp", action=argparse.BooleanOptionalAction,
-        help="mixed precision (default: where the hardware gains from it)")  # fmt: skip
+        "two numbers fitted on the validation images correct both")
+    group = parser.add_argument_group("use")
+    add("--predict", "RUN", Path, None, "a run folder or network file that says what the images "
+        "below DATA are; a CSV file on stdout, or in --output FILE")
+    group.add_argument("--natural", action="store_true",
+        help="predict for classes as frequent as in training, not for equally frequent ones")
+    group = parser.add_argument_group("run")
+    add("--output", "DIR", Path, "auto", "new folder for the results; auto: runs/DATE-TIME")
+    add("--resume", "RUN", Path, None, "go on with the run in this folder")
+    add("--baseline", "RUN", Path, None, "an earlier run on the same images, to compare with")
+    add("--seed", "N", bits, 0, "of split, draws and augmentation")
+    group.add_argument("--device", metavar="NAME", default="auto",
+        help="auto: an accelerator, else cpu")
+    group.add_argument("--amp", action=argparse.BooleanOptionalAction,
+        help="mixed precision (default: where the hardware gains from it)")
     return parser
+# fmt: on
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
     """The settings on the command line, each in its range; exits with status 2 if they clash."""
-    parser, unset = make_parser(), object()
+    parser = make_parser()
     defaults = vars(parser.parse_args([]))
-    said = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(defaults, unset))))
-    said = {name: value for name, value in said.items() if value is not unset and value is not None}
-    for mode, others in (("resume", WITH_RESUME), ("predict", WITH_PREDICT)):
-        for name in said.keys() - {mode, *others} if mode in said else ():
-            flag = "DATA" if name == "data" else f"--{name.replace('_', '-')}"
-            parser.error(f"{flag}: not with --{mode}, which finds everything in RUN; drop it")
+    said = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(defaults))))
+    said = {name: value for name, value in said.items() if value is not None}
+    clashes = {
+        "resume": said.keys() - {"resume", *WITH_RESUME},
+        "predict": said.keys() - {"predict", *WITH_PREDICT},
+        "val_fraction": said.keys() & {"folds", "val", "split"},
+        "val": said.keys() & {"source", "split"},  # whose names may be those of other images
+    }
+    for name, others in clashes.items():
+        for other in sorted(others) if name in said else ():
+            flag = "DATA" if other == "data" else f"--{other.replace('_', '-')}"
+            parser.error(f"{flag}: not with --{name.replace('_', '-')}; drop one of them")
     if "data" not in said and "resume" not in said:
         parser.error("the following arguments are required: DATA")
     if "natural" in said and "predict" not in said:
         parser.error("--natural: of --predict; drop it")
-    if other := {"val", "split"} & said.keys() if "val_fraction" in said else ():
-        parser.error(f"--val-fraction: --{min(other)} names what validates; drop one of them")
+    if "power" in said and said.get("rebalance") == "none":
+        parser.error("--power: of the sampler; drop it or --rebalance none")
     words = sys.argv if argv is None else ["data_training.py", *argv]
     return Namespace(**defaults | said, command=shlex.join(["python", *words]))
 
@@ -406,40 +392,28 @@ def number(kind: type, accepts: Callable[[Any], bool], wanted: str) -> Callable[
     return parse
 
 
-def auto_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A parser that takes "auto" as `None` and leaves the rest to `parse`."""
-    return lambda text: None if text == "auto" else parse(text)
-
-
 def check_settings(args: Namespace) -> None:
     """Fill in what "auto" means; raise `DataError` where settings do not go together."""
-    for flag, folder in (("DATA", args.data), ("--source", args.source), ("--val", args.val)):
-        if folder and not folder.is_dir():
-            raise DataError(f"{flag} {folder}: no such folder; pass one that holds class folders")
-    if args.val and (args.source or args.split):
-        flag = "--source" if args.source else "--split"  # whose names may be those of other images
-        raise DataError(f"{flag}: not allowed with argument --val; drop one of them")
-    if args.power is not None and args.rebalance != "sampler":
-        raise DataError(f"--power: of the sampler; drop it or --rebalance {args.rebalance}")
     if (args.frozen_epochs or 0) > args.epochs:
         raise DataError(f"--frozen-epochs {args.frozen_epochs}: more than --epochs {args.epochs}")
     if args.folds > 1 and not args.epochs:
         raise DataError("--folds: nothing is trained with --epochs 0; drop one of them")
-    if args.group is not None:
-        try:
-            re.compile(args.group)
-        except re.error as error:
-            raise DataError(f"--group {args.group}: no regular expression: {error}") from None
+    try:
+        re.compile(args.group or "")
+    except re.error as error:
+        raise DataError(f"--group {args.group}: no regular expression: {error}") from None
     args.lr = args.lr or (SCRATCH_RATE if args.weights == "none" else RATE)
-    args.power = 0.0 if args.rebalance == "none" else 1.0 if args.power is None else args.power
-    args.output = args.output or unused(Path("runs", f"{datetime.now():%Y-%m-%d_%H-%M-%S}"))
-    if args.output.exists() and not args.output.is_dir():
-        raise DataError(f"--output {args.output}: a file; name a new folder")
-    if args.output.exists() and any(each.name[0] != "." for each in args.output.iterdir()):
-        raise DataError(f"--output {args.output}: not empty; name a new folder, or --resume a run")
-    for folder in filter(None, (args.data, args.val, args.source)):
-        if args.output.resolve().is_relative_to(folder.resolve()):
-            raise DataError(f"--output {args.output}: would be a class of {folder}; move it out")
+    args.power = 0.0 if args.rebalance == "none" else args.power
+    output = args.output = args.output or unused(Path(f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"))
+    if output.exists() and not output.is_dir():
+        raise DataError(f"--output {output}: a file; name a new folder")
+    if output.exists() and any(each.name[0] != "." for each in output.iterdir()):
+        raise DataError(f"--output {output}: not empty; name a new folder, or --resume a run")
+    for flag, folder in (("DATA", args.data), ("--source", args.source), ("--val", args.val)):
+        if folder and not folder.is_dir():
+            raise DataError(f"{flag} {folder}: no such folder; pass one that holds class folders")
+        if folder and output.resolve().is_relative_to(folder.resolve()):
+            raise DataError(f"--output {output}: would be a class of {folder}; move it out")
 
 
 def unused(path: Path) -> Path:
@@ -469,21 +443,22 @@ def claim(output: Path) -> Iterator[None]:
 
 def count_workers(args: Namespace) -> int:
     """Processes that read images: as many as asked for, or one a core but one, if they fit."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    cores = getattr(os, "process_cpu_count", lambda: len(affinity(0)))() or 1
     workers = args.workers
     if workers is None:
+        affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+        cores = getattr(os, "process_cpu_count", lambda: len(affinity(0)))() or 1
         # Nothing here tells a container's share of the cores, and 8 spawned take 2 GB.
         most = 16 if get_start_method() == "fork" else 8
-        workers = 0 if args.device == "cpu" else max(1, min(most, (cores - 1) // processes))
-    if workers and SHARED.is_dir():  # to write beyond its end would kill a worker
+        own = (cores - 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = 0 if args.device == "cpu" else max(1, min(most, own))
+    shared = Path("/dev/shm")  # through which, where there is one, workers hand their batches over
+    if workers and shared.is_dir():  # to write beyond its end would kill a worker
         batch = 3 * eval_size(args.image_size) ** 2 * args.batch_size
         # Each worker has two batches on the way, and one is in use.
-        room = max(0, shutil.disk_usage(SHARED).free // batch - 1) // 2
+        room = max(0, shutil.disk_usage(shared).free // batch - 1) // 2
         if room < workers:
             text = f"room for batches of {room} workers, not {workers}; docker run has --shm-size"
-            print(f"warning: {SHARED}: {text}", file=sys.stderr)
+            print(f"warning: {shared}: {text}", file=sys.stderr)
             return room
     return workers
 
