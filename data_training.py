@@ -49,7 +49,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cache, partial
-from itertools import product
+from itertools import compress, product
 from multiprocessing import get_start_method
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -68,8 +68,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Dataset, Sampler, WeightedRandomSampler
 from torchvision import models
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -86,7 +85,6 @@ WHITE = {"I": (255, 1023, 4095, 16383, 65535), "F": (1, 255, 4095, 65535)}
 EVALUATED = -1  # in a seed's place: the view of evaluation
 MOST_KEPT = 2**31  # bytes of images for evaluation in main memory, and at most a quarter of it
 EVERY, TEST = -1, -2  # in a fold's place: an image that every network learns, or none ever sees
-MOST_DRAWN = 2**24  # torch.multinomial takes no more weights
 HEAD_STEPS = 1000  # at least, of training the head alone: on features they cost next to nothing
 HEAD_RATE = 0.02  # of SGD, for features of squared length 512, as those of a ResNet-18
 HEAD_DECAY = 0.002  # weight decay, of the head alone and in the whole network
@@ -134,7 +132,6 @@ PATHS = ("data", "val", "source", "split", "output", "baseline")  # settings tha
 KINDS = {"I": "whole numbers", "F": "fractions"}
 # What folders of a whole data set are named for, in the order of their use.
 PARTS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "test": 2, "testing": 2}
-FOLDS = {"fold", "split", "part"}
 # What may be said beside `--resume` and `--predict`: where it runs, not what comes out.
 WITH_RESUME = ("device", "workers", "amp")
 WITH_PREDICT = ("data", "output", "natural", "batch_size", *WITH_RESUME)
@@ -663,7 +660,7 @@ def list_rows(args: Namespace) -> tuple[list[str], list[Row]]:
         rows += list_others(args, classes, rows)
     if args.split:
         rows = take_split(args, rows)
-    if sum(row.part == "train" for row in rows) > MOST_DRAWN:
+    if sum(row.part == "train" for row in rows) > 2**24:
         raise DataError(f"{args.data}: over 2^24 training images; torch.multinomial draws no more")
     return classes, rows
 
@@ -674,47 +671,38 @@ def load_data(args: Namespace, classes: list[str], rows: list[Row]) -> Data:
     What cannot be decoded is named and left out, and so is what would judge a network that learns
     a copy of it, or an image of its family.
     """
-    checked = check_images([row.path for row in rows])
-    unreadable = [row.path for row in rows if row.path not in checked]
-    rows = [row for row in rows if row.path in checked]
-    families = find_families(args, rows, {path: each.digest for path, each in checked.items()})
+    digests, white = check_images([row.path for row in rows])
+    unreadable = [row.path for row in rows if row.path not in digests]
+    rows = [row for row in rows if row.path in digests]
+    families = find_families(args, rows, digests)
     held = hold_images(args, rows, families)
-    learnt = {family for row, fold, family in zip(rows, held, families, strict=True)
-              if row.part == "train" and (fold == EVERY or args.folds > 1)}  # fmt: skip
-    kept, related = [], []
-    for row, fold, family in zip(rows, held, families, strict=True):
-        if row.part != "train" and family in learnt:
-            related.append(row.path)
-            continue
-        part = "val" if args.folds == 1 and fold == 0 and row.part == "train" else row.part
-        kept.append((row._replace(part=part), fold))
-    if related:
+    learns = [fold != TEST if args.folds > 1 else fold == EVERY for fold in held]
+    learnt = set(compress(families, learns))
+    kept = [own or family not in learnt for own, family in zip(learns, families, strict=True)]
+    if related := [row.path for row, keep in zip(rows, kept, strict=True) if not keep]:
         text = f"{len(related)} images are copies of training images, or of their families"
-        text = f"{text}: left out, {printable(related[0])} for one"
-        print(f"warning: {text}", file=sys.stderr)
-    peaks: dict[str, float] = {}
-    for each in checked.values():
-        peaks[each.kind] = max(each.peak, peaks.get(each.kind, 0))
-    white = {kind: pick_white(kind, peak) for kind, peak in peaks.items() if kind}
+        print(f"warning: {text}: left out, {printable(related[0])} for one", file=sys.stderr)
     found = {"white": white, "related": len(related), "unreadable": unreadable}
-    return make_data(args, classes, kept, **found)
+    return make_data(args, classes, [*compress(zip(rows, held, strict=True), kept)], **found)
 
 
 def make_data(
     args: Namespace, classes: list[str], rows: list[tuple[Row, int]], **found: Any
 ) -> Data:
     """The images of a run; `DataError` if a class has none to train on, or none is validated on."""
+    split_off = args.folds == 1
     data = Data(
         classes,
         paths=[row.path for row, _ in rows],
         names=[row.name for row, _ in rows],
         labels=torch.tensor([row.label for row, _ in rows]).long(),
-        parts=[row.part for row, _ in rows],
+        parts=["val" if split_off and (row.part, fold) == ("train", 0) else row.part
+               for row, fold in rows],
         held=torch.tensor([fold for _, fold in rows]).long(),
         folds=args.folds,
         sizes=[os.path.getsize(row.path) for row, _ in rows],
         **found,
-    )
+    )  # fmt: skip
     for fold in range(args.folds):
         if bare := (data.counts(data.train(fold)) == 0).nonzero().flatten().tolist():
             text = "no image of this class to train on that can be read; add one or remove the"
@@ -729,10 +717,7 @@ def make_data(
 
 
 def take_split(args: Namespace, rows: list[Row]) -> list[Row]:
-    """Those of `rows` that the table `--split` names, each in its part there; others are counted.
-
-    Raises `DataError` for a part or an image that is not there, and for one that is named twice.
-    """
+    """Those of `rows` that the table `--split` names, each in its part; the others are counted."""
     added, parts, wrong = {row.name: row.part == "source" for row in rows}, {}, []
     for line in read_table(args.split, "path", "part"):
         name, part = line["path"], line["part"]
@@ -747,22 +732,22 @@ def take_split(args: Namespace, rows: list[Row]) -> list[Row]:
     if wrong:
         raise DataError(f"{args.split}: {wrong[0]}; such rows: {len(wrong)}")
     if left_out := len(rows) - len(parts):
-        text = f"{printable(str(args.split))}: {left_out} images are not named there; left out"
-        print(f"warning: {text}", file=sys.stderr)
+        text = f"{args.split}: {left_out} images are not named there; left out"
+        print(f"warning: {printable(text)}", file=sys.stderr)
     return [row._replace(part=parts[row.name]) for row in rows if row.name in parts]
 
 
 def list_images(root: Path) -> tuple[list[str], list[Row]]:
     """The classes of `root`, and its images, for the time being all to train on."""
     try:
-        folder = ImageFolder(root)
+        classes, labels = find_classes(root)
+        rows = make_rows(root, labels, "train")
     except FileNotFoundError as error:
         raise DataError(f"{root}: {error}; add images or remove the class") from None
-    if len(folder.classes) < 2:
+    if len(classes) < 2:
         raise DataError(f"{root}: fewer than two classes; pass the folder that holds the classes")
-    if hidden := [name for name in folder.classes if name.startswith(".")]:
+    if hidden := [name for name in classes if name.startswith(".")]:
         raise DataError(f"{root / hidden[0]}: hidden, but would count as a class; remove it")
-    rows = make_rows(root, folder.samples, "train")
     refuse_parts(root, rows)
     walk = os.walk(root, followlinks=True)
     names = [name for at, _, names in walk for name in names if at != str(root) and name[0] != "."]
@@ -770,7 +755,30 @@ def list_images(root: Path) -> tuple[list[str], list[Row]]:
         kinds = ", ".join(sorted({Path(name).suffix or name for name in others})[:9])
         text = f"{root}: {len(others)} files left out, whose names end in {kinds}"
         print(f"warning: {printable(text)}", file=sys.stderr)
-    return folder.classes, rows
+    return classes, rows
+
+
+def list_others(args: Namespace, classes: list[str], ours: list[Row]) -> list[Row]:
+    """The images of `--val`, or those of `--source` with other names than `ours`; no hidden one."""
+    folder, part = (args.val, "val") if args.val else (args.source, "source")
+    folders = {entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."}
+    if strange := ", ".join(sorted(folders.difference(classes))):
+        text = f"not classes of {args.data}: {strange}; rename or remove"
+        raise DataError(f"--{part} {folder}: {text}")
+    rows = make_rows(folder, {name: label for label, name in enumerate(classes)}, part)
+    if args.val and not rows:
+        raise DataError(f"--val {folder}: no image in folders named as those of {args.data}")
+    known = {row.name for row in ours if args.source}
+    return [row for row in rows if row.name not in known and "/." not in row.name]
+
+
+def make_rows(folder: Path, labels: dict[str, int], part: str) -> list[Row]:
+    """The images in folders named as the classes, their names with `/` on every system."""
+    samples = make_dataset(folder, labels, IMG_EXTENSIONS, allow_empty=part != "train")
+    names = [path.removeprefix(str(folder)).replace(os.sep, "/").lstrip("/") for path, _ in samples]
+    return [
+        Row(path, name, label, part) for (path, label), name in zip(samples, names, strict=True)
+    ]
 
 
 def refuse_parts(root: Path, rows: list[Row]) -> None:
@@ -779,65 +787,29 @@ def refuse_parts(root: Path, rows: list[Row]) -> None:
     As `data_creation.py` tells them: one is named for training, all its images in sub-folders, and
     another for validation or testing; or each is named a fold and has sub-folders alone.
     """
-    tree: dict[str, set[str]] = defaultdict(set)
-    for row in rows:
-        name, *inner, _ = row.name.split("/")
-        tree[name].add(inner[0] if inner else "")
-    words = {name: re.findall("[a-z]+", name.lower()) for name in sorted(tree)}
+    tops = [row.name.split("/") for row in rows]
+    words = {name: re.findall("[a-z]+", name.lower()) for name in sorted({top[0] for top in tops})}
     places = {name: PARTS[word] for name in words for word in words[name] if word in PARTS}
-    nested = [name for name in sorted(tree) if "" not in tree[name]]
+    flat = {top[0] for top in tops if len(top) == 2}
+    nested = [name for name in words if name not in flat]
     if any(places.values()) and 0 in [places.get(name) for name in nested]:
         nested = sorted(places.keys() & nested, key=lambda name: (places[name], name))
-    elif len(nested) < len(tree) or not all(FOLDS.intersection(each) for each in words.values()):
+    elif flat or not all({"fold", "split", "part"}.intersection(each) for each in words.values()):
         return
     train, *others = [root / name for name in nested]
     command = f"data_training.py {train}" + (f" --val {others[0]}" if others else "")
-    names = " and ".join(sorted(places) if not others else [train.name, others[0].name])
+    names = " and ".join([train.name, others[0].name] if others else sorted(places))
     text = f"{names} look like parts of a data set, not classes (else move their images up to them)"
     raise DataError(f"{root}: {text}; run {command}")
 
 
-def make_rows(folder: Path, samples: list[tuple[str, int]], part: str) -> list[Row]:
-    """Images of `folder` by path and label, their names with `/` on every system."""
-    rows = []
-    for path, label in samples:
-        name = path.removeprefix(str(folder)).replace(os.sep, "/").lstrip("/")
-        rows.append(Row(path=path, name=name, label=label, part=part))
-    return rows
+def check_images(paths: list[str]) -> tuple[dict[str, str], dict[str, float]]:
+    """The SHA-256 of each file that can be decoded, and what is white in images of over 8 bits.
 
-
-def list_others(args: Namespace, classes: list[str], ours: list[Row]) -> list[Row]:
-    """The images of `--val`, or those of `--source` with other names than `ours`; no hidden one."""
-    folder, part = (args.val, "val") if args.val else (args.source, "source")
-    folders = {entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."}
-    if strange := ", ".join(sorted(folders.difference(classes))):
-        raise DataError(
-            f"--{part} {folder}: not classes of {args.data}: {strange}; rename or remove"
-        )
-    labels = {name: label for label, name in enumerate(classes)}
-    samples = make_dataset(folder, labels, IMG_EXTENSIONS, allow_empty=True)
-    rows = make_rows(folder, samples, part)
-    if args.val and not rows:
-        raise DataError(f"--val {folder}: no image in folders named as those of {args.data}")
-    known = {row.name for row in ours if args.source}
-    return [row for row in rows if row.name not in known and "/." not in row.name]
-
-
-class Checked(NamedTuple):
-    """What is known of an image that can be decoded."""
-
-    digest: str  # SHA-256 of the file
-    kind: str = ""  # "I" or "F" with over 8 bits a channel, see `deep_pixels`
-    peak: float = 0.0  # the largest value then
-
-
-def check_images(paths: list[str]) -> dict[str, Checked]:
-    """What each file that can be decoded holds; the others are named on stderr.
-
-    Raises `DataError` for an image of values that are negative or not finite.
+    The others are named on stderr; `DataError` for values that are negative or not finite.
     """
 
-    def check(path: str) -> tuple[Checked | None, str]:
+    def check(path: str) -> str | tuple[str, str, float]:
         try:
             content = read_bytes(path)
             with Image.open(io.BytesIO(content)) as image:
@@ -846,23 +818,24 @@ def check_images(paths: list[str]) -> dict[str, Checked]:
                 kind, values = deep_pixels(image, content)
         except Exception as error:  # Pillow raises nearly anything on a broken file
             known = {UnidentifiedImageError: "not an image", DataError: "no regular file"}
-            return None, known.get(type(error)) or str(error) or type(error).__name__
+            return known.get(type(error)) or str(error) or type(error).__name__
         peak = float(values.max(initial=0))
         if not math.isfinite(peak) or values.min(initial=0) < 0:
             text = "values below 0 or not finite; shift them, or remove the image"
             raise DataError(f"{printable(path)}: {text}")
-        return Checked(hashlib.sha256(content).hexdigest(), kind, peak), ""
+        return hashlib.sha256(content).hexdigest(), kind, peak
 
-    found = {}
+    digests, peaks = {}, dict[str, float]()
     with ThreadPool() as pool:  # Pillow and hashlib let other threads run meanwhile
         checked = pool.imap(check, paths, chunksize=16)
         bar = tqdm(checked, "checking", len(paths), unit=" images", leave=False, disable=None)
-        for path, (each, problem) in zip(paths, bar, strict=True):
-            if each:
-                found[path] = each
-            else:
-                tqdm.write(f"warning: {printable(f'{path}: {problem}')}; left out", sys.stderr)
-    return found
+        for path, found in zip(paths, bar, strict=True):
+            if isinstance(found, str):
+                tqdm.write(f"warning: {printable(f'{path}: {found}')}; left out", sys.stderr)
+                continue
+            digests[path], kind, peak = found
+            peaks[kind] = max(peak, peaks.get(kind, 0.0))
+    return digests, {kind: pick_white(kind, peak) for kind, peak in peaks.items() if kind}
 
 
 def read_bytes(path: str) -> bytes:
@@ -949,14 +922,12 @@ def find_families(args: Namespace, rows: list[Row], digests: Mapping[str, str]) 
     strange = 0
     for row in rows:
         match = re.search(args.group, row.name.partition("/")[2]) if args.group else None
-        name = match and (match.group(1) if match.re.groups else match.group())
+        name = match and match[min(1, match.re.groups)]
         strange += name is None
         above[root(digests[row.path])] = root(row.path if name is None else f"--group {name}")
     keys = [root(digests[row.path]) for row in rows]
     if args.group and strange == len(rows):
-        raise DataError(
-            f"--group {args.group}: matches no image, as its path below its class reads"
-        )
+        raise DataError(f"--group {args.group}: matches no image, by its path below its class")
     if args.group and len(set(keys)) == 1:
         raise DataError(f"--group {args.group}: makes all images one family; name what differs")
     if args.group:
@@ -975,28 +946,24 @@ def suggest_group(rows: list[Row]) -> None:
         stems[row.label][re.sub(r"[\W_]*\d+$", "", Path(row.name).stem)] += 1
     alike = sum(5 <= len(each) <= each.total() / 2 for each in stems.values())
     if alike > len(stems) / 2:
-        pattern = r"^(.+?)[\W_]*\d+\.\w+$"
-        print(
-            "note: file names differ in a last number alone; if those are images of one patient, "
-            f"film or object, keep them together: --group {shlex.quote(pattern)}",
-            file=sys.stderr,
-        )
+        text = "note: file names differ in a last number alone; if those are images of one patient,"
+        text += " film or object, keep them together: --group "
+        print(text + shlex.quote(r"^(.+?)[\W_]*\d+\.\w+$"), file=sys.stderr)
 
 
 def hold_images(args: Namespace, rows: list[Row], families: list[str]) -> list[int]:
     """For each row the fold that is judged by it, or `EVERY` or `TEST`; families stay together."""
-    ours = [at for at, row in enumerate(rows) if row.part == "train"]
-    held = [TEST if args.folds > 1 else 0] * len(rows)
+    if args.folds == 1 and (args.val or args.split):
+        return [EVERY if row.part == "train" else 0 for row in rows]
+    shares = [1 - args.val_fraction, args.val_fraction]
     if args.folds > 1:
         check_folds(args, rows, families)
         shares = [1 / args.folds] * args.folds
-    elif args.val or args.split:
-        shares = [1.0]
-    else:
-        shares = [1 - args.val_fraction, args.val_fraction]
+    ours = [at for at, row in enumerate(rows) if row.part == "train"]
     labels, keys = [rows[at].label for at in ours], [families[at] for at in ours]
     keyed = [f"{args.seed}/{rows[at].name}".encode(errors="surrogateescape") for at in ours]
     names = [hashlib.sha256(key).digest() for key in keyed]
+    held = [TEST if args.folds > 1 else 0] * len(rows)
     for at, part in zip(ours, deal(labels, keys, names, shares), strict=True):
         held[at] = part if args.folds > 1 else EVERY + part
     return held
@@ -1004,18 +971,17 @@ def hold_images(args: Namespace, rows: list[Row], families: list[str]) -> list[i
 
 def check_folds(args: Namespace, rows: list[Row], families: list[str]) -> None:
     """Raise `DataError` where images cannot be cut into `--folds` parts."""
-    if any(row.part == "val" for row in rows) and args.split:
+    if args.split and any(row.part == "val" for row in rows):
         text = "names validation images, which folds choose themselves; name them train"
         raise DataError(f"--folds {args.folds}: {args.split} {text}")
-    parts: dict[int, set[str]] = defaultdict(set)
-    for row, family in zip(rows, families, strict=True):
-        parts[row.label] |= {family} if row.part == "train" else set()
-    label, found = min(parts.items(), key=lambda item: len(item[1]))
-    if (most := len(found)) < args.folds:
-        name = next(row.name for row in rows if row.label == label).partition("/")[0]
+    images = zip(rows, families, strict=True)
+    pairs = {(row.name.split("/")[0], family) for row, family in images if row.part == "train"}
+    counts = Counter(name for name, _ in pairs).items()
+    most, name = min(((count, name) for name, count in counts), default=(args.folds, ""))
+    if most < args.folds:
         text = f"the largest that fits is {most}" if most >= 3 else "add images, or drop it"
-        text = f"class {name} has {most} {'families' if args.group else 'different images'}; {text}"
-        raise DataError(f"--folds {args.folds}: {text}")
+        kind = "families" if args.group else "different images"
+        raise DataError(f"--folds {args.folds}: class {name} has {most} {kind}; {text}")
 
 
 def deal(

@@ -79,6 +79,7 @@ ERRORS = {
     "NOWHERE": "DATA NOWHERE: no such folder",
     "DATA --val NOWHERE": "--val NOWHERE: no such folder",
     "DATA --source NOWHERE": "--source NOWHERE: no such folder",
+    "DATA --split FILE --val OTHERS": "--split: not with --val; drop one of them",
     "DATA --source DATA --val OTHERS": "--source: not with --val; drop one of them",
     "DATA --power 1 --rebalance none": "--power: of the sampler",
     "DATA --epochs 2 --frozen-epochs 3": "--frozen-epochs 3: more than --epochs 2",
