@@ -1,10 +1,12 @@
 """Fine-tune a pretrained ResNet on an imbalanced image folder, balanced by weighted sampling.
 
-    python data_training.py DATA --epochs N            # train, judge, fill a run folder
-    python data_training.py DATA --folds 5             # five networks that vote
-    python data_training.py PHOTOS --predict RUN       # a CSV of classes and probabilities
-    python data_training.py --resume RUN               # go on where a run was stopped
-    torchrun --nproc-per-node=K data_training.py DATA  # one run on several devices
+    python data_training.py DATA --epochs N                # train, judge, fill a run folder
+    python data_training.py DATA --folds 5                 # five networks that vote
+    python data_training.py DATA --group '^(P[0-9]+)'      # no patient on both sides
+    python data_training.py DATA --weights RUN --epochs 0  # judge the network of a run
+    python data_training.py PHOTOS --predict RUN           # a CSV of classes and probabilities
+    python data_training.py --resume RUN                   # go on where a run was stopped
+    torchrun --nproc-per-node=K data_training.py DATA      # one run on several devices
 
 DATA holds one folder per class; a part of each is kept for validation. Training images are drawn by
 a `WeightedRandomSampler` with weights 1 / (training images of the class), so that every class is
@@ -73,15 +75,10 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-# What torchvision's ImageNet weights were trained with, for pixels from 0 to 255.
-MEAN = [255 * channel for channel in (0.485, 0.456, 0.406)]
-STD = [255 * channel for channel in (0.229, 0.224, 0.225)]
 # Crops of half to all of an image enlarge what they show, by a fifth on average; evaluation makes
 # up for most of it by images up to so much larger (Touvron et al. 2019, arXiv:1906.06423).
 EVAL_SCALE = 8 / 7
 STRIDE = 32  # pixels a cell of a ResNet's last feature map
-# What is white in images of more than 8 bits: the first of these that no pixel exceeds.
-WHITE = {"I": (255, 1023, 4095, 16383, 65535), "F": (1, 255, 4095, 65535)}
 EVALUATED = -1  # in a seed's place: the view of evaluation
 MOST_KEPT = 2**31  # bytes of images for evaluation in main memory, and at most a quarter of it
 EVERY, TEST = -1, -2  # in a fold's place: an image that every network learns, or none ever sees
@@ -123,8 +120,6 @@ NETWORK, STATE, START = "network.pt", "resume.pt", "start.pt"  # in a run folder
 WRITE_EVERY = 30.0  # seconds; on a fast GPU the files of an epoch take longer than the epoch
 if not dist.is_available():  # in a torch that is built for one process there is no more of it
     dist.is_initialized = dist.is_torchelastic_launched = lambda: False
-# What several processes talk by; what is on the CPU goes by gloo in any case.
-BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
 # What a RuntimeError says where memory is out: on CUDA, in main memory that is pinned for it and on
 # MPS; in main memory of Unix and of Windows. Only the first has a class of its own.
 NO_MEMORY = ("out of memory", "allocate memory", "not enough memory")
@@ -142,11 +137,6 @@ HEADER = (
 Rows = list[dict[str, Any]]
 MOST_CLASSES, GROUPS = 30, 10  # that the page shows one by one; groups of more
 MISTAKES, THUMBNAIL = 24, 160  # how many are shown, and pixels a side
-EXAMPLES = """examples:
-  python data_training.py photos --epochs 10
-  python data_training.py photos --folds 5 --group '^(P[0-9]+)'
-  python data_training.py new_photos --predict runs/photos --output classes.csv
-  python data_training.py photos --val others --weights runs/photos/network.pt --epochs 0"""
 
 
 class DataError(Exception):
@@ -194,14 +184,8 @@ class Progress:
 
     def at(self) -> tuple[int, int]:
         """The fold, from 0, and the epoch that were done last."""
-        return (
-            (self.history[-1]["fold"] - 1, self.history[-1]["epoch"]) if self.history else (-1, 0)
-        )
-
-    def add(self, row: dict[str, Any], draws: Tensor) -> None:
-        """Note an epoch, and how often it drew each class."""
-        self.history.append(row)
-        self.draws += draws
+        row = self.history[-1] if self.history else {"fold": 0, "epoch": 0}
+        return row["fold"] - 1, row["epoch"]
 
 
 def run(args: Namespace) -> None:
@@ -229,41 +213,33 @@ def run(args: Namespace) -> None:
             batches = cut_batches(drawn, given.args.batch_size, seeds)
             loss = train_epoch(given, progress.trainer, batches, inputs)
             seconds, waited = time.perf_counter() - started, reader.waited
-            progress.logits = evaluate(
-                given, progress.trainer.evaluated, inputs, data.val(stage.fold)
-            )
+            network, places = progress.trainer.evaluated, data.val(stage.fold)
+            progress.logits = evaluate(given, network, inputs, places)
             if epoch == stage.epochs[-1] and stage.last:
                 progress.done.append(look_back(given, progress, stage, reader))
             elif epoch == stage.epochs[-1] and stage.name == "trial":
                 tried = look_back(given, progress, stage, reader)
                 progress.failed = first_makes(partial(fails, given, tried), compute)
-            judged = judge(given, {stage.fold: progress.logits})
             row = {
                 "fold": stage.fold + 1,
                 "epoch": epoch,
                 "phase": stage.name,
                 "train_loss": loss,
-                **measure_all(judged, data.train_counts()),
+                **measure_all(judge(given, {stage.fold: progress.logits}), data.train_counts()),
                 **count_draws(data, stage.fold, drawn),
                 "learning_rate": progress.trainer.rate(),
                 "images_per_second": len(drawn) / seconds,
                 "data_wait": waited / seconds,
                 "seconds": time.perf_counter() - started,
             }
-            progress.add(row, data.counts(drawn))
+            progress.history.append(row)
+            progress.draws += data.counts(drawn)
             if compute.rank == 0:
                 report(given, progress, epoch == stage.epochs[-1])
     finish(given, progress, reader)
 
 
 # ---------------------------------------------------------------------------- command line
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults are shown where there are any, and examples as they are written."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -277,11 +253,13 @@ class OneLineParser(argparse.ArgumentParser):
 # fmt: off
 def make_parser() -> OneLineParser:
     """The flags; `None` stands for "auto"."""
-    title = "fine-tune a pretrained ResNet on an imbalanced image folder"
-    parser = OneLineParser("data_training.py", None, title, EXAMPLES, formatter_class=Help)
+    purpose = str(__doc__).partition("\n\nDATA")[0]  # with the commands
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(prog="data_training.py", description=purpose, formatter_class=raw)
 
     def add(flag: str, metavar: str, kind: Any, default: Any, text: str) -> None:
         parse = (lambda said: None if said == "auto" else kind(said)) if default == "auto" else kind
+        text += "" if default is None else f" (default: {default})"
         group.add_argument(flag, metavar=metavar, type=parse, default=default, help=text)
 
     whole = number(int, lambda n: n >= 0, "a whole number of at least 0")
@@ -298,19 +276,18 @@ def make_parser() -> OneLineParser:
     add("--val-fraction", "F", inside, 0.2, "part of each class that is kept for validation")
     add("--folds", "K", folds, 1, "train K networks (3 to 10), each on all but one part of the "
         "images, which vote; images of --val or --source then test the vote")
-    add("--val", "DIR", Path, None, "folder of class folders to validate on; nothing is split off")
+    add("--val", "DIR", Path, None, "class folders to validate on; then nothing is split off")
     add("--split", "FILE", Path, None, "CSV file of path (class/file) and part (train, val, or "
         "source for images of SRC), like a run's split.csv; other images are left out")
-    add("--source", "SRC", Path, None, "folder that DATA was made from: its images that are not in "
-        "DATA are validated on as well")
+    add("--source", "SRC", Path, None, "folder DATA was made from: its other images validate, too")
     add("--group", "PATTERN", str, None, "regular expression: images whose paths below their class "
         "give the same first group, or match, are one family (patient, film), never split up")
     add("--image-size", "PX", some, "auto", "pixels per side of a training crop; evaluation takes "
         "up to 8/7 of that, 256 for 224; auto: that of --weights, else 224")
     add("--crop-scale", "F", fraction, 0.5, "smallest part of an image that a training crop shows")
     group.add_argument("--flip", choices=("sides", "none", "all"), default="sides",
-        help="training images are mirrored at random; none: for text, signs, left and right; "
-        "all: turned by quarters too, for microscopes and from above")
+        help="sides (default): mirror training images at random; none: for text, signs, left and "
+        "right; all: turn them by quarters too, for microscopes and from above")
     group.add_argument("--no-flip", dest="flip", action="store_const", const="none",
         help=argparse.SUPPRESS)
     add("--workers", "N", whole, "auto", "processes that read images; auto: 0 on a CPU, else the "
@@ -318,21 +295,20 @@ def make_parser() -> OneLineParser:
     group = parser.add_argument_group("model")
     add("--arch", "NAME", str, "auto", "a ResNet of torchvision; auto: that of --weights, else "
         "resnet50 on an accelerator and resnet18 on a CPU")
-    add("--weights", "NAME|PATH", str, "DEFAULT", "torchvision's name, file of weights, or none")
+    add("--weights", "NAME|PATH", str, "DEFAULT", "torchvision weights by name, a file, or none")
     group = parser.add_argument_group("training")
     add("--epochs", "N", whole, 10, "passes over the training images; 0 judges the given weights")
     add("--frozen-epochs", "N", whole, "auto", "first epochs, in which the last layer (the head) "
         "alone is trained; auto: one epoch before all others, none with --weights none")
     group.add_argument("--rebalance", choices=("sampler", "none"), default="sampler",
-        help="sampler: draw every class equally often; none: every image once")
+        help="sampler (default): draw every class equally often; none: every image once")
     add("--power", "P", power, 1.0, "the sampler weighs by 1 / count ** P; 0.5: square root")
     add("--batch-size", "N", some, "auto", "images per step, over all processes; auto: 64, or 32 "
         "where an epoch would have under 32 steps")
     add("--lr", "X", positive, "auto", "highest learning rate of all layers but the head, by "
         f"AdamW; auto: {RATE:g}, from random weights {SCRATCH_RATE:g}")
     group.add_argument("--no-calibration", action="store_true",
-        help="keep the logits as trained: they favour frequent classes and are too sure; else "
-        "two numbers fitted on the validation images correct both")
+        help="keep the logits as trained, which favour frequent classes and are too sure")
     group = parser.add_argument_group("use")
     add("--predict", "RUN", Path, None, "a run folder or network file that says what the images "
         "below DATA are; a CSV file on stdout, or in --output FILE")
@@ -341,10 +317,10 @@ def make_parser() -> OneLineParser:
     group = parser.add_argument_group("run")
     add("--output", "DIR", Path, "auto", "new folder for the results; auto: runs/DATE-TIME")
     add("--resume", "RUN", Path, None, "go on with the run in this folder")
-    add("--baseline", "RUN", Path, None, "an earlier run on the same images, to compare with")
+    add("--baseline", "RUN", Path, None, "run on the same validation images, to compare with")
     add("--seed", "N", bits, 0, "of split, draws and augmentation")
     group.add_argument("--device", metavar="NAME", default="auto",
-        help="auto: an accelerator, else cpu")
+        help="auto (default): an accelerator, else cpu")
     group.add_argument("--amp", action=argparse.BooleanOptionalAction,
         help="mixed precision (default: where the hardware gains from it)")
     return parser
@@ -498,11 +474,12 @@ def join_processes(name: str, amp: bool | None) -> Compute:
 
 def pick_backend(kind: str) -> str:
     """What several processes on devices of this kind talk by; raises `DataError` if nothing."""
-    if kind not in BACKENDS:
+    backends = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
+    if kind not in backends:
         raise DataError(f"--device {kind}: serves one process alone; start without torchrun")
     shared = int(os.environ["LOCAL_WORLD_SIZE"]) > torch.accelerator.device_count()
     lacking = kind == "cuda" and not dist.is_nccl_available()  # as on Windows
-    return "gloo" if shared or lacking else BACKENDS[kind]  # nccl would refuse to share
+    return "gloo" if shared or lacking else backends[kind]  # nccl would refuse to share
 
 
 def pick_compute(name: str, amp: bool | None) -> Compute:
@@ -533,9 +510,8 @@ def pick_compute(name: str, amp: bool | None) -> Compute:
 
 def to_device(batch: Tensor, device: torch.device) -> Tensor:
     """`batch` on `device`, without waiting where that is safe: from pinned memory to CUDA."""
-    if device.type != "cuda":
-        return batch.to(device)
-    return batch.pin_memory().to(device, non_blocking=True)
+    cuda = device.type == "cuda"
+    return (batch.pin_memory() if cuda else batch).to(device, non_blocking=cuda)
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
@@ -546,8 +522,9 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 @cache  # made once, since that waits for all the work of the device
 def normalisation(device: torch.device) -> Tensor:
-    """`MEAN` and `STD` on `device`: (2, 3, 1, 1) float32."""
-    return torch.tensor([MEAN, STD], device=device)[..., None, None]
+    """Mean and deviation that ImageNet weights were trained with, of bytes: (2, 3, 1, 1)."""
+    parts = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return torch.tensor([[255 * x for x in part] for part in parts], device=device)[..., None, None]
 
 
 def to_input(batch: Tensor, device: torch.device) -> Tensor:
@@ -561,16 +538,12 @@ def to_input(batch: Tensor, device: torch.device) -> Tensor:
 
 
 def first_makes(make: Callable[[], Any], compute: Compute) -> Any:
-    """What `make` returns in process 0, in every process; where it fails, the others end with it.
-
-    Only process 0 tells what was wrong: the others would say that they have lost it.
-    """
+    """What `make` returns in process 0, in every process; where it fails, all end with it."""
     made, problem = [None], None
-    if compute.rank == 0:
-        try:
-            made = [make()]
-        except Exception as error:
-            problem = error
+    try:
+        made = [make()] if compute.rank == 0 else made
+    except Exception as error:  # the others would say that they have lost process 0
+        problem = error
     if dist.is_initialized():
         dist.broadcast_object_list(made, 0)
     if problem:
@@ -605,6 +578,7 @@ class Row(NamedTuple):
     name: str  # its path below DATA, SRC or `--val`: class/file
     label: int
     part: str  # "train", "val", or "source": validated on as well
+    fold: int = EVERY  # that is judged by it and does not learn it; or `TEST`
 
 
 class Data(NamedTuple):
@@ -614,8 +588,8 @@ class Data(NamedTuple):
     paths: list[str]
     names: list[str]
     labels: Tensor  # (N,) int64
-    parts: list[str]  # as in `Row`, or "val" for what was split off
-    held: Tensor  # (N,) int64: the fold that is judged by it and does not learn it, `EVERY`, `TEST`
+    parts: list[str]  # as in `Row`
+    held: Tensor  # (N,) int64, the fold as in `Row`
     folds: int
     white: dict[str, float]  # what is white in images of more than 8 bits, by kind
     related: int  # images left out as copies, or of the families, of those that are learnt
@@ -645,12 +619,9 @@ class Data(NamedTuple):
         return self.counts(learnt.nonzero().flatten())
 
     def log_share(self) -> Tensor:
-        """The logarithm of each class's share of the training images: (C,) float32.
-
-        Less their mean: a constant changes no probability, but would cost half precision digits.
-        """
+        """The logarithm of each class's share of the training images, less their mean: (C,)."""
         logs = self.train_counts().log()
-        return logs - logs.mean()
+        return logs - logs.mean()  # a constant changes nothing, but costs half precision digits
 
 
 def list_rows(args: Namespace) -> tuple[list[str], list[Row]]:
@@ -675,34 +646,30 @@ def load_data(args: Namespace, classes: list[str], rows: list[Row]) -> Data:
     unreadable = [row.path for row in rows if row.path not in digests]
     rows = [row for row in rows if row.path in digests]
     families = find_families(args, rows, digests)
-    held = hold_images(args, rows, families)
-    learns = [fold != TEST if args.folds > 1 else fold == EVERY for fold in held]
+    rows = hold_images(args, rows, families)
+    learns = [row.fold != TEST if args.folds > 1 else row.fold == EVERY for row in rows]
     learnt = set(compress(families, learns))
     kept = [own or family not in learnt for own, family in zip(learns, families, strict=True)]
     if related := [row.path for row, keep in zip(rows, kept, strict=True) if not keep]:
         text = f"{len(related)} images are copies of training images, or of their families"
         print(f"warning: {text}: left out, {printable(related[0])} for one", file=sys.stderr)
     found = {"white": white, "related": len(related), "unreadable": unreadable}
-    return make_data(args, classes, [*compress(zip(rows, held, strict=True), kept)], **found)
+    return make_data(args, classes, [*compress(rows, kept)], **found)
 
 
-def make_data(
-    args: Namespace, classes: list[str], rows: list[tuple[Row, int]], **found: Any
-) -> Data:
+def make_data(args: Namespace, classes: list[str], rows: list[Row], **found: Any) -> Data:
     """The images of a run; `DataError` if a class has none to train on, or none is validated on."""
-    split_off = args.folds == 1
     data = Data(
         classes,
-        paths=[row.path for row, _ in rows],
-        names=[row.name for row, _ in rows],
-        labels=torch.tensor([row.label for row, _ in rows]).long(),
-        parts=["val" if split_off and (row.part, fold) == ("train", 0) else row.part
-               for row, fold in rows],
-        held=torch.tensor([fold for _, fold in rows]).long(),
+        paths=[row.path for row in rows],
+        names=[row.name for row in rows],
+        labels=torch.tensor([row.label for row in rows]).long(),
+        parts=[row.part for row in rows],
+        held=torch.tensor([row.fold for row in rows]).long(),
         folds=args.folds,
-        sizes=[os.path.getsize(row.path) for row, _ in rows],
+        sizes=[os.path.getsize(row.path) for row in rows],
         **found,
-    )  # fmt: skip
+    )
     for fold in range(args.folds):
         if bare := (data.counts(data.train(fold)) == 0).nonzero().flatten().tolist():
             text = "no image of this class to train on that can be read; add one or remove the"
@@ -774,18 +741,18 @@ def list_others(args: Namespace, classes: list[str], ours: list[Row]) -> list[Ro
 
 def make_rows(folder: Path, labels: dict[str, int], part: str) -> list[Row]:
     """The images in folders named as the classes, their names with `/` on every system."""
-    samples = make_dataset(folder, labels, IMG_EXTENSIONS, allow_empty=part != "train")
-    names = [path.removeprefix(str(folder)).replace(os.sep, "/").lstrip("/") for path, _ in samples]
-    return [
-        Row(path, name, label, part) for (path, label), name in zip(samples, names, strict=True)
-    ]
+    rows = []
+    for path, label in make_dataset(folder, labels, IMG_EXTENSIONS, allow_empty=part != "train"):
+        name = path.removeprefix(str(folder)).replace(os.sep, "/").lstrip("/")
+        rows.append(Row(path, name, label, part))
+    return rows
 
 
 def refuse_parts(root: Path, rows: list[Row]) -> None:
-    """Raise `DataError` where folders are parts of a data set, train/cat and test/cat, no classes.
+    """Raise `DataError` where folders are parts of a data set, as `data_creation.py` tells them.
 
-    As `data_creation.py` tells them: one is named for training, all its images in sub-folders, and
-    another for validation or testing; or each is named a fold and has sub-folders alone.
+    One is named for training, all its images in sub-folders, and another for validation or testing;
+    or each is named a fold and has sub-folders alone.
     """
     tops = [row.name.split("/") for row in rows]
     words = {name: re.findall("[a-z]+", name.lower()) for name in sorted({top[0] for top in tops})}
@@ -820,7 +787,7 @@ def check_images(paths: list[str]) -> tuple[dict[str, str], dict[str, float]]:
             known = {UnidentifiedImageError: "not an image", DataError: "no regular file"}
             return known.get(type(error)) or str(error) or type(error).__name__
         peak = float(values.max(initial=0))
-        if not math.isfinite(peak) or values.min(initial=0) < 0:
+        if not 0 <= values.min(initial=0) <= peak < math.inf:
             text = "values below 0 or not finite; shift them, or remove the image"
             raise DataError(f"{printable(path)}: {text}")
         return hashlib.sha256(content).hexdigest(), kind, peak
@@ -862,8 +829,9 @@ def deep_pixels(picture: Image.Image, content: bytes) -> tuple[str, np.ndarray[A
 
 
 def pick_white(kind: str, peak: float) -> float:
-    """The value that is white where no pixel of this kind exceeds `peak`."""
-    return next((white for white in WHITE[kind] if peak <= white), peak)
+    """The value that is white where no pixel exceeds `peak`: a usual one, or that itself."""
+    usual = (255, 1023, 4095, 16383, 65535) if kind == "I" else (1, 255, 4095, 65535)
+    return next((white for white in usual if peak <= white), peak)
 
 
 def read_image(path: str, white: Mapping[str, float], least: int = 0) -> Tensor:
@@ -878,14 +846,8 @@ def read_image(path: str, white: Mapping[str, float], least: int = 0) -> Tensor:
         size = picture.size
         if least:
             picture.draft(None, (least, least))
-        plain = picture.size == size and not picture.has_transparency_data
-        if plain and picture.format in ("JPEG", "PNG"):
-            with contextlib.suppress(RuntimeError):  # some rare files only Pillow reads
-                encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-                image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
-                if image.dtype == torch.uint8:
-                    return image
         kind, values = deep_pixels(picture, content)
+        plain = picture.size == size and not picture.has_transparency_data
         if kind:
             if not 0 <= values.min() <= values.max() < math.inf:
                 raise ValueError("below 0 or not finite")
@@ -896,6 +858,10 @@ def read_image(path: str, white: Mapping[str, float], least: int = 0) -> Tensor:
             picture.getexif().update(exif)
             if alpha:
                 picture.putalpha(alpha)
+        elif plain and picture.format in ("JPEG", "PNG"):
+            with contextlib.suppress(RuntimeError):  # some rare files only Pillow reads
+                encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+                return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
         picture = ImageOps.exif_transpose(picture)
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
@@ -951,10 +917,10 @@ def suggest_group(rows: list[Row]) -> None:
         print(text + shlex.quote(r"^(.+?)[\W_]*\d+\.\w+$"), file=sys.stderr)
 
 
-def hold_images(args: Namespace, rows: list[Row], families: list[str]) -> list[int]:
-    """For each row the fold that is judged by it, or `EVERY` or `TEST`; families stay together."""
+def hold_images(args: Namespace, rows: list[Row], families: list[str]) -> list[Row]:
+    """The rows, each in the fold that is judged by it; families stay together."""
     if args.folds == 1 and (args.val or args.split):
-        return [EVERY if row.part == "train" else 0 for row in rows]
+        return [row._replace(fold=EVERY if row.part == "train" else 0) for row in rows]
     shares = [1 - args.val_fraction, args.val_fraction]
     if args.folds > 1:
         check_folds(args, rows, families)
@@ -962,10 +928,12 @@ def hold_images(args: Namespace, rows: list[Row], families: list[str]) -> list[i
     ours = [at for at, row in enumerate(rows) if row.part == "train"]
     labels, keys = [rows[at].label for at in ours], [families[at] for at in ours]
     keyed = [f"{args.seed}/{rows[at].name}".encode(errors="surrogateescape") for at in ours]
-    names = [hashlib.sha256(key).digest() for key in keyed]
-    held = [TEST if args.folds > 1 else 0] * len(rows)
-    for at, part in zip(ours, deal(labels, keys, names, shares), strict=True):
-        held[at] = part if args.folds > 1 else EVERY + part
+    order = [hashlib.sha256(key).digest() for key in keyed]
+    held = [row._replace(fold=TEST if args.folds > 1 else 0) for row in rows]
+    for at, part in zip(ours, deal(labels, keys, order, shares), strict=True):
+        split_off = args.folds == 1 and part == 1
+        fold = part if args.folds > 1 else EVERY + part
+        held[at] = rows[at]._replace(fold=fold, part="val" if split_off else "train")
     return held
 
 
@@ -1002,27 +970,24 @@ def deal(
             wanted[1][label] = min(max(1, round(shares[1] * count)), count - 1)
             wanted[0][label] = count - wanted[1][label]
     groups = sorted(members.values(), key=lambda each: (-len(each), min(order[at] for at in each)))
-    left = Counter(label for group in groups for label in {labels[at] for at in group})
-    bare = {label: {part for part, each in enumerate(wanted) if each[label]} for label in counts}
+    insides = [Counter(labels[at] for at in group) for group in groups]
+    left = Counter(label for inside in insides for label in inside)
+    bare = {label: [part for part, each in enumerate(wanted) if each[label]] for label in counts}
     missing, parts = [dict(each) for each in wanted], [0] * len(labels)
-    for group in groups:
-        inside = Counter(labels[at] for at in group)
 
-        def gain(part: int, inside: Counter[int] = inside) -> tuple[bool, float, int]:
-            needed = any(
-                left[c] <= len(bare[c]) and part in sorted(bare[c])[: left[c]] for c in inside
-            )
-            closer = [
-                n * (2 * missing[part][c] - n) / wanted[part][c] if wanted[part][c] else -math.inf
-                for c, n in inside.items()
-            ]
-            turn = (min(inside) - part) % len(shares) if len(shares) > 2 else -part
-            return needed, sum(closer), turn
+    def gain(part: int, inside: Counter[int]) -> tuple[bool, float, int]:
+        needed = any(left[c] <= len(bare[c]) and part in bare[c][: left[c]] for c in inside)
+        closer = sum(
+            n * (2 * missing[part][c] - n) / wanted[part][c] if wanted[part][c] else -math.inf
+            for c, n in inside.items()
+        )
+        return needed, closer, (min(inside) - part) % len(shares) if len(shares) > 2 else -part
 
-        best = max(range(len(shares)), key=gain)
+    for group, inside in zip(groups, insides, strict=True):
+        best = max(range(len(shares)), key=lambda part: gain(part, inside))
         for label in inside:
             left[label] -= 1
-            bare[label].discard(best)
+            bare[label] = [part for part in bare[label] if part != best]
         for at in group:
             parts[at] = best
             missing[best][labels[at]] -= 1
