@@ -944,7 +944,7 @@ def check_folds(args: Namespace, rows: list[Row], families: list[str]) -> None:
         raise DataError(f"--folds {args.folds}: {args.split} {text}")
     images = zip(rows, families, strict=True)
     pairs = {(row.name.split("/")[0], family) for row, family in images if row.part == "train"}
-    counts = Counter(name for name, _ in pairs).items()
+    counts = Counter(name for name, _ in pairs).items()  # `make_data` tells of classes of none
     most, name = min(((count, name) for name, count in counts), default=(args.folds, ""))
     if most < args.folds:
         text = f"the largest that fits is {most}" if most >= 3 else "add images, or drop it"
