@@ -1,10 +1,12 @@
 """Fine-tune a pretrained ResNet on an imbalanced image folder, balanced by weighted sampling.
 
-    python data_training.py DATA --epochs N            # train, judge, fill a run folder
-    python data_training.py DATA --folds 5             # five networks that vote
-    python data_training.py PHOTOS --predict RUN       # a CSV of classes and probabilities
-    python data_training.py --resume RUN               # go on where a run was stopped
-    torchrun --nproc-per-node=K data_training.py DATA  # one run on several devices
+    python data_training.py DATA --epochs N                # train, judge, fill a run folder
+    python data_training.py DATA --folds 5                 # five networks that vote
+    python data_training.py DATA --group '^(P[0-9]+)'      # no patient on both sides
+    python data_training.py DATA --weights RUN --epochs 0  # judge the network of a run
+    python data_training.py PHOTOS --predict RUN           # a CSV of classes and probabilities
+    python data_training.py --resume RUN                   # go on where a run was stopped
+    torchrun --nproc-per-node=K data_training.py DATA      # one run on several devices
 
 DATA holds one folder per class; a part of each is kept for validation. Training images are drawn by
 a `WeightedRandomSampler` with weights 1 / (training images of the class), so that every class is
@@ -49,7 +51,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cache, partial
-from itertools import permutations, product
+from itertools import compress, permutations, product
 from multiprocessing import get_start_method
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -68,25 +70,18 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Dataset, Sampler, WeightedRandomSampler
 from torchvision import models
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-# What torchvision's ImageNet weights were trained with, for pixels from 0 to 255.
-MEAN = [255 * channel for channel in (0.485, 0.456, 0.406)]
-STD = [255 * channel for channel in (0.229, 0.224, 0.225)]
 # Crops of half to all of an image enlarge what they show, by a fifth on average; evaluation makes
 # up for most of it by images up to so much larger (Touvron et al. 2019, arXiv:1906.06423).
 EVAL_SCALE = 8 / 7
 STRIDE = 32  # pixels a cell of a ResNet's last feature map
-# What is white in images of more than 8 bits: the first of these that no pixel exceeds.
-WHITE = {"I": (255, 1023, 4095, 16383, 65535), "F": (1, 255, 4095, 65535)}
 EVALUATED = -1  # in a seed's place: the view of evaluation
 MOST_KEPT = 2**31  # bytes of images for evaluation in main memory, and at most a quarter of it
 EVERY, TEST = -1, -2  # in a fold's place: an image that every network learns, or none ever sees
-MOST_DRAWN = 2**24  # torch.multinomial takes no more weights
 HEAD_STEPS = 1000  # at least, of training the head alone: on features they cost next to nothing
 HEAD_RATE = 0.02  # of SGD, for features of squared length 512, as those of a ResNet-18
 HEAD_DECAY = 0.002  # weight decay, of the head alone and in the whole network
@@ -125,9 +120,6 @@ NETWORK, STATE, START = "network.pt", "resume.pt", "start.pt"  # in a run folder
 WRITE_EVERY = 30.0  # seconds; on a fast GPU the files of an epoch take longer than the epoch
 if not dist.is_available():  # in a torch that is built for one process there is no more of it
     dist.is_initialized = dist.is_torchelastic_launched = lambda: False
-# What several processes talk by; what is on the CPU goes by gloo in any case.
-BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
-SHARED = Path("/dev/shm")  # through which, where there is one, workers hand their batches over
 # What a RuntimeError says where memory is out: on CUDA, in main memory that is pinned for it and on
 # MPS; in main memory of Unix and of Windows. Only the first has a class of its own.
 NO_MEMORY = ("out of memory", "allocate memory", "not enough memory")
@@ -135,7 +127,6 @@ PATHS = ("data", "val", "source", "split", "output", "baseline")  # settings tha
 KINDS = {"I": "whole numbers", "F": "fractions"}
 # What folders of a whole data set are named for, in the order of their use.
 PARTS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "test": 2, "testing": 2}
-FOLDS = {"fold", "split", "part"}
 # What may be said beside `--resume` and `--predict`: where it runs, not what comes out.
 WITH_RESUME = ("device", "workers", "amp")
 WITH_PREDICT = ("data", "output", "natural", "batch_size", *WITH_RESUME)
@@ -146,11 +137,6 @@ HEADER = (
 Rows = list[dict[str, Any]]
 MOST_CLASSES, GROUPS = 30, 10  # that the page shows one by one; groups of more
 MISTAKES, THUMBNAIL = 24, 160  # how many are shown, and pixels a side
-EXAMPLES = """examples:
-  python data_training.py photos --epochs 10
-  python data_training.py photos --folds 5 --group '^(P[0-9]+)'
-  python data_training.py new_photos --predict runs/photos --output classes.csv
-  python data_training.py photos --val others --weights runs/photos/network.pt --epochs 0"""
 
 
 class DataError(Exception):
@@ -198,14 +184,8 @@ class Progress:
 
     def at(self) -> tuple[int, int]:
         """The fold, from 0, and the epoch that were done last."""
-        return (
-            (self.history[-1]["fold"] - 1, self.history[-1]["epoch"]) if self.history else (-1, 0)
-        )
-
-    def add(self, row: dict[str, Any], draws: Tensor) -> None:
-        """Note an epoch, and how often it drew each class."""
-        self.history.append(row)
-        self.draws += draws
+        row = self.history[-1] if self.history else {"fold": 0, "epoch": 0}
+        return row["fold"] - 1, row["epoch"]
 
 
 def run(args: Namespace) -> None:
@@ -233,41 +213,33 @@ def run(args: Namespace) -> None:
             batches = cut_batches(drawn, given.args.batch_size, seeds)
             loss = train_epoch(given, progress.trainer, batches, inputs)
             seconds, waited = time.perf_counter() - started, reader.waited
-            progress.logits = evaluate(
-                given, progress.trainer.evaluated, inputs, data.val(stage.fold)
-            )
+            network, places = progress.trainer.evaluated, data.val(stage.fold)
+            progress.logits = evaluate(given, network, inputs, places)
             if epoch == stage.epochs[-1] and stage.last:
                 progress.done.append(look_back(given, progress, stage, reader))
             elif epoch == stage.epochs[-1] and stage.name == "trial":
                 tried = look_back(given, progress, stage, reader)
                 progress.failed = first_makes(partial(fails, given, tried), compute)
-            judged = judge(given, {stage.fold: progress.logits})
             row = {
                 "fold": stage.fold + 1,
                 "epoch": epoch,
                 "phase": stage.name,
                 "train_loss": loss,
-                **measure_all(judged, data.train_counts()),
+                **measure_all(judge(given, {stage.fold: progress.logits}), data.train_counts()),
                 **count_draws(data, stage.fold, drawn),
                 "learning_rate": progress.trainer.rate(),
                 "images_per_second": len(drawn) / seconds,
                 "data_wait": waited / seconds,
                 "seconds": time.perf_counter() - started,
             }
-            progress.add(row, data.counts(drawn))
+            progress.history.append(row)
+            progress.draws += data.counts(drawn)
             if compute.rank == 0:
                 report(given, progress, epoch == stage.epochs[-1])
     finish(given, progress, reader)
 
 
 # ---------------------------------------------------------------------------- command line
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults are shown where there are any, and examples as they are written."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -278,14 +250,18 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {printable(message)}; see --help\n")
 
 
+# fmt: off
 def make_parser() -> OneLineParser:
     """The flags; `None` stands for "auto"."""
-    parser = OneLineParser(
-        prog="data_training.py",
-        description="fine-tune a pretrained ResNet on an imbalanced image folder",
-        epilog=EXAMPLES,
-        formatter_class=Help,
-    )
+    purpose = str(__doc__).partition("\n\nDATA")[0]  # with the commands
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(prog="data_training.py", description=purpose, formatter_class=raw)
+
+    def add(flag: str, metavar: str, kind: Any, default: Any, text: str) -> None:
+        parse = (lambda said: None if said == "auto" else kind(said)) if default == "auto" else kind
+        text += "" if default is None else f" (default: {default})"
+        group.add_argument(flag, metavar=metavar, type=parse, default=default, help=text)
+
     whole = number(int, lambda n: n >= 0, "a whole number of at least 0")
     some = number(int, lambda n: n >= 1, "a whole number of at least 1")
     folds = number(int, lambda n: 3 <= n <= 10, "a whole number from 3 to 10")
@@ -295,101 +271,84 @@ def make_parser() -> OneLineParser:
     power = number(float, lambda x: 0 <= x <= 10, "a number from 0 to 10")
     bits = number(int, lambda n: -(2**63) <= n < 2**63, "a whole number of 64 bits")
     parser.add_argument("data", metavar="DATA", type=Path, nargs="?",
-        help="folder of class folders; with --predict images, at any depth, or one")  # fmt: skip
+        help="folder of class folders; with --predict images, at any depth, or one")
     group = parser.add_argument_group("data")
-    add = group.add_mutually_exclusive_group().add_argument
-    add("--val-fraction", metavar="F", type=inside, default=0.2,
-        help="part of each class that is kept for validation")  # fmt: skip
-    add("--folds", metavar="K", type=folds, default=1,
-        help="train K networks (3 to 10), each on all but one part of the images, which vote; "
-        "images of --val or --source then test the vote, untouched")  # fmt: skip
-    add = group.add_argument
-    add("--val", metavar="DIR", type=Path,
-        help="folder of class folders to validate on; then nothing is split off")  # fmt: skip
-    add("--split", metavar="FILE", type=Path,
-        help="CSV file of path (class/file) and part (train, val, or source for images of SRC), "
-        "like a run's split.csv; what it does not name is left out")  # fmt: skip
-    add("--source", metavar="SRC", type=Path,
-        help="folder that DATA was made from: its images that are not in DATA are validated on "
-        "as well")  # fmt: skip
-    add("--group", metavar="PATTERN",
-        help="regular expression: images whose paths below their class give the same first "
-        "group, or match, are one family (patient, film), on one side of every split")  # fmt: skip
-    add("--image-size", metavar="PX", type=auto_or(some), default="auto",
-        help="pixels per side of a training crop; evaluation takes up to 8/7 of that, 256 for "
-        "224; auto: that of --weights, else 224")  # fmt: skip
-    add("--crop-scale", metavar="F", type=fraction, default=0.5,
-        help="smallest part of an image's area that a training crop may show")  # fmt: skip
-    add("--flip", choices=("sides", "none", "all"), default="sides",
-        help="training images are mirrored at random; none: for text, signs, left and right; all: "
-        "turned by quarters too, for microscopes and from above")  # fmt: skip
-    add("--no-flip", dest="flip", action="store_const", const="none", help=argparse.SUPPRESS)
-    add("--workers", metavar="N", type=auto_or(whole), default="auto",
-        help="processes that read images; auto: 0 on a CPU, else the number of cores minus 1, "
-        "at most 16, or 8 where processes are spawned")  # fmt: skip
-    add = parser.add_argument_group("model").add_argument
-    add("--arch", metavar="NAME", type=auto_or(str), default="auto",
-        help="a ResNet of torchvision; auto: that of --weights, else resnet50 on an accelerator "
-        "and resnet18 on a CPU")  # fmt: skip
-    add("--weights", metavar="NAME|PATH", default="DEFAULT",
-        help="name of torchvision weights, file of weights, or none")  # fmt: skip
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", metavar="N", type=whole, default=10,
-        help="passes over the training images; 0 only evaluates the given weights")  # fmt: skip
-    add("--frozen-epochs", metavar="N", type=auto_or(whole), default="auto",
-        help="first epochs, in which the last layer (the head) alone is trained; auto: one epoch "
-        "before all others, none with --weights none")  # fmt: skip
-    add("--rebalance", choices=("sampler", "none"), default="sampler",
-        help="sampler: draw every class equally often; none: every image once")  # fmt: skip
-    add("--power", metavar="P", type=power,
-        help="the sampler's weights are 1 / count ** P; 0.5: square root (default: 1)")  # fmt: skip
-    add("--batch-size", metavar="N", type=auto_or(some), default="auto",
-        help="images per step, over all processes; auto: 64, or 32 where an epoch would have "
-        "under 32 steps")  # fmt: skip
-    add("--lr", metavar="X", type=auto_or(positive), default="auto",
-        help=f"highest learning rate of all layers but the head, by AdamW; auto: {RATE:g}, from "
-        f"random weights {SCRATCH_RATE:g}")  # fmt: skip
-    add("--no-calibration", action="store_true",
-        help="keep the logits as trained: they favour frequent classes and are too sure; else "
-        "two numbers fitted on the validation images correct both")  # fmt: skip
-    add = parser.add_argument_group("use").add_argument
-    add("--predict", metavar="RUN", type=Path,
-        help="a run folder or network file that says what the images below DATA are; a CSV file "
-        "on stdout, or in --output FILE")  # fmt: skip
-    add(
-        "--natural",
-        action="store_true",
-        help="predict for classes as frequent as in training, not for equally frequent ones",
-    )
-    add = parser.add_argument_group("run").add_argument
-    add("--output", metavar="DIR", type=auto_or(Path), default="auto",
-        help="new folder for the results; auto: runs/DATE-TIME")  # fmt: skip
-    add("--resume", metavar="RUN", type=Path, help="go on with the run in this folder")
-    add("--baseline", metavar="RUN", type=Path,
-        help="folder of an earlier run on the same validation images, to compare with")  # fmt: skip
-    add("--seed", metavar="N", type=bits, default=0, help="of split, draws and augmentation")
-    add("--device", metavar="NAME", default="auto", help="auto: an accelerator, else cpu")
-    add("--amp", action=argparse.BooleanOptionalAction,
-        help="mixed precision (default: where the hardware gains from it)")  # fmt: skip
+    add("--val-fraction", "F", inside, 0.2, "part of each class that is kept for validation")
+    add("--folds", "K", folds, 1, "train K networks (3 to 10), each on all but one part of the "
+        "images, which vote; images of --val or --source then test the vote")
+    add("--val", "DIR", Path, None, "class folders to validate on; then nothing is split off")
+    add("--split", "FILE", Path, None, "CSV file of path (class/file) and part (train, val, or "
+        "source for images of SRC), like a run's split.csv; other images are left out")
+    add("--source", "SRC", Path, None, "folder DATA was made from: its other images validate, too")
+    add("--group", "PATTERN", str, None, "regular expression: images whose paths below their class "
+        "give the same first group, or match, are one family (patient, film), never split up")
+    add("--image-size", "PX", some, "auto", "pixels per side of a training crop; evaluation takes "
+        "up to 8/7 of that, 256 for 224; auto: that of --weights, else 224")
+    add("--crop-scale", "F", fraction, 0.5, "smallest part of an image that a training crop shows")
+    group.add_argument("--flip", choices=("sides", "none", "all"), default="sides",
+        help="sides (default): mirror training images at random; none: for text, signs, left and "
+        "right; all: turn them by quarters too, for microscopes and from above")
+    group.add_argument("--no-flip", dest="flip", action="store_const", const="none",
+        help=argparse.SUPPRESS)
+    add("--workers", "N", whole, "auto", "processes that read images; auto: 0 on a CPU, else the "
+        "number of cores minus 1, at most 16, or 8 where processes are spawned")
+    group = parser.add_argument_group("model")
+    add("--arch", "NAME", str, "auto", "a ResNet of torchvision; auto: that of --weights, else "
+        "resnet50 on an accelerator and resnet18 on a CPU")
+    add("--weights", "NAME|PATH", str, "DEFAULT", "torchvision weights by name, a file, or none")
+    group = parser.add_argument_group("training")
+    add("--epochs", "N", whole, 10, "passes over the training images; 0 judges the given weights")
+    add("--frozen-epochs", "N", whole, "auto", "first epochs, in which the last layer (the head) "
+        "alone is trained; auto: one epoch before all others, none with --weights none")
+    group.add_argument("--rebalance", choices=("sampler", "none"), default="sampler",
+        help="sampler (default): draw every class equally often; none: every image once")
+    add("--power", "P", power, 1.0, "the sampler weighs by 1 / count ** P; 0.5: square root")
+    add("--batch-size", "N", some, "auto", "images per step, over all processes; auto: 64, or 32 "
+        "where an epoch would have under 32 steps")
+    add("--lr", "X", positive, "auto", "highest learning rate of all layers but the head, by "
+        f"AdamW; auto: {RATE:g}, from random weights {SCRATCH_RATE:g}")
+    group.add_argument("--no-calibration", action="store_true",
+        help="keep the logits as trained, which favour frequent classes and are too sure")
+    group = parser.add_argument_group("use")
+    add("--predict", "RUN", Path, None, "a run folder or network file that says what the images "
+        "below DATA are; a CSV file on stdout, or in --output FILE")
+    group.add_argument("--natural", action="store_true",
+        help="predict for classes as frequent as in training, not for equally frequent ones")
+    group = parser.add_argument_group("run")
+    add("--output", "DIR", Path, "auto", "new folder for the results; auto: runs/DATE-TIME")
+    add("--resume", "RUN", Path, None, "go on with the run in this folder")
+    add("--baseline", "RUN", Path, None, "run on the same validation images, to compare with")
+    add("--seed", "N", bits, 0, "of split, draws and augmentation")
+    group.add_argument("--device", metavar="NAME", default="auto",
+        help="auto (default): an accelerator, else cpu")
+    group.add_argument("--amp", action=argparse.BooleanOptionalAction,
+        help="mixed precision (default: where the hardware gains from it)")
     return parser
+# fmt: on
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
     """The settings on the command line, each in its range; exits with status 2 if they clash."""
-    parser, unset = make_parser(), object()
+    parser = make_parser()
     defaults = vars(parser.parse_args([]))
-    said = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(defaults, unset))))
-    said = {name: value for name, value in said.items() if value is not unset and value is not None}
-    for mode, others in (("resume", WITH_RESUME), ("predict", WITH_PREDICT)):
-        for name in said.keys() - {mode, *others} if mode in said else ():
-            flag = "DATA" if name == "data" else f"--{name.replace('_', '-')}"
-            parser.error(f"{flag}: not with --{mode}, which finds everything in RUN; drop it")
+    said = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(defaults))))
+    said = {name: value for name, value in said.items() if value is not None}
+    clashes = {
+        "resume": said.keys() - {"resume", *WITH_RESUME},
+        "predict": said.keys() - {"predict", *WITH_PREDICT},
+        "val_fraction": said.keys() & {"folds", "val", "split"},
+        "val": said.keys() & {"source", "split"},  # whose names may be those of other images
+    }
+    for name, others in clashes.items():
+        for other in sorted(others) if name in said else ():
+            flag = "DATA" if other == "data" else f"--{other.replace('_', '-')}"
+            parser.error(f"{flag}: not with --{name.replace('_', '-')}; drop one of them")
     if "data" not in said and "resume" not in said:
         parser.error("the following arguments are required: DATA")
     if "natural" in said and "predict" not in said:
         parser.error("--natural: of --predict; drop it")
-    if other := {"val", "split"} & said.keys() if "val_fraction" in said else ():
-        parser.error(f"--val-fraction: --{min(other)} names what validates; drop one of them")
+    if "power" in said and said.get("rebalance") == "none":
+        parser.error("--power: of the sampler; drop it or --rebalance none")
     words = sys.argv if argv is None else ["data_training.py", *argv]
     return Namespace(**defaults | said, command=shlex.join(["python", *words]))
 
@@ -406,40 +365,28 @@ def number(kind: type, accepts: Callable[[Any], bool], wanted: str) -> Callable[
     return parse
 
 
-def auto_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A parser that takes "auto" as `None` and leaves the rest to `parse`."""
-    return lambda text: None if text == "auto" else parse(text)
-
-
 def check_settings(args: Namespace) -> None:
     """Fill in what "auto" means; raise `DataError` where settings do not go together."""
-    for flag, folder in (("DATA", args.data), ("--source", args.source), ("--val", args.val)):
-        if folder and not folder.is_dir():
-            raise DataError(f"{flag} {folder}: no such folder; pass one that holds class folders")
-    if args.val and (args.source or args.split):
-        flag = "--source" if args.source else "--split"  # whose names may be those of other images
-        raise DataError(f"{flag}: not allowed with argument --val; drop one of them")
-    if args.power is not None and args.rebalance != "sampler":
-        raise DataError(f"--power: of the sampler; drop it or --rebalance {args.rebalance}")
     if (args.frozen_epochs or 0) > args.epochs:
         raise DataError(f"--frozen-epochs {args.frozen_epochs}: more than --epochs {args.epochs}")
     if args.folds > 1 and not args.epochs:
         raise DataError("--folds: nothing is trained with --epochs 0; drop one of them")
-    if args.group is not None:
-        try:
-            re.compile(args.group)
-        except re.error as error:
-            raise DataError(f"--group {args.group}: no regular expression: {error}") from None
+    try:
+        re.compile(args.group or "")
+    except re.error as error:
+        raise DataError(f"--group {args.group}: no regular expression: {error}") from None
     args.lr = args.lr or (SCRATCH_RATE if args.weights == "none" else RATE)
-    args.power = 0.0 if args.rebalance == "none" else 1.0 if args.power is None else args.power
-    args.output = args.output or unused(Path("runs", f"{datetime.now():%Y-%m-%d_%H-%M-%S}"))
-    if args.output.exists() and not args.output.is_dir():
-        raise DataError(f"--output {args.output}: a file; name a new folder")
-    if args.output.exists() and any(each.name[0] != "." for each in args.output.iterdir()):
-        raise DataError(f"--output {args.output}: not empty; name a new folder, or --resume a run")
-    for folder in filter(None, (args.data, args.val, args.source)):
-        if args.output.resolve().is_relative_to(folder.resolve()):
-            raise DataError(f"--output {args.output}: would be a class of {folder}; move it out")
+    args.power = 0.0 if args.rebalance == "none" else args.power
+    output = args.output = args.output or unused(Path(f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"))
+    if output.exists() and not output.is_dir():
+        raise DataError(f"--output {output}: a file; name a new folder")
+    if output.exists() and any(each.name[0] != "." for each in output.iterdir()):
+        raise DataError(f"--output {output}: not empty; name a new folder, or --resume a run")
+    for flag, folder in (("DATA", args.data), ("--source", args.source), ("--val", args.val)):
+        if folder and not folder.is_dir():
+            raise DataError(f"{flag} {folder}: no such folder; pass one that holds class folders")
+        if folder and output.resolve().is_relative_to(folder.resolve()):
+            raise DataError(f"--output {output}: would be a class of {folder}; move it out")
 
 
 def unused(path: Path) -> Path:
@@ -469,21 +416,22 @@ def claim(output: Path) -> Iterator[None]:
 
 def count_workers(args: Namespace) -> int:
     """Processes that read images: as many as asked for, or one a core but one, if they fit."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    cores = getattr(os, "process_cpu_count", lambda: len(affinity(0)))() or 1
     workers = args.workers
     if workers is None:
+        affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+        cores = getattr(os, "process_cpu_count", lambda: len(affinity(0)))() or 1
         # Nothing here tells a container's share of the cores, and 8 spawned take 2 GB.
         most = 16 if get_start_method() == "fork" else 8
-        workers = 0 if args.device == "cpu" else max(1, min(most, (cores - 1) // processes))
-    if workers and SHARED.is_dir():  # to write beyond its end would kill a worker
+        own = (cores - 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = 0 if args.device == "cpu" else max(1, min(most, own))
+    shared = Path("/dev/shm")  # through which, where there is one, workers hand their batches over
+    if workers and shared.is_dir():  # to write beyond its end would kill a worker
         batch = 3 * eval_size(args.image_size) ** 2 * args.batch_size
         # Each worker has two batches on the way, and one is in use.
-        room = max(0, shutil.disk_usage(SHARED).free // batch - 1) // 2
+        room = max(0, shutil.disk_usage(shared).free // batch - 1) // 2
         if room < workers:
             text = f"room for batches of {room} workers, not {workers}; docker run has --shm-size"
-            print(f"warning: {SHARED}: {text}", file=sys.stderr)
+            print(f"warning: {shared}: {text}", file=sys.stderr)
             return room
     return workers
 
@@ -526,11 +474,12 @@ def join_processes(name: str, amp: bool | None) -> Compute:
 
 def pick_backend(kind: str) -> str:
     """What several processes on devices of this kind talk by; raises `DataError` if nothing."""
-    if kind not in BACKENDS:
+    backends = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
+    if kind not in backends:
         raise DataError(f"--device {kind}: serves one process alone; start without torchrun")
     shared = int(os.environ["LOCAL_WORLD_SIZE"]) > torch.accelerator.device_count()
     lacking = kind == "cuda" and not dist.is_nccl_available()  # as on Windows
-    return "gloo" if shared or lacking else BACKENDS[kind]  # nccl would refuse to share
+    return "gloo" if shared or lacking else backends[kind]  # nccl would refuse to share
 
 
 def pick_compute(name: str, amp: bool | None) -> Compute:
@@ -561,9 +510,8 @@ def pick_compute(name: str, amp: bool | None) -> Compute:
 
 def to_device(batch: Tensor, device: torch.device) -> Tensor:
     """`batch` on `device`, without waiting where that is safe: from pinned memory to CUDA."""
-    if device.type != "cuda":
-        return batch.to(device)
-    return batch.pin_memory().to(device, non_blocking=True)
+    cuda = device.type == "cuda"
+    return (batch.pin_memory() if cuda else batch).to(device, non_blocking=cuda)
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
@@ -574,8 +522,9 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 @cache  # made once, since that waits for all the work of the device
 def normalisation(device: torch.device) -> Tensor:
-    """`MEAN` and `STD` on `device`: (2, 3, 1, 1) float32."""
-    return torch.tensor([MEAN, STD], device=device)[..., None, None]
+    """Mean and deviation that ImageNet weights were trained with, of bytes: (2, 3, 1, 1)."""
+    parts = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return torch.tensor([[255 * x for x in part] for part in parts], device=device)[..., None, None]
 
 
 def to_input(batch: Tensor, device: torch.device) -> Tensor:
@@ -589,16 +538,12 @@ def to_input(batch: Tensor, device: torch.device) -> Tensor:
 
 
 def first_makes(make: Callable[[], Any], compute: Compute) -> Any:
-    """What `make` returns in process 0, in every process; where it fails, the others end with it.
-
-    Only process 0 tells what was wrong: the others would say that they have lost it.
-    """
+    """What `make` returns in process 0, in every process; where it fails, all end with it."""
     made, problem = [None], None
-    if compute.rank == 0:
-        try:
-            made = [make()]
-        except Exception as error:
-            problem = error
+    try:
+        made = [make()] if compute.rank == 0 else made
+    except Exception as error:  # the others would say that they have lost process 0
+        problem = error
     if dist.is_initialized():
         dist.broadcast_object_list(made, 0)
     if problem:
@@ -633,6 +578,7 @@ class Row(NamedTuple):
     name: str  # its path below DATA, SRC or `--val`: class/file
     label: int
     part: str  # "train", "val", or "source": validated on as well
+    fold: int = EVERY  # that is judged by it and does not learn it; or `TEST`
 
 
 class Data(NamedTuple):
@@ -642,8 +588,8 @@ class Data(NamedTuple):
     paths: list[str]
     names: list[str]
     labels: Tensor  # (N,) int64
-    parts: list[str]  # as in `Row`, or "val" for what was split off
-    held: Tensor  # (N,) int64: the fold that is judged by it and does not learn it, `EVERY`, `TEST`
+    parts: list[str]  # as in `Row`
+    held: Tensor  # (N,) int64, the fold as in `Row`
     folds: int
     white: dict[str, float]  # what is white in images of more than 8 bits, by kind
     related: int  # images left out as copies, or of the families, of those that are learnt
@@ -673,12 +619,9 @@ class Data(NamedTuple):
         return self.counts(learnt.nonzero().flatten())
 
     def log_share(self) -> Tensor:
-        """The logarithm of each class's share of the training images: (C,) float32.
-
-        Less their mean: a constant changes no probability, but would cost half precision digits.
-        """
+        """The logarithm of each class's share of the training images, less their mean: (C,)."""
         logs = self.train_counts().log()
-        return logs - logs.mean()
+        return logs - logs.mean()  # a constant changes nothing, but costs half precision digits
 
 
 def list_rows(args: Namespace) -> tuple[list[str], list[Row]]:
@@ -688,7 +631,7 @@ def list_rows(args: Namespace) -> tuple[list[str], list[Row]]:
         rows += list_others(args, classes, rows)
     if args.split:
         rows = take_split(args, rows)
-    if sum(row.part == "train" for row in rows) > MOST_DRAWN:
+    if sum(row.part == "train" for row in rows) > 2**24:
         raise DataError(f"{args.data}: over 2^24 training images; torch.multinomial draws no more")
     return classes, rows
 
@@ -699,45 +642,32 @@ def load_data(args: Namespace, classes: list[str], rows: list[Row]) -> Data:
     What cannot be decoded is named and left out, and so is what would judge a network that learns
     a copy of it, or an image of its family.
     """
-    checked = check_images([row.path for row in rows])
-    unreadable = [row.path for row in rows if row.path not in checked]
-    rows = [row for row in rows if row.path in checked]
-    families = find_families(args, rows, {path: each.digest for path, each in checked.items()})
-    held = hold_images(args, rows, families)
-    learnt = {family for row, fold, family in zip(rows, held, families, strict=True)
-              if row.part == "train" and (fold == EVERY or args.folds > 1)}  # fmt: skip
-    kept, related = [], []
-    for row, fold, family in zip(rows, held, families, strict=True):
-        if row.part != "train" and family in learnt:
-            related.append(row.path)
-            continue
-        part = "val" if args.folds == 1 and fold == 0 and row.part == "train" else row.part
-        kept.append((row._replace(part=part), fold))
-    if related:
+    digests, white = check_images([row.path for row in rows])
+    unreadable = [row.path for row in rows if row.path not in digests]
+    rows = [row for row in rows if row.path in digests]
+    families = find_families(args, rows, digests)
+    rows = hold_images(args, rows, families)
+    learns = [row.fold != TEST if args.folds > 1 else row.fold == EVERY for row in rows]
+    learnt = set(compress(families, learns))
+    kept = [own or family not in learnt for own, family in zip(learns, families, strict=True)]
+    if related := [row.path for row, keep in zip(rows, kept, strict=True) if not keep]:
         text = f"{len(related)} images are copies of training images, or of their families"
-        text = f"{text}: left out, {printable(related[0])} for one"
-        print(f"warning: {text}", file=sys.stderr)
-    peaks: dict[str, float] = {}
-    for each in checked.values():
-        peaks[each.kind] = max(each.peak, peaks.get(each.kind, 0))
-    white = {kind: pick_white(kind, peak) for kind, peak in peaks.items() if kind}
+        print(f"warning: {text}: left out, {printable(related[0])} for one", file=sys.stderr)
     found = {"white": white, "related": len(related), "unreadable": unreadable}
-    return make_data(args, classes, kept, **found)
+    return make_data(args, classes, [*compress(rows, kept)], **found)
 
 
-def make_data(
-    args: Namespace, classes: list[str], rows: list[tuple[Row, int]], **found: Any
-) -> Data:
+def make_data(args: Namespace, classes: list[str], rows: list[Row], **found: Any) -> Data:
     """The images of a run; `DataError` if a class has none to train on, or none is validated on."""
     data = Data(
         classes,
-        paths=[row.path for row, _ in rows],
-        names=[row.name for row, _ in rows],
-        labels=torch.tensor([row.label for row, _ in rows]).long(),
-        parts=[row.part for row, _ in rows],
-        held=torch.tensor([fold for _, fold in rows]).long(),
+        paths=[row.path for row in rows],
+        names=[row.name for row in rows],
+        labels=torch.tensor([row.label for row in rows]).long(),
+        parts=[row.part for row in rows],
+        held=torch.tensor([row.fold for row in rows]).long(),
         folds=args.folds,
-        sizes=[os.path.getsize(row.path) for row, _ in rows],
+        sizes=[os.path.getsize(row.path) for row in rows],
         **found,
     )
     for fold in range(args.folds):
@@ -754,10 +684,7 @@ def make_data(
 
 
 def take_split(args: Namespace, rows: list[Row]) -> list[Row]:
-    """Those of `rows` that the table `--split` names, each in its part there; others are counted.
-
-    Raises `DataError` for a part or an image that is not there, and for one that is named twice.
-    """
+    """Those of `rows` that the table `--split` names, each in its part; the others are counted."""
     added, parts, wrong = {row.name: row.part == "source" for row in rows}, {}, []
     for line in read_table(args.split, "path", "part"):
         name, part = line["path"], line["part"]
@@ -772,22 +699,22 @@ def take_split(args: Namespace, rows: list[Row]) -> list[Row]:
     if wrong:
         raise DataError(f"{args.split}: {wrong[0]}; such rows: {len(wrong)}")
     if left_out := len(rows) - len(parts):
-        text = f"{printable(str(args.split))}: {left_out} images are not named there; left out"
-        print(f"warning: {text}", file=sys.stderr)
+        text = f"{args.split}: {left_out} images are not named there; left out"
+        print(f"warning: {printable(text)}", file=sys.stderr)
     return [row._replace(part=parts[row.name]) for row in rows if row.name in parts]
 
 
 def list_images(root: Path) -> tuple[list[str], list[Row]]:
     """The classes of `root`, and its images, for the time being all to train on."""
     try:
-        folder = ImageFolder(root)
+        classes, labels = find_classes(root)
+        rows = make_rows(root, labels, "train")
     except FileNotFoundError as error:
         raise DataError(f"{root}: {error}; add images or remove the class") from None
-    if len(folder.classes) < 2:
+    if len(classes) < 2:
         raise DataError(f"{root}: fewer than two classes; pass the folder that holds the classes")
-    if hidden := [name for name in folder.classes if name.startswith(".")]:
+    if hidden := [name for name in classes if name.startswith(".")]:
         raise DataError(f"{root / hidden[0]}: hidden, but would count as a class; remove it")
-    rows = make_rows(root, folder.samples, "train")
     refuse_parts(root, rows)
     walk = os.walk(root, followlinks=True)
     names = [name for at, _, names in walk for name in names if at != str(root) and name[0] != "."]
@@ -795,40 +722,7 @@ def list_images(root: Path) -> tuple[list[str], list[Row]]:
         kinds = ", ".join(sorted({Path(name).suffix or name for name in others})[:9])
         text = f"{root}: {len(others)} files left out, whose names end in {kinds}"
         print(f"warning: {printable(text)}", file=sys.stderr)
-    return folder.classes, rows
-
-
-def refuse_parts(root: Path, rows: list[Row]) -> None:
-    """Raise `DataError` where folders are parts of a data set, train/cat and test/cat, no classes.
-
-    As `data_creation.py` tells them: one is named for training, all its images in sub-folders, and
-    another for validation or testing; or each is named a fold and has sub-folders alone.
-    """
-    tree: dict[str, set[str]] = defaultdict(set)
-    for row in rows:
-        name, *inner, _ = row.name.split("/")
-        tree[name].add(inner[0] if inner else "")
-    words = {name: re.findall("[a-z]+", name.lower()) for name in sorted(tree)}
-    places = {name: PARTS[word] for name in words for word in words[name] if word in PARTS}
-    nested = [name for name in sorted(tree) if "" not in tree[name]]
-    if any(places.values()) and 0 in [places.get(name) for name in nested]:
-        nested = sorted(places.keys() & nested, key=lambda name: (places[name], name))
-    elif len(nested) < len(tree) or not all(FOLDS.intersection(each) for each in words.values()):
-        return
-    train, *others = [root / name for name in nested]
-    command = f"data_training.py {train}" + (f" --val {others[0]}" if others else "")
-    names = " and ".join(sorted(places) if not others else [train.name, others[0].name])
-    text = f"{names} look like parts of a data set, not classes (else move their images up to them)"
-    raise DataError(f"{root}: {text}; run {command}")
-
-
-def make_rows(folder: Path, samples: list[tuple[str, int]], part: str) -> list[Row]:
-    """Images of `folder` by path and label, their names with `/` on every system."""
-    rows = []
-    for path, label in samples:
-        name = path.removeprefix(str(folder)).replace(os.sep, "/").lstrip("/")
-        rows.append(Row(path=path, name=name, label=label, part=part))
-    return rows
+    return classes, rows
 
 
 def list_others(args: Namespace, classes: list[str], ours: list[Row]) -> list[Row]:
@@ -836,33 +730,53 @@ def list_others(args: Namespace, classes: list[str], ours: list[Row]) -> list[Ro
     folder, part = (args.val, "val") if args.val else (args.source, "source")
     folders = {entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."}
     if strange := ", ".join(sorted(folders.difference(classes))):
-        raise DataError(
-            f"--{part} {folder}: not classes of {args.data}: {strange}; rename or remove"
-        )
-    labels = {name: label for label, name in enumerate(classes)}
-    samples = make_dataset(folder, labels, IMG_EXTENSIONS, allow_empty=True)
-    rows = make_rows(folder, samples, part)
+        text = f"not classes of {args.data}: {strange}; rename or remove"
+        raise DataError(f"--{part} {folder}: {text}")
+    rows = make_rows(folder, {name: label for label, name in enumerate(classes)}, part)
     if args.val and not rows:
         raise DataError(f"--val {folder}: no image in folders named as those of {args.data}")
     known = {row.name for row in ours if args.source}
     return [row for row in rows if row.name not in known and "/." not in row.name]
 
 
-class Checked(NamedTuple):
-    """What is known of an image that can be decoded."""
+def make_rows(folder: Path, labels: dict[str, int], part: str) -> list[Row]:
+    """The images in folders named as the classes, their names with `/` on every system."""
+    rows = []
+    for path, label in make_dataset(folder, labels, IMG_EXTENSIONS, allow_empty=part != "train"):
+        name = path.removeprefix(str(folder)).replace(os.sep, "/").lstrip("/")
+        rows.append(Row(path, name, label, part))
+    return rows
 
-    digest: str  # SHA-256 of the file
-    kind: str = ""  # "I" or "F" with over 8 bits a channel, see `deep_pixels`
-    peak: float = 0.0  # the largest value then
+
+def refuse_parts(root: Path, rows: list[Row]) -> None:
+    """Raise `DataError` where folders are parts of a data set, as `data_creation.py` tells them.
+
+    One is named for training, all its images in sub-folders, and another for validation or testing;
+    or each is named a fold and has sub-folders alone.
+    """
+    tops = [row.name.split("/") for row in rows]
+    words = {name: re.findall("[a-z]+", name.lower()) for name in sorted({top[0] for top in tops})}
+    places = {name: PARTS[word] for name in words for word in words[name] if word in PARTS}
+    flat = {top[0] for top in tops if len(top) == 2}
+    nested = [name for name in words if name not in flat]
+    if any(places.values()) and 0 in [places.get(name) for name in nested]:
+        nested = sorted(places.keys() & nested, key=lambda name: (places[name], name))
+    elif flat or not all({"fold", "split", "part"}.intersection(each) for each in words.values()):
+        return
+    train, *others = [root / name for name in nested]
+    command = f"data_training.py {train}" + (f" --val {others[0]}" if others else "")
+    names = " and ".join([train.name, others[0].name] if others else sorted(places))
+    text = f"{names} look like parts of a data set, not classes (else move their images up to them)"
+    raise DataError(f"{root}: {text}; run {command}")
 
 
-def check_images(paths: list[str]) -> dict[str, Checked]:
-    """What each file that can be decoded holds; the others are named on stderr.
+def check_images(paths: list[str]) -> tuple[dict[str, str], dict[str, float]]:
+    """The SHA-256 of each file that can be decoded, and what is white in images of over 8 bits.
 
-    Raises `DataError` for an image of values that are negative or not finite.
+    The others are named on stderr; `DataError` for values that are negative or not finite.
     """
 
-    def check(path: str) -> tuple[Checked | None, str]:
+    def check(path: str) -> str | tuple[str, str, float]:
         try:
             content = read_bytes(path)
             with Image.open(io.BytesIO(content)) as image:
@@ -871,23 +785,24 @@ def check_images(paths: list[str]) -> dict[str, Checked]:
                 kind, values = deep_pixels(image, content)
         except Exception as error:  # Pillow raises nearly anything on a broken file
             known = {UnidentifiedImageError: "not an image", DataError: "no regular file"}
-            return None, known.get(type(error)) or str(error) or type(error).__name__
+            return known.get(type(error)) or str(error) or type(error).__name__
         peak = float(values.max(initial=0))
-        if not math.isfinite(peak) or values.min(initial=0) < 0:
+        if not 0 <= values.min(initial=0) <= peak < math.inf:
             text = "values below 0 or not finite; shift them, or remove the image"
             raise DataError(f"{printable(path)}: {text}")
-        return Checked(hashlib.sha256(content).hexdigest(), kind, peak), ""
+        return hashlib.sha256(content).hexdigest(), kind, peak
 
-    found = {}
+    digests, peaks = {}, dict[str, float]()
     with ThreadPool() as pool:  # Pillow and hashlib let other threads run meanwhile
         checked = pool.imap(check, paths, chunksize=16)
         bar = tqdm(checked, "checking", len(paths), unit=" images", leave=False, disable=None)
-        for path, (each, problem) in zip(paths, bar, strict=True):
-            if each:
-                found[path] = each
-            else:
-                tqdm.write(f"warning: {printable(f'{path}: {problem}')}; left out", sys.stderr)
-    return found
+        for path, found in zip(paths, bar, strict=True):
+            if isinstance(found, str):
+                tqdm.write(f"warning: {printable(f'{path}: {found}')}; left out", sys.stderr)
+                continue
+            digests[path], kind, peak = found
+            peaks[kind] = max(peak, peaks.get(kind, 0.0))
+    return digests, {kind: pick_white(kind, peak) for kind, peak in peaks.items() if kind}
 
 
 def read_bytes(path: str) -> bytes:
@@ -914,8 +829,9 @@ def deep_pixels(picture: Image.Image, content: bytes) -> tuple[str, np.ndarray[A
 
 
 def pick_white(kind: str, peak: float) -> float:
-    """The value that is white where no pixel of this kind exceeds `peak`."""
-    return next((white for white in WHITE[kind] if peak <= white), peak)
+    """The value that is white where no pixel exceeds `peak`: a usual one, or that itself."""
+    usual = (255, 1023, 4095, 16383, 65535) if kind == "I" else (1, 255, 4095, 65535)
+    return next((white for white in usual if peak <= white), peak)
 
 
 def read_image(path: str, white: Mapping[str, float], least: int = 0) -> Tensor:
@@ -930,14 +846,8 @@ def read_image(path: str, white: Mapping[str, float], least: int = 0) -> Tensor:
         size = picture.size
         if least:
             picture.draft(None, (least, least))
-        plain = picture.size == size and not picture.has_transparency_data
-        if plain and picture.format in ("JPEG", "PNG"):
-            with contextlib.suppress(RuntimeError):  # some rare files only Pillow reads
-                encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-                image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
-                if image.dtype == torch.uint8:
-                    return image
         kind, values = deep_pixels(picture, content)
+        plain = picture.size == size and not picture.has_transparency_data
         if kind:
             if not 0 <= values.min() <= values.max() < math.inf:
                 raise ValueError("below 0 or not finite")
@@ -948,6 +858,10 @@ def read_image(path: str, white: Mapping[str, float], least: int = 0) -> Tensor:
             picture.getexif().update(exif)
             if alpha:
                 picture.putalpha(alpha)
+        elif plain and picture.format in ("JPEG", "PNG"):
+            with contextlib.suppress(RuntimeError):  # some rare files only Pillow reads
+                encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+                return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
         picture = ImageOps.exif_transpose(picture)
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
@@ -974,14 +888,12 @@ def find_families(args: Namespace, rows: list[Row], digests: Mapping[str, str]) 
     strange = 0
     for row in rows:
         match = re.search(args.group, row.name.partition("/")[2]) if args.group else None
-        name = match and (match.group(1) if match.re.groups else match.group())
+        name = match and match[min(1, match.re.groups)]
         strange += name is None
         above[root(digests[row.path])] = root(row.path if name is None else f"--group {name}")
     keys = [root(digests[row.path]) for row in rows]
     if args.group and strange == len(rows):
-        raise DataError(
-            f"--group {args.group}: matches no image, as its path below its class reads"
-        )
+        raise DataError(f"--group {args.group}: matches no image, by its path below its class")
     if args.group and len(set(keys)) == 1:
         raise DataError(f"--group {args.group}: makes all images one family; name what differs")
     if args.group:
@@ -1000,47 +912,44 @@ def suggest_group(rows: list[Row]) -> None:
         stems[row.label][re.sub(r"[\W_]*\d+$", "", Path(row.name).stem)] += 1
     alike = sum(5 <= len(each) <= each.total() / 2 for each in stems.values())
     if alike > len(stems) / 2:
-        pattern = r"^(.+?)[\W_]*\d+\.\w+$"
-        print(
-            "note: file names differ in a last number alone; if those are images of one patient, "
-            f"film or object, keep them together: --group {shlex.quote(pattern)}",
-            file=sys.stderr,
-        )
+        text = "note: file names differ in a last number alone; if those are images of one patient,"
+        text += " film or object, keep them together: --group "
+        print(text + shlex.quote(r"^(.+?)[\W_]*\d+\.\w+$"), file=sys.stderr)
 
 
-def hold_images(args: Namespace, rows: list[Row], families: list[str]) -> list[int]:
-    """For each row the fold that is judged by it, or `EVERY` or `TEST`; families stay together."""
-    ours = [at for at, row in enumerate(rows) if row.part == "train"]
-    held = [TEST if args.folds > 1 else 0] * len(rows)
+def hold_images(args: Namespace, rows: list[Row], families: list[str]) -> list[Row]:
+    """The rows, each in the fold that is judged by it; families stay together."""
+    if args.folds == 1 and (args.val or args.split):
+        return [row._replace(fold=EVERY if row.part == "train" else 0) for row in rows]
+    shares = [1 - args.val_fraction, args.val_fraction]
     if args.folds > 1:
         check_folds(args, rows, families)
         shares = [1 / args.folds] * args.folds
-    elif args.val or args.split:
-        shares = [1.0]
-    else:
-        shares = [1 - args.val_fraction, args.val_fraction]
+    ours = [at for at, row in enumerate(rows) if row.part == "train"]
     labels, keys = [rows[at].label for at in ours], [families[at] for at in ours]
     keyed = [f"{args.seed}/{rows[at].name}".encode(errors="surrogateescape") for at in ours]
-    names = [hashlib.sha256(key).digest() for key in keyed]
-    for at, part in zip(ours, deal(labels, keys, names, shares), strict=True):
-        held[at] = part if args.folds > 1 else EVERY + part
+    order = [hashlib.sha256(key).digest() for key in keyed]
+    held = [row._replace(fold=TEST if args.folds > 1 else 0) for row in rows]
+    for at, part in zip(ours, deal(labels, keys, order, shares), strict=True):
+        split_off = args.folds == 1 and part == 1
+        fold = part if args.folds > 1 else EVERY + part
+        held[at] = rows[at]._replace(fold=fold, part="val" if split_off else "train")
     return held
 
 
 def check_folds(args: Namespace, rows: list[Row], families: list[str]) -> None:
     """Raise `DataError` where images cannot be cut into `--folds` parts."""
-    if any(row.part == "val" for row in rows) and args.split:
+    if args.split and any(row.part == "val" for row in rows):
         text = "names validation images, which folds choose themselves; name them train"
         raise DataError(f"--folds {args.folds}: {args.split} {text}")
-    parts: dict[int, set[str]] = defaultdict(set)
-    for row, family in zip(rows, families, strict=True):
-        parts[row.label] |= {family} if row.part == "train" else set()
-    label, found = min(parts.items(), key=lambda item: len(item[1]))
-    if (most := len(found)) < args.folds:
-        name = next(row.name for row in rows if row.label == label).partition("/")[0]
+    images = zip(rows, families, strict=True)
+    pairs = {(row.name.split("/")[0], family) for row, family in images if row.part == "train"}
+    counts = Counter(name for name, _ in pairs).items()  # `make_data` tells of classes of none
+    most, name = min(((count, name) for name, count in counts), default=(args.folds, ""))
+    if most < args.folds:
         text = f"the largest that fits is {most}" if most >= 3 else "add images, or drop it"
-        text = f"class {name} has {most} {'families' if args.group else 'different images'}; {text}"
-        raise DataError(f"--folds {args.folds}: {text}")
+        kind = "families" if args.group else "different images"
+        raise DataError(f"--folds {args.folds}: class {name} has {most} {kind}; {text}")
 
 
 def deal(
@@ -1061,27 +970,24 @@ def deal(
             wanted[1][label] = min(max(1, round(shares[1] * count)), count - 1)
             wanted[0][label] = count - wanted[1][label]
     groups = sorted(members.values(), key=lambda each: (-len(each), min(order[at] for at in each)))
-    left = Counter(label for group in groups for label in {labels[at] for at in group})
-    bare = {label: {part for part, each in enumerate(wanted) if each[label]} for label in counts}
+    insides = [Counter(labels[at] for at in group) for group in groups]
+    left = Counter(label for inside in insides for label in inside)
+    bare = {label: [part for part, each in enumerate(wanted) if each[label]] for label in counts}
     missing, parts = [dict(each) for each in wanted], [0] * len(labels)
-    for group in groups:
-        inside = Counter(labels[at] for at in group)
 
-        def gain(part: int, inside: Counter[int] = inside) -> tuple[bool, float, int]:
-            needed = any(
-                left[c] <= len(bare[c]) and part in sorted(bare[c])[: left[c]] for c in inside
-            )
-            closer = [
-                n * (2 * missing[part][c] - n) / wanted[part][c] if wanted[part][c] else -math.inf
-                for c, n in inside.items()
-            ]
-            turn = (min(inside) - part) % len(shares) if len(shares) > 2 else -part
-            return needed, sum(closer), turn
+    def gain(part: int, inside: Counter[int]) -> tuple[bool, float, int]:
+        needed = any(left[c] <= len(bare[c]) and part in bare[c][: left[c]] for c in inside)
+        closer = sum(
+            n * (2 * missing[part][c] - n) / wanted[part][c] if wanted[part][c] else -math.inf
+            for c, n in inside.items()
+        )
+        return needed, closer, (min(inside) - part) % len(shares) if len(shares) > 2 else -part
 
-        best = max(range(len(shares)), key=gain)
+    for group, inside in zip(groups, insides, strict=True):
+        best = max(range(len(shares)), key=lambda part: gain(part, inside))
         for label in inside:
             left[label] -= 1
-            bare[label].discard(best)
+            bare[label] = [part for part in bare[label] if part != best]
         for at in group:
             parts[at] = best
             missing[best][labels[at]] -= 1

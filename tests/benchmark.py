@@ -459,7 +459,7 @@ def grow(images: int, folder: Path) -> dict[str, float]:
     lap("scan")
     held = training.hold_images(args, found, [row.path for row in found])
     empty = {"white": {}, "related": 0, "unreadable": []}
-    data = training.make_data(args, classes, [*zip(found, held, strict=True)], **empty)
+    data = training.make_data(args, classes, held, **empty)
     train, val = data.train(0), data.val(0)
     lap("split")
     weights = training.sample_weights(data.labels[train], 1.0)

@@ -488,7 +488,6 @@ ERRORS = {
     "good --source more": "--source more: not classes of good: cat, dog; rename or remove",
     "good --val more": "--val more: not classes of good: cat, dog; rename or remove",
     "good --val good": "good: no image differs from those trained on; nothing to validate on",
-    "good --val good --split split.csv": "--split: not allowed with argument --val",
     "good --split none.csv": "none.csv: No such file or directory; needed is a CSV file of path",
     "good --group jpg": "--group jpg: makes all images one family; name what differs",
     "good --group (?=x)*": "makes all images one family",
