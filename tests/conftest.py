@@ -29,7 +29,8 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import data_training as training  # noqa: E402
 
-Said = pytest.CaptureFixture[str]
+Said, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
+Run = SimpleNamespace  # a whole run: its folder, what it printed, its bars
 SCRIPT = Path(training.__file__)
 COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan", "white", "black")
 
