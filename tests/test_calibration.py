@@ -2,8 +2,6 @@
 
 import itertools
 import math
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,9 +22,6 @@ def two_kinds(times: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     logits = torch.tensor([[by, 0.0] for _, by in rows]).repeat(times, 1)
     targets = torch.tensor([target for target, _ in rows]).repeat(times)
     return logits, targets, torch.tensor([0.8, 0.2]).log()
-
-
-# ------------------------------------------------------------------------------ the two numbers
 
 
 def best_on_a_grid(logits: Tensor, targets: Tensor, log_share: Tensor, left: float) -> list[float]:
@@ -54,10 +49,7 @@ def best_on_a_grid(logits: Tensor, targets: Tensor, log_share: Tensor, left: flo
 @pytest.mark.parametrize(
     ("classes", "images", "missing"), [(2, 12, 0), (2, 300, 0), (7, 60, 0), (7, 60, 2)]
 )
-def test_the_numbers_are_those_of_a_search_over_a_grid(
-    classes: int, images: int, missing: int, left: float
-) -> None:
-    """Two images of the prior, weighed as the classes are, hold the numbers near what is usual."""
+def test_the_numbers_are_those_of_a_search_over_a_grid(classes, images, missing, left):
     stream = torch.Generator().manual_seed(classes + images)
     targets = torch.randint(classes, (images,), generator=stream)
     targets = targets % max(2, classes - missing)
@@ -89,8 +81,7 @@ def recall_with(
 
 @pytest.mark.parametrize("left", [0.0, 1.0])
 @pytest.mark.parametrize("classes", [2, 7])
-def test_the_prior_is_not_felt_with_many_images(classes: int, left: float) -> None:
-    """Mean recall on other images is within 0.2 points of what the best numbers have."""
+def test_the_prior_is_not_felt_with_many_images(classes, left):
     stream = torch.Generator().manual_seed(0)
     fitted = training.fit_calibration(*make(torch.full((classes,), 2000), 1.5, left, stream))
     assert [*fitted] == pytest.approx([0.5, left], abs=0.1)
@@ -102,7 +93,7 @@ def test_the_prior_is_not_felt_with_many_images(classes: int, left: float) -> No
 
 
 @pytest.mark.parametrize("left", [1.0, 2.0])
-def test_few_images_are_told_what_is_usual(left: float) -> None:
+def test_few_images_are_told_what_is_usual(left):
     """Then shift is `left` times the scale: so many log shares are in the logits, times that."""
     logits, targets, log_share = two_kinds()
     none = training.fit_calibration(logits[:0], targets[:0], log_share, left)
@@ -117,7 +108,7 @@ def test_few_images_are_told_what_is_usual(left: float) -> None:
 
 @pytest.mark.parametrize("rare", [0, 1])
 @pytest.mark.parametrize("classes", [2, 7])
-def test_a_class_missing_where_numbers_are_fitted_is_still_found(classes: int, rare: int) -> None:
+def test_a_class_missing_where_numbers_are_fitted_is_still_found(classes, rare):
     stream = torch.Generator().manual_seed(0)
     counts = torch.full((classes,), 100)
     counts[-1] = rare
@@ -127,7 +118,7 @@ def test_a_class_missing_where_numbers_are_fitted_is_still_found(classes: int, r
 
 
 @pytest.mark.parametrize("classes", [2, 1000])
-def test_perfect_logits_are_believed(classes: int) -> None:
+def test_perfect_logits_are_believed(classes):
     targets = torch.arange(classes).repeat(3)
     logits = 20.0 * functional.one_hot(targets, classes)
     log_share = (torch.arange(classes) + 1.0).log()
@@ -136,7 +127,7 @@ def test_perfect_logits_are_believed(classes: int) -> None:
     assert torch.equal((scale * logits - shift * log_share).argmax(1), targets)
 
 
-def test_a_network_worse_than_chance_is_not_turned_round() -> None:
+def test_a_network_worse_than_chance_is_not_turned_round():
     targets = torch.tensor([0, 1] * 500)
     logits = 5.0 * functional.one_hot(1 - targets)
     fitted = training.fit_calibration(logits, targets, torch.tensor([0.8, 0.2]).log())
@@ -144,7 +135,7 @@ def test_a_network_worse_than_chance_is_not_turned_round() -> None:
 
 
 @pytest.mark.parametrize("share", [0.5, 1000 / 2001])
-def test_classes_about_as_frequent_as_each_other_are_hardly_shifted(share: float) -> None:
+def test_classes_about_as_frequent_as_each_other_are_hardly_shifted(share):
     """So that the saved head keeps its digits in half precision."""
     logits, targets, _ = two_kinds()
     log_share = torch.tensor([share, 1 - share]).log()
@@ -153,9 +144,7 @@ def test_classes_about_as_frequent_as_each_other_are_hardly_shifted(share: float
     assert 0 < scale < 2 and (shift * log_share).abs().max() < 0.1
 
 
-def test_a_part_of_very_many_logits_is_enough_and_misses_no_class(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_part_of_very_many_logits_is_enough_and_misses_no_class(monkeypatch):
     logits, targets, log_share = two_kinds(100)
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
     given = logits[order], targets[order], log_share
@@ -168,15 +157,12 @@ def test_a_part_of_very_many_logits_is_enough_and_misses_no_class(
     assert chosen[995:998].all() and 10 <= chosen.sum() <= 13
 
 
-def test_each_class_is_halved_at_random() -> None:
+def test_each_class_is_halved_at_random():
     targets = torch.tensor([0] * 100 + [1] * 7 + [2] + [0] * 100)
     half = training.pick_half(targets)
     assert half[targets == 0].sum() == 100 and half[targets == 1].sum() in (3, 4)
     assert torch.equal(half, training.pick_half(targets))
     assert 30 < half[:100].sum() < 70 and len(set(half[:10].tolist())) == 2
-
-
-# --------------------------------------------------------------------------------- in a run
 
 
 def answers_of(data: training.Data) -> dict[int, Tensor]:
@@ -191,9 +177,8 @@ def answers_of(data: training.Data) -> dict[int, Tensor]:
 
 @pytest.mark.parametrize("flags", [(), ("--folds", "3")])
 def test_no_image_is_judged_by_numbers_that_were_fitted_on_it(
-    flags: tuple[str, ...], animals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """But by those of the other half, or of the other folds; what is saved is fitted on all."""
+    flags, animals, tmp_path, monkeypatch
+):
     given, _ = prepare(animals, *PLAIN, "--output", str(tmp_path / "x"), *flags)
     data, share = given.data, given.data.log_share()
     answers = answers_of(data)
@@ -220,17 +205,15 @@ def test_no_image_is_judged_by_numbers_that_were_fitted_on_it(
     [("", 1), ("--power 0.5", 1.5), ("--power 0", 2), ("--rebalance none", 2), ("--power 2", 0)],
 )
 def test_what_the_sampler_does_not_balance_is_expected_in_the_logits(
-    flags: str, left: float, animals: Path, tmp_path: Path
-) -> None:
+    flags, left, animals, tmp_path
+):
     given, _ = prepare(animals, *PLAIN, "--output", str(tmp_path / "x"), *flags.split())
     answers, targets = answers_of(given.data), given.data.labels[given.data.val(0)]
     expected = training.fit_calibration(answers[0], targets, given.data.log_share(), left)
     assert training.judge(given, answers).calibration == expected
 
 
-def test_logits_that_overflow_are_bounded_and_no_numbers_refused(
-    animals: Path, tmp_path: Path
-) -> None:
+def test_logits_that_overflow_are_bounded_and_no_numbers_refused(animals, tmp_path):
     given, _ = prepare(animals, *PLAIN, "--output", str(tmp_path / "x"))
 
     def logits_of(value: float) -> list[list[float]]:
@@ -243,9 +226,7 @@ def test_logits_that_overflow_are_bounded_and_no_numbers_refused(
         logits_of(math.nan)
 
 
-def test_training_is_the_same_without_calibration(
-    default_run: SimpleNamespace, animals: Path, pretrained: Path, tmp_path: Path
-) -> None:
+def test_training_is_the_same_without_calibration(default_run, animals, pretrained, tmp_path):
     flags = ("--weights", pretrained, "--epochs", 2, "--no-calibration", *TINY)
     plain = run(animals, *flags, "--output", tmp_path / "run")
     for ours, theirs in zip(
@@ -260,8 +241,8 @@ def test_training_is_the_same_without_calibration(
 
 
 def test_given_weights_are_judged_as_they_are_by_their_architecture_and_image_size(
-    default_run: SimpleNamespace, animals: Path, others: Path, tmp_path: Path
-) -> None:
+    default_run, animals, others, tmp_path
+):
     """Images to test on must not tune what they test."""
     flags = ["--weights", default_run.path, "--epochs", 0, "--val", others]
     judged = run(animals, *flags, "--device", "cpu", "--no-amp", "--output", tmp_path / "run")

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import Said, by_hand, network_of, prepare, refused, rows_of, run, write_folder
+from conftest import by_hand, network_of, prepare, refused, rows_of, run, write_folder
 from PIL import Image
 
 import data_training as training
@@ -18,7 +18,6 @@ FLOAT32 = ["--device", "cpu", "--no-amp"]
 
 
 def predict(photos: Path, network: Path, output: Path, *flags: str) -> list[dict[str, str]]:
-    """The rows of the table."""
     run(photos, "--predict", network, *FLOAT32, "--output", output, *flags)
     return rows_of(output)
 
@@ -53,8 +52,8 @@ def judged(mixed: Path, animals: Path, default_run: SimpleNamespace) -> Path:
 
 
 def test_the_table_says_what_a_run_predicted_of_the_same_images_and_folds_vote_as_they_did(
-    judged: Path, mixed: Path, folds_run: SimpleNamespace, others: Path, tmp_path: Path
-) -> None:
+    judged, mixed, folds_run, others, tmp_path
+):
     assert network_of(judged)["white"] == {"I": 4095}
     for photos, folder, table in ((mixed, judged, ""), (others, folds_run.path, "test_")):
         said = {row["path"]: row for row in rows_of(folder / f"{table}predictions.csv")}
@@ -69,9 +68,7 @@ def test_the_table_says_what_a_run_predicted_of_the_same_images_and_folds_vote_a
 
 
 @pytest.mark.parametrize("name", ["default_run", "folds_run"])
-def test_a_few_lines_of_torchvision_say_the_same(
-    name: str, others: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_a_few_lines_of_torchvision_say_the_same(name, others, tmp_path, request):
     """Where classes are equally frequent, or as frequent as in training."""
     folder = request.getfixturevalue(name).path
     network = network_of(folder)
@@ -86,7 +83,7 @@ def test_a_few_lines_of_torchvision_say_the_same(
             assert said == pytest.approx(probability[:, place].tolist(), abs=1e-5)
 
 
-def test_the_network_that_is_written_is_calibrated(animals: Path, tmp_path: Path) -> None:
+def test_the_network_that_is_written_is_calibrated(animals, tmp_path):
     """As scale * logits - shift * (log share of the class, less their mean)."""
     small = ["--weights", "none", "--image-size", "32", "--output", str(tmp_path / "run")]
     given, progress = prepare(animals, *small)
@@ -97,9 +94,6 @@ def test_the_network_that_is_written_is_calibrated(animals: Path, tmp_path: Path
     share = torch.tensor([16.0, 10.0, 5.0]).log()
     expected = 2 * by_hand(network | {"networks": states}, photos) - (share - share.mean()) / 2
     torch.testing.assert_close(by_hand(network, photos), expected, atol=1e-4, rtol=1e-4)
-
-
-# ----------------------------------------------------------------------------------- photos
 
 
 @pytest.fixture
@@ -117,16 +111,14 @@ def photos(others: Path, tmp_path: Path) -> Path:
 
 
 def test_photos_are_found_at_any_depth_and_behind_links_but_not_hidden_ones(
-    photos: Path, default_run: SimpleNamespace, tmp_path: Path
-) -> None:
+    photos, default_run, tmp_path
+):
     rows = predict(photos, default_run.path, tmp_path / "x.csv")
     found = [Path(row["path"]).relative_to(photos).as_posix() for row in rows]
     assert found == ["b/A.JPG", "b/deep/er.jpg/x.png", "z.jpg"]
 
 
-def test_what_an_uncalibrated_network_knows_of_frequencies_counts_once(
-    others: Path, animals: Path, tmp_path: Path
-) -> None:
+def test_what_an_uncalibrated_network_knows_of_frequencies_counts_once(others, animals, tmp_path):
     """Trained without balancing, and not calibrated, it answers for them as it is."""
     flags = ["--weights", "none", "--arch", "resnet18", "--epochs", "1", "--no-calibration"]
     for power, factor in (("0", 0), ("0.5", 0.5)):
@@ -143,9 +135,7 @@ def test_what_an_uncalibrated_network_knows_of_frequencies_counts_once(
             assert said == pytest.approx(expected.tolist(), abs=1e-5)
 
 
-def test_a_table_on_stdout_a_network_s_file_and_a_single_photo(
-    photos: Path, default_run: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_a_table_on_stdout_a_network_s_file_and_a_single_photo(photos, default_run, tmp_path):
     rows = predict(photos, default_run.path, tmp_path / "x.csv")
     printed = run(photos, "--predict", default_run.path / "network.pt", *FLOAT32).out
     assert (tmp_path / "x.csv").read_text() == printed and len(rows) == 3
@@ -157,9 +147,7 @@ def test_a_table_on_stdout_a_network_s_file_and_a_single_photo(
     ]
 
 
-def test_what_cannot_be_read_is_named_and_left_out(
-    photos: Path, default_run: SimpleNamespace, tmp_path: Path, capsys: Said
-) -> None:
+def test_what_cannot_be_read_is_named_and_left_out(photos, default_run, tmp_path, capsys):
     (photos / "empty.jpg").write_bytes(b"")
     (photos / "b/text.png").write_text("not an image")
     for name, value in (("nan", math.nan), ("below", -1.0)):
@@ -176,10 +164,7 @@ def test_what_cannot_be_read_is_named_and_left_out(
         assert line.startswith("warning: ") and line.endswith("; left out")
 
 
-def test_a_photo_of_12_bits_alone_is_as_bright_as_among_those_of_the_run(
-    judged: Path, mixed: Path
-) -> None:
-    """The run knows what is white."""
+def test_a_photo_of_12_bits_alone_is_as_bright_as_among_those_of_the_run(judged, mixed):
     table = run(mixed, "--predict", judged, *FLOAT32).out.splitlines()
     dark = mixed / "ape/deep1.png"
     alone = run(dark, "--predict", judged, *FLOAT32).out.splitlines()[1]
@@ -189,8 +174,6 @@ def test_a_photo_of_12_bits_alone_is_as_bright_as_among_those_of_the_run(
     pixels = training.read_image(str(dark), network_of(judged)["white"])
     assert 0 < pixels.max() < 20
 
-
-# ------------------------------------------------------------------------------ user errors
 
 ERRORS = {
     "PHOTOS --predict young": "--predict young: no network there; name a run that has one",
@@ -214,9 +197,8 @@ for flag in FLAGS:
 
 @pytest.mark.parametrize("case", ERRORS)
 def test_photos_or_networks_that_are_none_get_one_line_and_status_2(
-    case: str, photos: Path, pretrained: Path, default_run: SimpleNamespace,
-    monkeypatch: pytest.MonkeyPatch, capsys: Said,
-) -> None:  # fmt: skip
+    case, photos, pretrained, default_run, monkeypatch, capsys
+):
     monkeypatch.chdir(photos.parent)
     for folder, name in (("young", "config.json"), ("broken", "x.jpg"), (".", "text.pth")):
         Path(folder).mkdir(exist_ok=True)

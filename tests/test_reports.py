@@ -15,15 +15,11 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from conftest import CPU, TINY, Said, Trigger, images, refused, rows_of, run
+from conftest import CPU, TINY, Run, Trigger, images, refused, rows_of, run
 from PIL import Image
 from torch import Tensor
 
 import data_training as training
-
-Run = SimpleNamespace  # as conftest's `run` returns it, or as `invent` does
-
-# ------------------------------------------------------------------------- tables and console
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +46,7 @@ def result_of(run: Run) -> dict[str, float]:
     return {name: math.nan if x is None else x for name, x in result.items()}
 
 
-def test_tables_agree_with_each_other(any_run: Run) -> None:
+def test_tables_agree_with_each_other(any_run):
     path, result = any_run.path, result_of(any_run)
     predictions, classes = rows_of(path / "predictions.csv"), rows_of(path / "classes.csv")
     assert "NaN" not in (path / "config.json").read_text()  # which is no JSON
@@ -80,7 +76,7 @@ def test_tables_agree_with_each_other(any_run: Run) -> None:
     assert result["val_loss"] == pytest.approx(sum(losses.values()) / 3, rel=1e-3)
 
 
-def test_the_last_row_describes_the_network_unless_a_part_was_kept(any_run: Run) -> None:
+def test_the_last_row_describes_the_network_unless_a_part_was_kept(any_run):
     history = rows_of(any_run.path / "history.csv")
     described = all(float(history[-1][name]) == near(x) for name, x in result_of(any_run).items())
     if any_run.path.name == "folds":  # each fold is judged by its own images, the run by all
@@ -89,7 +85,7 @@ def test_the_last_row_describes_the_network_unless_a_part_was_kept(any_run: Run)
         assert described
 
 
-def test_lines_stand_under_their_header_and_say_what_the_tables_do(any_run: Run) -> None:
+def test_lines_stand_under_their_header_and_say_what_the_tables_do(any_run):
     lines, history = any_run.out.splitlines(), rows_of(any_run.path / "history.csv")
     start = lines.index(training.HEADER)
     assert len(lines[start]) <= 140
@@ -112,9 +108,7 @@ def test_lines_stand_under_their_header_and_say_what_the_tables_do(any_run: Run)
         assert line.startswith(f"{float(row['recall']):8.1%} of {int(row['val_images']):4}  ")
 
 
-def test_a_comparison_has_both_runs_and_their_difference(
-    compared_run: Run, scratch_run: Run
-) -> None:
+def test_a_comparison_has_both_runs_and_their_difference(compared_run, scratch_run):
     rows = rows_of(compared_run.path / "comparison.csv")
     before, after = result_of(scratch_run), result_of(compared_run)
     assert [row["measure"] for row in rows] == [*training.MEASURES]
@@ -146,17 +140,13 @@ BASELINES: dict[str, Callable[[list[str]], list[str]]] = {  # what is said of ro
 
 @pytest.mark.parametrize("expected", BASELINES)
 def test_a_baseline_on_other_images_is_refused_in_one_line(
-    expected: str, scratch_run: Run, animals: Path, tmp_path: Path, capsys: Said
-) -> None:
+    expected, scratch_run, animals, tmp_path, capsys
+):
     lines = (scratch_run.path / "predictions.csv").read_text().splitlines()
     (tmp_path / "predictions.csv").write_text("\n".join(BASELINES[expected](lines)))
     command = [animals, "--weights", "none", *TINY, "--output", tmp_path / "run"]
     [line] = refused([*command, "--baseline", tmp_path], capsys, tmp_path)
     assert expected in line
-
-
-def block_page(output: Path) -> None:
-    (output / "report.html").mkdir()
 
 
 def remove_images(output: Path) -> None:
@@ -166,10 +156,10 @@ def remove_images(output: Path) -> None:
             (output.parent / "animals" / row["path"]).unlink()
 
 
-@pytest.mark.parametrize("harm", [block_page, remove_images])
+@pytest.mark.parametrize("harm", [lambda path: (path / "report.html").mkdir(), remove_images])
 def test_reports_that_cannot_be_written_are_a_warning_and_the_run_goes_on(
-    harm: Callable[[Path], None], animals: Path, tmp_path: Path, capsys: Said
-) -> None:
+    harm, animals, tmp_path, capsys
+):
     folder, output = shutil.copytree(animals, tmp_path / "animals"), tmp_path / "run"
     command = [str(folder), "--weights", "none", "--epochs", "2", *TINY, "--output", str(output)]
     printed = Trigger("   1/2 ", lambda: harm(output))
@@ -186,7 +176,7 @@ def test_reports_that_cannot_be_written_are_a_warning_and_the_run_goes_on(
     assert printed.getvalue().rstrip().endswith("report.html")
 
 
-def test_who_knows_a_recall_from_few_images_is_told_so(any_run: Run) -> None:
+def test_who_knows_a_recall_from_few_images_is_told_so(any_run):
     notes = [line for line in any_run.out.splitlines() if line.startswith("note: the recall")]
     if any_run.path.name in ("folds", "compared"):
         assert notes == []
@@ -195,7 +185,7 @@ def test_who_knows_a_recall_from_few_images_is_told_so(any_run: Run) -> None:
     assert len(notes) == 1 and expected in notes[0]
 
 
-def test_classes_that_no_image_judges_are_counted(animals: Path, tmp_path: Path) -> None:
+def test_classes_that_no_image_judges_are_counted(animals, tmp_path):
     (tmp_path / "val/ape").mkdir(parents=True)
     shutil.copy(animals / "ape/ape_000.jpg", tmp_path / "val/ape/x.jpg")
     (tmp_path / "val/ape/x.jpg").open("ab").write(b" ")  # another file, of the same pixels
@@ -216,9 +206,7 @@ def test_classes_that_no_image_judges_are_counted(animals: Path, tmp_path: Path)
         ("given", "--epochs 0", "was judged as it was given. It was judged by"),
     ],
 )
-def test_the_page_says_how_the_network_was_trained(
-    stages: str, flags: str, trained: str, invented: SimpleNamespace
-) -> None:
+def test_the_page_says_how_the_network_was_trained(stages, flags, trained, invented):
     command = ["x", "--epochs", "3", "--batch-size", "4", *flags.split()]
     args = training.parse_args(command)
     args.lr, args.power = 1e-3 if args.weights == "none" else 3e-4, 1.0
@@ -249,15 +237,13 @@ def row(epoch: int, **others: object) -> dict[str, object]:
     ],
 )
 def test_the_time_left_is_what_the_rest_takes_at_the_pace_of_the_epoch(
-    epoch: int, fold: int, phase: str, seconds: float, left: str
-) -> None:
+    epoch, fold, phase, seconds, left
+):
     args = SimpleNamespace(epochs=10, folds=5)
     others = {"fold": fold, "phase": phase, "seconds": seconds}
     line = training.format_epoch(row(epoch, **others), args)
     assert line.split()[-1] == left and len(line) == len(training.HEADER)
 
-
-# ------------------------------------------------------------------------------------- the page
 
 HOSTILE = ["<script>alert(1)</script>", "a\x00\u202eb\ud800", "&amp;", '"><img src="http://x.y">']
 NAMES = {
@@ -341,7 +327,7 @@ class Parsed(HTMLParser):
             self.said.append(data)
 
 
-def test_the_page_closes_every_tag_and_loads_nothing(invented: Run) -> None:
+def test_the_page_closes_every_tag_and_loads_nothing(invented):
     text = training.render(invented.page)
     parsed = Parsed(text)
     assert not {"\x00", "\u202e"}.intersection(text)
@@ -368,7 +354,7 @@ def cells_of(text: str) -> list[list[str]]:
     return [Parsed(f"<p>{name}</p>{cells}").said for name, cells in rows]
 
 
-def test_the_page_names_every_class_with_its_numbers(invented: Run) -> None:
+def test_the_page_names_every_class_with_its_numbers(invented):
     text, page = training.render(invented.page), invented.page
     rows = cells_of(text)
     for each in page.classes:
@@ -388,7 +374,7 @@ def test_the_page_names_every_class_with_its_numbers(invented: Run) -> None:
         assert change["more than chance?"] == ("yes" if low * high > 0 else "undecided")
 
 
-def test_confusions_are_a_matrix_or_the_commonest_of_many(invented: Run) -> None:
+def test_confusions_are_a_matrix_or_the_commonest_of_many(invented):
     page = invented.page
     [_, *rows] = cells_of(training.confusion_table(page.classes, page.confusion))
     if len(page.classes) <= training.MOST_CLASSES:  # in the order of their training images
@@ -402,7 +388,7 @@ def test_confusions_are_a_matrix_or_the_commonest_of_many(invented: Run) -> None
         assert count == f"{page.confusion[a][b]} of {sum(page.confusion[a])}"
 
 
-def test_charts_are_files_of_their_own_that_say_the_same(invented: Run) -> None:
+def test_charts_are_files_of_their_own_that_say_the_same(invented):
     page = invented.page
     training.write_page(invented.given, invented.progress, invented.last, None)
     folder = invented.given.args.output
@@ -422,7 +408,7 @@ def test_charts_are_files_of_their_own_that_say_the_same(invented: Run) -> None:
     assert "nan" not in chart and "nan" not in (folder / "curves.svg").read_text()
 
 
-def test_the_page_shows_the_surest_mistakes(invented: Run) -> None:
+def test_the_page_shows_the_surest_mistakes(invented):
     last, classes = invented.last, invented.given.data.classes
     wrong = (last.predicted != last.targets).nonzero().flatten().tolist()
     order = sorted(wrong, key=lambda at: -last.probability[at].item())[: training.MISTAKES]
@@ -432,7 +418,7 @@ def test_the_page_shows_the_surest_mistakes(invented: Run) -> None:
         assert each["predicted"] == classes[last.predicted[at]]
 
 
-def test_the_end_of_any_run_fits_one_screen(invented: Run, capsys: Said) -> None:
+def test_the_end_of_any_run_fits_one_screen(invented, capsys):
     training.print_end(invented.given, invented.progress, invented.last, invented.last, 0.5)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 24 and any(line.startswith("untouched test") for line in lines)
@@ -450,13 +436,13 @@ KNOWN = {"class": "a", "train_images": 5, "val_images": 4, "recall": 0.0, "low":
 UNKNOWN = {**KNOWN, "val_images": 0, **dict.fromkeys(("recall", "low", "high"), math.nan)}
 
 
-def test_a_recall_of_0_has_a_dot_and_what_is_unknown_none() -> None:
+def test_a_recall_of_0_has_a_dot_and_what_is_unknown_none():
     assert 'cx="0.00%"' in training.recall_chart([KNOWN])
     unknown = training.recall_chart([UNKNOWN])
     assert "circle" not in unknown and "nan" not in unknown and "–" in unknown
 
 
-def test_a_group_of_classes_has_the_mean_of_those_that_are_known() -> None:
+def test_a_group_of_classes_has_the_mean_of_those_that_are_known():
     keys = ("recall", "low", "high")
     assert training.mean_recall([KNOWN, UNKNOWN], keys) == (0.0, 0.0, 0.5)
     assert all(map(math.isnan, training.mean_recall([UNKNOWN, UNKNOWN], keys)))
@@ -465,7 +451,7 @@ def test_a_group_of_classes_has_the_mean_of_those_that_are_known() -> None:
     assert mean == 0.5 and low == pytest.approx(1 - high) and 0.15 < low < 0.3
 
 
-def test_curves_skip_what_is_not_finite_and_cut_off_what_is_far_above() -> None:
+def test_curves_skip_what_is_not_finite_and_cut_off_what_is_far_above():
     rows = [{"epoch": at, "fold": 1, "a": x, "b": 0.5} for at, x in enumerate([1, math.inf, 2])]
     assert 'points="0,-1 0,-1 2,-2"' in training.draw_panel(rows, ("a", "b"), 1)
     rows = [{"epoch": at, "fold": 1, "a": x, "b": 1.0} for at, x in enumerate([250.0, *[2.0] * 20])]
@@ -475,7 +461,7 @@ def test_curves_skip_what_is_not_finite_and_cut_off_what_is_far_above() -> None:
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium on this system")
-def test_a_browser_shows_the_page(tmp_path: Path) -> None:
+def test_a_browser_shows_the_page(tmp_path):
     page = training.render(invent("hostile", tmp_path).page)
     (tmp_path / "report.html").write_text(page, encoding="utf-8")
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars"
