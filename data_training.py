@@ -68,6 +68,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, Sampler, WeightedRandomSampler
 from torchvision import models
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
@@ -1413,6 +1414,7 @@ class Trainer:
         self.scheduler = OneCycleLR(optimizer, peaks, steps, pct_start=rising, cycle_momentum=False)
         scaled = given.compute.amp is torch.float16
         self.scaler = torch.amp.GradScaler(given.compute.device.type, enabled=scaled)
+        self.average = AveragedModel(model) if upper else None
 
     def rate(self) -> float:
         """The learning rate of the next step, NaN where nothing is trained."""
@@ -1428,11 +1430,15 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
+        if self.average:
+            self.average.update_parameters(self.evaluated)
+            if self.scheduler.last_epoch == self.stage.steps:
+                self.evaluated.load_state_dict(self.average.module.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to go on as if nothing had happened."""
-        parts = ("optimizer", "scheduler", "scaler")
-        return {name: getattr(self, name).state_dict() for name in parts}
+        parts = ("optimizer", "scheduler", "scaler", "average")
+        return {name: part.state_dict() for name in parts if (part := getattr(self, name))}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what was stored in this stage."""
@@ -1511,7 +1517,7 @@ def begin(given: Given, progress: Progress, stage: Stage, reader: Reader) -> Inp
     elif before == "trial":
         if stage.name == "upper":  # back to where the trial began
             model.load_state_dict(at_start(progress, progress.head))
-    elif stage.name != "head":
+    elif stage.name not in ("head", "given"):
         progress.head = copy_state(model.fc)
         if before == "head" and stage.name != "upper":
             # A confident head holds the backbone to the old features, a new one pulls it anywhere.

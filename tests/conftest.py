@@ -10,10 +10,10 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 # A network this small gains nothing from threads, and two tests at once would fight for the cores.
@@ -21,13 +21,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import models
+from torchvision.transforms import v2
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import data_training as training  # noqa: E402
 
+Run = SimpleNamespace  # a whole run: its folder, what it printed, its bars
 SCRIPT = Path(training.__file__)
 COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan", "white", "black")
 
@@ -74,6 +76,15 @@ def load(folder: Path, *arguments: str) -> training.Data:
     return training.load_data(args, *training.list_rows(args))
 
 
+def images(labels: list[int], held: list[int], folds: int = 1, **others: Any) -> training.Data:
+    """Images that are not there, with these labels, held out by these folds."""
+    names = [f"{label}/{at}.jpg" for at, label in enumerate(labels)]
+    parts = ["val" if fold == 0 else "train" for fold in held]
+    fields = {"classes": ["no", "yes"], "paths": names, "names": names, "parts": parts}
+    fields |= {"labels": torch.tensor(labels), "held": torch.tensor(held), "folds": folds}
+    return training.Data(**fields | {"white": {}, "related": 0, "unreadable": []} | others)
+
+
 CPU = training.Compute(torch.device("cpu"), None)
 
 
@@ -118,11 +129,37 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def weights_file(path: Path, size: int = 7, classes: list[str] | None = None) -> Path:
-    """A "pretrained" ResNet-18 with a head of `size` classes, named or not."""
+def tree(*roots: Path) -> dict[Path, int]:
+    """Each file and folder below `roots`, a file with when it changed."""
+    found = [path for root in roots for path in root.rglob("*")]
+    return {path: path.is_file() and path.stat().st_mtime_ns for path in found}
+
+
+def refused(
+    command: list[object], capsys: Any, *unchanged: Path, script: ModuleType = training
+) -> list[str]:
+    """The lines on stderr where something is wrong: status 2, one error, warnings at most before.
+
+    Below the folders `unchanged` nothing is written, and then nothing is printed on stdout.
+    """
+    before = tree(*unchanged)
+    capsys.readouterr()
+    try:
+        status = script.main([*map(str, command)])
+    except SystemExit as stopped:  # of argparse
+        status = stopped.code
+    printed = capsys.readouterr()
+    assert status == 2 and tree(*unchanged) == before and not (unchanged and printed.out)
+    *warnings, error = printed.err.splitlines()
+    assert error.startswith(f"{Path(script.__file__).name}: error: ")
+    assert all(line.startswith(("warning: ", "--group: ", "about ")) for line in warnings)
+    return [*warnings, error]
+
+
+def weights_file(path: Path, size: int = 7) -> Path:
+    """A "pretrained" ResNet-18 with a head of `size` classes."""
     torch.manual_seed(1)
-    state = models.resnet18(num_classes=size).state_dict()
-    torch.save({"state_dict": state, "classes": classes} if classes else state, path)
+    torch.save(models.resnet18(num_classes=size).state_dict(), path)
     return path
 
 
@@ -175,6 +212,15 @@ def interrupt_after(epochs: int, command: list[str], output: Path) -> Path:
     return output
 
 
+def assert_moved_alike(
+    state: dict[str, torch.Tensor], model: torch.nn.Module, start: dict[str, torch.Tensor]
+) -> None:
+    """The same way from the start, but for rounding, of which Adam makes much in a few weights."""
+    for name, value in model.state_dict().items():
+        way = (value - start[name]).float().norm()
+        assert (state[name] - value).float().norm() <= 0.1 * way + 1e-6, name
+
+
 # ------------------------------------------------------- runs that several tests only look at
 
 # As few steps as make a run; float32, which is the same on every processor.
@@ -196,6 +242,20 @@ def run(*arguments: object) -> SimpleNamespace:
 def network_of(run: Path) -> dict[str, Any]:
     """What is in the network file of a run."""
     return torch.load(run / "network.pt", weights_only=True)
+
+
+def by_hand(network: dict[str, Any], paths: Iterable[Path | str]) -> torch.Tensor:
+    """The mean logits of the networks, by torchvision alone: what the README shows."""
+    size = network["eval_size"]
+    view = [v2.PILToTensor(), v2.Resize(size), v2.CenterCrop(size)]
+    norm = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    prepare = v2.Compose([*view, v2.ToDtype(torch.float32, scale=True), norm])
+    photos = [prepare(ImageOps.exif_transpose(Image.open(path)).convert("RGB")) for path in paths]
+    model, logits = models.get_model(network["arch"], num_classes=len(network["classes"])), []
+    for state in network["networks"]:
+        model.load_state_dict(state)
+        logits.append(model.eval()(torch.stack(photos)).detach())
+    return torch.stack(logits).mean(0)
 
 
 @pytest.fixture(scope="session")
@@ -225,6 +285,13 @@ def default_run(animals: Path, pretrained: Path) -> SimpleNamespace:
     """A run with the defaults but for TINY: the head, and two epochs of all layers."""
     output = animals.parent / "default"
     return run(animals, "--weights", pretrained, "--epochs", 2, *TINY, "--output", output)
+
+
+@pytest.fixture(scope="session")
+def scratch_run(animals: Path) -> SimpleNamespace:
+    """Two epochs from random weights, of which there is no way to look back on."""
+    output = animals.parent / "scratch"
+    return run(animals, "--weights", "none", "--epochs", 2, *TINY, "--output", output)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,5 @@
 """data_creation.py: the rule against hand-worked numbers; OUT whole or not at all."""
 
-import csv
-import io
 import os
 import re
 import shutil
@@ -16,13 +14,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import Terminal
+from conftest import Terminal, rows_of
 
 import data_creation
-from data_creation import DataError, choose_images, draw_staircase, find_parts, printable, ticks
+from data_creation import DataError, choose_images, draw_staircase, printable, ticks
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX links, signals or limits")
-linux = pytest.mark.skipif(sys.platform != "linux", reason="only there are names any bytes")
 
 # Images of the 120 classes of the official Stanford Dogs, as size or size*classes.
 DOGS = """252 239 232 219 218*3 214 213 210 209 206 202*3 200*2 197*2 196*4 195*2 192 188*2 187*2
@@ -247,32 +244,15 @@ def test_the_report_has_a_row_for_each_rank_and_a_closing_line(src, capsys):
     assert kept[1] == {each.name: len(each.kept) for each in random} != kept[0]
 
 
-def read_manifest():
-    text = Path("table.csv").read_bytes().decode(errors="surrogateescape")
-    return list(csv.reader(io.StringIO(text, newline="")))
-
-
 def test_manifest_lists_every_image_and_marks_those_in_out(src):
     build("table.csv")  # is replaced
     assert run("src out --manifest table.csv --chart c.svg") == 0
     before, after, ranks = files("src"), files("out"), {"cat": 0, "dog": 1, "emu": 2, "fox": 3}
     rows = [[at, at[:3], str(ranks[at[:3]]), str(int(at in after))] for at in sorted(before)]
-    assert read_manifest() == [["path", "class", "rank", "kept"], *rows] and len(rows) == 23
+    listed = rows_of(Path("table.csv"))
+    assert [*listed[0]] == ["path", "class", "rank", "kept"] and len(listed) == 23
+    assert [[*row.values()] for row in listed] == rows
     assert set(os.listdir()) == {"src", "out", "table.csv", "c.svg"}
-
-
-@linux
-def test_odd_names_survive_in_out_report_and_manifest(capsys):
-    image, names = os.fsdecode(b"caf\xe9 \xff,.jpg"), ['a, "b"\nc', os.fsdecode(b"d\xe9g")]
-    for name in names:
-        Path("src", name).mkdir(parents=True)
-        Path("src", name, image).write_bytes(b"image")
-    assert run("src out --step 0 --manifest table.csv") == 0
-    assert files("out") == files("src") and len(files("out")) == 2
-    rows = [[f"{name}/{image}", name, str(rank), "1"] for rank, name in enumerate(names)]
-    assert read_manifest()[1:] == rows
-    lines = capsys.readouterr().out.splitlines()
-    assert r'a, "b"\nc ' in lines[1] and r"d\udce9g " in lines[2] and len(lines) == 6
 
 
 def test_the_chart_shows_every_class_before_and_after(src):
@@ -399,27 +379,6 @@ def test_the_script_starts_and_draws_without_heavy_libraries(src):
     loaded = subprocess.check_output(command, cwd=folder, text=True).splitlines()[-1].split()
     assert "argparse" in loaded and os.path.exists("c.svg")
     assert not {"torch", "torchvision", "numpy", "PIL", "tqdm"} & set(loaded)
-
-
-# Folders | with the sub-folders of their images (.: themselves) = the parts among them
-PARTS = """
-    train:a,b | test:a,b = train,test;  test:a | train:a | valid:a = train,valid,test
-    seg_test:a | seg_train:b = seg_train,seg_test;  Testing:a,b | Training:a = Training,Testing
-    train2017:a | validation:. = train2017,validation;  extra:a | test:. | train:a = train,test
-    Fold1:cat,dog | Fold2:cat = Fold1,Fold2;  part_a:a | part_b:a | split3:b = part_a,part_b,split3
-    ill:P0,P1 | well:P0,P1 =;  fold1:a | fold2:a | cat:a =;  fold1:. | fold2:a =
-    cat:2019,2020 | dog:2019 =;  cat:2019,2020,. | dog:2019,2020 =
-    train:. | test:. =;  train:old,. | test:old =;  steam train:a | fast train:a =
-    train:a | bus:a =;  trainer:a | tester:a =;  test:a | val:a =;  x:a,b =;  train:a,b =
-"""
-
-
-def test_parts_of_a_data_set_are_told_from_classes():
-    for case in re.split(r";|\n", PARTS.strip()):
-        folders, _, parts = case.partition("=")
-        pairs = [folder.strip().split(":") for folder in folders.split("|")]
-        tree = {name: {each.strip(".") for each in inside.split(",")} for name, inside in pairs}
-        assert ",".join(find_parts(tree)) == parts.strip(), case
 
 
 # What is wrong | what is there beside SRC | the command line | what the message says (~: here)

@@ -72,35 +72,15 @@ def assert_near(one: Path, other: Path, tolerance: float) -> None:
 
 @cuda
 @pytest.mark.parametrize(("amp", "tolerance"), [("--no-amp", 2e-3), ("--amp", 5e-2)])
-def test_both_stages_and_evaluation_agree_with_the_cpu(
-    amp: str, tolerance: float, settings: list[str], on_cpu: Path, tmp_path: Path
-) -> None:
+def test_both_stages_and_evaluation_agree_with_the_cpu(amp, tolerance, settings, on_cpu, tmp_path):
     """Mixed precision against float32 within 0.05, float32 within 0.002."""
     assert training.main([*settings, "cuda", amp, "--output", str(tmp_path / "run")]) == 0
     assert_near(on_cpu, tmp_path / "run", tolerance)
 
 
-@cuda
-def test_the_features_and_the_evaluation_of_one_network_agree_with_the_cpu(
-    settings: list[str], tmp_path: Path
-) -> None:
-    results = []
-    for device in ("cpu", "cuda"):
-        given, progress, begun = begin_on(device, settings, 3, tmp_path / device)
-        features = training.extract_features(given, progress.model, begun.reader)
-        network, val = begun.trainer.evaluated, given.data.val(0)
-        results.append((features, training.evaluate(given, network, begun.source, val)))
-    (ours, cpu), (theirs, gpu) = results
-    assert theirs.device.type == gpu.device.type == "cpu"
-    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(cpu, gpu, atol=1e-3, rtol=1e-3)
-
-
 @pytest.mark.skipif(not FOUND, reason="needs a GPU")
 @pytest.mark.parametrize("folds", [1, 3])
-def test_a_default_run_and_folds_pass_through_all_stages_on_any_gpu(
-    folds: int, settings: list[str], tmp_path: Path
-) -> None:
+def test_a_default_run_and_folds_pass_through_all_stages_on_any_gpu(folds, settings, tmp_path):
     """What all layers learn may differ from the CPU's by rounding, what the head learns not."""
     command = [*settings[:5], "--epochs", "1", "--image-size", "32", "--batch-size", "24"]
     command += ["--folds", str(folds)] if folds > 1 else []
@@ -129,14 +109,9 @@ def begin_on(
     return given, progress, begin(given, progress, epoch)
 
 
-# ----------------------------------------------------------------------------------- resume
-
-
 @cuda
 @pytest.mark.parametrize("epochs", [1, 3])
-def test_a_run_goes_on_to_the_bit_where_algorithms_are_deterministic(
-    epochs: int, settings: list[str], tmp_path: Path
-) -> None:
+def test_a_run_goes_on_to_the_bit_where_algorithms_are_deterministic(epochs, settings, tmp_path):
     command = [*settings, "cuda"]
     torch.use_deterministic_algorithms(True)
     try:
@@ -150,8 +125,8 @@ def test_a_run_goes_on_to_the_bit_where_algorithms_are_deterministic(
 
 @cuda
 def test_a_run_goes_from_one_device_to_another_and_to_other_precision(
-    settings: list[str], on_cpu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    settings, on_cpu, tmp_path, monkeypatch
+):
     """From the CPU to the GPU, and there from bfloat16 to the float16 of GPUs before Ampere."""
     moved = interrupt_after(2, [*settings, "cpu", "--no-amp"], tmp_path / "moved")
     assert training.main(["--resume", str(moved), "--device", "cuda"]) == 0
@@ -164,9 +139,6 @@ def test_a_run_goes_from_one_device_to_another_and_to_other_precision(
     whole = interrupt_after(3, [*settings, "cuda", "--amp"], tmp_path / "whole")
     state = torch.load(whole / training.STATE, weights_only=True)
     assert state["trainer"]["scaler"]["scale"] >= 1
-
-
-# ------------------------------------------------------------------------- waiting, and memory
 
 
 class Loaded:
@@ -186,9 +158,7 @@ class Loaded:
 @cuda
 @pytest.mark.parametrize("epoch", [1, 3])
 @pytest.mark.parametrize("pinned", [True, False])
-def test_no_step_waits_for_the_gpu(
-    epoch: int, pinned: bool, settings: list[str], tmp_path: Path
-) -> None:
+def test_no_step_waits_for_the_gpu(epoch, pinned, settings, tmp_path):
     """In float32 and in bfloat16, once what is made in the first steps is there."""
     given, _, begun = begin_on("cuda", settings, epoch, tmp_path / "run")
     drawn = training.draw_epoch(given, begun.stage, epoch)
@@ -205,9 +175,7 @@ def test_no_step_waits_for_the_gpu(
 
 
 @cuda
-def test_neither_evaluation_nor_the_feature_pass_waits_for_the_gpu_in_between(
-    settings: list[str], tmp_path: Path
-) -> None:
+def test_neither_evaluation_nor_the_feature_pass_waits_for_the_gpu_in_between(settings, tmp_path):
     given, progress, begun = begin_on("cuda", settings, 3, tmp_path / "run")
     network, val, size = begun.trainer.evaluated, given.data.val(0), given.args.batch_size
     loaded = list(begun.reader.read(training.cut_batches(val, size), ""))
@@ -223,13 +191,7 @@ def test_neither_evaluation_nor_the_feature_pass_waits_for_the_gpu_in_between(
 
 @cuda
 @pytest.mark.parametrize("frozen", ["1", "0", "none"])
-def test_a_full_gpu_gets_one_line_of_advice(
-    frozen: str,
-    settings: list[str],
-    folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_full_gpu_gets_one_line_of_advice(frozen, settings, folder, tmp_path, capsys):
     """In the feature pass, in a step, and in evaluation: 45 images of 1,024 pixels, 300 MB."""
     epochs = ["--epochs", "1", "--frozen-epochs", frozen]
     if frozen == "none":
@@ -248,15 +210,9 @@ def test_a_full_gpu_gets_one_line_of_advice(
     assert "--batch-size 64: out of memory on cuda; try 32 or a smaller --image-size" in line
 
 
-# ------------------------------------------------------------------------- several processes
-
-
 @cuda
 @pytest.mark.parametrize("weights", ["given", "none"])
-def test_two_processes_share_a_gpu_or_have_one_each(
-    weights: str, settings: list[str], on_cpu: Path, tmp_path: Path
-) -> None:
-    """By gloo where there is one, by nccl where there are two."""
+def test_two_processes_share_a_gpu_or_have_one_each(weights, settings, on_cpu, tmp_path):
     scratch = ["--weights", "none", "--frozen-epochs", "0", "--epochs", "1"]
     command = [*settings, "cuda", "--no-amp", *(scratch if weights == "none" else [])]
     process = start(*command, "--output", str(tmp_path / "run"), processes=2)

@@ -2,40 +2,26 @@
 
 import dataclasses
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import prepare
-from torch import Tensor
 
 import data_training as training
-
-# ----------------------------------------------------------------------------------- by hand
 
 # Ten images of class 0, four of class 1, two of class 2; nobody asks for the last class.
 CONFUSION = torch.tensor([[8, 1, 1, 0], [1, 3, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]])
 
 
-def test_a_confusion_matrix_has_true_classes_in_rows_and_predicted_ones_in_columns() -> None:
-    targets = torch.tensor([0] * 10 + [1] * 4 + [2] * 2)
-    predicted = torch.tensor([0] * 8 + [1, 2] + [1, 1, 1, 0] + [0, 2])
-    assert torch.equal(training.confusion_matrix(targets, predicted, 4), CONFUSION)
-
-
-def test_recall_and_f1_of_each_class() -> None:
-    recall, f1 = training.recall_by_class(CONFUSION), training.f1_by_class(CONFUSION)
-    assert recall[:3].tolist() == [0.8, 0.75, 0.5] and recall[3].isnan() and f1[3].isnan()
-    # precision 8 of 10, 3 of 4, 1 of 2
-    assert f1[:3].tolist() == pytest.approx([0.8, 0.75, 0.5])
+def test_f1_is_0_for_a_class_never_found_and_nan_for_one_without_images():
     never, unasked = torch.tensor([[3, 0], [2, 0]]), torch.tensor([[1, 1], [0, 0]])
     assert training.f1_by_class(never).tolist() == pytest.approx([0.75, 0])
     assert training.f1_by_class(unasked)[0].item() == pytest.approx(2 / 3)
     assert training.f1_by_class(unasked)[1].isnan()  # though an image was taken for it
 
 
-def test_measures_are_means_of_recalls_and_nan_for_an_empty_group() -> None:
+def test_measures_are_means_of_recalls_and_nan_for_an_empty_group():
     result = training.measure(CONFUSION, torch.tensor([101, 100, 20, 500]))
     assert result["accuracy"] == 12 / 16
     assert result["balanced_accuracy"] == pytest.approx((0.8 + 0.75 + 0.5) / 3)
@@ -58,9 +44,7 @@ def test_measures_are_means_of_recalls_and_nan_for_an_empty_group() -> None:
         (1, 5, 4 / (4 + training.Z**2), 1),
     ],
 )
-def test_the_interval_of_a_recall_is_wilson_s_at_one_image_less(
-    right: float, count: int, low: float, high: float
-) -> None:
+def test_the_interval_of_a_recall_is_wilson_s_at_one_image_less(right, count, low, high):
     counts = torch.tensor([float(count)])
     ends = training.wilson_interval(right * counts, counts)
     assert [end.item() for end in ends] == pytest.approx([low, high], abs=5e-5)
@@ -71,10 +55,9 @@ def test_the_interval_of_a_recall_is_wilson_s_at_one_image_less(
 
 
 def farthest(recall: list[float], counts: list[int], weights: list[float]) -> float:
-    """The lowest mean that is not refused, found on a grid of all pairs of true recalls.
+    """The lowest mean of a grid from which what was seen is at most Z standard deviations away.
 
-    A mean is refused if what was seen is over Z standard deviations away from it, were the
-    likeliest pair of recalls with that mean the truth.
+    Those of the likeliest pair of true recalls with that mean.
     """
     p, q = (each.ravel() for each in np.meshgrid(*[np.linspace(5e-4, 1 - 5e-4, 1000)] * 2))
     likelihood, variance = np.zeros(p.shape), np.zeros(p.shape)
@@ -96,9 +79,7 @@ def farthest(recall: list[float], counts: list[int], weights: list[float]) -> fl
         ([0.5, 0.25], [8, 12], [0.2, 0.8]),
     ],
 )
-def test_the_ends_of_a_mean_are_those_of_a_search_over_all_recalls(
-    recall: list[float], counts: list[int], weights: list[float]
-) -> None:
+def test_the_ends_of_a_mean_are_those_of_a_search_over_all_recalls(recall, counts, weights):
     given = (torch.tensor(x).double() for x in (recall, counts, [weights]))
     mean, low, high = (x.item() for x in training.mean_interval(*given))
     assert mean == pytest.approx(np.dot(recall, weights))
@@ -107,7 +88,7 @@ def test_the_ends_of_a_mean_are_those_of_a_search_over_all_recalls(
     assert high == pytest.approx(1 - below, abs=2e-3)
 
 
-def test_intervals_of_means_of_nothing_and_of_sure_things() -> None:
+def test_intervals_of_means_of_nothing_and_of_sure_things():
     counts, weights = torch.tensor([0, 5, 1]), torch.tensor([[0, 1, 0], [0, 0.5, 0.5]]).double()
     recall = torch.tensor([math.nan, 1, 1]).double()
     mean, low, high = training.mean_interval(recall, counts, weights)
@@ -119,7 +100,7 @@ def test_intervals_of_means_of_nothing_and_of_sure_things() -> None:
     assert all(end.isnan().all() for end in empty)
 
 
-def test_a_comparison_adds_a_quarter_of_an_image_to_both_who_won_and_who_lost() -> None:
+def test_a_comparison_adds_a_quarter_of_an_image_to_both_who_won_and_who_lost():
     """Class 0: three of eight newly right, one newly wrong; class 1: nothing changed."""
     targets = torch.tensor([0] * 8 + [1] * 2)
     before = torch.tensor([1, 1, 1, 0, 0, 0, 0, 1, 1, 0])
@@ -139,8 +120,6 @@ def test_a_comparison_adds_a_quarter_of_an_image_to_both_who_won_and_who_lost() 
     assert (rows[1]["before"], rows[1]["after"]) == (0.5, 0.625)
 
 
-# -------------------------------------------------------------------------------- simulation
-
 SETTINGS = {
     "300 : 10": [300, 10],
     "300 : 3": [300, 3],
@@ -151,23 +130,15 @@ SETTINGS = {
 }
 
 
-def draw(counts: Tensor, part: Tensor, runs: int, seed: int = 0) -> Tensor:
-    """How many images of each class have what a part of them has, in many runs: (runs, C)."""
-    stream = torch.Generator().manual_seed(seed)
-    wide = (each.expand(runs, len(counts)).contiguous().double() for each in (counts, part))
-    return torch.binomial(*wide, generator=stream)
-
-
 @pytest.mark.parametrize(("first", "last"), [(0.95, 0.6), (0.9, 0.9), (0.75, 0.75), (0.9, 0.4)])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_the_interval_of_balanced_accuracy_covers_the_truth(
-    setting: str, first: float, last: float
-) -> None:
+def test_the_interval_of_balanced_accuracy_covers_the_truth(setting, first, last):
     """In 93 to 98 % of runs; with 300 and 3 images it may be more. Recalls fall evenly."""
     counts, runs = torch.tensor(SETTINGS[setting]), 2000
     truth = torch.linspace(first, last, len(counts)).double()
     weights = torch.full((runs, len(counts)), 1 / len(counts)).double()
-    recalls = draw(counts, truth, runs) / counts
+    wide = (each.expand(runs, len(counts)).contiguous().double() for each in (counts, truth))
+    recalls = torch.binomial(*wide, generator=torch.Generator().manual_seed(0)) / counts
     _, low, high = training.mean_interval(recalls, counts, weights)
     covered = ((low <= truth.mean()) & (truth.mean() <= high)).double().mean().item()
     assert 0.93 <= covered <= (1 if setting == "300 : 3" else 0.985)
@@ -175,9 +146,7 @@ def test_the_interval_of_balanced_accuracy_covers_the_truth(
 
 @pytest.mark.parametrize(("won", "lost"), [(0.2, 0.1), (0.3, 0.1), (0.3, 0.2), (0.15, 0.15)])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_the_interval_of_a_difference_covers_the_truth(
-    setting: str, won: float, lost: float
-) -> None:
+def test_the_interval_of_a_difference_covers_the_truth(setting, won, lost):
     """In 93 to 98 % of runs on the same images; more where so few images tell the two apart."""
     counts, runs, covered = torch.tensor(SETTINGS[setting]), 400, 0
     targets = torch.arange(len(counts)).repeat_interleave(counts)
@@ -193,11 +162,8 @@ def test_the_interval_of_a_difference_covers_the_truth(
 
 
 @pytest.mark.parametrize("classes", [2, 20])
-def test_a_network_whose_probabilities_are_right_has_the_floor_as_its_error(classes: int) -> None:
-    """By simulation: images are right as often as their probabilities say.
-
-    With two classes a rare image is alone in its bin, of which the normal distribution knows less.
-    """
+def test_a_network_whose_probabilities_are_right_has_the_floor_as_its_error(classes):
+    """Of two classes a rare image is alone in its bin, where the normal distribution is rough."""
     stream = torch.Generator().manual_seed(0)
     counts = torch.logspace(2.3, 0.7, classes).long()
     targets = torch.arange(classes).repeat_interleave(counts)
@@ -210,11 +176,7 @@ def test_a_network_whose_probabilities_are_right_has_the_floor_as_its_error(clas
     assert np.mean(errors) == pytest.approx(floor, rel=0.05 if classes > 2 else 0.12)
 
 
-# ---------------------------------------------------------------------- of what a network says
-
-
-def test_calibration_error_is_the_gap_between_probability_and_being_right() -> None:
-    """Two classes of 4 and 2: in one bin of 0.95, right 3 of 4; in one of 0.55, right 2 of 2."""
+def test_calibration_error_is_the_gap_between_probability_and_being_right():
     targets, predicted = torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 1, 1, 1])
     probability = torch.tensor([0.95] * 4 + [0.55] * 2)
     error, floor = training.calibration_error(targets, predicted, probability)
@@ -224,10 +186,7 @@ def test_calibration_error_is_the_gap_between_probability_and_being_right() -> N
     assert floor == pytest.approx((2 / math.pi) ** 0.5 * spread, rel=1e-5)
 
 
-def test_loss_counts_classes_alike_and_natural_accuracy_as_in_training(
-    animals: Path, tmp_path: Path
-) -> None:
-    """Of 4 apes, 2 bees and 1 cat for validation; 16, 10 and 5 are trained on."""
+def test_loss_counts_classes_alike_and_natural_accuracy_as_in_training(animals, tmp_path):
     flags = ["--weights", "none", "--no-calibration", "--output", str(tmp_path / "x")]
     given, _ = prepare(animals, *flags)
     data = given.data

@@ -4,25 +4,20 @@ import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import network_of, prepare, rows_of, run, write_folder
-from PIL import Image, ImageOps
-from torchvision import models
-from torchvision.transforms import v2
+from conftest import by_hand, network_of, prepare, refused, rows_of, run, write_folder
+from PIL import Image
 
 import data_training as training
 
-Said = pytest.CaptureFixture[str]
 COLUMNS = ["path", "class", "probability", "second", "second_probability"]
 FLOAT32 = ["--device", "cpu", "--no-amp"]
 
 
 def predict(photos: Path, network: Path, output: Path, *flags: str) -> list[dict[str, str]]:
-    """The rows of the table."""
     run(photos, "--predict", network, *FLOAT32, "--output", output, *flags)
     return rows_of(output)
 
@@ -56,51 +51,24 @@ def judged(mixed: Path, animals: Path, default_run: SimpleNamespace) -> Path:
     return output
 
 
-def test_the_table_says_what_a_run_predicted_of_the_same_images(
-    judged: Path, mixed: Path, tmp_path: Path
-) -> None:
-    said = {row["path"]: row for row in rows_of(judged / "predictions.csv")}
-    rows = predict(mixed, judged, tmp_path / "x.csv")
-    assert list(rows[0]) == COLUMNS
-    assert [row["path"] for row in rows] == [str(mixed / name) for name in sorted(said)]
+def test_the_table_says_what_a_run_predicted_of_the_same_images_and_folds_vote_as_they_did(
+    judged, mixed, folds_run, others, tmp_path
+):
     assert network_of(judged)["white"] == {"I": 4095}
-    for row in rows:
-        known = said[Path(row["path"]).relative_to(mixed).as_posix()]
-        assert row["class"] == known["predicted"]
-        assert float(row["probability"]) == pytest.approx(float(known["probability"]), abs=2e-6)
-    assert len({row["probability"] for row in rows}) > 10
-
-
-def test_folds_vote_as_they_did_on_images_that_none_has_seen(
-    folds_run: SimpleNamespace, others: Path, tmp_path: Path
-) -> None:
-    said = {row["path"]: row for row in rows_of(folds_run.path / "test_predictions.csv")}
-    rows = predict(others, folds_run.path, tmp_path / "x.csv")
-    assert len(network_of(folds_run.path)["networks"]) == 3 and len(rows) == len(said) == 12
-    for row in rows:
-        known = said[Path(row["path"]).relative_to(others).as_posix()]
-        assert row["class"] == known["predicted"]
-        assert float(row["probability"]) == pytest.approx(float(known["probability"]), abs=2e-6)
-
-
-def by_hand(network: dict[str, Any], paths: list[Any]) -> torch.Tensor:
-    """The mean logits of the networks, by torchvision alone: what the README shows."""
-    size = network["eval_size"]
-    view = [v2.PILToTensor(), v2.Resize(size), v2.CenterCrop(size)]
-    norm = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    prepare = v2.Compose([*view, v2.ToDtype(torch.float32, scale=True), norm])
-    photos = [prepare(ImageOps.exif_transpose(Image.open(path)).convert("RGB")) for path in paths]
-    model, logits = models.get_model(network["arch"], num_classes=len(network["classes"])), []
-    for state in network["networks"]:
-        model.load_state_dict(state)
-        logits.append(model.eval()(torch.stack(photos)).detach())
-    return torch.stack(logits).mean(0)
+    for photos, folder, table in ((mixed, judged, ""), (others, folds_run.path, "test_")):
+        said = {row["path"]: row for row in rows_of(folder / f"{table}predictions.csv")}
+        rows = predict(photos, folder, tmp_path / f"{table}x.csv")
+        assert list(rows[0]) == COLUMNS
+        assert [row["path"] for row in rows] == [str(photos / name) for name in sorted(said)]
+        for row in rows:
+            known = said[Path(row["path"]).relative_to(photos).as_posix()]
+            assert row["class"] == known["predicted"]
+            assert float(row["probability"]) == pytest.approx(float(known["probability"]), abs=2e-6)
+        assert len({row["probability"] for row in rows}) > 10
 
 
 @pytest.mark.parametrize("name", ["default_run", "folds_run"])
-def test_a_few_lines_of_torchvision_say_the_same(
-    name: str, others: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_a_few_lines_of_torchvision_say_the_same(name, others, tmp_path, request):
     """Where classes are equally frequent, or as frequent as in training."""
     folder = request.getfixturevalue(name).path
     network = network_of(folder)
@@ -115,7 +83,7 @@ def test_a_few_lines_of_torchvision_say_the_same(
             assert said == pytest.approx(probability[:, place].tolist(), abs=1e-5)
 
 
-def test_the_network_that_is_written_is_calibrated(animals: Path, tmp_path: Path) -> None:
+def test_the_network_that_is_written_is_calibrated(animals, tmp_path):
     """As scale * logits - shift * (log share of the class, less their mean)."""
     small = ["--weights", "none", "--image-size", "32", "--output", str(tmp_path / "run")]
     given, progress = prepare(animals, *small)
@@ -128,15 +96,13 @@ def test_the_network_that_is_written_is_calibrated(animals: Path, tmp_path: Path
     torch.testing.assert_close(by_hand(network, photos), expected, atol=1e-4, rtol=1e-4)
 
 
-# ----------------------------------------------------------------------------------- photos
-
-
 @pytest.fixture
 def photos(others: Path, tmp_path: Path) -> Path:
-    """Three photos at several depths, and what is none."""
+    """Three photos at several depths, one of them behind a link, and what is none."""
     root, images = tmp_path / "photos", sorted(others.rglob("*.jpg"))
-    (root / "b/deep/er.jpg").mkdir(parents=True)
-    (root / ".trash").mkdir()
+    (root / ".trash").mkdir(parents=True)
+    (tmp_path / "far/deep/er.jpg").mkdir(parents=True)
+    (root / "b").symlink_to(tmp_path / "far")
     names = ["z.jpg", "b/A.JPG", "b/deep/er.jpg/x.png", ".trash/x.jpg", "b/._A.jpg"]
     for image, name in zip(images[: len(names)], names, strict=True):
         shutil.copy(image, root / name)
@@ -144,26 +110,15 @@ def photos(others: Path, tmp_path: Path) -> Path:
     return root
 
 
-def test_photos_are_found_at_any_depth_but_not_hidden_ones(
-    photos: Path, default_run: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_photos_are_found_at_any_depth_and_behind_links_but_not_hidden_ones(
+    photos, default_run, tmp_path
+):
     rows = predict(photos, default_run.path, tmp_path / "x.csv")
     found = [Path(row["path"]).relative_to(photos).as_posix() for row in rows]
     assert found == ["b/A.JPG", "b/deep/er.jpg/x.png", "z.jpg"]
 
 
-def test_a_folder_may_be_a_link_as_in_training(
-    photos: Path, default_run: SimpleNamespace, tmp_path: Path
-) -> None:
-    (tmp_path / "links").mkdir()
-    (tmp_path / "links/x").symlink_to(photos)
-    rows = predict(tmp_path / "links", default_run.path, tmp_path / "x.csv")
-    assert [row["path"] for row in rows][-1] == str(tmp_path / "links/x/z.jpg") and len(rows) == 3
-
-
-def test_what_an_uncalibrated_network_knows_of_frequencies_counts_once(
-    others: Path, animals: Path, tmp_path: Path
-) -> None:
+def test_what_an_uncalibrated_network_knows_of_frequencies_counts_once(others, animals, tmp_path):
     """Trained without balancing, and not calibrated, it answers for them as it is."""
     flags = ["--weights", "none", "--arch", "resnet18", "--epochs", "1", "--no-calibration"]
     for power, factor in (("0", 0), ("0.5", 0.5)):
@@ -180,9 +135,7 @@ def test_what_an_uncalibrated_network_knows_of_frequencies_counts_once(
             assert said == pytest.approx(expected.tolist(), abs=1e-5)
 
 
-def test_a_table_on_stdout_a_network_s_file_and_a_single_photo(
-    photos: Path, default_run: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_a_table_on_stdout_a_network_s_file_and_a_single_photo(photos, default_run, tmp_path):
     rows = predict(photos, default_run.path, tmp_path / "x.csv")
     printed = run(photos, "--predict", default_run.path / "network.pt", *FLOAT32).out
     assert (tmp_path / "x.csv").read_text() == printed and len(rows) == 3
@@ -194,9 +147,7 @@ def test_a_table_on_stdout_a_network_s_file_and_a_single_photo(
     ]
 
 
-def test_what_cannot_be_read_is_named_and_left_out(
-    photos: Path, default_run: SimpleNamespace, tmp_path: Path, capsys: Said
-) -> None:
+def test_what_cannot_be_read_is_named_and_left_out(photos, default_run, tmp_path, capsys):
     (photos / "empty.jpg").write_bytes(b"")
     (photos / "b/text.png").write_text("not an image")
     for name, value in (("nan", math.nan), ("below", -1.0)):
@@ -213,10 +164,7 @@ def test_what_cannot_be_read_is_named_and_left_out(
         assert line.startswith("warning: ") and line.endswith("; left out")
 
 
-def test_a_photo_of_12_bits_alone_is_as_bright_as_among_those_of_the_run(
-    judged: Path, mixed: Path
-) -> None:
-    """The run knows what is white."""
+def test_a_photo_of_12_bits_alone_is_as_bright_as_among_those_of_the_run(judged, mixed):
     table = run(mixed, "--predict", judged, *FLOAT32).out.splitlines()
     dark = mixed / "ape/deep1.png"
     alone = run(dark, "--predict", judged, *FLOAT32).out.splitlines()[1]
@@ -226,8 +174,6 @@ def test_a_photo_of_12_bits_alone_is_as_bright_as_among_those_of_the_run(
     pixels = training.read_image(str(dark), network_of(judged)["white"])
     assert 0 < pixels.max() < 20
 
-
-# ------------------------------------------------------------------------------ user errors
 
 ERRORS = {
     "PHOTOS --predict young": "--predict young: no network there; name a run that has one",
@@ -243,7 +189,7 @@ ERRORS = {
     "PHOTOS --predict RUN --device abacus": "--device abacus: not on this machine",
 }
 FLAGS = ["--seed 0", "--weights none", "--arch resnet18", "--image-size 32", "--folds 3"]
-FLAGS += ["--source x", "--no-calibration", "--flip none"]
+FLAGS += ["--source x", "--no-calibration", "--flip none", "--epochs 10", "--val-fraction 0.1"]
 for flag in FLAGS:
     said = f"{flag.split()[0]}: not with --predict, which finds everything in RUN; drop it"
     ERRORS[f"PHOTOS --predict RUN {flag}"] = said
@@ -251,22 +197,12 @@ for flag in FLAGS:
 
 @pytest.mark.parametrize("case", ERRORS)
 def test_photos_or_networks_that_are_none_get_one_line_and_status_2(
-    case: str, photos: Path, pretrained: Path, default_run: SimpleNamespace,
-    monkeypatch: pytest.MonkeyPatch, capsys: Said,
-) -> None:  # fmt: skip
+    case, photos, pretrained, default_run, monkeypatch, capsys
+):
     monkeypatch.chdir(photos.parent)
-    Path("young").mkdir()
-    Path("young/config.json").write_text("{}")
-    Path("broken").mkdir()
-    Path("broken/x.jpg").write_text("broken")
-    Path("text.pth").write_text("no weights")
+    for folder, name in (("young", "config.json"), ("broken", "x.jpg"), (".", "text.pth")):
+        Path(folder).mkdir(exist_ok=True)
+        Path(folder, name).write_text("no image, no weights")
     places = {"PHOTOS": photos, "RUN": default_run.path, "PRETRAINED": pretrained}
-    before = {path: path.stat().st_mtime_ns for path in photos.parent.rglob("*")}
-    with pytest.raises(SystemExit) as stop:
-        raise SystemExit(training.main([str(places.get(each, each)) for each in case.split()]))
-    printed = capsys.readouterr()
-    *warnings, error = printed.err.splitlines()
-    assert stop.value.code == 2 and not printed.out
-    assert error.startswith("data_training.py: error: ") and ERRORS[case] in error
-    assert all(line.startswith("warning: ") for line in warnings)
-    assert {path: path.stat().st_mtime_ns for path in photos.parent.rglob("*")} == before
+    command = [places.get(each, each) for each in case.split()]
+    assert ERRORS[case] in refused(command, capsys, photos.parent)[-1]

@@ -20,9 +20,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [*map(str, sets), *numbers.split(), *weights, f"--flags={flags}"]
 
 
-def test_all_ways_are_judged_once_and_a_second_call_finds_them(
-    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_ways_are_judged_once_and_a_second_call_finds_them(command, monkeypatch, capsys):
     monkeypatch.setattr(protocol, "LEAST", 6)
     monkeypatch.setattr(protocol.training, "HEAD_STEPS", 1)
     ways = ["--ways", "default", "none", "folds", "loop-1e-4", "weighted-loss"]
@@ -49,6 +47,6 @@ def test_all_ways_are_judged_once_and_a_second_call_finds_them(
     assert len(capsys.readouterr().out.splitlines()) == 8
 
 
-def test_the_counts_fall_geometrically_to_the_rarest_and_leave_a_test() -> None:
+def test_the_counts_fall_geometrically_to_the_rarest_and_leave_a_test():
     assert protocol.count_stairs([900, 900, 900], 6) == [600, 60, 6]
     assert protocol.count_stairs([250, 90, 900], 20) == [200, 40, 20]

@@ -53,7 +53,7 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_first_minute_ends_with_a_page_and_a_network_that_learned(tried: Path) -> None:
+def test_the_first_minute_ends_with_a_page_and_a_network_that_learned(tried):
     [*_, output] = re.findall(r"--output (\S+)", block("try it"))
     assert (tried / output / "network.pt").exists() and (tried / output / "report.html").exists()
     history = rows_of(tried / output / "history.csv")
@@ -61,7 +61,7 @@ def test_the_first_minute_ends_with_a_page_and_a_network_that_learned(tried: Pat
     assert float(history[-1]["balanced_accuracy"]) > 3 / classes  # of chance
 
 
-def test_the_block_that_predicts_answers_for_every_image(tried: Path) -> None:
+def test_the_block_that_predicts_answers_for_every_image(tried):
     [command] = [line for line in block("use it").splitlines() if "--predict" in line]
     command = command.split("  #")[0]
     text = execute(command.split(" > ")[0], tried)
@@ -74,7 +74,7 @@ def test_the_block_that_predicts_answers_for_every_image(tried: Path) -> None:
         assert (tried / row["path"]).is_file() and 0 < float(row["probability"]) <= 1
 
 
-def test_the_lines_for_a_program_of_ones_own_say_what_predict_says(tried: Path) -> None:
+def test_the_lines_for_a_program_of_ones_own_say_what_predict_says(tried):
     lines = block("in a program")
     answer = subprocess.run(
         [sys.executable, "-c", lines], cwd=tried, capture_output=True, text=True, check=True
@@ -90,7 +90,7 @@ def test_the_lines_for_a_program_of_ones_own_say_what_predict_says(tried: Path) 
     )
 
 
-def test_the_block_that_tests_finds_the_tests() -> None:
+def test_the_block_that_tests_finds_the_tests():
     """Only collected here: to run them would run this one, too."""
     pytest.importorskip("xdist")
     [command] = commands_after_installation("test command")
@@ -100,12 +100,12 @@ def test_the_block_that_tests_finds_the_tests() -> None:
     assert f"{Path(__file__).name}::" in done.stdout
 
 
-def test_every_mark_is_of_a_block_that_is_run() -> None:
+def test_every_mark_is_of_a_block_that_is_run():
     marks = set(re.findall(r"<!-- (.*?) -->\n```", README))
     assert marks == {"try it", "use it", "in a program", "test command"}
 
 
-def test_every_option_the_readme_names_exists() -> None:
+def test_every_option_the_readme_names_exists():
     shown = ""
     for script in ("data_creation.py", "data_training.py"):
         command = [sys.executable, str(ROOT / script), "--help"]
