@@ -191,7 +191,7 @@ ERRORS = {
 FLAGS = ["--seed 0", "--weights none", "--arch resnet18", "--image-size 32", "--folds 3"]
 FLAGS += ["--source x", "--no-calibration", "--flip none", "--epochs 10", "--val-fraction 0.1"]
 for flag in FLAGS:
-    said = f"{flag.split()[0]}: not with --predict, which finds everything in RUN; drop it"
+    said = f"{flag.split()[0]}: not with --predict; drop one of them"
     ERRORS[f"PHOTOS --predict RUN {flag}"] = said
 
 

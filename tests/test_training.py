@@ -344,18 +344,15 @@ def test_the_learning_rate_rises_and_falls_in_any_number_of_steps(name, weights,
     stage = Stage(name, 0, range(1), 1, steps, last=True)
     given = SimpleNamespace(args=SimpleNamespace(weights=weights), compute=CPU)
     optimizer = torch.optim.SGD(model.parameters(), 3.0)
-    trainer, rates, weights = (
-        training.Trainer(model, stage, optimizer, given),
-        [],
-        [model.fc.bias.item()],
-    )
+    trainer = training.Trainer(model, stage, optimizer, given)
+    rates, biases = [], [model.fc.bias.item()]
     for _ in range(steps):
         rates.append(trainer.rate())
-        weights.append(weights[-1] - rates[-1] * (1 if name == "head" else 0.5**0.5))  # clipped
+        biases.append(biases[-1] - rates[-1] * (1 if name == "head" else 0.5**0.5))  # clipped
         trainer.step(model.fc(torch.ones(1, 1)).sum())
     expected = [3 * rate_by_hand(step, max(4, steps), rising) for step in range(steps)]
     assert rates == pytest.approx(expected, abs=1e-9)
-    end = sum(weights[1:]) / steps if name == "upper" else weights[-1]  # the mean of all steps
+    end = sum(biases[1:]) / steps if name == "upper" else biases[-1]  # the mean of all steps
     assert model.fc.bias.item() == pytest.approx(end, rel=1e-4)
 
 
@@ -411,9 +408,8 @@ def test_a_run_of_all_layers_ends_as_a_loop_that_is_written_by_hand(animals, pre
     history = rows_of(done.path / "history.csv")
     assert [row["phase"] for row in history] == ["whole", "whole"]
     assert [float(row["train_loss"]) for row in history] == pytest.approx(losses, rel=1e-3)
-    assert float(history[0]["learning_rate"]) == pytest.approx(
-        3e-4 * rate_by_hand(3, 6, 1), rel=1e-4
-    )
+    rate = 3e-4 * rate_by_hand(3, 6, 1)  # of the next step
+    assert float(history[0]["learning_rate"]) == pytest.approx(rate, rel=1e-4)
 
 
 def test_a_run_of_the_head_ends_as_a_loop_that_is_written_by_hand(
