@@ -202,7 +202,7 @@ def test_a_trial_that_failed_is_remembered(animals, pretrained, tmp_path, monkey
     end = network_of(whole)["networks"][0]
     moved = {key.split(".")[0] for key in start if not torch.equal(start[key], end[key])}
     assert moved <= {"layer3", "layer4", "fc"}
-    interrupt_after(1, command, tmp_path / "run")
+    interrupt_after(2, command, tmp_path / "run")
     run("--resume", tmp_path / "run")
     assert_same_run(whole, tmp_path / "run")
 

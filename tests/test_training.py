@@ -483,6 +483,9 @@ def test_after_a_trial_training_goes_on_or_with_the_upper_half_from_before_it(
     trained = {named[id(weight)].split(".")[0] for weight in progress.trainer.weights}
     assert trained == {"layer3", "layer4", "fc"}
     assert not progress.model.training  # so BatchNorm keeps its statistics
+    progress.history = [{"fold": 1, "epoch": 0, "phase": "head"}]  # as in the folds after that
+    training.begin(given, progress, stage._replace(name="upper"), reader)
+    assert progress.model.fc.weight.unique().tolist() == [5.0]  # not softened
 
 
 @pytest.mark.parametrize(("best", "failed"), [(0.0, True), (0.25, True), (0.5, False), (1, False)])
