@@ -216,11 +216,8 @@ def run(args: Namespace) -> None:
             seconds, waited = time.perf_counter() - started, reader.waited
             network, places = progress.trainer.evaluated, data.val(stage.fold)
             progress.logits = evaluate(given, network, inputs, places)
-            if epoch == stage.epochs[-1] and stage.last:
-                progress.done.append(look_back(given, progress, stage, reader))
-            elif epoch == stage.epochs[-1] and stage.name == "trial":
-                tried = look_back(given, progress, stage, reader)
-                progress.failed = first_makes(partial(fails, given, tried), compute)
+            if epoch == stage.epochs[-1]:
+                end_stage(given, progress, stage, reader)
             row = {
                 "fold": stage.fold + 1,
                 "epoch": epoch,
@@ -1832,6 +1829,15 @@ def choose_distance(given: Given, done: Sequence[Fold]) -> int:
 def fails(given: Given, tried: Fold) -> bool:
     """Whether less than half of the way of a trial is worth keeping."""
     return list_distances(given.args)[choose_distance(given, [tried])] < 0.5
+
+
+def end_stage(given: Given, progress: Progress, stage: Stage, reader: Reader) -> None:
+    """Note the network of a fold that is done, or whether a trial fails."""
+    if stage.last:
+        progress.done.append(look_back(given, progress, stage, reader))
+    elif stage.name == "trial":
+        tried = look_back(given, progress, stage, reader)
+        progress.failed = first_makes(partial(fails, given, tried), given.compute)
 
 
 def finish(given: Given, progress: Progress, reader: Reader) -> None:
