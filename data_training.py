@@ -88,9 +88,10 @@ HEAD_RATE = 0.02  # of SGD, for features of squared length 512, as those of a Re
 HEAD_DECAY = 0.002  # weight decay, of the head alone and in the whole network
 RATE, SCRATCH_RATE = 3e-4, 1e-3  # of AdamW, for pretrained weights and for random ones
 HEAD_FACTOR = 3.0  # times that for the head of a pretrained network
-# Of images like those that the weights know, training all layers forgets more than it learns: a
-# trial of so many steps, where that is a fifth of all at most, tells before the time is spent.
-TRIAL_STEPS = 100
+# Of images like those that the weights know, training all layers forgets more than it learns. A
+# trial of so many steps, where that is a fifth of all at most, tells before the time is spent: it
+# fails where its loss is so many times that of the head, as more steps would win back a part.
+TRIAL_STEPS, TRIAL_FAILS = 150, 1.2
 UPPER_FACTOR = 1 / 15  # times `RATE` for the upper half of a network that fails the trial
 LOWER = ("conv1.", "bn1.", "layer1.", "layer2.")  # the other half
 # The scale of weights that the learning rates are for, see `rescale`.
@@ -176,7 +177,6 @@ class Progress:
     draws: Tensor  # of each class so far: (C,) int64
     head: dict[str, Tensor]  # as in `Fold`, of the fold in training
     logits: Tensor  # of the images that the last epoch was judged by: (M, C)
-    failed: bool = False  # the trial, so that the upper half alone is trained
     done: list[Fold] = field(default_factory=list)
     stored: dict[str, Any] = field(default_factory=dict)  # a trainer's state, to take up once
     trainer: Any = None  # a `Trainer`, from the first stage on
@@ -203,7 +203,7 @@ def run(args: Namespace) -> None:
     if compute.rank == 0:
         start_run(given, progress)
     for stage in plan(given.args, data):
-        if stage.name == "whole" and progress.failed:
+        if stage.name == "whole" and first_makes(partial(trial_fails, progress), compute):
             stage = stage._replace(name="upper")
         left = [epoch for epoch in stage.epochs if (stage.fold, epoch) > progress.at()]
         inputs = begin(given, progress, stage, reader) if left else reader
@@ -216,8 +216,8 @@ def run(args: Namespace) -> None:
             seconds, waited = time.perf_counter() - started, reader.waited
             network, places = progress.trainer.evaluated, data.val(stage.fold)
             progress.logits = evaluate(given, network, inputs, places)
-            if epoch == stage.epochs[-1]:
-                end_stage(given, progress, stage, reader)
+            if epoch == stage.epochs[-1] and stage.last:
+                progress.done.append(look_back(given, progress, stage, reader))
             row = {
                 "fold": stage.fold + 1,
                 "epoch": epoch,
@@ -1392,6 +1392,12 @@ def plan(args: Namespace, data: Data) -> list[Stage]:
     return stages
 
 
+def trial_fails(progress: Progress) -> bool:
+    """Whether training all layers has made the first fold's network much worse than its head."""
+    losses = {row["phase"]: row["val_loss"] for row in progress.history if row["fold"] == 1}
+    return "trial" in losses and losses["trial"] > TRIAL_FAILS * losses["head"]
+
+
 class Trainer:
     """A network in training and what moves with it. It knows no files, and no epoch's number."""
 
@@ -1826,20 +1832,6 @@ def choose_distance(given: Given, done: Sequence[Fold]) -> int:
     return best if gain > error else end
 
 
-def fails(given: Given, tried: Fold) -> bool:
-    """Whether less than half of the way of a trial is worth keeping."""
-    return list_distances(given.args)[choose_distance(given, [tried])] < 0.5
-
-
-def end_stage(given: Given, progress: Progress, stage: Stage, reader: Reader) -> None:
-    """Note the network of a fold that is done, or whether a trial fails."""
-    if stage.last:
-        progress.done.append(look_back(given, progress, stage, reader))
-    elif stage.name == "trial":
-        tried = look_back(given, progress, stage, reader)
-        progress.failed = first_makes(partial(fails, given, tried), given.compute)
-
-
 def finish(given: Given, progress: Progress, reader: Reader) -> None:
     """Choose the network of a run, judge it, and write what there is to say of it."""
     args, data, compute, done = given.args, given.data, given.compute, progress.done
@@ -2197,7 +2189,6 @@ def save_state(given: Given, progress: Progress, done: bool = False) -> None:
         state |= {
             "head": progress.head,
             "logits": progress.logits,
-            "failed": progress.failed,
             "model": progress.model.state_dict(),
             "trainer": progress.trainer.state_dict() if progress.trainer else {},
         }
@@ -2234,7 +2225,6 @@ def load_run(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
         draws=state["draws"],
         head=state.get("head", {}),
         logits=state.get("logits", torch.empty(0)),
-        failed=state.get("failed", False),
         stored=state.get("trainer", {}),
     )
     for fold in range(args.folds if "model" in state else 0):

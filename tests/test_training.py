@@ -286,10 +286,10 @@ STAGES = {  # flags, and of each stage its name, epochs, passes and steps
     "--epochs 3 --weights none": "whole 1-3 1 12",
     "--epochs 3 --frozen-epochs 2": "head 1-2 125 1000, whole 3-3 1 4",
     "--epochs 3 --frozen-epochs 3": "head 1-3 84 1008",
-    # 100 steps are 25 epochs, and a fifth of 125
-    "--epochs 124 --frozen-epochs 0": "whole 1-124 1 496",
-    "--epochs 125 --weights none": "whole 1-125 1 500",
-    "--epochs 125": "head 0-0 250 1000, trial 1-25 1 100, whole 26-125 1 400",
+    # 150 steps are 38 epochs, and a fifth of 190
+    "--epochs 189": "head 0-0 250 1000, whole 1-189 1 756",
+    "--epochs 190 --weights none": "whole 1-190 1 760",
+    "--epochs 190": "head 0-0 250 1000, trial 1-38 1 152, whole 39-190 1 608",
     "--epochs 0": "given 0-0 0 0",
 }
 
@@ -488,17 +488,18 @@ def test_after_a_trial_training_goes_on_or_with_the_upper_half_from_before_it(
     assert progress.model.fc.weight.unique().tolist() == [5.0]  # not softened
 
 
-@pytest.mark.parametrize(("best", "failed"), [(0.0, True), (0.25, True), (0.5, False), (1, False)])
-def test_a_trial_fails_where_less_than_half_of_its_way_is_best(best, failed):
-    truth = torch.arange(40) % 2
-    way = []
-    for distance in training.DISTANCES:
-        wrong = torch.arange(40) < 40 * abs(distance - best)  # as many more as it is further off
-        way.append(F.one_hot(torch.where(wrong, 1 - truth, truth), 2) * 2.0)
-    args = training.parse_args(["x", "--epochs", "9"])
-    data = images([0, 1] * 40, [EVERY] * 40 + [0] * 40)
-    given, args.power = SimpleNamespace(args=args, data=data), 1.0
-    assert training.fails(given, Fold(head={}, end={}, way=torch.stack(way))) is failed
+TRIALS = [  # the last loss of the trial is compared with 1.2 times that of the head
+    ([("head", 9.0), ("head", 2.0), ("trial", 9.0), ("trial", 2.4)], False),
+    ([("head", 2.0), ("trial", 2.0), ("trial", 2.5)], True),
+    ([("head", 2.0), ("whole", 2.5)], False),
+]
+
+
+@pytest.mark.parametrize(("losses", "failed"), TRIALS)
+def test_a_trial_fails_where_it_ends_with_a_fifth_more_loss_than_the_head(losses, failed):
+    history = [{"fold": 1, "phase": name, "val_loss": loss} for name, loss in losses]
+    history.append({"fold": 2, "phase": "head", "val_loss": 1.0})
+    assert training.trial_fails(SimpleNamespace(history=history)) is failed
 
 
 def test_each_fold_begins_where_the_first_one_did(animals, pretrained, tmp_path):
