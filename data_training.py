@@ -11,8 +11,9 @@
 DATA holds one folder per class; a part of each is kept for validation. Training images are drawn by
 a `WeightedRandomSampler` with weights 1 / (training images of the class), so that every class is
 seen about equally often. The head is trained first, on features that the frozen backbone computes
-once; then all layers. Two numbers are fitted on the validation images, which take back what the
-network still favours frequent classes by; what is judged, reported and saved is calibrated so.
+once; then all layers, or the upper half, where a trial shows that all would forget more than they
+learn. Two numbers are fitted on the validation images, which take back what the network still
+favours frequent classes by; what is judged, reported and saved is calibrated so.
 With `--folds K` each of K networks is trained on all but one part of the images and judged on that
 part; together they vote. A run folder holds the network, the settings, the history, the recall of
 each class with its interval, the predictions, and `report.html`, which shows all of that.
