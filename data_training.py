@@ -1434,7 +1434,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
-        if self.average:
+        if self.average:  # which asks the device how many steps it has seen, and waits for that
             self.average.update_parameters(self.evaluated)
             if self.scheduler.last_epoch == self.stage.steps:
                 self.evaluated.load_state_dict(self.average.module.state_dict())
