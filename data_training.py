@@ -77,83 +77,34 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-# Crops of half to all of an image enlarge what they show, by a fifth on average; evaluation makes
-# up for most of it by images up to so much larger (Touvron et al. 2019, arXiv:1906.06423).
-EVAL_SCALE = 8 / 7
-STRIDE = 32  # pixels a cell of a ResNet's last feature map
-EVALUATED = -1  # in a seed's place: the view of evaluation
-MOST_KEPT = 2**31  # bytes of images for evaluation in main memory, and at most a quarter of it
 EVERY, TEST = -1, -2  # in a fold's place: an image that every network learns, or none ever sees
-HEAD_STEPS = 1000  # at least, of training the head alone: on features they cost next to nothing
-HEAD_RATE = 0.02  # of SGD, for features of squared length 512, as those of a ResNet-18
-HEAD_DECAY = 0.002  # weight decay, of the head alone and in the whole network
-RATE, SCRATCH_RATE = 3e-4, 1e-3  # of AdamW, for pretrained weights and for random ones
-HEAD_FACTOR = 3.0  # times that for the head of a pretrained network
-# Of images like those that the weights know, training all layers forgets more than it learns. A
-# trial of so many steps, where that is a fifth of all at most, tells before the time is spent: it
-# fails where its loss is so many times that of the head, as more steps would win back a part.
-TRIAL_STEPS, TRIAL_FAILS = 150, 1.2
-UPPER_FACTOR = 1 / 15  # times `RATE` for the upper half of a network that fails the trial
-LOWER = ("conv1.", "bn1.", "layer1.", "layer2.")  # the other half
-# The scale of weights that the learning rates are for, see `rescale`.
-CONV_SCALE, FEATURE_SCALE = 0.5, 2.0
-BATCH, SMALL_BATCH, STEPS = 64, 32, 32  # images a step; the small one for fewer steps an epoch
-SOFTENED = 0.1  # what is left of the head's logits as the training of the whole network begins
-# With fewer images per process and step BatchNorm takes its statistics over all processes, which
-# waits for the GPU three times a layer, 159 times a step of ResNet-50 (torch's _functions.py).
-SYNCHRONISED = 8
-CLIP_NORM = 1.0  # longest gradient followed; tiny BatchNorm variances can make it explode
-DISTANCES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the way from the head alone to the end of training
-PRIOR = 2.0  # images for which what calibration expects counts
-LEFT = 1.0  # log class shares that balanced training leaves in the logits, on most sets
-LEAST_SCALE = 0.01
-LEAST_SPREAD = 0.05  # of log shares; what differs less in frequency is not shifted by much
-MOST_FITTED = 2**22  # logits that calibration is fitted on: more would tell two numbers little new
-HIGHEST = 1e4  # logit
-BLOCK = 2**13  # images whose probabilities are held at once
-MANY, FEW = 100, 20  # "many": more training images than that, "few": fewer
+NETWORK, STATE, START = "network.pt", "resume.pt", "start.pt"  # in a run folder
 # The part of the images that is right, and the mean recall of all classes and of those with many,
 # in between and with few training images; NaN where nothing was asked.
 MEASURES = ("accuracy", "balanced_accuracy", "many", "medium", "few")
-BINS = 15  # of probability, to measure calibration by
 Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
-ONE_TELLS = 0.3  # in place of n - 1 for a class of one image, among many
-FEW_JUDGED = 10  # validation images of a class; with fewer `--folds` is suggested
-NETWORK, STATE, START = "network.pt", "resume.pt", "start.pt"  # in a run folder
-WRITE_EVERY = 30.0  # seconds; on a fast GPU the files of an epoch take longer than the epoch
-if not dist.is_available():  # in a torch that is built for one process there is no more of it
-    dist.is_initialized = dist.is_torchelastic_launched = lambda: False
-# What a RuntimeError says where memory is out: on CUDA, in main memory that is pinned for it and on
-# MPS; in main memory of Unix and of Windows. Only the first has a class of its own.
-NO_MEMORY = ("out of memory", "allocate memory", "not enough memory")
+BATCH = 64  # images a step
 PATHS = ("data", "val", "source", "split", "output", "baseline")  # settings that are paths
-KINDS = {"I": "whole numbers", "F": "fractions"}
-# What folders of a whole data set are named for, in the order of their use.
-PARTS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "test": 2, "testing": 2}
 # What may be said beside `--resume` and `--predict`: where it runs, not what comes out.
 WITH_RESUME = ("device", "workers", "amp")
 WITH_PREDICT = ("data", "output", "natural", "batch_size", *WITH_RESUME)
-HEADER = (
-    "fold   epoch  phase  train loss  val loss  accuracy  balanced [95 %]       as trained    many "
-    " medium     few  images/s   left"
-)
+if not dist.is_available():  # in a torch that is built for one process there is no more of it
+    dist.is_initialized = dist.is_torchelastic_launched = lambda: False
 Rows = list[dict[str, Any]]
-MOST_CLASSES, GROUPS = 30, 10  # that the page shows one by one; groups of more
-MISTAKES, THUMBNAIL = 24, 160  # how many are shown, and pixels a side
 
 
 class DataError(Exception):
     """Bad input, told in one line: where, what, what to do."""
 
 
-# ------------------------------------------------------------------------------------ run
+# --------------------------------------------------------------------------------------------- run
 
 
 @dataclass(frozen=True)
 class Given:
     """What a run is given: complete before its first epoch, and the same until its last."""
 
-    args: Namespace  # every setting as used
+    settings: Namespace  # every setting as used
     data: Data
     baseline: Tensor | None  # what the run `--baseline` predicted of the judged images: (M,)
     origin: str  # in words, where the network is from
@@ -190,20 +141,20 @@ class Progress:
         return row["fold"] - 1, row["epoch"]
 
 
-def run(args: Namespace) -> None:
-    """Train and evaluate as `args` say, and fill the run folder."""
-    compute = join_processes(args.device, args.amp)
-    args.device = compute.device.type
-    given, progress = first_makes(partial(prepare, args, compute), compute)
-    args.batch_size = given.args.batch_size
+def run(settings: Namespace) -> None:
+    """Train and evaluate as `settings` say, and fill the run folder."""
+    compute = join_processes(settings.device, settings.amp)
+    settings.device = compute.device.type
+    given, progress = first_makes(partial(prepare, settings, compute), compute)
+    settings.batch_size = given.settings.batch_size
     # A run that goes on may have been told its precision before.
-    compute = compute._replace(amp=pick_compute(str(compute.device), given.args.amp).amp)
+    compute = compute._replace(amp=pick_compute(str(compute.device), given.settings.amp).amp)
     given, data = replace(given, compute=compute), given.data
     progress.model.to(compute.device, memory_format=memory_format(compute.device))
     reader = Reader(given)
     if compute.rank == 0:
         start_run(given, progress)
-    for stage in plan(given.args, data):
+    for stage in plan(given.settings, data):
         if stage.name == "whole" and first_makes(partial(trial_fails, progress), compute):
             stage = stage._replace(name="upper")
         left = [epoch for epoch in stage.epochs if (stage.fold, epoch) > progress.at()]
@@ -211,11 +162,11 @@ def run(args: Namespace) -> None:
         for epoch in left:
             started, reader.waited = time.perf_counter(), 0.0
             drawn = draw_epoch(given, stage, epoch)
-            seeds = seeded("augment", given.args.seed, stage.fold, epoch)
-            batches = cut_batches(drawn, given.args.batch_size, seeds)
+            seeds = seeded("augment", given.settings.seed, stage.fold, epoch)
+            batches = cut_batches(drawn, given.settings.batch_size, seeds)
             loss = train_epoch(given, progress.trainer, batches, inputs)
             seconds, waited = time.perf_counter() - started, reader.waited
-            network, places = progress.trainer.evaluated, data.val(stage.fold)
+            network, places = progress.trainer.evaluated, data.judges(stage.fold)
             progress.logits = evaluate(given, network, inputs, places)
             if epoch == stage.epochs[-1] and stage.last:
                 progress.done.append(look_back(given, progress, stage, reader))
@@ -238,336 +189,792 @@ def run(args: Namespace) -> None:
     finish(given, progress, reader)
 
 
-# ---------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------------------- sampling
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose errors are one line, without the usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print `message` on stderr and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {printable(message)}; see --help\n")
+EVALUATED = -1  # in a seed's place: the view of evaluation
 
 
-# fmt: off
-def make_parser() -> OneLineParser:
-    """The flags; `None` stands for "auto"."""
-    purpose = str(__doc__).partition("\n\nDATA")[0]  # with the commands
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = OneLineParser(prog="data_training.py", description=purpose, formatter_class=raw)
-
-    def add(flag: str, metavar: str, kind: Any, default: Any, text: str) -> None:
-        parse = (lambda said: None if said == "auto" else kind(said)) if default == "auto" else kind
-        text += "" if default is None else f" (default: {default})"
-        group.add_argument(flag, metavar=metavar, type=parse, default=default, help=text)
-
-    whole = number(int, lambda n: n >= 0, "a whole number of at least 0")
-    some = number(int, lambda n: n >= 1, "a whole number of at least 1")
-    folds = number(int, lambda n: 3 <= n <= 10, "a whole number from 3 to 10")
-    inside = number(float, lambda x: 0 < x < 1, "a number between 0 and 1")
-    fraction = number(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
-    positive = number(float, lambda x: 0 < x < math.inf, "a number above 0")
-    power = number(float, lambda x: 0 <= x <= 10, "a number from 0 to 10")
-    bits = number(int, lambda n: -(2**63) <= n < 2**63, "a whole number of 64 bits")
-    parser.add_argument("data", metavar="DATA", type=Path, nargs="?",
-        help="folder of class folders; with --predict images, at any depth, or one")
-    group = parser.add_argument_group("data")
-    add("--val-fraction", "F", inside, 0.2, "part of each class that is kept for validation")
-    add("--folds", "K", folds, 1, "train K networks (3 to 10), each on all but one part of the "
-        "images, which vote; images of --val or --source then test the vote")
-    add("--val", "DIR", Path, None, "class folders to validate on; then nothing is split off")
-    add("--split", "FILE", Path, None, "CSV file of path (class/file) and part (train, val, or "
-        "source for images of SRC), like a run's split.csv; other images are left out")
-    add("--source", "SRC", Path, None, "folder DATA was made from: its other images validate, too")
-    add("--group", "PATTERN", str, None, "regular expression: images whose paths below their class "
-        "give the same first group, or match, are one family (patient, film), never split up")
-    add("--image-size", "PX", some, "auto", "pixels per side of a training crop; evaluation takes "
-        "up to 8/7 of that, 256 for 224; auto: that of --weights, else 224")
-    add("--crop-scale", "F", fraction, 0.5, "smallest part of an image that a training crop shows")
-    group.add_argument("--flip", choices=("sides", "none", "all"), default="sides",
-        help="sides (default): mirror training images at random; none: for text, signs, left and "
-        "right; all: turn them by quarters too, for microscopes and from above")
-    group.add_argument("--no-flip", dest="flip", action="store_const", const="none",
-        help=argparse.SUPPRESS)
-    add("--workers", "N", whole, "auto", "processes that read images; auto: 0 on a CPU, else the "
-        "number of cores minus 1, at most 16, or 8 where processes are spawned")
-    group = parser.add_argument_group("model")
-    add("--arch", "NAME", str, "auto", "a ResNet of torchvision; auto: that of --weights, else "
-        "resnet50 on an accelerator and resnet18 on a CPU")
-    add("--weights", "NAME|PATH", str, "DEFAULT", "torchvision weights by name, a file, or none")
-    group = parser.add_argument_group("training")
-    add("--epochs", "N", whole, 10, "passes over the training images; 0 judges the given weights")
-    add("--frozen-epochs", "N", whole, "auto", "first epochs, in which the last layer (the head) "
-        "alone is trained; auto: one epoch before all others, none with --weights none")
-    group.add_argument("--rebalance", choices=("sampler", "none"), default="sampler",
-        help="sampler (default): draw every class equally often; none: every image once")
-    add("--power", "P", power, 1.0, "the sampler weighs by 1 / count ** P; 0.5: square root")
-    add("--batch-size", "N", some, "auto", "images per step, over all processes; auto: 64, or 32 "
-        "where an epoch would have under 32 steps")
-    add("--lr", "X", positive, "auto", "highest learning rate of all layers but the head, by "
-        f"AdamW; auto: {RATE:g}, from random weights {SCRATCH_RATE:g}")
-    group.add_argument("--no-calibration", action="store_true",
-        help="keep the logits as trained, which favour frequent classes and are too sure")
-    group = parser.add_argument_group("use")
-    add("--predict", "RUN", Path, None, "a run folder or network file that says what the images "
-        "below DATA are; a CSV file on stdout, or in --output FILE")
-    group.add_argument("--natural", action="store_true",
-        help="predict for classes as frequent as in training, not for equally frequent ones")
-    group = parser.add_argument_group("run")
-    add("--output", "DIR", Path, "auto", "new folder for the results; auto: runs/DATE-TIME")
-    add("--resume", "RUN", Path, None, "go on with the run in this folder")
-    add("--baseline", "RUN", Path, None, "run on the same validation images, to compare with")
-    add("--seed", "N", bits, 0, "of split, draws and augmentation")
-    group.add_argument("--device", metavar="NAME", default="auto",
-        help="auto (default): an accelerator, else cpu")
-    group.add_argument("--amp", action=argparse.BooleanOptionalAction,
-        help="mixed precision (default: where the hardware gains from it)")
-    return parser
-# fmt: on
+def sample_weights(labels: Tensor, power: float) -> Tensor:
+    """A weight for each image, 1 / (images of its class) ** power: (N,) float64."""
+    return torch.bincount(labels).double()[labels] ** -power
 
 
-def parse_args(argv: list[str] | None) -> Namespace:
-    """The settings on the command line, each in its range; exits with status 2 if they clash."""
-    parser = make_parser()
-    defaults = vars(parser.parse_args([]))
-    said = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(defaults))))
-    said = {name: value for name, value in said.items() if value is not None}
-    clashes = {
-        "resume": said.keys() - {"resume", *WITH_RESUME},
-        "predict": said.keys() - {"predict", *WITH_PREDICT},
-        "val_fraction": said.keys() & {"folds", "val", "split"},
-        "val": said.keys() & {"source", "split"},  # whose names may be those of other images
+def seeded(purpose: str, *numbers: int) -> torch.Generator:
+    """A random stream for this purpose and these numbers alone."""
+    text = "/".join(map(str, (purpose, *numbers)))
+    return torch.Generator().manual_seed(random.Random(text).getrandbits(63))
+
+
+def draw_images(weights: Tensor, weighted: bool, generator: torch.Generator) -> Tensor:
+    """N random places in N `weights`, by weight with replacement or else each once: (N,) int64."""
+    if not weighted:
+        return torch.randperm(len(weights), generator=generator)
+    sampler = WeightedRandomSampler(weights.tolist(), len(weights), generator=generator)
+    return torch.tensor(list(sampler))
+
+
+def draw_epoch(given: Given, stage: Stage, epoch: int) -> Tensor:
+    """The indices of the training images that an epoch draws, int64."""
+    settings, train = given.settings, given.data.learns(stage.fold)
+    weights = sample_weights(given.data.labels[train], settings.power)
+    stream, weighted = (
+        seeded("draw", settings.seed, stage.fold, epoch),
+        settings.rebalance == "sampler",
+    )
+    drawn = [train[draw_images(weights, weighted, stream)] for _ in range(stage.passes)]
+    return torch.cat([train[:0], *drawn])
+
+
+def count_draws(data: Data, fold: int, drawn: Tensor) -> dict[str, float]:
+    """What a draw of images did: fewest and most of a class, and the part of the images seen."""
+    counts = data.counts(drawn)
+    return {
+        "fewest_draws": int(counts.min()),
+        "most_draws": int(counts.max()),
+        "distinct_images": len(drawn.unique()) / len(data.learns(fold)),
     }
-    for name, others in clashes.items():
-        for other in sorted(others) if name in said else ():
-            flag = "DATA" if other == "data" else f"--{other.replace('_', '-')}"
-            parser.error(f"{flag}: not with --{name.replace('_', '-')}; drop one of them")
-    if "data" not in said and "resume" not in said:
-        parser.error("the following arguments are required: DATA")
-    if "natural" in said and "predict" not in said:
-        parser.error("--natural: of --predict; drop it")
-    if "power" in said and said.get("rebalance") == "none":
-        parser.error("--power: of the sampler; drop it or --rebalance none")
-    words = sys.argv if argv is None else ["data_training.py", *argv]
-    return Namespace(**defaults | said, command=shlex.join(["python", *words]))
 
 
-def number(kind: type, accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
-    """A parser for argparse of numbers that `accepts` takes."""
+def cut_batches(
+    indices: Tensor, batch_size: int, seeds: torch.Generator | None = None
+) -> tuple[Tensor, ...]:
+    """Batches of (index, seed of its augmentation), (B, 2) int64; without `seeds` to evaluate.
 
-    def parse(text: str) -> Any:
-        with contextlib.suppress(ValueError):
-            if accepts(kind(text)):
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-
-    return parse
-
-
-def check_settings(args: Namespace) -> None:
-    """Fill in what "auto" means; raise `DataError` where settings do not go together."""
-    if (args.frozen_epochs or 0) > args.epochs:
-        raise DataError(f"--frozen-epochs {args.frozen_epochs}: more than --epochs {args.epochs}")
-    if args.folds > 1 and not args.epochs:
-        raise DataError("--folds: nothing is trained with --epochs 0; drop one of them")
-    try:
-        re.compile(args.group or "")
-    except re.error as error:
-        raise DataError(f"--group {args.group}: no regular expression: {error}") from None
-    args.lr = args.lr or (SCRATCH_RATE if args.weights == "none" else RATE)
-    args.power = 0.0 if args.rebalance == "none" else args.power
-    output = args.output = args.output or unused(Path(f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"))
-    if output.exists() and not output.is_dir():
-        raise DataError(f"--output {output}: a file; name a new folder")
-    if output.exists() and any(each.name[0] != "." for each in output.iterdir()):
-        raise DataError(f"--output {output}: not empty; name a new folder, or --resume a run")
-    for flag, folder in (("DATA", args.data), ("--source", args.source), ("--val", args.val)):
-        if folder and not folder.is_dir():
-            raise DataError(f"{flag} {folder}: no such folder; pass one that holds class folders")
-        if folder and output.resolve().is_relative_to(folder.resolve()):
-            raise DataError(f"--output {output}: would be a class of {folder}; move it out")
+    Their sizes differ by one at most: a last batch of a few images would weigh too much, and one of
+    a single image break BatchNorm.
+    """
+    drawn = torch.full_like(indices, EVALUATED)
+    if seeds:
+        drawn = torch.randint(2**62, (len(indices),), generator=seeds)
+    pairs = torch.stack([indices, drawn], 1)
+    return pairs.tensor_split(math.ceil(len(indices) / batch_size)) if len(indices) else ()
 
 
-def unused(path: Path) -> Path:
-    """`path`, or with the first number behind it that makes it new."""
-    names = (path.with_name(f"{path.name}-{number}") for number in range(2, 10**6))
-    return path if not path.exists() else next(name for name in names if not name.exists())
+# ---------------------------------------------------------------------------------------- training
 
 
-@contextlib.contextmanager
-def claim(output: Path) -> Iterator[None]:
-    """Hold the run folder against other runs; where no run comes of it, nothing is left of it."""
-    made = [folder for folder in (output, *output.parents) if not folder.exists()]
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        (output / "config.json").touch(exist_ok=False)
-    except FileExistsError:
-        raise DataError(f"--output {output}: another run has just begun there") from None
-    try:
-        yield
-    except BaseException:
-        (output / "config.json").unlink()
-        with contextlib.suppress(OSError):  # somebody else writes there
-            for folder in made:
-                folder.rmdir()
-        raise
+HEAD_STEPS = 1000  # at least, of training the head alone: on features they cost next to nothing
+HEAD_RATE = 0.02  # of SGD, for features of squared length 512, as those of a ResNet-18
+HEAD_DECAY = 0.002  # weight decay, of the head alone and in the whole network
+HEAD_FACTOR = 3.0  # times the rate of the other layers for the head of a pretrained network
+# Of images like those that the weights know, training all layers forgets more than it learns. A
+# trial of so many steps, where that is a fifth of all at most, tells before the time is spent: it
+# fails where its loss is so many times that of the head, as more steps would win back a part.
+TRIAL_STEPS, TRIAL_FAILS = 150, 1.2
+UPPER_FACTOR = 1 / 15  # times `RATE` for the upper half of a network that fails the trial
+LOWER = ("conv1.", "bn1.", "layer1.", "layer2.")  # the other half
+SOFTENED = 0.1  # what is left of the head's logits as the training of the whole network begins
+CLIP_NORM = 1.0  # longest gradient followed; tiny BatchNorm variances can make it explode
+# With fewer images per process and step BatchNorm takes its statistics over all processes, which
+# waits for the GPU three times a layer, 159 times a step of ResNet-50 (torch's _functions.py).
+SYNCHRONISED = 8
 
 
-def count_workers(args: Namespace) -> int:
-    """Processes that read images: as many as asked for, or one a core but one, if they fit."""
-    workers = args.workers
-    if workers is None:
-        affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-        cores = getattr(os, "process_cpu_count", lambda: len(affinity(0)))() or 1
-        # Nothing here tells a container's share of the cores, and 8 spawned take 2 GB.
-        most = 16 if get_start_method() == "fork" else 8
-        own = (cores - 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = 0 if args.device == "cpu" else max(1, min(most, own))
-    shared = Path("/dev/shm")  # through which, where there is one, workers hand their batches over
-    if workers and shared.is_dir():  # to write beyond its end would kill a worker
-        batch = 3 * eval_size(args.image_size) ** 2 * args.batch_size
-        # Each worker has two batches on the way, and one is in use.
-        room = max(0, shutil.disk_usage(shared).free // batch - 1) // 2
-        if room < workers:
-            text = f"room for batches of {room} workers, not {workers}; docker run has --shm-size"
-            print(f"warning: {shared}: {text}", file=sys.stderr)
-            return room
-    return workers
+class Stage(NamedTuple):
+    """A stretch of epochs in which one network trains in one way."""
+
+    name: str  # "head", "trial", "whole", "upper", or "given": nothing is trained
+    fold: int
+    epochs: range
+    passes: int  # over as many images as there are, an epoch
+    steps: int
+    last: bool  # of its network
 
 
-def printable(text: str) -> str:
-    """`text` on one line, with control characters and undecodable bytes as escapes."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+def plan(settings: Namespace, data: Data) -> list[Stage]:
+    """The stages of a run in order: of each fold the head alone, and then all layers.
+
+    By default the head has epoch 0: on features it costs a third of an epoch. The first epochs of
+    all layers are a trial where they are enough for one; the other folds do as the first one did.
+    """
+    stages: list[Stage] = []
+    own = settings.frozen_epochs is None and settings.weights != "none"
+    head = range(1) if own else range(1, 1 + (settings.frozen_epochs or 0))
+    whole = range(head.stop, settings.epochs + 1)
+    for fold in range(settings.folds):
+        images = len(data.learns(fold))
+        if not settings.epochs:
+            stages.append(Stage("given", fold, range(1), passes=0, steps=0, last=True))
+            continue
+        if head:  # few images make few steps an epoch: they are passed over again
+            passes = math.ceil(HEAD_STEPS * settings.batch_size / (len(head) * images))
+            steps = len(head) * math.ceil(passes * images / settings.batch_size)
+            stages.append(Stage("head", fold, head, passes, steps, last=not whole))
+        steps, rest = math.ceil(images / settings.batch_size), whole
+        tried = math.ceil(TRIAL_STEPS / steps)
+        if head and fold == 0 and tried <= len(whole) // 5:
+            stages.append(Stage("trial", fold, whole[:tried], 1, tried * steps, last=False))
+            rest = whole[tried:]
+        if rest:
+            stages.append(Stage("whole", fold, rest, 1, len(rest) * steps, last=True))
+    return stages
 
 
-# --------------------------------------------------------------------- devices, processes
+def trial_fails(progress: Progress) -> bool:
+    """Whether training all layers has made the first fold's network much worse than its head."""
+    losses = {row["phase"]: row["val_loss"] for row in progress.history if row["fold"] == 1}
+    return "trial" in losses and losses["trial"] > TRIAL_FAILS * losses["head"]
 
 
-class Compute(NamedTuple):
-    """Where the network runs, in what precision, and which of how many processes this one is."""
+class Trainer:
+    """A network in training and what moves with it. It knows no files, and no epoch's number."""
 
-    device: torch.device
-    amp: torch.dtype | None  # of mixed precision; None: float32 alone
-    rank: int = 0
-    world_size: int = 1
+    def __init__(self, model: Any, stage: Stage, optimizer: Optimizer, given: Given):
+        """A stage at its beginning."""
+        self.stage, self.optimizer = stage, optimizer
+        head_alone, upper = stage.name == "head", stage.name == "upper"
+        self.evaluated = model.fc if head_alone else model.train(not upper)
+        self.network = wrap_ddp(self.evaluated, given)
+        groups = optimizer.param_groups
+        self.weights = [weight for group in groups for weight in group["params"]]
+        peaks = [group["lr"] for group in groups]
+        # OneCycleLR divides by zero where either part of the cycle has a single step.
+        steps = max(4, stage.steps)
+        warm_up = 0.1 if head_alone or upper or given.settings.weights == "none" else 0.0
+        rising = max(warm_up, 2 / steps)
+        self.scheduler = OneCycleLR(optimizer, peaks, steps, pct_start=rising, cycle_momentum=False)
+        scaled = given.compute.amp is torch.float16
+        self.scaler = torch.amp.GradScaler(given.compute.device.type, enabled=scaled)
+        self.average = AveragedModel(model) if upper else None
 
-    def autocast(self) -> torch.autocast:
-        """The context of a forward pass."""
-        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
+    def rate(self) -> float:
+        """The learning rate of the next step, NaN where nothing is trained."""
+        return math.nan if self.stage.name == "given" else float(self.scheduler.get_last_lr()[-1])
 
-    def name(self) -> str:
-        """What people call the device."""
-        cuda = self.device.type == "cuda"
-        return torch.cuda.get_device_name(self.device) if cuda else str(self.device)
+    def step(self, loss: Tensor) -> None:
+        """Take a step against the gradient of `loss`."""
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        if self.stage.name != "head":  # which is a convex problem
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.weights, CLIP_NORM)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        if self.average:  # which asks the device how many steps it has seen, and waits for that
+            self.average.update_parameters(self.evaluated)
+            if self.scheduler.last_epoch == self.stage.steps:
+                self.evaluated.load_state_dict(self.average.module.state_dict())
 
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on as if nothing had happened."""
+        parts = ("optimizer", "scheduler", "scaler", "average")
+        return {name: part.state_dict() for name in parts if (part := getattr(self, name))}
 
-def join_processes(name: str, amp: bool | None) -> Compute:
-    """What this process computes on; under torchrun, after it has met the others."""
-    compute = pick_compute(name, amp)
-    if not dist.is_torchelastic_launched():
-        return compute
-    # Process 0 checks all images while the others wait; torchrun ends them where one has died.
-    dist.init_process_group(pick_backend(compute.device.type), timeout=timedelta(days=7))
-    return compute._replace(rank=dist.get_rank(), world_size=dist.get_world_size())
-
-
-def pick_backend(kind: str) -> str:
-    """What several processes on devices of this kind talk by; raises `DataError` if nothing."""
-    backends = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
-    if kind not in backends:
-        raise DataError(f"--device {kind}: serves one process alone; start without torchrun")
-    shared = int(os.environ["LOCAL_WORLD_SIZE"]) > torch.accelerator.device_count()
-    lacking = kind == "cuda" and not dist.is_nccl_available()  # as on Windows
-    return "gloo" if shared or lacking else backends[kind]  # nccl would refuse to share
-
-
-def pick_compute(name: str, amp: bool | None) -> Compute:
-    """The device called `name`, "auto" for the best there is; `amp` None: where it helps."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    best = found or torch.device("cpu")
-    try:
-        device = best if name == "auto" else torch.device(name)
-        if device.type != "cpu" and dist.is_torchelastic_launched():  # to each process its own
-            place = int(os.environ["LOCAL_RANK"]) % max(1, torch.accelerator.device_count())
-            device = torch.device(device.type, place)
-        device = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError):  # the latter from builds without that device
-        raise DataError(f"--device {name}: not on this machine; try auto, or {best}") from None
-    kind = torch.bfloat16
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # of which the next lines ask
-        if sys.platform == "win32":  # whose driver would take main memory and crawl, not fail
-            free, total = torch.cuda.mem_get_info()
-            torch.cuda.set_per_process_memory_fraction(free / total)
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        helps, kind = True, torch.bfloat16 if native else torch.float16
-    else:  # `get_capabilities` came with torch 2.10
-        units: Any = getattr(torch.cpu, "get_capabilities", dict)()
-        helps = device.type == "cpu" and bool(units.get("avx512_bf16") or units.get("amx_bf16"))
-    return Compute(device, kind if amp or (amp is None and helps) else None)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what was stored in this stage."""
+        for name, stored in state.items():
+            if stored:  # a scaler that was not needed has none, and one that is refuses it
+                getattr(self, name).load_state_dict(stored)
+        for weight, kept in self.optimizer.state.items():
+            for name, value in kept.items():  # kernels read both as they lie, maybe elsewhere now
+                if isinstance(value, Tensor) and value.shape == weight.shape:
+                    kept[name] = torch.empty_like(weight).copy_(value)
 
 
-def to_device(batch: Tensor, device: torch.device) -> Tensor:
-    """`batch` on `device`, without waiting where that is safe: from pinned memory to CUDA."""
-    cuda = device.type == "cuda"
-    return (batch.pin_memory() if cuda else batch).to(device, non_blocking=cuda)
+def wrap_ddp(network: nn.Module, given: Given) -> nn.Module:
+    """`network` itself, or with its gradients averaged over the processes after each step."""
+    compute = given.compute
+    if compute.world_size == 1:
+        return network
+    small = given.settings.batch_size // compute.world_size < SYNCHRONISED
+    if small and compute.device.type != "cpu":  # PyTorch has no synchronised BatchNorm for CPUs
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    # The statistics of BatchNorm matter in evaluation alone, which sends them round. The option has
+    # another name from torch 2.13 on, which torch 2.6 does not know.
+    warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)
+    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 
-def memory_format(device: torch.device) -> torch.memory_format:
-    """How images lie in memory: channels last, but on MPS BatchNorm's gradients are then wrong."""
-    # https://github.com/pytorch/pytorch/issues/175189
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+def head_optimizer(model: models.ResNet, lengths: Tensor) -> Optimizer:
+    """SGD for the head alone, on features of these lengths.
+
+    How far a step may go hangs on the length of the features; `HEAD_RATE` is for a ResNet-18's.
+    """
+    square = max(lengths.square().mean().item() / 512, 1e-12)
+    rate, decay = HEAD_RATE / square, HEAD_DECAY * square
+    groups = [
+        {"params": [model.fc.weight], "lr": rate, "weight_decay": decay},
+        {"params": [model.fc.bias], "lr": HEAD_RATE, "weight_decay": HEAD_DECAY},
+    ]
+    return torch.optim.SGD(groups, momentum=0.9, fused=True)
 
 
-@cache  # made once, since that waits for all the work of the device
-def normalisation(device: torch.device) -> Tensor:
-    """Mean and deviation that ImageNet weights were trained with, of bytes: (2, 3, 1, 1)."""
-    parts = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    return torch.tensor([[255 * x for x in part] for part in parts], device=device)[..., None, None]
+def whole_optimizer(model: nn.Module, settings: Namespace, upper: bool) -> Optimizer:
+    """AdamW for all layers, or for the `upper` half in small steps."""
+    parts: dict[bool, list[Tensor]] = {True: [], False: []}
+    for name, weight in model.named_parameters():
+        weight.requires_grad = not (upper and name.startswith(LOWER))
+        if weight.requires_grad:
+            parts[name.startswith("fc.")].append(weight)
+    rate = settings.lr * (UPPER_FACTOR if upper else 1.0)
+    factor = 1.0 if settings.weights == "none" else HEAD_FACTOR
+    head = {"params": parts[True], "lr": rate * factor}
+    rest = {"params": parts[False], "lr": rate, "weight_decay": 0.0}
+    return torch.optim.AdamW([head, rest], weight_decay=HEAD_DECAY, fused=True)
 
 
-def to_input(batch: Tensor, device: torch.device) -> Tensor:
-    """(B, H, W, 3) bytes as normalised (B, 3, H, W) float32 on `device`; features as they are."""
-    batch = to_device(batch, device)
-    if batch.dtype != torch.uint8:
-        return batch
-    images = batch.permute(0, 3, 1, 2).to(torch.float32, memory_format=memory_format(device))
-    mean, std = normalisation(device)
-    return images.sub_(mean).div_(std)
+def begin(given: Given, progress: Progress, stage: Stage, reader: Reader) -> Inputs:
+    """Set up `progress.trainer` for a stage, or take up what was stored; where its inputs are."""
+    model, fold = progress.model, progress.at()[0]
+    inputs: Inputs = reader
+    before = progress.history[-1]["phase"] if fold == stage.fold else ""
+    if fold != stage.fold and fold >= 0:  # a fold begins where the first one did
+        model.load_state_dict(progress.start)
+    if stage.name == "head":
+        if progress.features is None:
+            progress.features = extract_features(given, model, reader)
+        inputs = Features(progress.features, given.data.labels, given.compute)
+        table = progress.features[given.data.learns(stage.fold)].float()
+        optimizer = head_optimizer(model, torch.linalg.vector_norm(table, dim=1))
+    else:
+        optimizer = whole_optimizer(model, given.settings, stage.name == "upper")
+    progress.trainer = Trainer(model, stage, optimizer, given)
+    if before == stage.name:
+        progress.trainer.load_state_dict(progress.stored)
+    elif before == "trial":
+        if stage.name == "upper":  # back to where the trial began
+            model.load_state_dict(at_start(progress, progress.head))
+    elif stage.name not in ("head", "given"):
+        progress.head = copy_state(model.fc)
+        if before == "head" and stage.name != "upper":
+            # A confident head holds the backbone to the old features, a new one pulls it anywhere.
+            for weight in model.fc.parameters():
+                weight.data.mul_(SOFTENED)
+    progress.stored = {}
+    return inputs
 
 
-def first_makes(make: Callable[[], Any], compute: Compute) -> Any:
-    """What `make` returns in process 0, in every process; where it fails, all end with it."""
-    made, problem = [None], None
-    try:
-        made = [make()] if compute.rank == 0 else made
-    except Exception as error:  # the others would say that they have lost process 0
-        problem = error
+@torch.no_grad()
+def extract_features(given: Given, model: models.ResNet, reader: Reader) -> Tensor:
+    """What the backbone makes of each image, BatchNorm as in evaluation: (N, D) float16.
+
+    In half the memory: logits of the head need no more digits, and each process holds them all.
+    """
+    compute = given.compute
+    backbone = copy.deepcopy(model).eval()
+    backbone.fc = nn.Identity()
+    ours = torch.arange(compute.rank, len(given.data.labels), compute.world_size)
+    batches = cut_batches(ours, math.ceil(given.settings.batch_size / compute.world_size))
+    rows = []
+    for inputs, _ in reader.read(batches, "features"):
+        with compute.autocast():
+            rows.append(backbone(to_input(inputs, compute.device)).half().cpu())
+    return gather(torch.cat(rows), compute)
+
+
+def train_epoch(given: Given, trainer: Trainer, batches: Sequence[Tensor], inputs: Inputs) -> float:
+    """Train on `batches`, of which each process takes its part; the loss averaged over images."""
+    settings, compute, started = given.settings, given.compute, time.perf_counter()
+    total, tenth = torch.zeros((), device=compute.device), math.ceil(len(batches) / 10)
+    ours = [batch[compute.rank :: compute.world_size] for batch in batches]
+    loaded = inputs.read(ours, f"training, {trainer.stage.name}")
+    for batch, (images, targets) in zip(batches, loaded, strict=True):
+        targets = to_device(targets, compute.device)
+        with compute.autocast():
+            logits = trainer.network(to_input(images, compute.device))
+        loss = F.cross_entropy(logits.float(), targets)
+        # Gradients are averaged over processes, whose parts of a batch may differ by one image.
+        trainer.step(loss * (len(targets) * compute.world_size / len(batch)))
+        total += loss.detach() * len(targets)
+        stage = trainer.stage
+        if trainer.scheduler.last_epoch == tenth and stage.fold == 0 and stage.name != "head":
+            epoch = (time.perf_counter() - started) * len(batches) / tenth
+            if compute.rank == 0:
+                epochs = settings.epochs * settings.folds - stage.epochs[0] + 1
+                minutes = math.ceil(epoch * epochs / 60)
+                tqdm.write(f"about {minutes} min to go", sys.stderr)
     if dist.is_initialized():
-        dist.broadcast_object_list(made, 0)
-    if problem:
-        raise problem
-    if made[0] is None:
-        sys.exit(2)
-    return made[0]
+        dist.all_reduce(total)
+    if not total.isfinite():
+        raise DataError(f"--lr: the loss became {total.item()}; try a tenth of {settings.lr:g}")
+    return total.item() / sum(map(len, batches)) if batches else math.nan
 
 
-def gather(part: Tensor, compute: Compute) -> Tensor:
-    """The rows of all processes, of which process r has every `world_size`-th from r on."""
-    if not dist.is_initialized():
-        return part
-    count = torch.tensor(len(part))
-    dist.all_reduce(count)
-    whole = part.new_empty(int(count), *part.shape[1:])
-    for rank in range(compute.world_size):  # one after the other, to need little memory
-        rows = whole[rank :: compute.world_size]
-        sent = part if rank == compute.rank else rows.contiguous()
-        dist.broadcast(sent, rank)
-        rows.copy_(sent)
-    return whole
+# ---------------------------------------------------------------------- evaluation and calibration
 
 
-# ------------------------------------------------------------------------------------ data
+PRIOR = 2.0  # images for which what calibration expects counts
+LEFT = 1.0  # log class shares that balanced training leaves in the logits, on most sets
+LEAST_SCALE = 0.01
+LEAST_SPREAD = 0.05  # of log shares; what differs less in frequency is not shifted by much
+MOST_FITTED = 2**22  # logits that calibration is fitted on: more would tell two numbers little new
+HIGHEST = 1e4  # logit
+BLOCK = 2**13  # images whose probabilities are held at once
+
+
+@torch.no_grad()
+def evaluate(
+    given: Given, network: nn.Module, inputs: Inputs, places: Tensor, title: str = "validation"
+) -> Tensor:
+    """The logits of the images at `places`, of which each process takes its part: (M, C).
+
+    Raises `DataError` where they are NaN.
+    """
+    compute, training = given.compute, network.training
+    if dist.is_initialized():  # BatchNorm gathers its statistics in each process for itself
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
+    ours = places[compute.rank :: compute.world_size]
+    batches = cut_batches(ours, math.ceil(given.settings.batch_size / compute.world_size))
+    network.eval()
+    outputs = []
+    for images, _ in inputs.read(batches, title):
+        with compute.autocast():
+            outputs.append(network(to_input(images, compute.device)))
+    network.train(training)
+    logits = gather(torch.cat([each.cpu() for each in outputs]), compute)
+    if logits.isnan().any():
+        raise DataError("the network's outputs are no numbers; take other weights or a lower --lr")
+    return logits.clamp(-HIGHEST, HIGHEST)  # float16 overflows
+
+
+class Calibration(NamedTuple):
+    """Two numbers that make calibrated logits of a network's: scale * logits - shift * log_share.
+
+    Drawn equally often, a rare class is still recognised less often in the end: its few images are
+    known by heart and teach nothing any more. `shift` gives back what frequent classes gained by
+    that (logit adjustment, Menon et al. 2021, arXiv:2007.07314), and `scale` takes back confidence
+    that is not earned (temperature, Guo et al. 2017, arXiv:1706.04599).
+    """
+
+    scale: float = 1.0
+    shift: float = 0.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is said of M images of C classes, in their order; calibrated, if not said."""
+
+    places: Tensor  # (M,) int64, where they are in `Data`
+    loss: float  # averaged over images, each class counting the same
+    targets: Tensor  # (M,) int64
+    predicted: Tensor  # (M,) int64
+    probability: Tensor  # (M,) float32, of the predicted class
+    true_probability: Tensor  # (M,) float32, of the true one
+    as_trained: Tensor  # (M,) int64, predicted without calibration
+    trained_probability: Tensor  # (M,) float32, of that
+    natural: Tensor  # (M,) int64, predicted where classes are as frequent as in training
+    confusion: Tensor  # (C, C) int64, rows true, columns predicted
+    calibration: Calibration  # fitted on all images, for those to come
+
+    @property
+    def val_counts(self) -> Tensor:
+        """The images of each class: (C,) int64."""
+        return self.confusion.sum(1)
+
+    @property
+    def recall(self) -> Tensor:
+        """The part of each class that was recognised: (C,) float64, NaN for one without images."""
+        return recall_by_class(self.confusion)
+
+
+def judge(given: Given, answers: Mapping[int, Tensor]) -> Evaluation:
+    """What the logits of one or more folds say of the images that these are judged by.
+
+    Numbers of calibration are fitted on other images than they are used for: on those of the other
+    folds, or on the other half of those of one fold.
+    """
+    data, settings = given.data, given.settings
+    places = torch.cat([data.judges(fold) for fold in answers])
+    logits, targets = torch.cat([*answers.values()]), data.labels[places]
+    part = torch.cat([torch.full((len(each),), fold) for fold, each in answers.items()])
+    if len(answers) == 1:
+        part = pick_half(targets).long()
+    numbers, fitted = torch.tensor([Calibration()]).expand(len(targets), -1), Calibration()
+    if settings.epochs and not settings.no_calibration:
+        numbers, log_share = numbers.clone(), data.log_share()
+        left = LEFT + 1 - settings.power
+        for each in part.unique():
+            others = part != each
+            fit = fit_calibration(logits[others], targets[others], log_share, left)
+            numbers[~others] = torch.tensor(fit)
+        fitted = fit_calibration(logits, targets, log_share, left)
+    return assess(given, places, logits, numbers, fitted)
+
+
+def assess(
+    given: Given, places: Tensor, logits: Tensor, numbers: Tensor, fitted: Calibration
+) -> Evaluation:
+    """What (M, C) logits say of the images at `places`, calibrated by (M, 2) `numbers`."""
+    log_share, targets = given.data.log_share(), given.data.labels[places]
+    natural, answers = natural_shift(given.settings, given.data), defaultdict(list)
+    for rows in torch.arange(len(targets)).split(BLOCK):
+        scale, shift = numbers[rows].T[..., None]
+        trained = logits[rows].float()
+        adjusted = scale * trained - shift * log_share
+        answers["losses"].append(F.cross_entropy(adjusted, targets[rows], reduction="none"))
+        trained_probability, as_trained = trained.softmax(1).max(1)
+        probability, predicted = adjusted.softmax(1).max(1)
+        answers["as_trained"].append(as_trained)
+        answers["trained_probability"].append(trained_probability)
+        answers["predicted"].append(predicted)
+        answers["probability"].append(probability)
+        answers["natural"].append((adjusted + natural).argmax(1))
+    whole = {name: torch.cat(parts) for name, parts in answers.items()}
+    losses = whole.pop("losses")
+    return Evaluation(
+        places=places,
+        loss=(class_weights(targets) @ losses.double()).item(),
+        targets=targets,
+        true_probability=(-losses).exp(),
+        confusion=confusion_matrix(targets, whole["predicted"], len(log_share)),
+        calibration=fitted,
+        **whole,
+    )
+
+
+def natural_shift(settings: Namespace, data: Data) -> Tensor:
+    """What to add to logits where classes are as frequent as in training: (C,) float32.
+
+    Without calibration, what the sampler did not take away is in them already.
+    """
+    return data.log_share() * (settings.power if settings.no_calibration else 1.0)
+
+
+def pick_half(targets: Tensor) -> Tensor:
+    """Which of M images are in the first half, at random, of every class half: (M,) bool."""
+    order = torch.randperm(len(targets), generator=seeded("half", 0, 0))
+    order = order[targets[order].argsort(stable=True)]
+    half = torch.zeros(len(targets), dtype=torch.bool)
+    half[order[::2]] = True
+    return half
+
+
+def class_weights(targets: Tensor) -> Tensor:
+    """A weight for each of M images, so that each class counts the same: (M,) float64, sum 1."""
+    weights = 1 / torch.bincount(targets)[targets].double()
+    return weights / weights.sum()
+
+
+def fit_calibration(
+    logits: Tensor, targets: Tensor, log_share: Tensor, left: float = LEFT
+) -> Calibration:
+    """The numbers with the lowest cross entropy of (M, C) logits, each class counting the same.
+
+    The problem is convex. A prior worth `PRIOR` images holds the numbers near what is usual where
+    there is little to go by: near a scale of 1 and a shift of `left` times the scale, since that
+    many log shares are left in the logits. Images with weights w that sum to 1 tell as much as
+    1 / sum(w^2) of equal weight (Kish 1965); a class without images counts there as half an image,
+    since without it the others are best told by never naming it.
+    """
+    if not len(targets):
+        return Calibration(1.0, left)
+    picked = pick_evenly(targets, MOST_FITTED // len(log_share))
+    logits, targets, log_share = logits[picked].double(), targets[picked], log_share.double()
+    weights = class_weights(targets)
+    counts = torch.bincount(targets, minlength=len(log_share)).clamp(min=0.5)
+    prior = PRIOR * (1 / counts).mean() / len(counts)
+    spread = max(log_share.std(correction=0).item(), LEAST_SPREAD)
+    steps = (log_share - log_share.mean()) / spread
+    numbers = torch.tensor([1.0, left * spread], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([numbers], max_iter=50, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        scale, shift = numbers
+        losses = F.cross_entropy(scale * logits - shift * steps, targets, reduction="none")
+        far = (scale - 1) ** 2 + (shift - left * spread * scale) ** 2
+        value = weights @ losses + prior * far
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    scale, shift = numbers.tolist()
+    if scale < LEAST_SCALE:  # worse than chance: it is not turned round, but knows nothing
+        return Calibration(LEAST_SCALE, left * LEAST_SCALE)
+    return Calibration(scale, shift / spread)
+
+
+def pick_evenly(labels: Tensor, most: int) -> Tensor:
+    """About `most` of M places, evenly spread, and all of a class it would miss: (M,) bool."""
+    chosen = torch.arange(len(labels)) % math.ceil(len(labels) / most) == 0
+    return chosen | ~torch.isin(labels, labels[chosen])
+
+
+# --------------------------------------------------------------------------- what is kept, the end
+
+
+DISTANCES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the way from the head alone to the end of training
+WRITE_EVERY = 30.0  # seconds; on a fast GPU the files of an epoch take longer than the epoch
+
+
+def copy_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module, copied into main memory."""
+    return {key: value.to("cpu", copy=True) for key, value in module.state_dict().items()}
+
+
+def list_distances(settings: Namespace) -> tuple[float, ...]:
+    """The distances along the way from the head alone to the end that are compared, the end last.
+
+    On images like those that the weights know, the end has lost what a part of the way keeps
+    (Wortsman et al. 2022, arXiv:2109.01903); on others it has not.
+    """
+    head = settings.weights != "none" and settings.frozen_epochs != 0
+    return DISTANCES if head and (settings.frozen_epochs or 0) < settings.epochs else DISTANCES[-1:]
+
+
+def at_start(progress: Progress, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a network where the training of all its layers begins."""
+    return progress.start | {f"fc.{key}": value for key, value in head.items()}
+
+
+def mix(progress: Progress, fold: Fold, distance: float) -> dict[str, Tensor]:
+    """The state of a network after a distance of its way: weights between the start's and end's."""
+    start = at_start(progress, fold.head)
+    ends = {k: (start[k].float(), v.float(), v.dtype) for k, v in fold.end.items()}
+    mixed = {k: torch.lerp(one, two, distance).to(kind) for k, (one, two, kind) in ends.items()}
+    return fold.end if distance == 1 else mixed
+
+
+def look_back(given: Given, progress: Progress, stage: Stage, reader: Reader) -> Fold:
+    """The network of a fold at its end, and what it says after each distance of its way there."""
+    model, places = progress.model, given.data.judges(stage.fold)
+    fold = Fold(progress.head, copy_state(model), progress.logits[None])
+    *earlier, _ = list_distances(given.settings)
+    way = []
+    for distance in earlier:
+        model.load_state_dict(mix(progress, fold, distance))
+        way.append(evaluate(given, model, reader, places, f"choosing, {distance:.0%}"))
+    model.load_state_dict(fold.end)
+    return fold._replace(way=torch.stack([*way, progress.logits]))
+
+
+def choose_distance(given: Given, done: Sequence[Fold]) -> int:
+    """The place in `list_distances` of what all folds keep of their ways.
+
+    It is the end, unless another has a lower log loss by more than a standard error, calibrated on
+    other images than it is judged by, each class counting the same: of few images the best of five
+    is often best by chance, and to choose would then cost more than it gains.
+    """
+    losses = []
+    for at in range(len(done[0].way)):
+        judged = judge(given, {fold: each.way[at] for fold, each in enumerate(done)})
+        losses.append(-judged.true_probability.double().clamp(min=1e-30).log())
+    weights, end = class_weights(judged.targets), len(losses) - 1
+    best = min(reversed(range(len(losses))), key=lambda at: (weights @ losses[at]).item())
+    gains = losses[end] - losses[best]
+    gain = weights @ gains
+    error = (weights**2 @ (gains - gain) ** 2).sqrt()
+    return best if gain > error else end
+
+
+def finish(given: Given, progress: Progress, reader: Reader) -> None:
+    """Choose the network of a run, judge it, and write what there is to say of it."""
+    settings, data, compute, done = given.settings, given.data, given.compute, progress.done
+    if not done:  # of a run that had come to its end before
+        if compute.rank == 0:
+            drop_leftovers(settings.output)
+            print(f"\nnothing is left to do in {printable(str(settings.output))}")
+        return
+    at = first_makes(lambda: choose_distance(given, done), compute)
+    distance = list_distances(settings)[at]
+    last = judge(given, {fold: each.way[at] for fold, each in enumerate(done)})
+    states = [mix(progress, fold, distance) for fold in done]
+    if isinstance(progress.model, Vote):
+        states = [copy_state(network) for network in progress.model.networks]
+    test, tested = data.judges(TEST), None
+    if len(test):
+        networks = {"networks": states, "classes": data.classes}
+        vote = build_model(settings.arch, data.classes, networks)[0].to(compute.device)
+        logits = evaluate(given, vote, reader, test, "test")
+        numbers = torch.tensor([last.calibration]).expand(len(test), -1)
+        tested = assess(given, test, logits, numbers, last.calibration)
+    if compute.rank == 0:
+        write_network(given, states, last.calibration)
+        report_end(given, progress, (last, tested), distance)
+
+
+def report(given: Given, progress: Progress, done: bool) -> None:
+    """Print what there is to say after an epoch, and write it if it is time or a stage `done`."""
+    row, settings = progress.history[-1], given.settings
+    print(format_epoch(row, settings), flush=True)
+    if not settings.epochs or (not done and time.perf_counter() - progress.written < WRITE_EVERY):
+        return
+    fold = row["fold"] - 1
+    answers = {at: each.way[-1] for at, each in enumerate(progress.done)}
+    states = [each.end for each in progress.done] or [copy_state(progress.model)]
+    if fold in answers:  # the network of this fold is done
+        save_tensors(settings.output / f"fold-{fold + 1}.pt", progress.done[fold]._asdict())
+    last = judge(given, answers | {fold: progress.logits})
+    write_network(given, states, last.calibration)
+    save_state(given, progress)
+    write_reports(given, progress, last, None)
+    progress.written = time.perf_counter()
+
+
+def report_end(
+    given: Given, progress: Progress, judged: tuple[Evaluation, Evaluation | None], distance: float
+) -> None:
+    """Write and print what there is to say of a run that is done, and drop what it went on from."""
+    write_reports(given, progress, *judged)
+    if given.settings.epochs:
+        save_state(given, progress, done=True)
+    drop_leftovers(given.settings.output)
+    print_end(given, progress, *judged, distance)
+
+
+def drop_leftovers(output: Path) -> None:
+    """Remove what a run that is done would have gone on from."""
+    for file in (output / START, *output.glob("fold-*.pt")):
+        file.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------- model
+
+
+# The scale of weights that the learning rates are for, see `rescale`.
+CONV_SCALE, FEATURE_SCALE = 0.5, 2.0
+
+
+def load_weights(settings: Namespace) -> dict[str, Any]:
+    """What `--weights` names: "networks", a list of state_dicts, and what is recorded with them.
+
+    So may be its `--arch` and `--image-size`: they are taken from there unless they are given.
+    """
+    asked, content = settings.weights, dict[str, Any]()
+    if os.path.isdir(asked):
+        asked = settings.weights = os.path.join(asked, NETWORK)
+    if os.path.isfile(asked):
+        content = read_weights(asked)
+        adopt(settings, "arch", content.get("arch"))
+        adopt(settings, "image_size", content.get("train_size"))
+    settings.arch = settings.arch or ("resnet18" if settings.device == "cpu" else "resnet50")
+    settings.image_size = settings.image_size or 224
+    known = models.list_models(models, include=["resnet*", "resnext*", "wide_resnet*"])
+    if settings.arch not in known:
+        raise DataError(f"--arch {settings.arch}: unknown; choose from {', '.join(known)}")
+    if settings.epochs and len(content.get("networks", ())) > 1:
+        text = f"{len(content['networks'])} networks that vote; judge them with --epochs 0"
+        raise DataError(f"--weights {asked}: {text}, or train from one")
+    if content or asked == "none":
+        return content
+    named = models.get_model_weights(settings.arch)
+    if asked in named.__members__:
+        settings.weights = named[asked].name  # what DEFAULT means may change
+        return {"networks": [download(named[asked], settings.weights)]}
+    names = ", ".join(named.__members__)
+    raise DataError(f"--weights {asked}: no such file; pass one, or {names}, or none")
+
+
+def read_weights(path: str) -> dict[str, Any]:
+    """A checkpoint of this script, or as one of "networks" what else there is in the file."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if "networks" in content and "classes" in content:
+            return content
+        state = content.get("state_dict", content.get("model", content))
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+        if not state or not all(isinstance(value, Tensor) for value in state.values()):
+            raise ValueError("no state_dict in it")
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file raises nearly anything
+        reason = "more than weights in it" if isinstance(error, UnpicklingError) else "no weights"
+        raise DataError(f"--weights {path}: {reason}; torch.save a state_dict there") from None
+    return {"networks": [state]}
+
+
+def adopt(settings: Namespace, name: str, recorded: Any) -> None:
+    """Take the setting from a checkpoint; raises `DataError` if another one is given.
+
+    Another image size is an error only where nothing is trained: it would ruin the result unseen.
+    """
+    given = getattr(settings, name)
+    if given is None:
+        setattr(settings, name, recorded)
+    elif recorded not in (None, given) and (name == "arch" or settings.epochs == 0):
+        flag = f"--{name.replace('_', '-')}"
+        raise DataError(f"{flag} {given}: the weights are of {recorded}; drop {flag}")
+
+
+def download(weights: models.WeightsEnum, name: str) -> dict[str, Tensor]:
+    """The weights from torch's cache folder, after filling it from their address if need be."""
+    try:
+        return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
+    except Exception as error:  # a damaged file raises nearly anything
+        text = f"{weights.url} could not be fetched or read ({error}); put the file into "
+        text += f"{torch.hub.get_dir()}/checkpoints, or take --weights PATH or --weights none"
+        raise DataError(f"--weights {name}: {text}") from None
+
+
+class Vote(nn.Module):
+    """Networks of which each has a say: their mean logits."""
+
+    def __init__(self, networks: Iterable[nn.Module]):
+        """A vote of `networks`."""
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The logits of (B, 3, H, W) images: (B, C)."""
+        return torch.stack([network(images) for network in self.networks]).mean(0)
+
+
+def build_model(
+    arch: str, classes: list[str], content: Mapping[str, Any]
+) -> tuple[models.ResNet | Vote, str]:
+    """The network for `classes`, or the vote of several, and in words what became of the weights.
+
+    A head in the weights stays if it has the right size and, as far as known, the same classes.
+    """
+    built, said = [], "a new network"
+    for state in content.get("networks", [{}]):
+        model = models.get_model(arch, weights=None, num_classes=len(classes))
+        nn.init.zeros_(model.fc.weight)
+        nn.init.zeros_(model.fc.bias)
+        built.append(model)
+        if not state:
+            continue
+        old = len(state.get("fc.bias", ()))
+        keep = old == len(classes) and content.get("classes") in (None, classes)
+        said = "head kept" if keep else f"head of {old} classes dropped for a new one"
+        backbone = {key: value for key, value in state.items() if not key.startswith("fc.")}
+        try:
+            model.load_state_dict(state if keep else backbone | model.fc.state_dict(prefix="fc."))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split("\n\t")[1].split())[:200]
+            raise DataError(
+                f"--weights: not of a {arch}: {reason} ...; pass their --arch"
+            ) from None
+        if not all(value.isfinite().all() for value in model.state_dict().values()):
+            raise DataError("--weights: of a training that failed: not finite; take others")
+    return (built[0], said) if len(built) == 1 else (Vote(built), f"{len(built)} networks, {said}")
+
+
+@torch.no_grad()
+def rescale(model: Any) -> None:
+    """Give weights the scale that the learning rates are for; what `model` computes stays.
+
+    AdamW moves a weight by the rate whatever its size, and files differ a hundredfold in that.
+    BatchNorm undoes the scale of a convolution: each gets a root mean square of `CONV_SCALE` /
+    sqrt(fan-in). The scale of the features is undone by the head: the BatchNorms that add up to
+    them get a root mean square of `FEATURE_SCALE`.
+    """
+    blocks = list(model.layer4)
+    added = [getattr(block, "bn3", block.bn2) for block in blocks] + [blocks[0].downsample[1]]
+    size = sum((norm.weight**2 + norm.bias**2).mean() for norm in added).sqrt()
+    for norm in added:
+        norm.weight *= FEATURE_SCALE / size
+        norm.bias *= FEATURE_SCALE / size
+    for layer in [block.conv1 for block in blocks[1:]] + [model.fc]:
+        layer.weight *= size / FEATURE_SCALE
+    kinds = nn.Conv2d | nn.BatchNorm2d
+    layers: list[Any] = [each for each in model.modules() if isinstance(each, kinds)]
+    for conv, norm in zip(layers[::2], layers[1::2], strict=True):
+        factor = CONV_SCALE / conv.weight.square().sum((1, 2, 3)).mean().sqrt().clamp(min=1e-12)
+        conv.weight *= factor
+        norm.running_mean *= factor
+        norm.running_var.add_(norm.eps).mul_(factor**2).sub_(norm.eps)
+
+
+# -------------------------------------------------------------------------------------------- data
+
+
+# What folders of a whole data set are named for, in the order of their use.
+PARTS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "test": 2, "testing": 2}
 
 
 class Row(NamedTuple):
@@ -595,18 +1002,18 @@ class Data(NamedTuple):
     unreadable: list[str]  # paths left out
     sizes: Sequence[int] = ()  # bytes of each file, to find out later that one has changed
 
-    def train(self, fold: int) -> Tensor:
+    def learns(self, fold: int) -> Tensor:
         """The images that the network of a fold learns: indices, int64."""
         return ((self.held != fold) & (self.held != TEST)).nonzero().flatten()
 
-    def val(self, fold: int) -> Tensor:
+    def judges(self, fold: int) -> Tensor:
         """The images that a fold is judged by, those of part "source" last; of `TEST`, the rest."""
         held = (self.held == fold).nonzero().flatten()
         return torch.tensor(sorted(held.tolist(), key=lambda at: self.parts[at] == "source")).long()
 
     def judged(self) -> Tensor:
         """The images that the folds are judged by, one fold after the other: (M,) int64."""
-        return torch.cat([self.val(fold) for fold in range(self.folds)])
+        return torch.cat([self.judges(fold) for fold in range(self.folds)])
 
     def counts(self, part: Tensor) -> Tensor:
         """Images of each class among the indices `part`: (C,) int64."""
@@ -623,19 +1030,21 @@ class Data(NamedTuple):
         return logs - logs.mean()  # a constant changes nothing, but costs half precision digits
 
 
-def list_rows(args: Namespace) -> tuple[list[str], list[Row]]:
+def list_rows(settings: Namespace) -> tuple[list[str], list[Row]]:
     """The classes, and the images of DATA and of `--val` or `--source`, each in its part."""
-    classes, rows = list_images(args.data)
-    if args.val or args.source:
-        rows += list_others(args, classes, rows)
-    if args.split:
-        rows = take_split(args, rows)
+    classes, rows = list_images(settings.data)
+    if settings.val or settings.source:
+        rows += list_others(settings, classes, rows)
+    if settings.split:
+        rows = take_split(settings, rows)
     if sum(row.part == "train" for row in rows) > 2**24:
-        raise DataError(f"{args.data}: over 2^24 training images; torch.multinomial draws no more")
+        raise DataError(
+            f"{settings.data}: over 2^24 training images; torch.multinomial draws no more"
+        )
     return classes, rows
 
 
-def load_data(args: Namespace, classes: list[str], rows: list[Row]) -> Data:
+def load_data(settings: Namespace, classes: list[str], rows: list[Row]) -> Data:
     """The images of a new run, of those that were listed.
 
     What cannot be decoded is named and left out, and so is what would judge a network that learns
@@ -644,19 +1053,19 @@ def load_data(args: Namespace, classes: list[str], rows: list[Row]) -> Data:
     digests, white = check_images([row.path for row in rows])
     unreadable = [row.path for row in rows if row.path not in digests]
     rows = [row for row in rows if row.path in digests]
-    families = find_families(args, rows, digests)
-    rows = hold_images(args, rows, families)
-    learns = [row.fold != TEST if args.folds > 1 else row.fold == EVERY for row in rows]
+    families = find_families(settings, rows, digests)
+    rows = hold_images(settings, rows, families)
+    learns = [row.fold != TEST if settings.folds > 1 else row.fold == EVERY for row in rows]
     learnt = set(compress(families, learns))
     kept = [own or family not in learnt for own, family in zip(learns, families, strict=True)]
     if related := [row.path for row, keep in zip(rows, kept, strict=True) if not keep]:
         text = f"{len(related)} images are copies of training images, or of their families"
         print(f"warning: {text}: left out, {printable(related[0])} for one", file=sys.stderr)
     found = {"white": white, "related": len(related), "unreadable": unreadable}
-    return make_data(args, classes, [*compress(rows, kept)], **found)
+    return make_data(settings, classes, [*compress(rows, kept)], **found)
 
 
-def make_data(args: Namespace, classes: list[str], rows: list[Row], **found: Any) -> Data:
+def make_data(settings: Namespace, classes: list[str], rows: list[Row], **found: Any) -> Data:
     """The images of a run; `DataError` if a class has none to train on, or none is validated on."""
     data = Data(
         classes,
@@ -665,27 +1074,27 @@ def make_data(args: Namespace, classes: list[str], rows: list[Row], **found: Any
         labels=torch.tensor([row.label for row in rows]).long(),
         parts=[row.part for row in rows],
         held=torch.tensor([row.fold for row in rows]).long(),
-        folds=args.folds,
+        folds=settings.folds,
         sizes=[os.path.getsize(row.path) for row in rows],
         **found,
     )
-    for fold in range(args.folds):
-        if bare := (data.counts(data.train(fold)) == 0).nonzero().flatten().tolist():
+    for fold in range(settings.folds):
+        if bare := (data.counts(data.learns(fold)) == 0).nonzero().flatten().tolist():
             text = "no image of this class to train on that can be read; add one or remove the"
             text = f"{classes[bare[0]]}: {text} class; such classes: {len(bare)}"
-            raise DataError(f"{args.split or args.data}: {text}")
-        if not len(data.val(fold)):
+            raise DataError(f"{settings.split or settings.data}: {text}")
+        if not len(data.judges(fold)):
             text = "no image differs from those trained on; nothing to validate on"
-            if args.split and set(data.parts) == {"train"} and not data.related:
+            if settings.split and set(data.parts) == {"train"} and not data.related:
                 text = "names no image to validate on, as part val or source"
-            raise DataError(f"{args.val or args.split or args.data}: {text}")
+            raise DataError(f"{settings.val or settings.split or settings.data}: {text}")
     return data
 
 
-def take_split(args: Namespace, rows: list[Row]) -> list[Row]:
+def take_split(settings: Namespace, rows: list[Row]) -> list[Row]:
     """Those of `rows` that the table `--split` names, each in its part; the others are counted."""
     added, parts, wrong = {row.name: row.part == "source" for row in rows}, {}, []
-    for line in read_table(args.split, "path", "part"):
+    for line in read_table(settings.split, "path", "part"):
         name, part = line["path"], line["part"]
         if part not in ("train", "val", "source"):
             wrong.append(f"{name}: no part {part!r}; write train, val or source")
@@ -696,9 +1105,9 @@ def take_split(args: Namespace, rows: list[Row]) -> list[Row]:
             wrong.append(f"{name}: named before; leave one row of it")
         parts[name] = part
     if wrong:
-        raise DataError(f"{args.split}: {wrong[0]}; such rows: {len(wrong)}")
+        raise DataError(f"{settings.split}: {wrong[0]}; such rows: {len(wrong)}")
     if left_out := len(rows) - len(parts):
-        text = f"{args.split}: {left_out} images are not named there; left out"
+        text = f"{settings.split}: {left_out} images are not named there; left out"
         print(f"warning: {printable(text)}", file=sys.stderr)
     return [row._replace(part=parts[row.name]) for row in rows if row.name in parts]
 
@@ -724,17 +1133,17 @@ def list_images(root: Path) -> tuple[list[str], list[Row]]:
     return classes, rows
 
 
-def list_others(args: Namespace, classes: list[str], ours: list[Row]) -> list[Row]:
+def list_others(settings: Namespace, classes: list[str], ours: list[Row]) -> list[Row]:
     """The images of `--val`, or those of `--source` with other names than `ours`; no hidden one."""
-    folder, part = (args.val, "val") if args.val else (args.source, "source")
+    folder, part = (settings.val, "val") if settings.val else (settings.source, "source")
     folders = {entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."}
     if strange := ", ".join(sorted(folders.difference(classes))):
-        text = f"not classes of {args.data}: {strange}; rename or remove"
+        text = f"not classes of {settings.data}: {strange}; rename or remove"
         raise DataError(f"--{part} {folder}: {text}")
     rows = make_rows(folder, {name: label for label, name in enumerate(classes)}, part)
-    if args.val and not rows:
-        raise DataError(f"--val {folder}: no image in folders named as those of {args.data}")
-    known = {row.name for row in ours if args.source}
+    if settings.val and not rows:
+        raise DataError(f"--val {folder}: no image in folders named as those of {settings.data}")
+    known = {row.name for row in ours if settings.source}
     return [row for row in rows if row.name not in known and "/." not in row.name]
 
 
@@ -767,6 +1176,134 @@ def refuse_parts(root: Path, rows: list[Row]) -> None:
     names = " and ".join([train.name, others[0].name] if others else sorted(places))
     text = f"{names} look like parts of a data set, not classes (else move their images up to them)"
     raise DataError(f"{root}: {text}; run {command}")
+
+
+def find_families(settings: Namespace, rows: list[Row], digests: Mapping[str, str]) -> list[str]:
+    """A key for each row, the same for those of one family: copies, and what `--group` binds."""
+    above: dict[str, str] = {}  # a forest, of which each tree is a family
+
+    def root(key: str) -> str:
+        while above.setdefault(key, key) != key:
+            above[key] = key = above[above[key]]
+        return key
+
+    strange = 0
+    for row in rows:
+        match = re.search(settings.group, row.name.partition("/")[2]) if settings.group else None
+        name = match and match[min(1, match.re.groups)]
+        strange += name is None
+        above[root(digests[row.path])] = root(row.path if name is None else f"--group {name}")
+    keys = [root(digests[row.path]) for row in rows]
+    if settings.group and strange == len(rows):
+        raise DataError(f"--group {settings.group}: matches no image, by its path below its class")
+    if settings.group and len(set(keys)) == 1:
+        raise DataError(f"--group {settings.group}: makes all images one family; name what differs")
+    if settings.group:
+        text = f"--group: {len(set(keys))} families of {len(rows)} images"
+        text += f"; {strange} do not match and are one each" if strange else ""
+        print(text, file=sys.stderr)
+    elif settings.folds > 1 or not (settings.val or settings.split):
+        suggest_group(rows)
+    return keys
+
+
+def suggest_group(rows: list[Row]) -> None:
+    """Print how to keep families together, where most classes have names that look like some."""
+    stems: dict[int, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        stems[row.label][re.sub(r"[\W_]*\d+$", "", Path(row.name).stem)] += 1
+    alike = sum(5 <= len(each) <= each.total() / 2 for each in stems.values())
+    if alike > len(stems) / 2:
+        text = "note: file names differ in a last number alone; if those are images of one patient,"
+        text += " film or object, keep them together: --group "
+        print(text + shlex.quote(r"^(.+?)[\W_]*\d+\.\w+$"), file=sys.stderr)
+
+
+def hold_images(settings: Namespace, rows: list[Row], families: list[str]) -> list[Row]:
+    """The rows, each in the fold that is judged by it; families stay together."""
+    if settings.folds == 1 and (settings.val or settings.split):
+        return [row._replace(fold=EVERY if row.part == "train" else 0) for row in rows]
+    shares = [1 - settings.val_fraction, settings.val_fraction]
+    if settings.folds > 1:
+        check_folds(settings, rows, families)
+        shares = [1 / settings.folds] * settings.folds
+    ours = [at for at, row in enumerate(rows) if row.part == "train"]
+    labels, keys = [rows[at].label for at in ours], [families[at] for at in ours]
+    keyed = [f"{settings.seed}/{rows[at].name}".encode(errors="surrogateescape") for at in ours]
+    order = [hashlib.sha256(key).digest() for key in keyed]
+    held = [row._replace(fold=TEST if settings.folds > 1 else 0) for row in rows]
+    for at, part in zip(ours, deal(labels, keys, order, shares), strict=True):
+        split_off = settings.folds == 1 and part == 1
+        fold = part if settings.folds > 1 else EVERY + part
+        held[at] = rows[at]._replace(fold=fold, part="val" if split_off else "train")
+    return held
+
+
+def check_folds(settings: Namespace, rows: list[Row], families: list[str]) -> None:
+    """Raise `DataError` where images cannot be cut into `--folds` parts."""
+    if settings.split and any(row.part == "val" for row in rows):
+        text = "names validation images, which folds choose themselves; name them train"
+        raise DataError(f"--folds {settings.folds}: {settings.split} {text}")
+    images = zip(rows, families, strict=True)
+    pairs = {(row.name.split("/")[0], family) for row, family in images if row.part == "train"}
+    counts = Counter(name for name, _ in pairs).items()  # `make_data` tells of classes of none
+    most, name = min(((count, name) for name, count in counts), default=(settings.folds, ""))
+    if most < settings.folds:
+        text = f"the largest that fits is {most}" if most >= 3 else "add images, or drop it"
+        kind = "families" if settings.group else "different images"
+        raise DataError(f"--folds {settings.folds}: class {name} has {most} {kind}; {text}")
+
+
+def deal(
+    labels: Sequence[int], families: Sequence[str], order: Sequence[bytes], shares: Sequence[float]
+) -> list[int]:
+    """The part that each image goes to, of which each gets its share of each class, about.
+
+    Families, largest first and otherwise in `order`, go where that brings the counts closest to
+    what is wanted, as a sum over classes of squared differences / wanted. No part stays without a
+    class that has enough families; of two parts the first, to train on, goes before.
+    """
+    counts, members = Counter(labels), defaultdict(list)
+    for at, family in enumerate(families):
+        members[family].append(at)
+    wanted = [{label: share * count for label, count in counts.items()} for share in shares]
+    if len(shares) == 2:
+        for label, count in counts.items():
+            wanted[1][label] = min(max(1, round(shares[1] * count)), count - 1)
+            wanted[0][label] = count - wanted[1][label]
+    groups = sorted(members.values(), key=lambda each: (-len(each), min(order[at] for at in each)))
+    insides = [Counter(labels[at] for at in group) for group in groups]
+    left = Counter(label for inside in insides for label in inside)
+    bare = {label: [part for part, each in enumerate(wanted) if each[label]] for label in counts}
+    missing, parts = [dict(each) for each in wanted], [0] * len(labels)
+
+    def gain(part: int, inside: Counter[int]) -> tuple[bool, float, int]:
+        needed = any(left[c] <= len(bare[c]) and part in bare[c][: left[c]] for c in inside)
+        closer = sum(
+            n * (2 * missing[part][c] - n) / wanted[part][c] if wanted[part][c] else -math.inf
+            for c, n in inside.items()
+        )
+        return needed, closer, (min(inside) - part) % len(shares) if len(shares) > 2 else -part
+
+    for group, inside in zip(groups, insides, strict=True):
+        best = max(range(len(shares)), key=lambda part: gain(part, inside))
+        for label in inside:
+            left[label] -= 1
+            bare[label] = [part for part in bare[label] if part != best]
+        for at in group:
+            parts[at] = best
+            missing[best][labels[at]] -= 1
+    return parts
+
+
+# ----------------------------------------------------------------------------------------- reading
+
+
+# Crops of half to all of an image enlarge what they show, by a fifth on average; evaluation makes
+# up for most of it by images up to so much larger (Touvron et al. 2019, arXiv:1906.06423).
+EVAL_SCALE = 8 / 7
+STRIDE = 32  # pixels a cell of a ResNet's last feature map
+MOST_KEPT = 2**31  # bytes of images for evaluation in main memory, and at most a quarter of it
 
 
 def check_images(paths: list[str]) -> tuple[dict[str, str], dict[str, float]]:
@@ -872,130 +1409,6 @@ def read_image(path: str, white: Mapping[str, float], least: int = 0) -> Tensor:
         raise DataError(f"{printable(path)}: {reason}") from None
 
 
-# --------------------------------------------------------------------------------- splitting
-
-
-def find_families(args: Namespace, rows: list[Row], digests: Mapping[str, str]) -> list[str]:
-    """A key for each row, the same for those of one family: copies, and what `--group` binds."""
-    above: dict[str, str] = {}  # a forest, of which each tree is a family
-
-    def root(key: str) -> str:
-        while above.setdefault(key, key) != key:
-            above[key] = key = above[above[key]]
-        return key
-
-    strange = 0
-    for row in rows:
-        match = re.search(args.group, row.name.partition("/")[2]) if args.group else None
-        name = match and match[min(1, match.re.groups)]
-        strange += name is None
-        above[root(digests[row.path])] = root(row.path if name is None else f"--group {name}")
-    keys = [root(digests[row.path]) for row in rows]
-    if args.group and strange == len(rows):
-        raise DataError(f"--group {args.group}: matches no image, by its path below its class")
-    if args.group and len(set(keys)) == 1:
-        raise DataError(f"--group {args.group}: makes all images one family; name what differs")
-    if args.group:
-        text = f"--group: {len(set(keys))} families of {len(rows)} images"
-        text += f"; {strange} do not match and are one each" if strange else ""
-        print(text, file=sys.stderr)
-    elif args.folds > 1 or not (args.val or args.split):
-        suggest_group(rows)
-    return keys
-
-
-def suggest_group(rows: list[Row]) -> None:
-    """Print how to keep families together, where most classes have names that look like some."""
-    stems: dict[int, Counter[str]] = defaultdict(Counter)
-    for row in rows:
-        stems[row.label][re.sub(r"[\W_]*\d+$", "", Path(row.name).stem)] += 1
-    alike = sum(5 <= len(each) <= each.total() / 2 for each in stems.values())
-    if alike > len(stems) / 2:
-        text = "note: file names differ in a last number alone; if those are images of one patient,"
-        text += " film or object, keep them together: --group "
-        print(text + shlex.quote(r"^(.+?)[\W_]*\d+\.\w+$"), file=sys.stderr)
-
-
-def hold_images(args: Namespace, rows: list[Row], families: list[str]) -> list[Row]:
-    """The rows, each in the fold that is judged by it; families stay together."""
-    if args.folds == 1 and (args.val or args.split):
-        return [row._replace(fold=EVERY if row.part == "train" else 0) for row in rows]
-    shares = [1 - args.val_fraction, args.val_fraction]
-    if args.folds > 1:
-        check_folds(args, rows, families)
-        shares = [1 / args.folds] * args.folds
-    ours = [at for at, row in enumerate(rows) if row.part == "train"]
-    labels, keys = [rows[at].label for at in ours], [families[at] for at in ours]
-    keyed = [f"{args.seed}/{rows[at].name}".encode(errors="surrogateescape") for at in ours]
-    order = [hashlib.sha256(key).digest() for key in keyed]
-    held = [row._replace(fold=TEST if args.folds > 1 else 0) for row in rows]
-    for at, part in zip(ours, deal(labels, keys, order, shares), strict=True):
-        split_off = args.folds == 1 and part == 1
-        fold = part if args.folds > 1 else EVERY + part
-        held[at] = rows[at]._replace(fold=fold, part="val" if split_off else "train")
-    return held
-
-
-def check_folds(args: Namespace, rows: list[Row], families: list[str]) -> None:
-    """Raise `DataError` where images cannot be cut into `--folds` parts."""
-    if args.split and any(row.part == "val" for row in rows):
-        text = "names validation images, which folds choose themselves; name them train"
-        raise DataError(f"--folds {args.folds}: {args.split} {text}")
-    images = zip(rows, families, strict=True)
-    pairs = {(row.name.split("/")[0], family) for row, family in images if row.part == "train"}
-    counts = Counter(name for name, _ in pairs).items()  # `make_data` tells of classes of none
-    most, name = min(((count, name) for name, count in counts), default=(args.folds, ""))
-    if most < args.folds:
-        text = f"the largest that fits is {most}" if most >= 3 else "add images, or drop it"
-        kind = "families" if args.group else "different images"
-        raise DataError(f"--folds {args.folds}: class {name} has {most} {kind}; {text}")
-
-
-def deal(
-    labels: Sequence[int], families: Sequence[str], order: Sequence[bytes], shares: Sequence[float]
-) -> list[int]:
-    """The part that each image goes to, of which each gets its share of each class, about.
-
-    Families, largest first and otherwise in `order`, go where that brings the counts closest to
-    what is wanted, as a sum over classes of squared differences / wanted. No part stays without a
-    class that has enough families; of two parts the first, to train on, goes before.
-    """
-    counts, members = Counter(labels), defaultdict(list)
-    for at, family in enumerate(families):
-        members[family].append(at)
-    wanted = [{label: share * count for label, count in counts.items()} for share in shares]
-    if len(shares) == 2:
-        for label, count in counts.items():
-            wanted[1][label] = min(max(1, round(shares[1] * count)), count - 1)
-            wanted[0][label] = count - wanted[1][label]
-    groups = sorted(members.values(), key=lambda each: (-len(each), min(order[at] for at in each)))
-    insides = [Counter(labels[at] for at in group) for group in groups]
-    left = Counter(label for inside in insides for label in inside)
-    bare = {label: [part for part, each in enumerate(wanted) if each[label]] for label in counts}
-    missing, parts = [dict(each) for each in wanted], [0] * len(labels)
-
-    def gain(part: int, inside: Counter[int]) -> tuple[bool, float, int]:
-        needed = any(left[c] <= len(bare[c]) and part in bare[c][: left[c]] for c in inside)
-        closer = sum(
-            n * (2 * missing[part][c] - n) / wanted[part][c] if wanted[part][c] else -math.inf
-            for c, n in inside.items()
-        )
-        return needed, closer, (min(inside) - part) % len(shares) if len(shares) > 2 else -part
-
-    for group, inside in zip(groups, insides, strict=True):
-        best = max(range(len(shares)), key=lambda part: gain(part, inside))
-        for label in inside:
-            left[label] -= 1
-            bare[label] = [part for part in bare[label] if part != best]
-        for at in group:
-            parts[at] = best
-            missing[best][labels[at]] -= 1
-    return parts
-
-
-# -------------------------------------------------------------------------------- reading
-
-
 @dataclass(frozen=True)
 class Images(Dataset[tuple[Tensor, int]]):
     """Images by (index, seed): the same pair gives the same pixels in any process."""
@@ -1037,18 +1450,18 @@ class Reader:
 
     def __init__(self, given: Given):
         """A reader of the images of a run."""
-        args, data = given.args, given.data
+        settings, data = given.settings, given.data
         self.compute, self.labels = given.compute, data.labels
         self.again, self.views = evaluated_again(given), dict[int, Tensor]()
         self.waited = 0.0  # seconds for batches so far
-        self.batches, views = Batches(), transforms(args)
+        self.batches, views = Batches(), transforms(settings)
         self.loader = DataLoader(
-            Images(data, training=views[0], evaluation=views[1], least=least_side(args)),
+            Images(data, training=views[0], evaluation=views[1], least=least_side(settings)),
             batch_sampler=self.batches,
-            num_workers=args.workers,
-            persistent_workers=args.workers > 0,
+            num_workers=settings.workers,
+            persistent_workers=settings.workers > 0,
             worker_init_fn=leave_interrupts,
-            pin_memory=args.device == "cuda",
+            pin_memory=settings.device == "cuda",
         )
 
     def read(self, batches: Sequence[Tensor], title: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -1100,16 +1513,16 @@ def show_progress(batches: Sequence[Tensor], title: str, compute: Compute) -> It
 
 def evaluated_again(given: Given) -> set[int]:
     """The images that this process evaluates after each epoch, if there is room for their views."""
-    args, rank, world_size = given.args, given.compute.rank, given.compute.world_size
-    parts = [given.data.val(fold)[rank::world_size] for fold in range(args.folds)]
+    settings, rank, world_size = given.settings, given.compute.rank, given.compute.world_size
+    parts = [given.data.judges(fold)[rank::world_size] for fold in range(settings.folds)]
     images = set(torch.cat(parts).tolist())
     try:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError):  # Windows does not tell
         memory = 2 * MOST_KEPT
     room = min(memory // 4, MOST_KEPT) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    fits = 3 * eval_size(args.image_size) ** 2 * len(images) <= room
-    return images if fits and (args.frozen_epochs or 0) < args.epochs else set()
+    fits = 3 * eval_size(settings.image_size) ** 2 * len(images) <= room
+    return images if fits and (settings.frozen_epochs or 0) < settings.epochs else set()
 
 
 class RandomQuarterTurn(nn.Module):
@@ -1120,12 +1533,12 @@ class RandomQuarterTurn(nn.Module):
         return image.rot90(int(torch.randint(4, ())), (-2, -1))
 
 
-def transforms(args: Namespace) -> tuple[nn.Module, nn.Module]:
+def transforms(settings: Namespace) -> tuple[nn.Module, nn.Module]:
     """For training a random crop, at random mirrored; for evaluation the central square, larger."""
-    size, larger = args.image_size, eval_size(args.image_size)
-    crop = v2.RandomResizedCrop(size, (args.crop_scale, 1.0))
-    flips = [v2.RandomHorizontalFlip(0.0 if args.flip == "none" else 0.5)]
-    turns = [RandomQuarterTurn()] if args.flip == "all" else []
+    size, larger = settings.image_size, eval_size(settings.image_size)
+    crop = v2.RandomResizedCrop(size, (settings.crop_scale, 1.0))
+    flips = [v2.RandomHorizontalFlip(0.0 if settings.flip == "none" else 0.5)]
+    turns = [RandomQuarterTurn()] if settings.flip == "all" else []
     return v2.Compose([crop, *flips, *turns]), central_square(larger)
 
 
@@ -1134,12 +1547,12 @@ def central_square(size: int) -> nn.Module:
     return v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
 
 
-def least_side(args: Namespace) -> int:
+def least_side(settings: Namespace) -> int:
     """The pixels a side of an image whose smallest crop is not enlarged; evaluation takes fewer.
 
     A crop shows `--crop-scale` of the area at least, in proportions up to 3 : 4.
     """
-    return math.ceil(args.image_size * math.sqrt(4 / 3 / args.crop_scale))
+    return math.ceil(settings.image_size * math.sqrt(4 / 3 / settings.crop_scale))
 
 
 def eval_size(size: int) -> int:
@@ -1150,716 +1563,12 @@ def eval_size(size: int) -> int:
     return max(size, int(EVAL_SCALE * size) // STRIDE * STRIDE)
 
 
-# -------------------------------------------------------------------------------- sampling
+# ---------------------------------------------------------------------------------------- measures
 
 
-def sample_weights(labels: Tensor, power: float) -> Tensor:
-    """A weight for each image, 1 / (images of its class) ** power: (N,) float64."""
-    return torch.bincount(labels).double()[labels] ** -power
-
-
-def seeded(purpose: str, *numbers: int) -> torch.Generator:
-    """A random stream for this purpose and these numbers alone."""
-    text = "/".join(map(str, (purpose, *numbers)))
-    return torch.Generator().manual_seed(random.Random(text).getrandbits(63))
-
-
-def draw_images(weights: Tensor, weighted: bool, generator: torch.Generator) -> Tensor:
-    """N random places in N `weights`, by weight with replacement or else each once: (N,) int64."""
-    if not weighted:
-        return torch.randperm(len(weights), generator=generator)
-    sampler = WeightedRandomSampler(weights.tolist(), len(weights), generator=generator)
-    return torch.tensor(list(sampler))
-
-
-def draw_epoch(given: Given, stage: Stage, epoch: int) -> Tensor:
-    """The indices of the training images that an epoch draws, int64."""
-    args, train = given.args, given.data.train(stage.fold)
-    weights = sample_weights(given.data.labels[train], args.power)
-    stream, weighted = seeded("draw", args.seed, stage.fold, epoch), args.rebalance == "sampler"
-    drawn = [train[draw_images(weights, weighted, stream)] for _ in range(stage.passes)]
-    return torch.cat([train[:0], *drawn])
-
-
-def count_draws(data: Data, fold: int, drawn: Tensor) -> dict[str, float]:
-    """What a draw of images did: fewest and most of a class, and the part of the images seen."""
-    counts = data.counts(drawn)
-    return {
-        "fewest_draws": int(counts.min()),
-        "most_draws": int(counts.max()),
-        "distinct_images": len(drawn.unique()) / len(data.train(fold)),
-    }
-
-
-def cut_batches(
-    indices: Tensor, batch_size: int, seeds: torch.Generator | None = None
-) -> tuple[Tensor, ...]:
-    """Batches of (index, seed of its augmentation), (B, 2) int64; without `seeds` to evaluate.
-
-    Their sizes differ by one at most: a last batch of a few images would weigh too much, and one of
-    a single image break BatchNorm.
-    """
-    drawn = torch.full_like(indices, EVALUATED)
-    if seeds:
-        drawn = torch.randint(2**62, (len(indices),), generator=seeds)
-    pairs = torch.stack([indices, drawn], 1)
-    return pairs.tensor_split(math.ceil(len(indices) / batch_size)) if len(indices) else ()
-
-
-# ---------------------------------------------------------------------------------- model
-
-
-def load_weights(args: Namespace) -> dict[str, Any]:
-    """What `--weights` names: "networks", a list of state_dicts, and what is recorded with them.
-
-    So may be its `--arch` and `--image-size`: they are taken from there unless they are given.
-    """
-    asked, content = args.weights, dict[str, Any]()
-    if os.path.isdir(asked):
-        asked = args.weights = os.path.join(asked, NETWORK)
-    if os.path.isfile(asked):
-        content = read_weights(asked)
-        adopt(args, "arch", content.get("arch"))
-        adopt(args, "image_size", content.get("train_size"))
-    args.arch = args.arch or ("resnet18" if args.device == "cpu" else "resnet50")
-    args.image_size = args.image_size or 224
-    known = models.list_models(models, include=["resnet*", "resnext*", "wide_resnet*"])
-    if args.arch not in known:
-        raise DataError(f"--arch {args.arch}: unknown; choose from {', '.join(known)}")
-    if args.epochs and len(content.get("networks", ())) > 1:
-        text = f"{len(content['networks'])} networks that vote; judge them with --epochs 0"
-        raise DataError(f"--weights {asked}: {text}, or train from one")
-    if content or asked == "none":
-        return content
-    named = models.get_model_weights(args.arch)
-    if asked in named.__members__:
-        args.weights = named[asked].name  # what DEFAULT means may change
-        return {"networks": [download(named[asked], args.weights)]}
-    names = ", ".join(named.__members__)
-    raise DataError(f"--weights {asked}: no such file; pass one, or {names}, or none")
-
-
-def read_weights(path: str) -> dict[str, Any]:
-    """A checkpoint of this script, or as one of "networks" what else there is in the file."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if "networks" in content and "classes" in content:
-            return content
-        state = content.get("state_dict", content.get("model", content))
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-        if not state or not all(isinstance(value, Tensor) for value in state.values()):
-            raise ValueError("no state_dict in it")
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file raises nearly anything
-        reason = "more than weights in it" if isinstance(error, UnpicklingError) else "no weights"
-        raise DataError(f"--weights {path}: {reason}; torch.save a state_dict there") from None
-    return {"networks": [state]}
-
-
-def adopt(args: Namespace, name: str, recorded: Any) -> None:
-    """Take the setting from a checkpoint; raises `DataError` if another one is given.
-
-    Another image size is an error only where nothing is trained: it would ruin the result unseen.
-    """
-    given = getattr(args, name)
-    if given is None:
-        setattr(args, name, recorded)
-    elif recorded not in (None, given) and (name == "arch" or args.epochs == 0):
-        flag = f"--{name.replace('_', '-')}"
-        raise DataError(f"{flag} {given}: the weights are of {recorded}; drop {flag}")
-
-
-def download(weights: models.WeightsEnum, name: str) -> dict[str, Tensor]:
-    """The weights from torch's cache folder, after filling it from their address if need be."""
-    try:
-        return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
-    except Exception as error:  # a damaged file raises nearly anything
-        text = f"{weights.url} could not be fetched or read ({error}); put the file into "
-        text += f"{torch.hub.get_dir()}/checkpoints, or take --weights PATH or --weights none"
-        raise DataError(f"--weights {name}: {text}") from None
-
-
-class Vote(nn.Module):
-    """Networks of which each has a say: their mean logits."""
-
-    def __init__(self, networks: Iterable[nn.Module]):
-        """A vote of `networks`."""
-        super().__init__()
-        self.networks = nn.ModuleList(networks)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """The logits of (B, 3, H, W) images: (B, C)."""
-        return torch.stack([network(images) for network in self.networks]).mean(0)
-
-
-def build_model(
-    arch: str, classes: list[str], content: Mapping[str, Any]
-) -> tuple[models.ResNet | Vote, str]:
-    """The network for `classes`, or the vote of several, and in words what became of the weights.
-
-    A head in the weights stays if it has the right size and, as far as known, the same classes.
-    """
-    built, said = [], "a new network"
-    for state in content.get("networks", [{}]):
-        model = models.get_model(arch, weights=None, num_classes=len(classes))
-        nn.init.zeros_(model.fc.weight)
-        nn.init.zeros_(model.fc.bias)
-        built.append(model)
-        if not state:
-            continue
-        old = len(state.get("fc.bias", ()))
-        keep = old == len(classes) and content.get("classes") in (None, classes)
-        said = "head kept" if keep else f"head of {old} classes dropped for a new one"
-        backbone = {key: value for key, value in state.items() if not key.startswith("fc.")}
-        try:
-            model.load_state_dict(state if keep else backbone | model.fc.state_dict(prefix="fc."))
-        except RuntimeError as error:
-            reason = " ".join(str(error).split("\n\t")[1].split())[:200]
-            raise DataError(
-                f"--weights: not of a {arch}: {reason} ...; pass their --arch"
-            ) from None
-        if not all(value.isfinite().all() for value in model.state_dict().values()):
-            raise DataError("--weights: of a training that failed: not finite; take others")
-    return (built[0], said) if len(built) == 1 else (Vote(built), f"{len(built)} networks, {said}")
-
-
-@torch.no_grad()
-def rescale(model: Any) -> None:
-    """Give weights the scale that the learning rates are for; what `model` computes stays.
-
-    AdamW moves a weight by the rate whatever its size, and files differ a hundredfold in that.
-    BatchNorm undoes the scale of a convolution: each gets a root mean square of `CONV_SCALE` /
-    sqrt(fan-in). The scale of the features is undone by the head: the BatchNorms that add up to
-    them get a root mean square of `FEATURE_SCALE`.
-    """
-    blocks = list(model.layer4)
-    added = [getattr(block, "bn3", block.bn2) for block in blocks] + [blocks[0].downsample[1]]
-    size = sum((norm.weight**2 + norm.bias**2).mean() for norm in added).sqrt()
-    for norm in added:
-        norm.weight *= FEATURE_SCALE / size
-        norm.bias *= FEATURE_SCALE / size
-    for layer in [block.conv1 for block in blocks[1:]] + [model.fc]:
-        layer.weight *= size / FEATURE_SCALE
-    kinds = nn.Conv2d | nn.BatchNorm2d
-    layers: list[Any] = [each for each in model.modules() if isinstance(each, kinds)]
-    for conv, norm in zip(layers[::2], layers[1::2], strict=True):
-        factor = CONV_SCALE / conv.weight.square().sum((1, 2, 3)).mean().sqrt().clamp(min=1e-12)
-        conv.weight *= factor
-        norm.running_mean *= factor
-        norm.running_var.add_(norm.eps).mul_(factor**2).sub_(norm.eps)
-
-
-# --------------------------------------------------------------------------------- trainer
-
-
-class Stage(NamedTuple):
-    """A stretch of epochs in which one network trains in one way."""
-
-    name: str  # "head", "trial", "whole", "upper", or "given": nothing is trained
-    fold: int
-    epochs: range
-    passes: int  # over as many images as there are, an epoch
-    steps: int
-    last: bool  # of its network
-
-
-def plan(args: Namespace, data: Data) -> list[Stage]:
-    """The stages of a run in order: of each fold the head alone, and then all layers.
-
-    By default the head has epoch 0: on features it costs a third of an epoch. The first epochs of
-    all layers are a trial where they are enough for one; the other folds do as the first one did.
-    """
-    stages: list[Stage] = []
-    own = args.frozen_epochs is None and args.weights != "none"
-    head = range(1) if own else range(1, 1 + (args.frozen_epochs or 0))
-    whole = range(head.stop, args.epochs + 1)
-    for fold in range(args.folds):
-        images = len(data.train(fold))
-        if not args.epochs:
-            stages.append(Stage("given", fold, range(1), passes=0, steps=0, last=True))
-            continue
-        if head:  # few images make few steps an epoch: they are passed over again
-            passes = math.ceil(HEAD_STEPS * args.batch_size / (len(head) * images))
-            steps = len(head) * math.ceil(passes * images / args.batch_size)
-            stages.append(Stage("head", fold, head, passes, steps, last=not whole))
-        steps, rest = math.ceil(images / args.batch_size), whole
-        tried = math.ceil(TRIAL_STEPS / steps)
-        if head and fold == 0 and tried <= len(whole) // 5:
-            stages.append(Stage("trial", fold, whole[:tried], 1, tried * steps, last=False))
-            rest = whole[tried:]
-        if rest:
-            stages.append(Stage("whole", fold, rest, 1, len(rest) * steps, last=True))
-    return stages
-
-
-def trial_fails(progress: Progress) -> bool:
-    """Whether training all layers has made the first fold's network much worse than its head."""
-    losses = {row["phase"]: row["val_loss"] for row in progress.history if row["fold"] == 1}
-    return "trial" in losses and losses["trial"] > TRIAL_FAILS * losses["head"]
-
-
-class Trainer:
-    """A network in training and what moves with it. It knows no files, and no epoch's number."""
-
-    def __init__(self, model: Any, stage: Stage, optimizer: Optimizer, given: Given):
-        """A stage at its beginning."""
-        self.stage, self.optimizer = stage, optimizer
-        head_alone, upper = stage.name == "head", stage.name == "upper"
-        self.evaluated = model.fc if head_alone else model.train(not upper)
-        self.network = wrap_ddp(self.evaluated, given)
-        groups = optimizer.param_groups
-        self.weights = [weight for group in groups for weight in group["params"]]
-        peaks = [group["lr"] for group in groups]
-        # OneCycleLR divides by zero where either part of the cycle has a single step.
-        steps = max(4, stage.steps)
-        warm_up = 0.1 if head_alone or upper or given.args.weights == "none" else 0.0
-        rising = max(warm_up, 2 / steps)
-        self.scheduler = OneCycleLR(optimizer, peaks, steps, pct_start=rising, cycle_momentum=False)
-        scaled = given.compute.amp is torch.float16
-        self.scaler = torch.amp.GradScaler(given.compute.device.type, enabled=scaled)
-        self.average = AveragedModel(model) if upper else None
-
-    def rate(self) -> float:
-        """The learning rate of the next step, NaN where nothing is trained."""
-        return math.nan if self.stage.name == "given" else float(self.scheduler.get_last_lr()[-1])
-
-    def step(self, loss: Tensor) -> None:
-        """Take a step against the gradient of `loss`."""
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        if self.stage.name != "head":  # which is a convex problem
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.weights, CLIP_NORM)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.scheduler.step()
-        if self.average:  # which asks the device how many steps it has seen, and waits for that
-            self.average.update_parameters(self.evaluated)
-            if self.scheduler.last_epoch == self.stage.steps:
-                self.evaluated.load_state_dict(self.average.module.state_dict())
-
-    def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on as if nothing had happened."""
-        parts = ("optimizer", "scheduler", "scaler", "average")
-        return {name: part.state_dict() for name in parts if (part := getattr(self, name))}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what was stored in this stage."""
-        for name, stored in state.items():
-            if stored:  # a scaler that was not needed has none, and one that is refuses it
-                getattr(self, name).load_state_dict(stored)
-        for weight, kept in self.optimizer.state.items():
-            for name, value in kept.items():  # kernels read both as they lie, maybe elsewhere now
-                if isinstance(value, Tensor) and value.shape == weight.shape:
-                    kept[name] = torch.empty_like(weight).copy_(value)
-
-
-def wrap_ddp(network: nn.Module, given: Given) -> nn.Module:
-    """`network` itself, or with its gradients averaged over the processes after each step."""
-    compute = given.compute
-    if compute.world_size == 1:
-        return network
-    small = given.args.batch_size // compute.world_size < SYNCHRONISED
-    if small and compute.device.type != "cpu":  # PyTorch has no synchronised BatchNorm for CPUs
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    # The statistics of BatchNorm matter in evaluation alone, which sends them round. The option has
-    # another name from torch 2.13 on, which torch 2.6 does not know.
-    warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)
-    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
-
-
-def head_optimizer(model: models.ResNet, lengths: Tensor) -> Optimizer:
-    """SGD for the head alone, on features of these lengths.
-
-    How far a step may go hangs on the length of the features; `HEAD_RATE` is for a ResNet-18's.
-    """
-    square = max(lengths.square().mean().item() / 512, 1e-12)
-    rate, decay = HEAD_RATE / square, HEAD_DECAY * square
-    groups = [
-        {"params": [model.fc.weight], "lr": rate, "weight_decay": decay},
-        {"params": [model.fc.bias], "lr": HEAD_RATE, "weight_decay": HEAD_DECAY},
-    ]
-    return torch.optim.SGD(groups, momentum=0.9, fused=True)
-
-
-def whole_optimizer(model: nn.Module, args: Namespace, upper: bool) -> Optimizer:
-    """AdamW for all layers, or for the `upper` half in small steps."""
-    parts: dict[bool, list[Tensor]] = {True: [], False: []}
-    for name, weight in model.named_parameters():
-        weight.requires_grad = not (upper and name.startswith(LOWER))
-        if weight.requires_grad:
-            parts[name.startswith("fc.")].append(weight)
-    rate = args.lr * (UPPER_FACTOR if upper else 1.0)
-    factor = 1.0 if args.weights == "none" else HEAD_FACTOR
-    head = {"params": parts[True], "lr": rate * factor}
-    rest = {"params": parts[False], "lr": rate, "weight_decay": 0.0}
-    return torch.optim.AdamW([head, rest], weight_decay=HEAD_DECAY, fused=True)
-
-
-# ------------------------------------------------------------------------------- training
-
-
-def begin(given: Given, progress: Progress, stage: Stage, reader: Reader) -> Inputs:
-    """Set up `progress.trainer` for a stage, or take up what was stored; where its inputs are."""
-    model, fold = progress.model, progress.at()[0]
-    inputs: Inputs = reader
-    before = progress.history[-1]["phase"] if fold == stage.fold else ""
-    if fold != stage.fold and fold >= 0:  # a fold begins where the first one did
-        model.load_state_dict(progress.start)
-    if stage.name == "head":
-        if progress.features is None:
-            progress.features = extract_features(given, model, reader)
-        inputs = Features(progress.features, given.data.labels, given.compute)
-        table = progress.features[given.data.train(stage.fold)].float()
-        optimizer = head_optimizer(model, torch.linalg.vector_norm(table, dim=1))
-    else:
-        optimizer = whole_optimizer(model, given.args, stage.name == "upper")
-    progress.trainer = Trainer(model, stage, optimizer, given)
-    if before == stage.name:
-        progress.trainer.load_state_dict(progress.stored)
-    elif before == "trial":
-        if stage.name == "upper":  # back to where the trial began
-            model.load_state_dict(at_start(progress, progress.head))
-    elif stage.name not in ("head", "given"):
-        progress.head = copy_state(model.fc)
-        if before == "head" and stage.name != "upper":
-            # A confident head holds the backbone to the old features, a new one pulls it anywhere.
-            for weight in model.fc.parameters():
-                weight.data.mul_(SOFTENED)
-    progress.stored = {}
-    return inputs
-
-
-@torch.no_grad()
-def extract_features(given: Given, model: models.ResNet, reader: Reader) -> Tensor:
-    """What the backbone makes of each image, BatchNorm as in evaluation: (N, D) float16.
-
-    In half the memory: logits of the head need no more digits, and each process holds them all.
-    """
-    compute = given.compute
-    backbone = copy.deepcopy(model).eval()
-    backbone.fc = nn.Identity()
-    ours = torch.arange(compute.rank, len(given.data.labels), compute.world_size)
-    batches = cut_batches(ours, math.ceil(given.args.batch_size / compute.world_size))
-    rows = []
-    for inputs, _ in reader.read(batches, "features"):
-        with compute.autocast():
-            rows.append(backbone(to_input(inputs, compute.device)).half().cpu())
-    return gather(torch.cat(rows), compute)
-
-
-def train_epoch(given: Given, trainer: Trainer, batches: Sequence[Tensor], inputs: Inputs) -> float:
-    """Train on `batches`, of which each process takes its part; the loss averaged over images."""
-    args, compute, started = given.args, given.compute, time.perf_counter()
-    total, tenth = torch.zeros((), device=compute.device), math.ceil(len(batches) / 10)
-    ours = [batch[compute.rank :: compute.world_size] for batch in batches]
-    loaded = inputs.read(ours, f"training, {trainer.stage.name}")
-    for batch, (images, targets) in zip(batches, loaded, strict=True):
-        targets = to_device(targets, compute.device)
-        with compute.autocast():
-            logits = trainer.network(to_input(images, compute.device))
-        loss = F.cross_entropy(logits.float(), targets)
-        # Gradients are averaged over processes, whose parts of a batch may differ by one image.
-        trainer.step(loss * (len(targets) * compute.world_size / len(batch)))
-        total += loss.detach() * len(targets)
-        stage = trainer.stage
-        if trainer.scheduler.last_epoch == tenth and stage.fold == 0 and stage.name != "head":
-            epoch = (time.perf_counter() - started) * len(batches) / tenth
-            if compute.rank == 0:
-                epochs = args.epochs * args.folds - stage.epochs[0] + 1
-                minutes = math.ceil(epoch * epochs / 60)
-                tqdm.write(f"about {minutes} min to go", sys.stderr)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    if not total.isfinite():
-        raise DataError(f"--lr: the loss became {total.item()}; try a tenth of {args.lr:g}")
-    return total.item() / sum(map(len, batches)) if batches else math.nan
-
-
-# ----------------------------------------------------------------------------- evaluation
-
-
-@torch.no_grad()
-def evaluate(
-    given: Given, network: nn.Module, inputs: Inputs, places: Tensor, title: str = "validation"
-) -> Tensor:
-    """The logits of the images at `places`, of which each process takes its part: (M, C).
-
-    Raises `DataError` where they are NaN.
-    """
-    compute, training = given.compute, network.training
-    if dist.is_initialized():  # BatchNorm gathers its statistics in each process for itself
-        for buffer in network.buffers():
-            dist.broadcast(buffer, 0)
-    ours = places[compute.rank :: compute.world_size]
-    batches = cut_batches(ours, math.ceil(given.args.batch_size / compute.world_size))
-    network.eval()
-    outputs = []
-    for images, _ in inputs.read(batches, title):
-        with compute.autocast():
-            outputs.append(network(to_input(images, compute.device)))
-    network.train(training)
-    logits = gather(torch.cat([each.cpu() for each in outputs]), compute)
-    if logits.isnan().any():
-        raise DataError("the network's outputs are no numbers; take other weights or a lower --lr")
-    return logits.clamp(-HIGHEST, HIGHEST)  # float16 overflows
-
-
-class Calibration(NamedTuple):
-    """Two numbers that make calibrated logits of a network's: scale * logits - shift * log_share.
-
-    Drawn equally often, a rare class is still recognised less often in the end: its few images are
-    known by heart and teach nothing any more. `shift` gives back what frequent classes gained by
-    that (logit adjustment, Menon et al. 2021, arXiv:2007.07314), and `scale` takes back confidence
-    that is not earned (temperature, Guo et al. 2017, arXiv:1706.04599).
-    """
-
-    scale: float = 1.0
-    shift: float = 0.0
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What is said of M images of C classes, in their order; calibrated, if not said."""
-
-    places: Tensor  # (M,) int64, where they are in `Data`
-    loss: float  # averaged over images, each class counting the same
-    targets: Tensor  # (M,) int64
-    predicted: Tensor  # (M,) int64
-    probability: Tensor  # (M,) float32, of the predicted class
-    true_probability: Tensor  # (M,) float32, of the true one
-    as_trained: Tensor  # (M,) int64, predicted without calibration
-    trained_probability: Tensor  # (M,) float32, of that
-    natural: Tensor  # (M,) int64, predicted where classes are as frequent as in training
-    confusion: Tensor  # (C, C) int64, rows true, columns predicted
-    calibration: Calibration  # fitted on all images, for those to come
-
-    @property
-    def val_counts(self) -> Tensor:
-        """The images of each class: (C,) int64."""
-        return self.confusion.sum(1)
-
-    @property
-    def recall(self) -> Tensor:
-        """The part of each class that was recognised: (C,) float64, NaN for one without images."""
-        return recall_by_class(self.confusion)
-
-
-def judge(given: Given, answers: Mapping[int, Tensor]) -> Evaluation:
-    """What the logits of one or more folds say of the images that these are judged by.
-
-    Numbers of calibration are fitted on other images than they are used for: on those of the other
-    folds, or on the other half of those of one fold.
-    """
-    data, args = given.data, given.args
-    places = torch.cat([data.val(fold) for fold in answers])
-    logits, targets = torch.cat([*answers.values()]), data.labels[places]
-    part = torch.cat([torch.full((len(each),), fold) for fold, each in answers.items()])
-    if len(answers) == 1:
-        part = pick_half(targets).long()
-    numbers, fitted = torch.tensor([Calibration()]).expand(len(targets), -1), Calibration()
-    if args.epochs and not args.no_calibration:
-        numbers, log_share = numbers.clone(), data.log_share()
-        left = LEFT + 1 - args.power
-        for each in part.unique():
-            others = part != each
-            fit = fit_calibration(logits[others], targets[others], log_share, left)
-            numbers[~others] = torch.tensor(fit)
-        fitted = fit_calibration(logits, targets, log_share, left)
-    return assess(given, places, logits, numbers, fitted)
-
-
-def assess(
-    given: Given, places: Tensor, logits: Tensor, numbers: Tensor, fitted: Calibration
-) -> Evaluation:
-    """What (M, C) logits say of the images at `places`, calibrated by (M, 2) `numbers`."""
-    log_share, targets = given.data.log_share(), given.data.labels[places]
-    natural, answers = natural_shift(given.args, given.data), defaultdict(list)
-    for rows in torch.arange(len(targets)).split(BLOCK):
-        scale, shift = numbers[rows].T[..., None]
-        trained = logits[rows].float()
-        adjusted = scale * trained - shift * log_share
-        answers["losses"].append(F.cross_entropy(adjusted, targets[rows], reduction="none"))
-        trained_probability, as_trained = trained.softmax(1).max(1)
-        probability, predicted = adjusted.softmax(1).max(1)
-        answers["as_trained"].append(as_trained)
-        answers["trained_probability"].append(trained_probability)
-        answers["predicted"].append(predicted)
-        answers["probability"].append(probability)
-        answers["natural"].append((adjusted + natural).argmax(1))
-    whole = {name: torch.cat(parts) for name, parts in answers.items()}
-    losses = whole.pop("losses")
-    return Evaluation(
-        places=places,
-        loss=(class_weights(targets) @ losses.double()).item(),
-        targets=targets,
-        true_probability=(-losses).exp(),
-        confusion=confusion_matrix(targets, whole["predicted"], len(log_share)),
-        calibration=fitted,
-        **whole,
-    )
-
-
-def natural_shift(args: Namespace, data: Data) -> Tensor:
-    """What to add to logits where classes are as frequent as in training: (C,) float32.
-
-    Without calibration, what the sampler did not take away is in them already.
-    """
-    return data.log_share() * (args.power if args.no_calibration else 1.0)
-
-
-def pick_half(targets: Tensor) -> Tensor:
-    """Which of M images are in the first half, at random, of every class half: (M,) bool."""
-    order = torch.randperm(len(targets), generator=seeded("half", 0, 0))
-    order = order[targets[order].argsort(stable=True)]
-    half = torch.zeros(len(targets), dtype=torch.bool)
-    half[order[::2]] = True
-    return half
-
-
-def class_weights(targets: Tensor) -> Tensor:
-    """A weight for each of M images, so that each class counts the same: (M,) float64, sum 1."""
-    weights = 1 / torch.bincount(targets)[targets].double()
-    return weights / weights.sum()
-
-
-def fit_calibration(
-    logits: Tensor, targets: Tensor, log_share: Tensor, left: float = LEFT
-) -> Calibration:
-    """The numbers with the lowest cross entropy of (M, C) logits, each class counting the same.
-
-    The problem is convex. A prior worth `PRIOR` images holds the numbers near what is usual where
-    there is little to go by: near a scale of 1 and a shift of `left` times the scale, since that
-    many log shares are left in the logits. Images with weights w that sum to 1 tell as much as
-    1 / sum(w^2) of equal weight (Kish 1965); a class without images counts there as half an image,
-    since without it the others are best told by never naming it.
-    """
-    if not len(targets):
-        return Calibration(1.0, left)
-    picked = pick_evenly(targets, MOST_FITTED // len(log_share))
-    logits, targets, log_share = logits[picked].double(), targets[picked], log_share.double()
-    weights = class_weights(targets)
-    counts = torch.bincount(targets, minlength=len(log_share)).clamp(min=0.5)
-    prior = PRIOR * (1 / counts).mean() / len(counts)
-    spread = max(log_share.std(correction=0).item(), LEAST_SPREAD)
-    steps = (log_share - log_share.mean()) / spread
-    numbers = torch.tensor([1.0, left * spread], dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([numbers], max_iter=50, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        scale, shift = numbers
-        losses = F.cross_entropy(scale * logits - shift * steps, targets, reduction="none")
-        far = (scale - 1) ** 2 + (shift - left * spread * scale) ** 2
-        value = weights @ losses + prior * far
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        optimizer.step(loss)
-    scale, shift = numbers.tolist()
-    if scale < LEAST_SCALE:  # worse than chance: it is not turned round, but knows nothing
-        return Calibration(LEAST_SCALE, left * LEAST_SCALE)
-    return Calibration(scale, shift / spread)
-
-
-def pick_evenly(labels: Tensor, most: int) -> Tensor:
-    """About `most` of M places, evenly spread, and all of a class it would miss: (M,) bool."""
-    chosen = torch.arange(len(labels)) % math.ceil(len(labels) / most) == 0
-    return chosen | ~torch.isin(labels, labels[chosen])
-
-
-# --------------------------------------------------------------------------- the way, the end
-
-
-def copy_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state of a module, copied into main memory."""
-    return {key: value.to("cpu", copy=True) for key, value in module.state_dict().items()}
-
-
-def list_distances(args: Namespace) -> tuple[float, ...]:
-    """The distances along the way from the head alone to the end that are compared, the end last.
-
-    On images like those that the weights know, the end has lost what a part of the way keeps
-    (Wortsman et al. 2022, arXiv:2109.01903); on others it has not.
-    """
-    head = args.weights != "none" and args.frozen_epochs != 0
-    return DISTANCES if head and (args.frozen_epochs or 0) < args.epochs else DISTANCES[-1:]
-
-
-def at_start(progress: Progress, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a network where the training of all its layers begins."""
-    return progress.start | {f"fc.{key}": value for key, value in head.items()}
-
-
-def mix(progress: Progress, fold: Fold, distance: float) -> dict[str, Tensor]:
-    """The state of a network after a distance of its way: weights between the start's and end's."""
-    start = at_start(progress, fold.head)
-    ends = {k: (start[k].float(), v.float(), v.dtype) for k, v in fold.end.items()}
-    mixed = {k: torch.lerp(one, two, distance).to(kind) for k, (one, two, kind) in ends.items()}
-    return fold.end if distance == 1 else mixed
-
-
-def look_back(given: Given, progress: Progress, stage: Stage, reader: Reader) -> Fold:
-    """The network of a fold at its end, and what it says after each distance of its way there."""
-    model, places = progress.model, given.data.val(stage.fold)
-    fold = Fold(progress.head, copy_state(model), progress.logits[None])
-    *earlier, _ = list_distances(given.args)
-    way = []
-    for distance in earlier:
-        model.load_state_dict(mix(progress, fold, distance))
-        way.append(evaluate(given, model, reader, places, f"choosing, {distance:.0%}"))
-    model.load_state_dict(fold.end)
-    return fold._replace(way=torch.stack([*way, progress.logits]))
-
-
-def choose_distance(given: Given, done: Sequence[Fold]) -> int:
-    """The place in `list_distances` of what all folds keep of their ways.
-
-    It is the end, unless another has a lower log loss by more than a standard error, calibrated on
-    other images than it is judged by, each class counting the same: of few images the best of five
-    is often best by chance, and to choose would then cost more than it gains.
-    """
-    losses = []
-    for at in range(len(done[0].way)):
-        judged = judge(given, {fold: each.way[at] for fold, each in enumerate(done)})
-        losses.append(-judged.true_probability.double().clamp(min=1e-30).log())
-    weights, end = class_weights(judged.targets), len(losses) - 1
-    best = min(reversed(range(len(losses))), key=lambda at: (weights @ losses[at]).item())
-    gains = losses[end] - losses[best]
-    gain = weights @ gains
-    error = (weights**2 @ (gains - gain) ** 2).sqrt()
-    return best if gain > error else end
-
-
-def finish(given: Given, progress: Progress, reader: Reader) -> None:
-    """Choose the network of a run, judge it, and write what there is to say of it."""
-    args, data, compute, done = given.args, given.data, given.compute, progress.done
-    if not done:  # of a run that had come to its end before
-        if compute.rank == 0:
-            drop_leftovers(args.output)
-            print(f"\nnothing is left to do in {printable(str(args.output))}")
-        return
-    at = first_makes(lambda: choose_distance(given, done), compute)
-    distance = list_distances(args)[at]
-    last = judge(given, {fold: each.way[at] for fold, each in enumerate(done)})
-    states = [mix(progress, fold, distance) for fold in done]
-    if isinstance(progress.model, Vote):
-        states = [copy_state(network) for network in progress.model.networks]
-    test, tested = data.val(TEST), None
-    if len(test):
-        networks = {"networks": states, "classes": data.classes}
-        vote = build_model(args.arch, data.classes, networks)[0].to(compute.device)
-        logits = evaluate(given, vote, reader, test, "test")
-        numbers = torch.tensor([last.calibration]).expand(len(test), -1)
-        tested = assess(given, test, logits, numbers, last.calibration)
-    if compute.rank == 0:
-        write_network(given, states, last.calibration)
-        report_end(given, progress, (last, tested), distance)
-
-
-# ------------------------------------------------------------------------------- measures
+MANY, FEW = 100, 20  # "many": more training images than that, "few": fewer
+BINS = 15  # of probability, to measure calibration by
+ONE_TELLS = 0.3  # in place of n - 1 for a class of one image, among many
 
 
 def confusion_matrix(targets: Tensor, predicted: Tensor, classes: int) -> Tensor:
@@ -2010,7 +1719,78 @@ def compare(targets: Tensor, before: Tensor, after: Tensor, train_counts: Tensor
     return to_rows({"measure": MEASURES, **columns})
 
 
-# -------------------------------------------------------------------------------- records
+# ---------------------------------------------------------------------------- records and going on
+
+
+SMALL_BATCH, STEPS = 32, 32  # images of a step where an epoch would have fewer steps
+
+
+def prepare(settings: Namespace, compute: Compute) -> tuple[Given, Progress]:
+    """All that is read and built before the first epoch; fills in what `settings` leave open."""
+    if settings.resume:
+        return load_run(settings, compute)
+    check_settings(settings)
+    with claim(settings.output):
+        classes, rows = list_rows(settings)  # in no time, before weights may be fetched
+        content = load_weights(settings)
+        data = load_data(settings, classes, rows)
+        settings.batch_size = settings.batch_size or pick_batch_size(data, compute.world_size)
+        settings.workers = count_workers(settings)
+        baseline = load_baseline(settings.baseline, data) if settings.baseline else None
+        check_batches(settings, data, compute.world_size)
+        torch.manual_seed(settings.seed)
+        model, origin = build_model(settings.arch, data.classes, content)
+        if settings.epochs and settings.weights != "none":
+            rescale(model)
+        if not settings.epochs:
+            check_given(settings, content, origin)
+            data = data._replace(white=data.white | content.get("white", {}))
+        for name in PATHS:  # a run goes on from any folder
+            setattr(settings, name, getattr(settings, name) and getattr(settings, name).resolve())
+        given = Given(
+            settings=settings, data=data, baseline=baseline, origin=origin, compute=compute
+        )
+        none = torch.zeros(len(data.classes), dtype=torch.int64)
+        start = copy_state(model)
+        progress = Progress(start, model, history=[], draws=none, head={}, logits=torch.empty(0))
+        write_file(settings.output / "split.csv", format_table(list_split(data)))
+        if settings.epochs:
+            save_tensors(settings.output / START, start)
+            save_state(given, progress)
+    return given, progress
+
+
+def check_given(settings: Namespace, content: Mapping[str, Any], origin: str) -> None:
+    """Raise `DataError` where a network that is not trained knows no classes, or not these."""
+    if "head kept" not in origin:
+        text = "have no head for these classes; train one, or name folders as in its training"
+        raise DataError(f"--epochs 0: the weights {settings.weights} {text}")
+    if "classes" in content and not (settings.val or settings.split):
+        text = "the network may have learnt some of the images that judge it; name others by --val"
+        print(f"warning: --epochs 0: {text}", file=sys.stderr)
+
+
+def pick_batch_size(data: Data, processes: int) -> int:
+    """The images of a step: few where there are few, so that enough steps are taken."""
+    size = BATCH if len(data.learns(0)) >= STEPS * BATCH else SMALL_BATCH
+    return math.ceil(size / processes) * processes
+
+
+def check_batches(settings: Namespace, data: Data, processes: int) -> None:
+    """Raise `DataError` where batches cannot be divided, or hold too little for BatchNorm."""
+    images = min(len(data.learns(fold)) for fold in range(data.folds))
+    judged = min(len(data.judges(fold)) for fold in range(data.folds))
+    smallest = images // math.ceil(images / settings.batch_size)
+    learns = (settings.frozen_epochs or 0) < settings.epochs
+    text = ""
+    if settings.batch_size % processes or min(smallest, judged) < processes:
+        text = f"cannot be divided among {processes} processes; take a multiple, or fewer processes"
+    elif learns and smallest // processes == 1 and settings.image_size <= STRIDE:
+        text = (
+            f"one image of --image-size {settings.image_size} is no batch for BatchNorm; take more"
+        )
+    if text:
+        raise DataError(f"--batch-size {settings.batch_size}: {text}")
 
 
 def read_table(path: Path, *columns: str) -> list[dict[str, str]]:
@@ -2137,7 +1917,7 @@ def write_reports(
     given: Given, progress: Progress, last: Evaluation, tested: Evaluation | None
 ) -> None:
     """Write the tables and the page of a run. What goes wrong is a warning: no epoch is lost."""
-    data, output = given.data, given.args.output
+    data, output = given.data, given.settings.output
     try:
         write_config(given, last, tested)
         tables = {"history.csv": progress.history, "comparison.csv": list_changes(given, last)}
@@ -2156,31 +1936,32 @@ def write_reports(
 
 def write_network(given: Given, states: list[dict[str, Tensor]], fitted: Calibration) -> None:
     """Write all that it takes to use the network; its heads are calibrated."""
-    args, data = given.args, given.data
+    settings, data = given.settings, given.data
     networks, shift = [], fitted.shift * data.log_share()
     for state in states:
         weight, bias = (state[f"fc.{name}"] * fitted.scale for name in ("weight", "bias"))
         networks.append(state | {"fc.weight": weight, "fc.bias": bias - shift})
     content = {
-        "arch": args.arch,
+        "arch": settings.arch,
         "classes": data.classes,
         "train_images": data.train_counts().tolist(),
-        "natural": natural_shift(args, data),
-        "weights": args.weights,
-        "train_size": args.image_size,
-        "eval_size": eval_size(args.image_size),
-        "least_side": least_side(args),  # large images were decoded to no less
+        "natural": natural_shift(settings, data),
+        "weights": settings.weights,
+        "train_size": settings.image_size,
+        "eval_size": eval_size(settings.image_size),
+        "least_side": least_side(settings),  # large images were decoded to no less
         "white": data.white,
         "networks": networks,
     }
-    save_tensors(args.output / NETWORK, content)
+    save_tensors(settings.output / NETWORK, content)
 
 
 def save_state(given: Given, progress: Progress, done: bool = False) -> None:
     """Write what a run needs to go on: all of it, or that it is `done`."""
-    args, fields = given.args, given.data._asdict()
+    settings, fields = given.settings, given.data._asdict()
     state: dict[str, Any] = {
-        "settings": vars(args) | {k: str(v) for k, v in vars(args).items() if v and k in PATHS},
+        "settings": vars(settings)
+        | {k: str(v) for k, v in vars(settings).items() if v and k in PATHS},
         "data": {name: value for name, value in fields.items() if name != "paths"},
         "baseline": given.baseline,
         "history": progress.history,
@@ -2193,7 +1974,7 @@ def save_state(given: Given, progress: Progress, done: bool = False) -> None:
             "model": progress.model.state_dict(),
             "trainer": progress.trainer.state_dict() if progress.trainer else {},
         }
-    save_tensors(args.output / STATE, state)
+    save_tensors(settings.output / STATE, state)
 
 
 def read_state(path: Path) -> Any:
@@ -2206,37 +1987,41 @@ def read_state(path: Path) -> Any:
         raise DataError(f"--resume: {path}: damaged; start a new run") from None
 
 
-def load_run(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
+def load_run(settings: Namespace, compute: Compute) -> tuple[Given, Progress]:
     """The run in the folder `--resume`, where it was stopped."""
-    output = args.resume
+    output = settings.resume
     if not (output / STATE).exists():
         raise DataError(f"--resume {output}: no run to go on with; name its folder")
     state = read_state(output / STATE)
-    said = {k: v for k, v in vars(args).items() if k in WITH_RESUME and v is not None}
-    settings = state["settings"] | said | {"output": output}
-    paths = {k: Path(v) for k, v in settings.items() if k in PATHS and v}
-    args = Namespace(**settings | paths)
-    args.device, args.workers = compute.device.type, count_workers(args)
-    data = find_again(args, state["data"])
-    given = Given(args, data, state["baseline"], origin="as it was stopped", compute=compute)
+    said = {k: v for k, v in vars(settings).items() if k in WITH_RESUME and v is not None}
+    stored = state["settings"] | said | {"output": output}
+    paths = {k: Path(v) for k, v in stored.items() if k in PATHS and v}
+    settings = Namespace(**stored | paths)
+    settings.device, settings.workers = compute.device.type, count_workers(settings)
+    data = find_again(settings, state["data"])
+    given = Given(settings, data, state["baseline"], origin="as it was stopped", compute=compute)
     progress = Progress(
         start=read_state(output / START) if "model" in state else {},
-        model=build_model(args.arch, data.classes, {"networks": [state.get("model", {})]})[0],
+        model=build_model(settings.arch, data.classes, {"networks": [state.get("model", {})]})[0],
         history=state["history"],
         draws=state["draws"],
         head=state.get("head", {}),
         logits=state.get("logits", torch.empty(0)),
         stored=state.get("trainer", {}),
     )
-    for fold in range(args.folds if "model" in state else 0):
-        if (fold, args.epochs) <= progress.at():
+    for fold in range(settings.folds if "model" in state else 0):
+        if (fold, settings.epochs) <= progress.at():
             progress.done.append(Fold(**read_state(output / f"fold-{fold + 1}.pt")))
     return given, progress
 
 
-def find_again(args: Namespace, stored: dict[str, Any]) -> Data:
+def find_again(settings: Namespace, stored: dict[str, Any]) -> Data:
     """The images of a run that goes on; raises `DataError` for one that is gone or has changed."""
-    folders = {"train": args.data, "val": args.val or args.data, "source": args.source}
+    folders = {
+        "train": settings.data,
+        "val": settings.val or settings.data,
+        "source": settings.source,
+    }
     paths = []
     for part, name, size in zip(stored["parts"], stored["names"], stored["sizes"], strict=True):
         path = folders[part] / name
@@ -2251,9 +2036,9 @@ def write_config(
     given: Given, last: Evaluation | None = None, tested: Evaluation | None = None
 ) -> None:
     """Write every setting as used, what the run is made of, and the measures of its network."""
-    args, data, compute = given.args, given.data, given.compute
+    settings, data, compute = given.settings, given.data, given.compute
     content = {
-        "settings": vars(args),
+        "settings": vars(settings),
         "versions": versions(),
         "device": compute.name(),
         "processes": compute.world_size,
@@ -2268,7 +2053,7 @@ def write_config(
             measures = measure_all(each, data.train_counts())
             content[name] = {k: None if math.isnan(x) else x for k, x in measures.items()}
     text = json.dumps(content, indent=1, default=str)  # of paths and of the precision
-    write_file(args.output / "config.json", text.encode())
+    write_file(settings.output / "config.json", text.encode())
 
 
 def versions() -> dict[str, str]:
@@ -2277,19 +2062,27 @@ def versions() -> dict[str, str]:
     return {"python": sys.version.split()[0], **libraries}
 
 
-# -------------------------------------------------------------------------------- console
+# ----------------------------------------------------------------------------------------- console
+
+
+FEW_JUDGED = 10  # validation images of a class; with fewer `--folds` is suggested
+KINDS = {"I": "whole numbers", "F": "fractions"}
+HEADER = (
+    "fold   epoch  phase  train loss  val loss  accuracy  balanced [95 %]       as trained    many "
+    " medium     few  images/s   left"
+)
 
 
 def start_run(given: Given, progress: Progress) -> None:
     """Clear the run folder of what a killed run left half-written, and print what comes."""
-    data, args, compute = given.data, given.args, given.compute
-    for unfinished in args.output.glob(".*.partial"):
+    data, settings, compute = given.data, given.settings, given.compute
+    for unfinished in settings.output.glob(".*.partial"):
         unfinished.unlink()
     if not progress.history:  # else it tells of the last epoch, or the result
         write_config(given)
     counts = data.train_counts()
     print(
-        f"{args.arch}, {printable(args.weights)}: {given.origin}; {compute.name()}, "
+        f"{settings.arch}, {printable(settings.weights)}: {given.origin}; {compute.name()}, "
         f"{compute.amp or torch.float32}\n"
         f"{int(counts.sum())} training images in {len(data.classes)} classes of {counts.max()} to "
         f"{counts.min()}, imbalance ratio {counts.max() / counts.min():.1f}; "
@@ -2297,38 +2090,42 @@ def start_run(given: Given, progress: Progress) -> None:
     )
     for kind, white in data.white.items():
         print(f"images of more than 8 bits ({KINDS[kind]}): a value of {white:g} is white")
-    print("", HEADER, *(format_epoch(row, args) for row in progress.history), sep="\n", flush=True)
+    print(
+        "", HEADER, *(format_epoch(row, settings) for row in progress.history), sep="\n", flush=True
+    )
 
 
 def describe_val(given: Given) -> str:
     """How many images the network is judged by, and where they are from."""
-    args, data = given.args, given.data
+    settings, data = given.settings, given.data
     if data.folds > 1:
         text = f"{data.folds} networks, each judged by the fold of them it has not seen"
-        if tests := len(data.val(TEST)):
-            text += f", all together by {tests} images of {printable(str(args.val or args.source))}"
+        if tests := len(data.judges(TEST)):
+            others = printable(str(settings.val or settings.source))
+            text += f", all together by {tests} images of {others}"
     else:
         text = f"{data.parts.count('val')} validation images"
-        if where := args.val or args.split:
+        if where := settings.val or settings.split:
             text += f" of {printable(str(where))}"
-        if args.source:
-            more, name = data.parts.count("source"), printable(args.source.name)
+        if settings.source:
+            more, name = data.parts.count("source"), printable(settings.source.name)
             text += f" and {more} of {name} that were left out"
     if data.related:
         text += f" ({data.related} copies or relatives of training images left out)"
     return text
 
 
-def format_epoch(row: dict[str, Any], args: Namespace) -> str:
+def format_epoch(row: dict[str, Any], settings: Namespace) -> str:
     """The line of an epoch, as wide as `HEADER`, with the time left if all take as long."""
     numbers = {key: value for key, value in row.items() if isinstance(value, float)}
     cells = {key: "-" if math.isnan(x) else f"{x:.1%}" for key, x in numbers.items()}
-    epochs = args.epochs * (args.folds - row["fold"] + 1) - row["epoch"]
+    epochs = settings.epochs * (settings.folds - row["fold"] + 1) - row["epoch"]
     hours, minutes = divmod(round(row["seconds"] * epochs / 60), 60)
     # The head's first epoch computes the features, and after its last one come slower ones.
     left = "-" if row["phase"] == "head" else f"{hours}h{minutes:02}"
     return (
-        f"{row['fold']:2}/{args.folds:<2} {row['epoch']:3}/{args.epochs:<3} {row['phase']:5}  "
+        f"{row['fold']:2}/{settings.folds:<2} {row['epoch']:3}/{settings.epochs:<3} "
+        f"{row['phase']:5}  "
         f"{row['train_loss']:10.3f}  {row['val_loss']:8.3f}  {cells['accuracy']:>8}  "
         f"{format_range(row):<20}  {cells['as_trained_balanced_accuracy']:>10}  "
         f"{cells['many']:>6}  {cells['medium']:>6}  {cells['few']:>6}  "
@@ -2346,33 +2143,33 @@ def print_end(
     given: Given, progress: Progress, last: Evaluation, tested: Evaluation | None, distance: float
 ) -> None:
     """Print, in one screen, the result, what is recognised least, and where the rest is."""
-    args, data, counts = given.args, given.data, given.data.train_counts()
+    settings, data, counts = given.settings, given.data, given.data.train_counts()
     result, of = measure_all(last, counts), "validation"
     if data.folds > 1:
         of = f"{data.folds} networks, each on images it has not seen"
     print(f"\nbalanced accuracy {format_range(result)}  ({of})")
     if bare := int((last.val_counts == 0).sum()):
         print(f"warning: {bare} of {len(data.classes)} classes are not in it: no image judges them")
-    if args.epochs and not args.no_calibration:
+    if settings.epochs and not settings.no_calibration:
         print(f"as trained        {result['as_trained_balanced_accuracy']:.1%}, calibration error "
               f"{result['as_trained_calibration_error']:.1%}; calibrated "
               f"{result['calibration_error']:.1%} (of a perfect network "
               f"{result['calibration_floor']:.1%})")  # fmt: skip
     if data.folds > 1:
-        folds = [x["balanced_accuracy"] for x in progress.history if x["epoch"] == args.epochs]
+        folds = [x["balanced_accuracy"] for x in progress.history if x["epoch"] == settings.epochs]
         print(f"of single folds   {min(folds):.1%} to {max(folds):.1%}")
     if distance < 1:
-        text = f"; --frozen-epochs {args.epochs} is as good and faster" if not distance else ""
+        text = f"; --frozen-epochs {settings.epochs} is as good and faster" if not distance else ""
         print(f"kept              {distance:.0%} of what training changed after the head{text}")
     if tested:
         print(f"untouched test    {format_range(measure_all(tested, counts))}, by vote")
     print_lowest(data, last)
     for change in show_changes(list_changes(given, last)):
         name, before, now, points, ends, sure = change.values()
-        since = f"{before:.1%} in {printable(args.baseline.name)}, now {now:.1%}"
+        since = f"{before:.1%} in {printable(settings.baseline.name)}, now {now:.1%}"
         print(f"{name:17} {since}: {points} points, {ends}; more than chance? {sure}")
     print_advice(given, last)
-    print(f"everything else is in {printable(str(args.output / 'report.html'))}")
+    print(f"everything else is in {printable(str(settings.output / 'report.html'))}")
 
 
 def print_lowest(data: Data, last: Evaluation) -> None:
@@ -2389,15 +2186,17 @@ def print_lowest(data: Data, last: Evaluation) -> None:
 
 def print_advice(given: Given, last: Evaluation) -> None:
     """Say so where the recall of the rarest class is known from few images alone."""
-    data, args, rarest = given.data, given.args, int(given.data.train_counts().argmin())
+    data, settings, rarest = given.data, given.settings, int(given.data.train_counts().argmin())
     judged = int(last.val_counts[rarest])
-    if judged >= FEW_JUDGED or args.folds > 1 or not args.epochs:
+    if judged >= FEW_JUDGED or settings.folds > 1 or not settings.epochs:
         return
     low, high = wilson_interval(last.confusion.diag(), last.val_counts)
     images = "1 image" if judged == 1 else f"{judged} images"
     text = f"known from {images} alone [{low[rarest]:.0%}, {high[rarest]:.0%}]"
     own = [part != "source" for part in data.parts]
-    if sum(data.labels[own] == rarest) >= 5 and not (args.val or args.split or args.group):
+    if sum(data.labels[own] == rarest) >= 5 and not (
+        settings.val or settings.split or settings.group
+    ):
         text += "; --folds 5 would tell it from all of its images, and takes five times as long"
     print(f"note: the recall of {printable(data.classes[rarest])} is {text}")
 
@@ -2418,7 +2217,11 @@ def show_changes(changes: Rows) -> Rows:
     ]
 
 
-# ------------------------------------------------------------------------------------ page
+# -------------------------------------------------------------------------------------------- page
+
+
+MOST_CLASSES, GROUPS = 30, 10  # that the page shows one by one; groups of more
+MISTAKES, THUMBNAIL = 24, 160  # how many are shown, and pixels a side
 
 
 PLOT = 'class="open" x="41%" width="41%"'  # beside names, before values
@@ -2638,16 +2441,16 @@ def make_page(
     given: Given, progress: Progress, last: Evaluation, tested: Evaluation | None
 ) -> dict[str, str]:
     """By their files' names, the charts and the page: one file without scripts, loading nothing."""
-    args, data, changes = given.args, given.data, list_changes(given, last)
+    settings, data, changes = given.settings, given.data, list_changes(given, last)
     classes = list_classes(data, progress.draws, last.confusion)
     if changes and given.baseline is not None:
         before = confusion_matrix(last.targets, given.baseline, len(classes))
         for row, old in zip(classes, list_classes(data, progress.draws, before), strict=True):
             row |= {was: old[now] for now, was in zip(NEW, OLD, strict=True)}
-    baseline, title = args.baseline.name if changes else "", show(args.data.name)
+    baseline, title = settings.baseline.name if changes else "", show(settings.data.name)
     recall, curves = recall_chart(classes, baseline), curve_chart(progress.history)
-    settings = {k: v for k, v in vars(args).items() if k != "command"} | versions()
-    values = " · ".join(f"{show(name)}: {show(str(x))}" for name, x in settings.items())
+    made_with = {k: v for k, v in vars(settings).items() if k != "command"} | versions()
+    values = " · ".join(f"{show(name)}: {show(str(x))}" for name, x in made_with.items())
     sections = {
         f"Compared with {show(baseline)}, on the same images": changes
         and show_rows(show_changes(changes)),
@@ -2656,7 +2459,7 @@ def make_page(
         "Mistakes": show_mistakes(data, last),
         "Confusions": show_confusions(data, last),
         "Training": curves,
-        "Make it again": f"<pre>{show(args.command)}</pre><p><small>{values}</small></p>",
+        "Make it again": f"<pre>{show(settings.command)}</pre><p><small>{values}</small></p>",
         "How this was measured": f"<p>{show(describe_method(given, progress, last))}</p>",
     }
     body = f"<h1>{title}</h1><p>{show(describe_run(given, tested))}</p>{show_result(data, last)}"
@@ -2670,11 +2473,11 @@ def make_page(
 
 def describe_run(given: Given, tested: Evaluation | None) -> str:
     """What was trained on what, and what judged it."""
-    args, counts, way = given.args, given.data.train_counts(), "trained from random weights"
-    if args.weights != "none":
-        way = f"fine-tuned from {Path(args.weights).name}"
+    settings, counts, way = given.settings, given.data.train_counts(), "trained from random weights"
+    if settings.weights != "none":
+        way = f"fine-tuned from {Path(settings.weights).name}"
     text = (
-        f"{args.arch}, {way}, on {int(counts.sum())} images of {len(counts)} classes, "
+        f"{settings.arch}, {way}, on {int(counts.sum())} images of {len(counts)} classes, "
         f"{counts.max()} of the most frequent and {counts.min()} of the rarest. "
         f"Judged by {describe_val(given)}."
     )
@@ -2686,27 +2489,27 @@ def describe_run(given: Given, tested: Evaluation | None) -> str:
 
 def describe_method(given: Given, progress: Progress, last: Evaluation) -> str:
     """How a run was measured, for a methods section."""
-    args, stages = given.args, {row["phase"] for row in progress.history}
+    settings, stages = given.settings, {row["phase"] for row in progress.history}
     layers = {
         "given": "was judged as it was given",
         "head": "the last layer alone (SGD)",
-        "trial": f"all layers for a trial (AdamW, {args.lr:g})",
-        "whole": f"all layers (AdamW, {args.lr:g})",
-        "upper": f"from the last layer on, the upper half (AdamW, {args.lr * UPPER_FACTOR:g})",
+        "trial": f"all layers for a trial (AdamW, {settings.lr:g})",
+        "whole": f"all layers (AdamW, {settings.lr:g})",
+        "upper": f"from the last layer on, the upper half (AdamW, {settings.lr * UPPER_FACTOR:g})",
     }
     way = " and then ".join(text for name, text in layers.items() if name in stages)
-    if args.epochs:
+    if settings.epochs:
         drawn = "each image once per epoch"
-        if args.rebalance == "sampler":
-            drawn = (
-                f"drawn by a weighted sampler, weights 1 / (images of the class) ** {args.power:g}"
-            )
+        if settings.rebalance == "sampler":
+            weights = f"1 / (images of the class) ** {settings.power:g}"
+            drawn = f"drawn by a WeightedRandomSampler, weights {weights}"
         way = (
-            f"was trained for {args.epochs} epochs with images of {args.image_size} pixels, "
-            f"{drawn}: {way}, in batches of {args.batch_size}, seed {args.seed}"
+            f"was trained for {settings.epochs} epochs "
+            f"with images of {settings.image_size} pixels, "
+            f"{drawn}: {way}, in batches of {settings.batch_size}, seed {settings.seed}"
         )
-    text = f"A {args.arch} ({args.weights}) {way}. It was judged by {describe_val(given)}. "
-    if args.epochs and not args.no_calibration:
+    text = f"A {settings.arch} ({settings.weights}) {way}. It was judged by {describe_val(given)}. "
+    if settings.epochs and not settings.no_calibration:
         text += (
             f"Logits were multiplied by {last.calibration.scale:.3f} and lowered by "
             f"{last.calibration.shift:.3f} times the log share of the class; each part of the "
@@ -2719,22 +2522,22 @@ def describe_method(given: Given, progress: Progress, last: Evaluation) -> str:
     )
 
 
-# -------------------------------------------------------------------------------- predicting
+# -------------------------------------------------------------------------------------- predicting
 
 
-def predict_photos(args: Namespace) -> None:
+def predict_photos(settings: Namespace) -> None:
     """Write what the network of a run says of each image below DATA, as CSV."""
-    run, out = load_network(args), args.output
+    run, out = load_network(settings), settings.output
     if out and out.exists():
         raise DataError(f"--output {out}: there already; name a new file")
     if out and not out.parent.is_dir():
         raise DataError(f"--output {out}: no folder to write it in; make that first")
-    compute, paths = pick_compute(args.device, args.amp), list_photos(args.data)
+    compute, paths = pick_compute(settings.device, settings.amp), list_photos(settings.data)
     model: Any = build_model(run["arch"], run["classes"], run)[0].eval()
     model.to(compute.device, memory_format=memory_format(compute.device))
-    natural = run["natural"] if args.natural else 0.0
+    natural = run["natural"] if settings.natural else 0.0
     rows, started = [], time.perf_counter()
-    for views, read in read_photos(paths, run, args.batch_size or BATCH):
+    for views, read in read_photos(paths, run, settings.batch_size or BATCH):
         with torch.no_grad(), compute.autocast():
             logits = model(to_input(views, compute.device))
         probability, best = (logits.float().cpu() + natural).softmax(1).topk(2)
@@ -2742,7 +2545,7 @@ def predict_photos(args: Namespace) -> None:
             answer = {"path": path, "class": run["classes"][one], "probability": p}
             rows.append(answer | {"second": run["classes"][two], "second_probability": q})
     if not rows:
-        raise DataError(f"{args.data}: no image that can be read")
+        raise DataError(f"{settings.data}: no image that can be read")
     speed = len(rows) / (time.perf_counter() - started)
     print(f"{len(rows)} images, {speed:.1f} a second", file=sys.stderr)
     if out:
@@ -2751,11 +2554,11 @@ def predict_photos(args: Namespace) -> None:
         sys.stdout.buffer.write(format_table(rows))
 
 
-def load_network(args: Namespace) -> dict[str, Any]:
+def load_network(settings: Namespace) -> dict[str, Any]:
     """What a run wrote of its network; raises `DataError` where `--predict` names no such run."""
-    file = args.predict / NETWORK if args.predict.is_dir() else args.predict
+    file = settings.predict / NETWORK if settings.predict.is_dir() else settings.predict
     if not file.is_file():
-        raise DataError(f"--predict {args.predict}: no network there; name a run that has one")
+        raise DataError(f"--predict {settings.predict}: no network there; name a run that has one")
     with contextlib.suppress(DataError):
         run = read_weights(str(file))
         if run.keys() >= {"classes", "natural"}:
@@ -2803,106 +2606,344 @@ def read_photos(
             bar.update(len(part))
 
 
-# ----------------------------------------------------------------------- beginning and end
+# --------------------------------------------------------------------------- devices and processes
 
 
-def prepare(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
-    """All that is read and built before the first epoch; fills in what `args` leave open."""
-    if args.resume:
-        return load_run(args, compute)
-    check_settings(args)
-    with claim(args.output):
-        classes, rows = list_rows(args)  # in no time, before weights may be fetched
-        content = load_weights(args)
-        data = load_data(args, classes, rows)
-        args.batch_size = args.batch_size or pick_batch_size(data, compute.world_size)
-        args.workers = count_workers(args)
-        baseline = load_baseline(args.baseline, data) if args.baseline else None
-        check_batches(args, data, compute.world_size)
-        torch.manual_seed(args.seed)
-        model, origin = build_model(args.arch, data.classes, content)
-        if args.epochs and args.weights != "none":
-            rescale(model)
-        if not args.epochs:
-            check_given(args, content, origin)
-            data = data._replace(white=data.white | content.get("white", {}))
-        for name in PATHS:  # a run goes on from any folder
-            setattr(args, name, getattr(args, name) and getattr(args, name).resolve())
-        given = Given(args=args, data=data, baseline=baseline, origin=origin, compute=compute)
-        none = torch.zeros(len(data.classes), dtype=torch.int64)
-        start = copy_state(model)
-        progress = Progress(start, model, history=[], draws=none, head={}, logits=torch.empty(0))
-        write_file(args.output / "split.csv", format_table(list_split(data)))
-        if args.epochs:
-            save_tensors(args.output / START, start)
-            save_state(given, progress)
-    return given, progress
+class Compute(NamedTuple):
+    """Where the network runs, in what precision, and which of how many processes this one is."""
+
+    device: torch.device
+    amp: torch.dtype | None  # of mixed precision; None: float32 alone
+    rank: int = 0
+    world_size: int = 1
+
+    def autocast(self) -> torch.autocast:
+        """The context of a forward pass."""
+        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
+
+    def name(self) -> str:
+        """What people call the device."""
+        cuda = self.device.type == "cuda"
+        return torch.cuda.get_device_name(self.device) if cuda else str(self.device)
 
 
-def check_given(args: Namespace, content: Mapping[str, Any], origin: str) -> None:
-    """Raise `DataError` where a network that is not trained knows no classes, or not these."""
-    if "head kept" not in origin:
-        text = "have no head for these classes; train one, or name folders as in its training"
-        raise DataError(f"--epochs 0: the weights {args.weights} {text}")
-    if "classes" in content and not (args.val or args.split):
-        text = "the network may have learnt some of the images that judge it; name others by --val"
-        print(f"warning: --epochs 0: {text}", file=sys.stderr)
+def join_processes(name: str, amp: bool | None) -> Compute:
+    """What this process computes on; under torchrun, after it has met the others."""
+    compute = pick_compute(name, amp)
+    if not dist.is_torchelastic_launched():
+        return compute
+    # Process 0 checks all images while the others wait; torchrun ends them where one has died.
+    dist.init_process_group(pick_backend(compute.device.type), timeout=timedelta(days=7))
+    return compute._replace(rank=dist.get_rank(), world_size=dist.get_world_size())
 
 
-def pick_batch_size(data: Data, processes: int) -> int:
-    """The images of a step: few where there are few, so that enough steps are taken."""
-    size = BATCH if len(data.train(0)) >= STEPS * BATCH else SMALL_BATCH
-    return math.ceil(size / processes) * processes
+def pick_backend(kind: str) -> str:
+    """What several processes on devices of this kind talk by; raises `DataError` if nothing."""
+    backends = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
+    if kind not in backends:
+        raise DataError(f"--device {kind}: serves one process alone; start without torchrun")
+    shared = int(os.environ["LOCAL_WORLD_SIZE"]) > torch.accelerator.device_count()
+    lacking = kind == "cuda" and not dist.is_nccl_available()  # as on Windows
+    return "gloo" if shared or lacking else backends[kind]  # nccl would refuse to share
 
 
-def check_batches(args: Namespace, data: Data, processes: int) -> None:
-    """Raise `DataError` where batches cannot be divided, or hold too little for BatchNorm."""
-    images = min(len(data.train(fold)) for fold in range(data.folds))
-    judged = min(len(data.val(fold)) for fold in range(data.folds))
-    smallest = images // math.ceil(images / args.batch_size)
-    learns = (args.frozen_epochs or 0) < args.epochs
-    text = ""
-    if args.batch_size % processes or min(smallest, judged) < processes:
-        text = f"cannot be divided among {processes} processes; take a multiple, or fewer processes"
-    elif learns and smallest // processes == 1 and args.image_size <= STRIDE:
-        text = f"one image of --image-size {args.image_size} is no batch for BatchNorm; take more"
-    if text:
-        raise DataError(f"--batch-size {args.batch_size}: {text}")
+def pick_compute(name: str, amp: bool | None) -> Compute:
+    """The device called `name`, "auto" for the best there is; `amp` None: where it helps."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    best = found or torch.device("cpu")
+    try:
+        device = best if name == "auto" else torch.device(name)
+        if device.type != "cpu" and dist.is_torchelastic_launched():  # to each process its own
+            place = int(os.environ["LOCAL_RANK"]) % max(1, torch.accelerator.device_count())
+            device = torch.device(device.type, place)
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError):  # the latter from builds without that device
+        raise DataError(f"--device {name}: not on this machine; try auto, or {best}") from None
+    kind = torch.bfloat16
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of which the next lines ask
+        if sys.platform == "win32":  # whose driver would take main memory and crawl, not fail
+            free, total = torch.cuda.mem_get_info()
+            torch.cuda.set_per_process_memory_fraction(free / total)
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        helps, kind = True, torch.bfloat16 if native else torch.float16
+    else:  # `get_capabilities` came with torch 2.10
+        units: Any = getattr(torch.cpu, "get_capabilities", dict)()
+        helps = device.type == "cpu" and bool(units.get("avx512_bf16") or units.get("amx_bf16"))
+    return Compute(device, kind if amp or (amp is None and helps) else None)
 
 
-def report(given: Given, progress: Progress, done: bool) -> None:
-    """Print what there is to say after an epoch, and write it if it is time or a stage `done`."""
-    row, args = progress.history[-1], given.args
-    print(format_epoch(row, args), flush=True)
-    if not args.epochs or (not done and time.perf_counter() - progress.written < WRITE_EVERY):
-        return
-    fold = row["fold"] - 1
-    answers = {at: each.way[-1] for at, each in enumerate(progress.done)}
-    states = [each.end for each in progress.done] or [copy_state(progress.model)]
-    if fold in answers:  # the network of this fold is done
-        save_tensors(args.output / f"fold-{fold + 1}.pt", progress.done[fold]._asdict())
-    last = judge(given, answers | {fold: progress.logits})
-    write_network(given, states, last.calibration)
-    save_state(given, progress)
-    write_reports(given, progress, last, None)
-    progress.written = time.perf_counter()
+def to_device(batch: Tensor, device: torch.device) -> Tensor:
+    """`batch` on `device`, without waiting where that is safe: from pinned memory to CUDA."""
+    cuda = device.type == "cuda"
+    return (batch.pin_memory() if cuda else batch).to(device, non_blocking=cuda)
 
 
-def report_end(
-    given: Given, progress: Progress, judged: tuple[Evaluation, Evaluation | None], distance: float
-) -> None:
-    """Write and print what there is to say of a run that is done, and drop what it went on from."""
-    write_reports(given, progress, *judged)
-    if given.args.epochs:
-        save_state(given, progress, done=True)
-    drop_leftovers(given.args.output)
-    print_end(given, progress, *judged, distance)
+def memory_format(device: torch.device) -> torch.memory_format:
+    """How images lie in memory: channels last, but on MPS BatchNorm's gradients are then wrong."""
+    # https://github.com/pytorch/pytorch/issues/175189
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
-def drop_leftovers(output: Path) -> None:
-    """Remove what a run that is done would have gone on from."""
-    for file in (output / START, *output.glob("fold-*.pt")):
-        file.unlink(missing_ok=True)
+@cache  # made once, since that waits for all the work of the device
+def normalisation(device: torch.device) -> Tensor:
+    """Mean and deviation that ImageNet weights were trained with, of bytes: (2, 3, 1, 1)."""
+    parts = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return torch.tensor([[255 * x for x in part] for part in parts], device=device)[..., None, None]
+
+
+def to_input(batch: Tensor, device: torch.device) -> Tensor:
+    """(B, H, W, 3) bytes as normalised (B, 3, H, W) float32 on `device`; features as they are."""
+    batch = to_device(batch, device)
+    if batch.dtype != torch.uint8:
+        return batch
+    images = batch.permute(0, 3, 1, 2).to(torch.float32, memory_format=memory_format(device))
+    mean, std = normalisation(device)
+    return images.sub_(mean).div_(std)
+
+
+def first_makes(make: Callable[[], Any], compute: Compute) -> Any:
+    """What `make` returns in process 0, in every process; where it fails, all end with it."""
+    made, problem = [None], None
+    try:
+        made = [make()] if compute.rank == 0 else made
+    except Exception as error:  # the others would say that they have lost process 0
+        problem = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(made, 0)
+    if problem:
+        raise problem
+    if made[0] is None:
+        sys.exit(2)
+    return made[0]
+
+
+def gather(part: Tensor, compute: Compute) -> Tensor:
+    """The rows of all processes, of which process r has every `world_size`-th from r on."""
+    if not dist.is_initialized():
+        return part
+    count = torch.tensor(len(part))
+    dist.all_reduce(count)
+    whole = part.new_empty(int(count), *part.shape[1:])
+    for rank in range(compute.world_size):  # one after the other, to need little memory
+        rows = whole[rank :: compute.world_size]
+        sent = part if rank == compute.rank else rows.contiguous()
+        dist.broadcast(sent, rank)
+        rows.copy_(sent)
+    return whole
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+RATE, SCRATCH_RATE = 3e-4, 1e-3  # of AdamW, for pretrained weights and for random ones
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose errors are one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print `message` on stderr and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {printable(message)}; see --help\n")
+
+
+# fmt: off
+def make_parser() -> OneLineParser:
+    """The flags; `None` stands for "auto"."""
+    purpose = str(__doc__).partition("\n\nDATA")[0]  # with the commands
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(prog="data_training.py", description=purpose, formatter_class=raw)
+
+    def add(flag: str, metavar: str, kind: Any, default: Any, text: str) -> None:
+        parse = (lambda said: None if said == "auto" else kind(said)) if default == "auto" else kind
+        text += "" if default is None else f" (default: {default})"
+        group.add_argument(flag, metavar=metavar, type=parse, default=default, help=text)
+
+    whole = number(int, lambda n: n >= 0, "a whole number of at least 0")
+    some = number(int, lambda n: n >= 1, "a whole number of at least 1")
+    folds = number(int, lambda n: 3 <= n <= 10, "a whole number from 3 to 10")
+    inside = number(float, lambda x: 0 < x < 1, "a number between 0 and 1")
+    fraction = number(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
+    positive = number(float, lambda x: 0 < x < math.inf, "a number above 0")
+    power = number(float, lambda x: 0 <= x <= 10, "a number from 0 to 10")
+    bits = number(int, lambda n: -(2**63) <= n < 2**63, "a whole number of 64 bits")
+    parser.add_argument("data", metavar="DATA", type=Path, nargs="?",
+        help="folder of class folders; with --predict images, at any depth, or one")
+    group = parser.add_argument_group("data")
+    add("--val-fraction", "F", inside, 0.2, "part of each class that is kept for validation")
+    add("--folds", "K", folds, 1, "train K networks (3 to 10), each on all but one part of the "
+        "images, which vote; images of --val or --source then test the vote")
+    add("--val", "DIR", Path, None, "class folders to validate on; then nothing is split off")
+    add("--split", "FILE", Path, None, "CSV file of path (class/file) and part (train, val, or "
+        "source for images of SRC), like a run's split.csv; other images are left out")
+    add("--source", "SRC", Path, None, "folder DATA was made from: its other images validate, too")
+    add("--group", "PATTERN", str, None, "regular expression: images whose paths below their class "
+        "give the same first group, or match, are one family (patient, film), never split up")
+    add("--image-size", "PX", some, "auto", "pixels per side of a training crop; evaluation takes "
+        "up to 8/7 of that, 256 for 224; auto: that of --weights, else 224")
+    add("--crop-scale", "F", fraction, 0.5, "smallest part of an image that a training crop shows")
+    group.add_argument("--flip", choices=("sides", "none", "all"), default="sides",
+        help="sides (default): mirror training images at random; none: for text, signs, left and "
+        "right; all: turn them by quarters too, for microscopes and from above")
+    group.add_argument("--no-flip", dest="flip", action="store_const", const="none",
+        help=argparse.SUPPRESS)
+    add("--workers", "N", whole, "auto", "processes that read images; auto: 0 on a CPU, else the "
+        "number of cores minus 1, at most 16, or 8 where processes are spawned")
+    group = parser.add_argument_group("model")
+    add("--arch", "NAME", str, "auto", "a ResNet of torchvision; auto: that of --weights, else "
+        "resnet50 on an accelerator and resnet18 on a CPU")
+    add("--weights", "NAME|PATH", str, "DEFAULT", "torchvision weights by name, a file, or none")
+    group = parser.add_argument_group("training")
+    add("--epochs", "N", whole, 10, "passes over the training images; 0 judges the given weights")
+    add("--frozen-epochs", "N", whole, "auto", "first epochs, in which the last layer (the head) "
+        "alone is trained; auto: one epoch before all others, none with --weights none")
+    group.add_argument("--rebalance", choices=("sampler", "none"), default="sampler",
+        help="sampler (default): draw every class equally often; none: every image once")
+    add("--power", "P", power, 1.0, "the sampler weighs by 1 / count ** P; 0.5: square root")
+    add("--batch-size", "N", some, "auto", "images per step, over all processes; auto: 64, or 32 "
+        "where an epoch would have under 32 steps")
+    add("--lr", "X", positive, "auto", "highest learning rate of all layers but the head, by "
+        f"AdamW; auto: {RATE:g}, from random weights {SCRATCH_RATE:g}")
+    group.add_argument("--no-calibration", action="store_true",
+        help="keep the logits as trained, which favour frequent classes and are too sure")
+    group = parser.add_argument_group("use")
+    add("--predict", "RUN", Path, None, "a run folder or network file that says what the images "
+        "below DATA are; a CSV file on stdout, or in --output FILE")
+    group.add_argument("--natural", action="store_true",
+        help="predict for classes as frequent as in training, not for equally frequent ones")
+    group = parser.add_argument_group("run")
+    add("--output", "DIR", Path, "auto", "new folder for the results; auto: runs/DATE-TIME")
+    add("--resume", "RUN", Path, None, "go on with the run in this folder")
+    add("--baseline", "RUN", Path, None, "run on the same validation images, to compare with")
+    add("--seed", "N", bits, 0, "of split, draws and augmentation")
+    group.add_argument("--device", metavar="NAME", default="auto",
+        help="auto (default): an accelerator, else cpu")
+    group.add_argument("--amp", action=argparse.BooleanOptionalAction,
+        help="mixed precision (default: where the hardware gains from it)")
+    return parser
+# fmt: on
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    """The settings on the command line, each in its range; exits with status 2 if they clash."""
+    parser = make_parser()
+    defaults = vars(parser.parse_args([]))
+    said = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(defaults))))
+    said = {name: value for name, value in said.items() if value is not None}
+    clashes = {
+        "resume": said.keys() - {"resume", *WITH_RESUME},
+        "predict": said.keys() - {"predict", *WITH_PREDICT},
+        "val_fraction": said.keys() & {"folds", "val", "split"},
+        "val": said.keys() & {"source", "split"},  # whose names may be those of other images
+    }
+    for name, others in clashes.items():
+        for other in sorted(others) if name in said else ():
+            flag = "DATA" if other == "data" else f"--{other.replace('_', '-')}"
+            parser.error(f"{flag}: not with --{name.replace('_', '-')}; drop one of them")
+    if "data" not in said and "resume" not in said:
+        parser.error("the following arguments are required: DATA")
+    if "natural" in said and "predict" not in said:
+        parser.error("--natural: of --predict; drop it")
+    if "power" in said and said.get("rebalance") == "none":
+        parser.error("--power: of the sampler; drop it or --rebalance none")
+    words = sys.argv if argv is None else ["data_training.py", *argv]
+    return Namespace(**defaults | said, command=shlex.join(["python", *words]))
+
+
+def number(kind: type, accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+    """A parser for argparse of numbers that `accepts` takes."""
+
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if accepts(kind(text)):
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+
+    return parse
+
+
+def check_settings(args: Namespace) -> None:
+    """Fill in what "auto" means; raise `DataError` where settings do not go together."""
+    if (args.frozen_epochs or 0) > args.epochs:
+        raise DataError(f"--frozen-epochs {args.frozen_epochs}: more than --epochs {args.epochs}")
+    if args.folds > 1 and not args.epochs:
+        raise DataError("--folds: nothing is trained with --epochs 0; drop one of them")
+    try:
+        re.compile(args.group or "")
+    except re.error as error:
+        raise DataError(f"--group {args.group}: no regular expression: {error}") from None
+    args.lr = args.lr or (SCRATCH_RATE if args.weights == "none" else RATE)
+    args.power = 0.0 if args.rebalance == "none" else args.power
+    output = args.output = args.output or unused(Path(f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"))
+    if output.exists() and not output.is_dir():
+        raise DataError(f"--output {output}: a file; name a new folder")
+    if output.exists() and any(each.name[0] != "." for each in output.iterdir()):
+        raise DataError(f"--output {output}: not empty; name a new folder, or --resume a run")
+    for flag, folder in (("DATA", args.data), ("--source", args.source), ("--val", args.val)):
+        if folder and not folder.is_dir():
+            raise DataError(f"{flag} {folder}: no such folder; pass one that holds class folders")
+        if folder and output.resolve().is_relative_to(folder.resolve()):
+            raise DataError(f"--output {output}: would be a class of {folder}; move it out")
+
+
+def unused(path: Path) -> Path:
+    """`path`, or with the first number behind it that makes it new."""
+    names = (path.with_name(f"{path.name}-{number}") for number in range(2, 10**6))
+    return path if not path.exists() else next(name for name in names if not name.exists())
+
+
+@contextlib.contextmanager
+def claim(output: Path) -> Iterator[None]:
+    """Hold the run folder against other runs; where no run comes of it, nothing is left of it."""
+    made = [folder for folder in (output, *output.parents) if not folder.exists()]
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        (output / "config.json").touch(exist_ok=False)
+    except FileExistsError:
+        raise DataError(f"--output {output}: another run has just begun there") from None
+    try:
+        yield
+    except BaseException:
+        (output / "config.json").unlink()
+        with contextlib.suppress(OSError):  # somebody else writes there
+            for folder in made:
+                folder.rmdir()
+        raise
+
+
+def count_workers(args: Namespace) -> int:
+    """Processes that read images: as many as asked for, or one a core but one, if they fit."""
+    workers = args.workers
+    if workers is None:
+        affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+        cores = getattr(os, "process_cpu_count", lambda: len(affinity(0)))() or 1
+        # Nothing here tells a container's share of the cores, and 8 spawned take 2 GB.
+        most = 16 if get_start_method() == "fork" else 8
+        own = (cores - 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = 0 if args.device == "cpu" else max(1, min(most, own))
+    shared = Path("/dev/shm")  # through which, where there is one, workers hand their batches over
+    if workers and shared.is_dir():  # to write beyond its end would kill a worker
+        batch = 3 * eval_size(args.image_size) ** 2 * args.batch_size
+        # Each worker has two batches on the way, and one is in use.
+        room = max(0, shutil.disk_usage(shared).free // batch - 1) // 2
+        if room < workers:
+            text = f"room for batches of {room} workers, not {workers}; docker run has --shm-size"
+            print(f"warning: {shared}: {text}", file=sys.stderr)
+            return room
+    return workers
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with control characters and undecodable bytes as escapes."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+# -------------------------------------------------------------------------------------------- main
+
+
+# What a RuntimeError says where memory is out: on CUDA, in main memory that is pinned for it and on
+# MPS; in main memory of Unix and of Windows. Only the first has a class of its own.
+NO_MEMORY = ("out of memory", "allocate memory", "not enough memory")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -165,7 +165,7 @@ def prepare(setting: Setting) -> Prepared:
         args.device = compute.device.type
         given, progress = training.prepare(args, compute)
     progress.model.to(compute.device, memory_format=training.memory_format(compute.device))
-    reader, stage = training.Reader(given), training.plan(given.args, given.data)[0]
+    reader, stage = training.Reader(given), training.plan(given.settings, given.data)[0]
     training.begin(given, progress, stage, reader)
     drawn = training.draw_epoch(given, stage, 1)
     images = STEPS[compute.device.type] * setting.batch_size
@@ -265,7 +265,7 @@ def our_loader(setting: Setting) -> Figure:
     """Images per second that the script decodes, augments and batches on one core."""
     torch.set_num_threads(1)
     given, _, _, drawn = prepare(setting)
-    given.args.workers = 0
+    given.settings.workers = 0
     drawn = drawn.repeat(1 + READ // len(drawn))[:READ]
     batches = training.cut_batches(drawn, setting.batch_size, training.seeded("augment", 0, 1))
     started = time.perf_counter()
@@ -460,7 +460,7 @@ def grow(images: int, folder: Path) -> dict[str, float]:
     held = training.hold_images(args, found, [row.path for row in found])
     empty = {"white": {}, "related": 0, "unreadable": []}
     data = training.make_data(args, classes, held, **empty)
-    train, val = data.train(0), data.val(0)
+    train, val = data.learns(0), data.judges(0)
     lap("split")
     weights = training.sample_weights(data.labels[train], 1.0)
     lap("weights")
@@ -472,7 +472,7 @@ def grow(images: int, folder: Path) -> dict[str, float]:
         pass
     lap("batches")
     compute = training.Compute(torch.device("cpu"), None)
-    given = training.Given(args=args, data=data, baseline=None, origin="", compute=compute)
+    given = training.Given(settings=args, data=data, baseline=None, origin="", compute=compute)
     logits = F.one_hot(data.labels[val].roll(1), len(classes)).float()
     last = training.judge(given, {0: logits})
     training.measure_all(last, data.train_counts()) | training.count_draws(data, 0, drawn)

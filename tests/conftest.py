@@ -98,7 +98,7 @@ def begin(
     given: training.Given, progress: training.Progress, epoch: int, fold: int = 0
 ) -> SimpleNamespace:
     """The stage of an epoch, as `run` begins it: stage, trainer, reader and source of inputs."""
-    stages = training.plan(given.args, given.data)
+    stages = training.plan(given.settings, given.data)
     stage = next(each for each in stages if each.fold == fold and epoch in each.epochs)
     reader = training.Reader(given)
     source = training.begin(given, progress, stage, reader)

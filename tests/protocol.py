@@ -138,7 +138,7 @@ def ask(network: nn.Module, given: training.Given, reader: Any = None, fold: int
     """The logits of the images that a fold is judged by."""
     device, reader = given.compute.device, reader or training.Reader(given)
     network.to(device, memory_format=training.memory_format(device))
-    return training.evaluate(given, network, reader, given.data.val(fold))
+    return training.evaluate(given, network, reader, given.data.judges(fold))
 
 
 def run_script(stairs: Stairs, way: str, seed: int) -> list[Answer]:
@@ -171,8 +171,8 @@ def run_script(stairs: Stairs, way: str, seed: int) -> list[Answer]:
 
 def train_loop(given: training.Given, fold: int, rate: float, weighted_loss: bool) -> nn.Module:
     """The network that the loop trains on the images of a fold."""
-    args, data, compute = given.args, given.data, given.compute
-    train, reader, device = data.train(fold), training.Reader(given), compute.device
+    args, data, compute = given.settings, given.data, given.compute
+    train, reader, device = data.learns(fold), training.Reader(given), compute.device
     weights = training.sample_weights(data.labels[train], 1.0)
     class_weights = data.counts(train).float().reciprocal().to(device) if weighted_loss else None
     torch.manual_seed(args.seed)
@@ -215,7 +215,7 @@ def run_loop(stairs: Stairs, way: str, seed: int) -> list[Answer]:
 def measure(stairs: Stairs, answer: Answer) -> dict[str, float]:
     """The measures of an answer on the test, in %: as trained, calibrated, calibrated on it."""
     logits, log_share, numbers = answer
-    places, found = stairs.test.data.val(0), dict[str, float]()
+    places, found = stairs.test.data.judges(0), dict[str, float]()
     best = training.fit_calibration(logits, stairs.test.data.labels[places], log_share)
     plain = torch.tensor([PLAIN]).expand(len(places), -1)
     for name, (scale, shift) in {"trained": PLAIN, "calibrated": numbers, "by_test": best}.items():

@@ -169,7 +169,7 @@ def answers_of(data: training.Data) -> dict[int, Tensor]:
     """Logits of the images that judge each fold, of a network that knows a little."""
     stream, answers = torch.Generator().manual_seed(0), {}
     for fold in range(data.folds):
-        targets = data.labels[data.val(fold)]
+        targets = data.labels[data.judges(fold)]
         noise = torch.randn(len(targets), len(data.classes), generator=stream)
         answers[fold] = 2 * functional.one_hot(targets, len(data.classes)) + noise
     return answers
@@ -208,7 +208,7 @@ def test_what_the_sampler_does_not_balance_is_expected_in_the_logits(
     flags, left, animals, tmp_path
 ):
     given, _ = prepare(animals, *PLAIN, "--output", str(tmp_path / "x"), *flags.split())
-    answers, targets = answers_of(given.data), given.data.labels[given.data.val(0)]
+    answers, targets = answers_of(given.data), given.data.labels[given.data.judges(0)]
     expected = training.fit_calibration(answers[0], targets, given.data.log_share(), left)
     assert training.judge(given, answers).calibration == expected
 

@@ -138,16 +138,16 @@ def test_over_many_seeds_every_image_is_held_as_often():
 
 def test_a_split_hangs_on_seed_and_names_of_a_class_alone(folder, make_folder):
     data = load(folder)
-    held = names_of(data, data.val(0))
-    assert data.counts(data.val(0)).tolist() == [6, 4, 2]
-    assert sorted(held + names_of(data, data.train(0))) == sorted(data.names)
+    held = names_of(data, data.judges(0))
+    assert data.counts(data.judges(0)).tolist() == [6, 4, 2]
+    assert sorted(held + names_of(data, data.learns(0))) == sorted(data.names)
     other = make_folder({"ape": 30, "bee": 18, "cat": 9}, "elsewhere")
     (other / "bee/new.jpg").write_bytes((other / "ape/ape_000.jpg").read_bytes() + b"x")
     moved = load(other)
-    kept = [name for name in names_of(moved, moved.val(0)) if name[:3] != "bee"]
+    kept = [name for name in names_of(moved, moved.judges(0)) if name[:3] != "bee"]
     assert kept == [name for name in held if name[:3] != "bee"]
     reseeded = load(folder, "--seed", "1")
-    assert names_of(reseeded, reseeded.val(0)) != held
+    assert names_of(reseeded, reseeded.judges(0)) != held
 
 
 @pytest.mark.parametrize("flags", [[], ["--folds", "3"]])
@@ -160,7 +160,7 @@ def test_copies_never_stand_on_both_sides(flags, make_folder):
     data = load(root, *(flags or ["--val-fraction", "0.3"]))
     for fold in range(data.folds):
         sides = [{Path(data.paths[i]).read_bytes() for i in part.tolist()}
-                 for part in (data.train(fold), data.val(fold))]  # fmt: skip
+                 for part in (data.learns(fold), data.judges(fold))]  # fmt: skip
         assert sides[1] and not sides[0] & sides[1]
     assert data.related == 0 and len(data.names) == 60 and len(data.unreadable) == 10
 
@@ -201,10 +201,10 @@ def test_the_images_of_a_patient_are_on_one_side(pattern, flags, patients, capsy
     for fold in range(data.folds):
         sides = [
             {name.partition("/")[2][:2] for name in names_of(data, part)}
-            for part in (data.train(fold), data.val(fold))
+            for part in (data.learns(fold), data.judges(fold))
         ]
         assert sides[1] and not sides[0] & sides[1] and len(sides[0] | sides[1]) == 8
-        assert min(data.counts(data.val(fold)).tolist()) >= 4
+        assert min(data.counts(data.judges(fold)).tolist()) >= 4
 
 
 def test_copies_bind_patients_and_names_that_do_not_match_are_families_of_one(patients, capsys):
@@ -235,8 +235,8 @@ def test_images_of_a_folder_to_judge_by_are_left_out_where_their_family_is_learn
         (home / path.parent.name / f"{name}.jpg").write_bytes(path.read_bytes())
     data = load(own, flag, str(other), "--group", "^(P[0-9])", *flags)
     families = [Path(name).name[:2] for name in data.names]
-    learnt = {families[at] for at in (data.judged() if flags else data.train(0))}
-    judged = data.val(training.TEST if flags else 0)
+    learnt = {families[at] for at in (data.judged() if flags else data.learns(0))}
+    judged = data.judges(training.TEST if flags else 0)
     tested = {families[at] for at in judged if data.parts[at] != "train"}
     if flags or flag == "--val":
         assert tested == {"P7", *(["x0"] if flag == "--val" else [])} and data.related == 8
@@ -291,15 +291,15 @@ def test_source_validates_on_what_out_left_out_and_leaves_the_split_alone(left_o
     (source / "ape/ape_000.jpg").write_bytes(b"another image than in OUT, which is not read")
     alone, data = load(out), load(out, "--source", str(source))
     assert data.parts.count("source") == 25 and not data.unreadable
-    assert names_of(data, data.train(0)) == names_of(alone, alone.train(0))
-    assert names_of(data, data.val(0))[:-25] == names_of(alone, alone.val(0))
+    assert names_of(data, data.learns(0)) == names_of(alone, alone.learns(0))
+    assert names_of(data, data.judges(0))[:-25] == names_of(alone, alone.judges(0))
     below = {path.relative_to(source).as_posix() for path in source.rglob("[ab]*.jpg")}
     assert set(data.names) == below and len(data.names) == 40
-    for index in data.val(0)[-25:].tolist():
+    for index in data.judges(0)[-25:].tolist():
         assert data.paths[index] == str(source / data.names[index])
         assert data.names[index].startswith(data.classes[data.labels[index]] + "/")
     folds = load(out, "--source", str(source), "--folds", "3")
-    tested = folds.val(training.TEST)
+    tested = folds.judges(training.TEST)
     assert {folds.parts[at] for at in tested} == {"source"} and len(tested) == 25
     assert sorted(folds.judged().tolist()) == list(range(15))
 
@@ -316,7 +316,7 @@ def test_a_folder_to_validate_on_leaves_all_of_the_other_for_training(folds, mak
     (val / "ape/ape_010.jpg").rename(val / "ape/ape_000.jpg")
     data = load(train, "--val", str(val), *(["--folds", "3"] if folds > 1 else []))
     assert data.train_counts().tolist() == [10, 10, 10]
-    judged = data.val(training.TEST if folds > 1 else 0)
+    judged = data.judges(training.TEST if folds > 1 else 0)
     assert data.counts(judged).tolist() == [4, 4, 0]
     assert data.parts == ["train"] * 30 + ["val"] * 8 and data.related == 2
     assert all(Path(data.paths[index]).is_relative_to(val) for index in judged)
@@ -334,8 +334,8 @@ def test_a_split_from_a_file_is_kept_to_and_what_it_does_not_name_is_counted(
     file = write_parts(folder.parent / "parts.csv", parts, encoding)
     for seed in ("0", "1"):
         data = load(folder, "--split", str(file), "--seed", seed)
-        assert names_of(data, data.train(0)) == [name for name in parts if parts[name] == "train"]
-        assert names_of(data, data.val(0)) == [name for name in parts if parts[name] == "val"]
+        assert names_of(data, data.learns(0)) == [name for name in parts if parts[name] == "train"]
+        assert names_of(data, data.judges(0)) == [name for name in parts if parts[name] == "val"]
         assert data.classes == ["ape", "bee"] and data.labels.tolist() == [0] * 5 + [1] * 5
         said = f"warning: {file}: 2 images are not named there; left out"
         assert said in capsys.readouterr().err.splitlines()
@@ -348,7 +348,11 @@ def test_a_split_from_a_file_takes_from_the_source_what_it_names_and_nothing_els
     file = write_parts(out.parent / "parts.csv", parts | added)
     data = load(out, "--split", str(file), "--source", str(source))
     assert data.parts == ["train", "val", "train", "source", "source"]
-    assert names_of(data, data.val(0)) == ["ape/ape_001.jpg", "ape/ape_010.jpg", "bee/bee_019.jpg"]
+    assert names_of(data, data.judges(0)) == [
+        "ape/ape_001.jpg",
+        "ape/ape_010.jpg",
+        "bee/bee_019.jpg",
+    ]
     assert [Path(path).parents[1] for path in data.paths] == [out] * 3 + [source] * 2
     assert f"{file}: 35 images are not named there" in capsys.readouterr().err
     for name, part in (("ape/ape_001.jpg", "source"), ("ape/ape_019.jpg", "val")):
@@ -713,10 +717,10 @@ def given_of(folder: Path) -> training.Given:
 
 def test_the_same_index_and_seed_give_the_same_pixels_in_any_process(folder):
     given, loaded = given_of(folder), []
-    train = given.data.train(0)[torch.randperm(45)][:22]
+    train = given.data.learns(0)[torch.randperm(45)][:22]
     drawn = training.cut_batches(train.repeat(2), 8, training.seeded("augment", 0, 1))
     for workers in (0, 1, 2):
-        given.args.workers = workers
+        given.settings.workers = workers
         reader = training.Reader(given)
         torch.manual_seed(workers)
         loaded.append([*reader.read(drawn, ""), *reader.read(training.cut_batches(train, 5), "")])
@@ -735,7 +739,7 @@ def test_the_same_index_and_seed_give_the_same_pixels_in_any_process(folder):
 def test_what_is_evaluated_again_is_read_once(make_folder):
     """The files may be gone by then; a training view is none of those kept."""
     given = given_of(make_folder({"ape": 10, "bee": 10}))
-    reader, train, val = training.Reader(given), given.data.train(0), given.data.val(0)
+    reader, train, val = training.Reader(given), given.data.learns(0), given.data.judges(0)
     drawn = training.cut_batches(train, 8, training.seeded("augment", 0, 1))
     viewed, judged = training.cut_batches(train, 8), training.cut_batches(val, 3)
     first = [list(reader.read(batches, "")) for batches in (drawn, judged, viewed)][1]

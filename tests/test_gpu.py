@@ -162,7 +162,7 @@ def test_no_step_waits_for_the_gpu(epoch, pinned, settings, tmp_path):
     """In float32 and in bfloat16, once what is made in the first steps is there."""
     given, _, begun = begin_on("cuda", settings, epoch, tmp_path / "run")
     drawn = training.draw_epoch(given, begun.stage, epoch)
-    batches = training.cut_batches(drawn, given.args.batch_size, training.seeded("", 0, 0))
+    batches = training.cut_batches(drawn, given.settings.batch_size, training.seeded("", 0, 0))
     loaded = [
         [each.pin_memory() if pinned else each.clone() for each in pair]
         for pair in begun.source.read(batches, "")
@@ -177,7 +177,7 @@ def test_no_step_waits_for_the_gpu(epoch, pinned, settings, tmp_path):
 @cuda
 def test_neither_evaluation_nor_the_feature_pass_waits_for_the_gpu_in_between(settings, tmp_path):
     given, progress, begun = begin_on("cuda", settings, 3, tmp_path / "run")
-    network, val, size = begun.trainer.evaluated, given.data.val(0), given.args.batch_size
+    network, val, size = begun.trainer.evaluated, given.data.judges(0), given.settings.batch_size
     loaded = list(begun.reader.read(training.cut_batches(val, size), ""))
     expected = training.evaluate(given, network, begun.reader, val)
     result = training.evaluate(given, network, Loaded(loaded, watched=True), val)

@@ -190,8 +190,8 @@ def test_loss_counts_classes_alike_and_natural_accuracy_as_in_training(animals, 
     flags = ["--weights", "none", "--no-calibration", "--output", str(tmp_path / "x")]
     given, _ = prepare(animals, *flags)
     data = given.data
-    assert data.counts(data.val(0)).tolist() == [4, 2, 1]
-    targets = data.labels[data.val(0)]
+    assert data.counts(data.judges(0)).tolist() == [4, 2, 1]
+    targets = data.labels[data.judges(0)]
     logits = torch.tensor([[2.0, 0, 0], [0, 0, 0.6], [0, 0, 0.1]])[targets]
     judged = training.judge(given, {0: logits})
     a, b, c = math.exp(2), math.exp(0.6), math.exp(0.1)

@@ -66,9 +66,9 @@ def test_two_processes_train_all_layers_as_a_loop_that_is_written_by_hand(
     command += ["--no-calibration", "--output"]
     spread(animals, *command, tmp_path / "two")
     given, progress = prepare(animals, *command, str(tmp_path / "other"))
-    [stage] = training.plan(given.args, given.data)
+    [stage] = training.plan(given.settings, given.data)
     model, reader = progress.model.train(), training.Reader(given)
-    optimizer = training.whole_optimizer(model, given.args, False)
+    optimizer = training.whole_optimizer(model, given.settings, False)
     trainer = training.Trainer(model, stage, optimizer, given)
     seeds = training.seeded("augment", 0, 0, 1)
     batches = training.cut_batches(training.draw_epoch(given, stage, 1), 12, seeds)
@@ -139,7 +139,7 @@ def test_the_processes_share_the_images_that_are_judged_and_the_batches(
     """Each evaluates batch / processes images at once, and all of them every image once."""
     flags = ["--weights", "none", *TINY, "--output", str(tmp_path / "run")]
     given, progress = prepare(animals, *flags)
-    places, parts = given.data.train(0), []
+    places, parts = given.data.learns(0), []
     for rank in range(world_size):
         read: list[Tensor] = []
 
@@ -177,7 +177,7 @@ def test_batchnorm_is_synchronised_where_a_gpu_has_fewer_than_eight_images(
     device, batch_size, synchronised, tmp_path
 ):
     compute = training.Compute(torch.device(device), None, 0, 8)
-    given = SimpleNamespace(args=SimpleNamespace(batch_size=batch_size), compute=compute)
+    given = SimpleNamespace(settings=SimpleNamespace(batch_size=batch_size), compute=compute)
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/met", rank=0, world_size=1)
     refused = pytest.raises(ValueError, match="SyncBatchNorm layers only work with GPU modules")

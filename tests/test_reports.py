@@ -210,7 +210,7 @@ def test_the_page_says_how_the_network_was_trained(stages, flags, trained, inven
     command = ["x", "--epochs", "3", "--batch-size", "4", *flags.split()]
     args = training.parse_args(command)
     args.lr, args.power = 1e-3 if args.weights == "none" else 3e-4, 1.0
-    given = SimpleNamespace(args=args, data=invented.given.data)
+    given = SimpleNamespace(settings=args, data=invented.given.data)
     done = SimpleNamespace(history=[{"phase": name} for name in stages.split()])
     said = training.describe_method(given, done, invented.last)
     assert trained.replace("classes)", "class)") in said
@@ -276,7 +276,7 @@ def invent(case: str, folder: Path) -> Run:
         return noise + skill * torch.nn.functional.one_hot(labels[places], classes)
 
     before = answer(1.5).argmax(1) if case in ("hostile", "many") else None
-    given = training.Given(args=args, data=data, baseline=before, origin="", compute=CPU)
+    given = training.Given(settings=args, data=data, baseline=before, origin="", compute=CPU)
     numbers = torch.ones(len(places), 2)
     last = training.assess(given, places, answer(3.0), numbers, training.Calibration(1.0, 1.0))
     measures, epochs = training.measure_all(last, data.train_counts()), range(11)

@@ -182,16 +182,16 @@ def test_each_seed_fold_and_epoch_draws_its_own_images_the_same_again_and_none_h
     def draw(fold: int = 0, epoch: int = 1, **other: object) -> list[int]:
         args = SimpleNamespace(**{"seed": 0, "power": 1.0, "rebalance": "sampler"} | other)
         stage = Stage("whole", fold, range(1, 3), passes=2, steps=1, last=True)
-        drawn = training.draw_epoch(SimpleNamespace(args=args, data=data), stage, epoch)
-        assert len(drawn) == 60 and torch.isin(drawn, data.train(fold)).all()
-        return torch.searchsorted(data.train(fold), drawn).tolist()
+        drawn = training.draw_epoch(SimpleNamespace(settings=args, data=data), stage, epoch)
+        assert len(drawn) == 60 and torch.isin(drawn, data.learns(fold)).all()
+        return torch.searchsorted(data.learns(fold), drawn).tolist()
 
     first = draw()
     assert draw() == first
     for other in ({"seed": 1}, {"fold": 1}, {"fold": 3}, {"epoch": 2}):
         assert draw(**other) != first, other
     for fold in range(4):
-        assert set(data.held[data.train(fold)].tolist()) == {0, 1, 2, 3} - {fold}
+        assert set(data.held[data.learns(fold)].tolist()) == {0, 1, 2, 3} - {fold}
     assert sorted(draw(rebalance="none")) == sorted([*range(30)] * 2)
 
 
@@ -342,7 +342,7 @@ def test_the_learning_rate_rises_and_falls_in_any_number_of_steps(name, weights,
     model = nn.Module()
     model.fc = nn.Linear(1, 1)
     stage = Stage(name, 0, range(1), 1, steps, last=True)
-    given = SimpleNamespace(args=SimpleNamespace(weights=weights), compute=CPU)
+    given = SimpleNamespace(settings=SimpleNamespace(weights=weights), compute=CPU)
     optimizer = torch.optim.SGD(model.parameters(), 3.0)
     trainer = training.Trainer(model, stage, optimizer, given)
     rates, biases = [], [model.fc.bias.item()]
@@ -366,10 +366,10 @@ def normalised(given: training.Given, pairs: Tensor) -> Tensor:
 
 def batches_of(given: training.Given, epoch: int) -> tuple[Tensor, ...]:
     """Those that `run` trains on."""
-    stage = next(each for each in training.plan(given.args, given.data) if epoch in each.epochs)
-    seeds = training.seeded("augment", given.args.seed, 0, epoch)
+    stage = next(each for each in training.plan(given.settings, given.data) if epoch in each.epochs)
+    seeds = training.seeded("augment", given.settings.seed, 0, epoch)
     drawn = training.draw_epoch(given, stage, epoch)
-    return training.cut_batches(drawn, given.args.batch_size, seeds)
+    return training.cut_batches(drawn, given.settings.batch_size, seeds)
 
 
 def network_with(state: dict[str, Tensor]) -> models.ResNet:
@@ -426,7 +426,7 @@ def test_a_run_of_the_head_ends_as_a_loop_that_is_written_by_hand(
     views = torch.stack([everything, torch.full_like(everything, training.EVALUATED)], 1)
     with torch.no_grad():
         features = backbone(normalised(given, views))
-    square = (features[given.data.train(0)] ** 2).sum(1).mean().item() / 512
+    square = (features[given.data.learns(0)] ** 2).sum(1).mean().item() / 512
     weight, bias = torch.zeros(3, 512, requires_grad=True), torch.zeros(3, requires_grad=True)
     pace = [[weight, 0.02 / square, 0.002 * square, 0.0], [bias, 0.02, 0.002, 0.0]]
     batches = batches_of(given, 1)
@@ -560,7 +560,7 @@ def test_the_end_is_kept_unless_another_share_is_better_by_more_than_chance(loss
     held = [0] * 4 if folds == 1 else [0, 0, 1, 1]
     data = images([0, 1, 0, 1, 0, 1], [*held, EVERY, EVERY], folds)
     args = training.parse_args(["x", "--no-calibration", "--weights", "x.pt", "--power", "1"])
-    given = SimpleNamespace(args=args, data=data)
+    given = SimpleNamespace(settings=args, data=data)
     done = [Fold({}, {}, part) for part in whole.chunk(folds, 1)]
     assert training.choose_distance(given, done) == kept
 
