@@ -69,7 +69,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, Sampler, WeightedRandomSampler
 from torchvision import models
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
@@ -97,16 +96,57 @@ class DataError(Exception):
     """Bad input, told in one line: where, what, what to do."""
 
 
-# --------------------------------------------------------------------------------------------- run
+# -------------------------------------------------------------------------------------------- run
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of a run as it is used: "auto" is resolved, and nothing changes any more."""
+
+    data: Path
+    val_fraction: float
+    folds: int
+    val: Path | None
+    split: Path | None
+    source: Path | None
+    group: str | None  # a regular expression
+    image_size: int  # pixels per side of a training crop
+    crop_scale: float
+    flip: str
+    workers: int
+    arch: str
+    weights: str
+    epochs: int
+    first_epoch: int  # 0: the epoch of the head comes before all others; else 1
+    frozen_epochs: int  # of the head alone, from the first epoch on
+    rebalance: str  # "sampler" or "none"
+    power: float  # 0 without balancing
+    batch_size: int  # images a step, over all processes
+    lr: float
+    calibrate: bool
+    output: Path
+    baseline: Path | None
+    seed: int
+    device: str
+    amp: bool  # mixed precision
+    command: str  # that started the run
+
+    def head_epochs(self) -> range:
+        """The epochs in which the head alone is trained."""
+        return range(self.first_epoch, self.first_epoch + self.frozen_epochs)
+
+    def whole_epochs(self) -> range:
+        """The epochs after those, in which the backbone is trained too."""
+        return range(self.head_epochs().stop, self.epochs + 1)
 
 
 @dataclass(frozen=True)
 class Given:
     """What a run is given: complete before its first epoch, and the same until its last."""
 
-    settings: Namespace  # every setting as used
+    settings: Settings
     data: Data
-    baseline: Tensor | None  # what the run `--baseline` predicted of the judged images: (M,)
+    baseline: Tensor | None  # what the run `--baseline` predicted for the judged images: (M,)
     origin: str  # in words, where the network is from
     compute: Compute  # of this process
 
@@ -114,9 +154,8 @@ class Given:
 class Fold(NamedTuple):
     """A network that is trained to the end."""
 
-    head: dict[str, Tensor]  # state of the last layer where the way of the whole network began
-    end: dict[str, Tensor]  # state of the network
-    way: Tensor  # logits of the images it is judged by after each of its `DISTANCES`: (S, M, C)
+    network: dict[str, Tensor]  # its state
+    logits: Tensor  # of the images it is judged by: (M, C)
 
 
 @dataclass
@@ -124,110 +163,122 @@ class Progress:
     """How far a run has come: what is stored to go on from there."""
 
     start: dict[str, Tensor]  # the state of each fold's network before its first step
-    model: Any  # in training, or to be judged: a ResNet, or a `Vote`
-    history: Rows  # a row an epoch, from the first one on
-    draws: Tensor  # of each class so far: (C,) int64
-    head: dict[str, Tensor]  # as in `Fold`, of the fold in training
-    logits: Tensor  # of the images that the last epoch was judged by: (M, C)
-    done: list[Fold] = field(default_factory=list)
-    stored: dict[str, Any] = field(default_factory=dict)  # a trainer's state, to take up once
+    model: Any  # in training, a ResNet
+    history: Rows  # a row for each epoch, from the first one on
+    draws: Tensor  # how often images of each class were drawn so far: (C,) int64
+    head: dict[str, Tensor] = field(default_factory=dict)  # as the stage "head" left it
+    logits: Tensor = field(
+        default_factory=lambda: torch.empty(0)
+    )  # of the images that the last epoch was judged by: (M, C)
+    finished: list[Fold] = field(default_factory=list)
+    stored: dict[str, Any] = field(default_factory=dict)  # a trainer's state, to go on from once
     trainer: Any = None  # a `Trainer`, from the first stage on
     features: Tensor | None = None  # what the backbone at the start makes of all images
-    written: float = 0.0  # when the files were, last
+    written: float = 0.0  # when the files were written last, by `time.perf_counter`
 
-    def at(self) -> tuple[int, int]:
-        """The fold, from 0, and the epoch that were done last."""
-        row = self.history[-1] if self.history else {"fold": 0, "epoch": 0}
-        return row["fold"] - 1, row["epoch"]
+    def has_done(self, fold: int, epoch: int) -> bool:
+        """Whether this epoch of this fold, or a later one, is behind us."""
+        last = self.history[-1] if self.history else {"fold": 0, "epoch": 0}
+        return (fold + 1, epoch) <= (last["fold"], last["epoch"])
 
 
-def run(settings: Namespace) -> None:
-    """Train and evaluate as `settings` say, and fill the run folder."""
-    compute = join_processes(settings.device, settings.amp)
-    settings.device = compute.device.type
-    given, progress = first_makes(partial(prepare, settings, compute), compute)
-    settings.batch_size = given.settings.batch_size
-    # A run that goes on may have been told its precision before.
-    compute = compute._replace(amp=pick_compute(str(compute.device), given.settings.amp).amp)
-    given, data = replace(given, compute=compute), given.data
+def run(args: Namespace) -> None:
+    """Train a network, or one for each fold, judge it, and fill the run folder.
+
+    Each epoch draws its images by a `WeightedRandomSampler` with weights 1 / (images of the class),
+    trains on them, and judges the network by the validation images.
+    """
+    compute = join_processes(args.device, args.amp)
+    given, progress = first_makes(partial(prepare, args, compute), compute)
+    given = replace(given, compute=compute)
+    settings, data = given.settings, given.data
     progress.model.to(compute.device, memory_format=memory_format(compute.device))
     reader = Reader(given)
     if compute.rank == 0:
         start_run(given, progress)
-    for stage in plan(given.settings, data):
-        if stage.name == "whole" and first_makes(partial(trial_fails, progress), compute):
-            stage = stage._replace(name="upper")
-        left = [epoch for epoch in stage.epochs if (stage.fold, epoch) > progress.at()]
-        inputs = begin(given, progress, stage, reader) if left else reader
-        for epoch in left:
-            started, reader.waited = time.perf_counter(), 0.0
-            drawn = draw_epoch(given, stage, epoch)
-            seeds = seeded("augment", given.settings.seed, stage.fold, epoch)
-            batches = cut_batches(drawn, given.settings.batch_size, seeds)
-            loss = train_epoch(given, progress.trainer, batches, inputs)
-            seconds, waited = time.perf_counter() - started, reader.waited
-            network, places = progress.trainer.evaluated, data.judges(stage.fold)
-            progress.logits = evaluate(given, network, inputs, places)
-            if epoch == stage.epochs[-1] and stage.last:
-                progress.done.append(look_back(given, progress, stage, reader))
-            row = {
-                "fold": stage.fold + 1,
-                "epoch": epoch,
-                "phase": stage.name,
-                "train_loss": loss,
-                **measure_all(judge(given, {stage.fold: progress.logits}), data.train_counts()),
-                **count_draws(data, stage.fold, drawn),
-                "learning_rate": progress.trainer.rate(),
-                "images_per_second": len(drawn) / seconds,
-                "data_wait": waited / seconds,
-                "seconds": time.perf_counter() - started,
-            }
-            progress.history.append(row)
-            progress.draws += data.counts(drawn)
-            if compute.rank == 0:
-                report(given, progress, epoch == stage.epochs[-1])
+    if not settings.epochs:
+        finish(given, progress, reader)
+        return
+    for fold in range(settings.folds):
+        for stage in plan(given, progress, fold):
+            if progress.has_done(fold, stage.epochs[-1]):
+                continue
+            inputs = begin(given, progress, stage, reader)
+            for epoch in stage.epochs:
+                if progress.has_done(fold, epoch):
+                    continue
+                started = time.perf_counter()
+                drawn = draw_epoch(given, stage, epoch)
+                seeds = seeded("augment", settings.seed, fold, epoch)
+                batches = cut_batches(drawn, settings.batch_size, seeds)
+                trained = train_epoch(given, progress.trainer, batches, inputs)
+                network = progress.trainer.evaluated
+                progress.logits = evaluate(given, network, inputs, data.judges(fold))
+                evaluation = judge(given, {fold: progress.logits})
+                progress.history.append({
+                    "fold": fold + 1,
+                    "epoch": epoch,
+                    "phase": stage.name,
+                    "train_loss": trained.loss,
+                    **evaluation.measures,
+                    **count_draws(data, fold, drawn),
+                    "learning_rate": progress.trainer.rate(),
+                    "images_per_second": len(drawn) / trained.seconds,
+                    "data_wait": trained.waited / trained.seconds,
+                    "seconds": time.perf_counter() - started,
+                })  # fmt: skip
+                progress.draws += data.counts(drawn)
+                if epoch == settings.epochs:
+                    progress.finished.append(Fold(copy_state(progress.model), progress.logits))
+                if compute.rank == 0:
+                    store_epoch(given, progress, epoch == stage.epochs[-1])
+                    print(format_epoch(progress.history[-1], settings), flush=True)
     finish(given, progress, reader)
 
 
 # ---------------------------------------------------------------------------------------- sampling
 
 
-EVALUATED = -1  # in a seed's place: the view of evaluation
+EVALUATED = -1  # in the place of a seed: this image is evaluated, not augmented
 
 
 def sample_weights(labels: Tensor, power: float) -> Tensor:
-    """A weight for each image, 1 / (images of its class) ** power: (N,) float64."""
+    """Return a weight for each image, 1 / (images of its class) ** power: (N,) float64."""
     return torch.bincount(labels).double()[labels] ** -power
 
 
 def seeded(purpose: str, *numbers: int) -> torch.Generator:
-    """A random stream for this purpose and these numbers alone."""
+    """Return a random stream that only this purpose and these numbers have."""
     text = "/".join(map(str, (purpose, *numbers)))
     return torch.Generator().manual_seed(random.Random(text).getrandbits(63))
 
 
-def draw_images(weights: Tensor, weighted: bool, generator: torch.Generator) -> Tensor:
-    """N random places in N `weights`, by weight with replacement or else each once: (N,) int64."""
-    if not weighted:
-        return torch.randperm(len(weights), generator=generator)
+def draw_images(weights: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw N of N images by weight, with replacement: (N,) int64."""
     sampler = WeightedRandomSampler(weights.tolist(), len(weights), generator=generator)
+    # A sampler inside of a DataLoader would draw anew in each process. As a list the draw is the
+    # same for any number of workers and processes, and each process takes its part of it.
     return torch.tensor(list(sampler))
 
 
 def draw_epoch(given: Given, stage: Stage, epoch: int) -> Tensor:
-    """The indices of the training images that an epoch draws, int64."""
-    settings, train = given.settings, given.data.learns(stage.fold)
-    weights = sample_weights(given.data.labels[train], settings.power)
-    stream, weighted = (
-        seeded("draw", settings.seed, stage.fold, epoch),
-        settings.rebalance == "sampler",
-    )
-    drawn = [train[draw_images(weights, weighted, stream)] for _ in range(stage.passes)]
-    return torch.cat([train[:0], *drawn])
+    """Draw the training images of an epoch, every class about equally often: indices, int64."""
+    settings = given.settings
+    learnt = given.data.learns(stage.fold)
+    weights = sample_weights(given.data.labels[learnt], settings.power)
+    stream = seeded("draw", settings.seed, stage.fold, epoch)
+    drawn = []
+    for _ in range(stage.passes):
+        if settings.rebalance == "sampler":
+            places = draw_images(weights, stream)
+        else:
+            places = torch.randperm(len(learnt), generator=stream)
+        drawn.append(learnt[places])
+    return torch.cat(drawn)
 
 
 def count_draws(data: Data, fold: int, drawn: Tensor) -> dict[str, float]:
-    """What a draw of images did: fewest and most of a class, and the part of the images seen."""
+    """Count the draws of the class drawn least and most, and the share of the images seen."""
     counts = data.counts(drawn)
     return {
         "fewest_draws": int(counts.min()),
@@ -239,142 +290,309 @@ def count_draws(data: Data, fold: int, drawn: Tensor) -> dict[str, float]:
 def cut_batches(
     indices: Tensor, batch_size: int, seeds: torch.Generator | None = None
 ) -> tuple[Tensor, ...]:
-    """Batches of (index, seed of its augmentation), (B, 2) int64; without `seeds` to evaluate.
+    """Cut images into batches of (index, seed of the augmentation), (B, 2) int64.
 
-    Their sizes differ by one at most: a last batch of a few images would weigh too much, and one of
-    a single image break BatchNorm.
+    Without `seeds` the images are to be evaluated. The sizes of the batches differ by one at most:
+    a last batch of a few images would weigh too much, and one of a single image break BatchNorm.
     """
     drawn = torch.full_like(indices, EVALUATED)
     if seeds:
         drawn = torch.randint(2**62, (len(indices),), generator=seeds)
     pairs = torch.stack([indices, drawn], 1)
-    return pairs.tensor_split(math.ceil(len(indices) / batch_size)) if len(indices) else ()
+    return pairs.tensor_split(math.ceil(len(indices) / batch_size))
 
 
 # ---------------------------------------------------------------------------------------- training
 
 
+WARM_UP = 0.1  # part of the steps in which the learning rate rises, where it does so slowly
 HEAD_STEPS = 1000  # at least, of training the head alone: on features they cost next to nothing
 HEAD_RATE = 0.02  # of SGD, for features of squared length 512, as those of a ResNet-18
 HEAD_DECAY = 0.002  # weight decay, of the head alone and in the whole network
 HEAD_FACTOR = 3.0  # times the rate of the other layers for the head of a pretrained network
-# Of images like those that the weights know, training all layers forgets more than it learns. A
-# trial of so many steps, where that is a fifth of all at most, tells before the time is spent: it
-# fails where its loss is so many times that of the head, as more steps would win back a part.
-TRIAL_STEPS, TRIAL_FAILS = 150, 1.2
-UPPER_FACTOR = 1 / 15  # times `RATE` for the upper half of a network that fails the trial
-LOWER = ("conv1.", "bn1.", "layer1.", "layer2.")  # the other half
-SOFTENED = 0.1  # what is left of the head's logits as the training of the whole network begins
+# On images like those that the weights were trained on, training all layers does more harm than
+# good. A trial of this many steps shows it, if that is at most a fifth of all. It has failed if its
+# loss is this many times that of the head alone: with more steps the rest would be won back.
+TRIAL_STEPS = 150
+TRIAL_FAILS = 1.2
+UPPER_FACTOR = 1 / 15  # times `--lr` for the upper half of a network that failed the trial
+LOWER = ("conv1.", "bn1.", "layer1.", "layer2.")  # the half below
+SOFTENED = 0.1  # what is left of the head's logits when the training of all layers begins
 CLIP_NORM = 1.0  # longest gradient followed; tiny BatchNorm variances can make it explode
-# With fewer images per process and step BatchNorm takes its statistics over all processes, which
-# waits for the GPU three times a layer, 159 times a step of ResNet-50 (torch's _functions.py).
+# With fewer images than this per process and step, BatchNorm takes its statistics over all
+# processes. That waits for the GPU 159 times a step of a ResNet-50 (torch's _functions.py).
 SYNCHRONISED = 8
 
 
 class Stage(NamedTuple):
-    """A stretch of epochs in which one network trains in one way."""
+    """Epochs in which a network is trained in one way; what differs between the ways."""
 
-    name: str  # "head", "trial", "whole", "upper", or "given": nothing is trained
-    fold: int
-    epochs: range
-    passes: int  # over as many images as there are, an epoch
-    steps: int
-    last: bool  # of its network
+    name: str
+    make_optimizer: Callable[[Given, Progress, int], Optimizer]  # of the fold
+    prepare: Callable[[Progress], None]  # brings the network to where the stage begins
+    on_features: bool  # trains the head on stored features, not the network on images
+    warm_up: float  # part of the steps in which the learning rate rises
+    clips: bool  # long gradients are shortened
+    averages: bool  # ends as the mean of the weights after each step
+    updates_batch_norm: bool
+    fold: int = 0
+    epochs: range = range(0)
+    passes: int = 1  # times that as many images are drawn as there are, in an epoch
+    steps: int = 0  # of the optimizer, in all epochs
 
 
-def plan(settings: Namespace, data: Data) -> list[Stage]:
-    """The stages of a run in order: of each fold the head alone, and then all layers.
+def plan(given: Given, progress: Progress, fold: int) -> Iterator[Stage]:
+    """Yield the stages of a fold in order: the head alone, then all layers.
 
-    By default the head has epoch 0: on features it costs a third of an epoch. The first epochs of
-    all layers are a trial where they are enough for one; the other folds do as the first one did.
+    On large data sets the first epochs of all layers are a trial. If it fails, the network goes
+    back to where the trial began, and only its upper half is trained. The other folds do as the
+    first one did.
     """
-    stages: list[Stage] = []
-    own = settings.frozen_epochs is None and settings.weights != "none"
-    head = range(1) if own else range(1, 1 + (settings.frozen_epochs or 0))
-    whole = range(head.stop, settings.epochs + 1)
-    for fold in range(settings.folds):
-        images = len(data.learns(fold))
-        if not settings.epochs:
-            stages.append(Stage("given", fold, range(1), passes=0, steps=0, last=True))
-            continue
-        if head:  # few images make few steps an epoch: they are passed over again
-            passes = math.ceil(HEAD_STEPS * settings.batch_size / (len(head) * images))
-            steps = len(head) * math.ceil(passes * images / settings.batch_size)
-            stages.append(Stage("head", fold, head, passes, steps, last=not whole))
-        steps, rest = math.ceil(images / settings.batch_size), whole
-        tried = math.ceil(TRIAL_STEPS / steps)
-        if head and fold == 0 and tried <= len(whole) // 5:
-            stages.append(Stage("trial", fold, whole[:tried], 1, tried * steps, last=False))
-            rest = whole[tried:]
-        if rest:
-            stages.append(Stage("whole", fold, rest, 1, len(rest) * steps, last=True))
-    return stages
+    settings = given.settings
+    images = len(given.data.learns(fold))
+    steps = math.ceil(images / settings.batch_size)  # in an epoch
+    head, whole = settings.head_epochs(), settings.whole_epochs()
+    prepare = start_over
+    if head:
+        # Few images make few steps: they are drawn several times an epoch.
+        passes = math.ceil(HEAD_STEPS * settings.batch_size / (len(head) * images))
+        head_steps = len(head) * math.ceil(passes * images / settings.batch_size)
+        yield HEAD._replace(fold=fold, epochs=head, passes=passes, steps=head_steps)
+        prepare = soften_head
+    tried = math.ceil(TRIAL_STEPS / steps)
+    if head and fold == 0 and tried <= len(whole) // 5:
+        epochs, whole = whole[:tried], whole[tried:]
+        yield TRIAL._replace(fold=fold, epochs=epochs, steps=tried * steps, prepare=prepare)
+        prepare = keep_network
+    if not whole:
+        return
+    stage = WHOLE
+    if first_makes(partial(trial_failed, progress), given.compute):
+        stage = UPPER
+        prepare = return_to_head if fold == 0 else keep_network
+    if settings.weights == "none":
+        stage = WHOLE._replace(warm_up=WARM_UP)
+    yield stage._replace(fold=fold, epochs=whole, steps=len(whole) * steps, prepare=prepare)
 
 
-def trial_fails(progress: Progress) -> bool:
-    """Whether training all layers has made the first fold's network much worse than its head."""
+def trial_failed(progress: Progress) -> bool:
+    """Return whether a trial made the first network much worse than its head alone."""
     losses = {row["phase"]: row["val_loss"] for row in progress.history if row["fold"] == 1}
-    return "trial" in losses and losses["trial"] > TRIAL_FAILS * losses["head"]
+    return TRIAL.name in losses and losses[TRIAL.name] > TRIAL_FAILS * losses[HEAD.name]
+
+
+def start_over(progress: Progress) -> None:
+    """Bring the network back to its state before the first step."""
+    progress.model.load_state_dict(progress.start)
+
+
+def soften_head(progress: Progress) -> None:
+    """Make the logits of the head small, and remember how it was.
+
+    A confident head holds the backbone to its old features; a new one pulls it anywhere.
+    """
+    head = progress.model.fc
+    progress.head = copy_state(head)
+    for weight in head.parameters():
+        weight.data.mul_(SOFTENED)
+
+
+def return_to_head(progress: Progress) -> None:
+    """Bring the network back to where the training of its head alone ended."""
+    head = {f"fc.{name}": value for name, value in progress.head.items()}
+    progress.model.load_state_dict(progress.start | head)
+
+
+def keep_network(progress: Progress) -> None:
+    """Leave the network as the stage before has left it."""
+
+
+def begin(given: Given, progress: Progress, stage: Stage, reader: Reader) -> Inputs:
+    """Set up the trainer of a stage, or go on with a stored one; return where its inputs are."""
+    model = progress.model
+    progress.trainer = None  # and with it what DistributedDataParallel holds of the network
+    is_new = not progress.has_done(stage.fold, stage.epochs[0])
+    if is_new:
+        stage.prepare(progress)
+    inputs: Inputs = reader
+    if stage.on_features:
+        if progress.features is None:
+            progress.features = extract_features(given, model, reader)
+        inputs = Features(progress.features, given.data.labels, given.compute)
+    optimizer = stage.make_optimizer(given, progress, stage.fold)
+    progress.trainer = Trainer(model, stage, optimizer, given)
+    if not is_new:
+        progress.trainer.load_state_dict(progress.stored)
+    progress.stored = {}
+    return inputs
+
+
+@torch.no_grad()
+def extract_features(given: Given, model: models.ResNet, reader: Reader) -> Tensor:
+    """Compute what the backbone makes of each image, BatchNorm as in evaluation: (N, D) float16.
+
+    Half precision is enough for the head, and each process holds the features of all images.
+    """
+    compute = given.compute
+    backbone = copy.deepcopy(model).eval()
+    backbone.fc = nn.Identity()
+    ours = torch.arange(compute.rank, len(given.data.labels), compute.world_size)
+    batches = cut_batches(ours, math.ceil(given.settings.batch_size / compute.world_size))
+    rows: list[Tensor] = []
+    last = None  # is copied only when the device has the next batch to compute
+    for images, _ in reader.read(batches, "features"):
+        with compute.autocast():
+            features = backbone(to_input(images, compute.device)).half()
+        if last is not None:
+            rows.append(last.cpu())
+        last = features
+    if last is not None:
+        rows.append(last.cpu())
+    return gather(torch.cat(rows), compute)
+
+
+def head_optimizer(given: Given, progress: Progress, fold: int) -> Optimizer:
+    """Make SGD for the head alone.
+
+    The largest stable step depends on the norm of the features; `HEAD_RATE` is for a ResNet-18's.
+    """
+    lengths = torch.linalg.vector_norm(progress.features, dim=1, dtype=torch.float32)
+    learnt = lengths[given.data.learns(fold)]
+    square = max(learnt.square().mean().item() / 512, 1e-12)
+    head = progress.model.fc
+    groups = [
+        {"params": [head.weight], "lr": HEAD_RATE / square, "weight_decay": HEAD_DECAY * square},
+        {"params": [head.bias], "lr": HEAD_RATE, "weight_decay": HEAD_DECAY},
+    ]
+    return torch.optim.SGD(groups, momentum=0.9, fused=True)
+
+
+def whole_optimizer(given: Given, progress: Progress, _: int) -> Optimizer:
+    """Make AdamW for all layers."""
+    return adamw(progress.model, given.settings, given.settings.lr)
+
+
+def upper_optimizer(given: Given, progress: Progress, _: int) -> Optimizer:
+    """Make AdamW for the upper half of the layers, in small steps."""
+    return adamw(progress.model, given.settings, given.settings.lr * UPPER_FACTOR, frozen=LOWER)
+
+
+def adamw(
+    model: nn.Module, settings: Settings, rate: float, frozen: tuple[str, ...] = ()
+) -> Optimizer:
+    """Make AdamW for all weights but the `frozen` ones; the head of known weights learns faster."""
+    head: list[Tensor] = []
+    others: list[Tensor] = []
+    for name, weight in model.named_parameters():
+        weight.requires_grad = not name.startswith(frozen)
+        if weight.requires_grad:
+            (head if name.startswith("fc.") else others).append(weight)
+    factor = 1.0 if settings.weights == "none" else HEAD_FACTOR
+    groups = [
+        {"params": head, "lr": rate * factor},
+        {"params": others, "lr": rate, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, weight_decay=HEAD_DECAY, fused=True)
+
+
+HEAD = Stage(
+    "head",
+    make_optimizer=head_optimizer,
+    prepare=start_over,
+    on_features=True,
+    warm_up=WARM_UP,
+    clips=False,  # a convex problem
+    averages=False,
+    updates_batch_norm=False,
+)
+WHOLE = Stage(
+    "whole",
+    make_optimizer=whole_optimizer,
+    prepare=keep_network,
+    on_features=False,
+    warm_up=0.0,
+    clips=True,
+    averages=False,
+    updates_batch_norm=True,
+)
+TRIAL = WHOLE._replace(name="trial")
+UPPER = WHOLE._replace(
+    name="upper",
+    make_optimizer=upper_optimizer,
+    warm_up=WARM_UP,
+    averages=True,
+    updates_batch_norm=False,
+)
 
 
 class Trainer:
     """A network in training and what moves with it. It knows no files, and no epoch's number."""
 
     def __init__(self, model: Any, stage: Stage, optimizer: Optimizer, given: Given):
-        """A stage at its beginning."""
-        self.stage, self.optimizer = stage, optimizer
-        head_alone, upper = stage.name == "head", stage.name == "upper"
-        self.evaluated = model.fc if head_alone else model.train(not upper)
+        """Stand at the beginning of a stage."""
+        self.stage = stage
+        self.optimizer = optimizer
+        self.evaluated = model.fc if stage.on_features else model
+        self.evaluated.train(stage.updates_batch_norm)
         self.network = wrap_ddp(self.evaluated, given)
-        groups = optimizer.param_groups
-        self.weights = [weight for group in groups for weight in group["params"]]
-        peaks = [group["lr"] for group in groups]
+        self.weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        peaks = [group["lr"] for group in optimizer.param_groups]
         # OneCycleLR divides by zero where either part of the cycle has a single step.
         steps = max(4, stage.steps)
-        warm_up = 0.1 if head_alone or upper or given.settings.weights == "none" else 0.0
-        rising = max(warm_up, 2 / steps)
+        rising = max(stage.warm_up, 2 / steps)
         self.scheduler = OneCycleLR(optimizer, peaks, steps, pct_start=rising, cycle_momentum=False)
-        scaled = given.compute.amp is torch.float16
-        self.scaler = torch.amp.GradScaler(given.compute.device.type, enabled=scaled)
-        self.average = AveragedModel(model) if upper else None
+        scales = given.compute.amp is torch.float16
+        self.scaler = torch.amp.GradScaler(given.compute.device.type, enabled=scales)
+        self.mean: list[Tensor] = []  # of the weights after each step so far
 
     def rate(self) -> float:
-        """The learning rate of the next step, NaN where nothing is trained."""
-        return math.nan if self.stage.name == "given" else float(self.scheduler.get_last_lr()[-1])
+        """Return the learning rate of the next step, that of the backbone if it is trained."""
+        return float(self.scheduler.get_last_lr()[-1])
 
     def step(self, loss: Tensor) -> None:
         """Take a step against the gradient of `loss`."""
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
-        if self.stage.name != "head":  # which is a convex problem
+        if self.stage.clips:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.weights, CLIP_NORM)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
-        if self.average:  # which asks the device how many steps it has seen, and waits for that
-            self.average.update_parameters(self.evaluated)
-            if self.scheduler.last_epoch == self.stage.steps:
-                self.evaluated.load_state_dict(self.average.module.state_dict())
+        if self.stage.averages:
+            self.average(self.scheduler.last_epoch)
+
+    @torch.no_grad()
+    def average(self, steps: int) -> None:
+        """Add the weights after `steps` steps to their mean; after the last one they become it."""
+        # `AveragedModel` does the same, but waits for the device at every step.
+        if not self.mean:
+            self.mean = [weight.detach().clone() for weight in self.weights]
+        torch._foreach_lerp_(self.mean, self.weights, 1 / steps)
+        if steps == self.stage.steps:
+            torch._foreach_copy_(self.weights, self.mean)
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on as if nothing had happened."""
-        parts = ("optimizer", "scheduler", "scaler", "average")
-        return {name: part.state_dict() for name in parts if (part := getattr(self, name))}
+        """Return what `load_state_dict` needs to go on as if nothing had happened."""
+        parts = {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
+        return {"mean": self.mean} | {name: part.state_dict() for name, part in parts.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what was stored in this stage."""
-        for name, stored in state.items():
-            if stored:  # a scaler that was not needed has none, and one that is refuses it
-                getattr(self, name).load_state_dict(stored)
-        for weight, kept in self.optimizer.state.items():
-            for name, value in kept.items():  # kernels read both as they lie, maybe elsewhere now
+        """Go on with what was stored in this stage."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if state["scaler"]:  # a scaler that was not needed stored nothing, and one that is asks
+            self.scaler.load_state_dict(state["scaler"])
+        for weight, kept in zip(self.weights, state["mean"], strict=False):
+            self.mean.append(torch.empty_like(weight).copy_(kept))
+        for weight, moments in self.optimizer.state.items():
+            for name, value in moments.items():  # kernels read both as they lie in memory
                 if isinstance(value, Tensor) and value.shape == weight.shape:
-                    kept[name] = torch.empty_like(weight).copy_(value)
+                    moments[name] = torch.empty_like(weight).copy_(value)
 
 
 def wrap_ddp(network: nn.Module, given: Given) -> nn.Module:
-    """`network` itself, or with its gradients averaged over the processes after each step."""
+    """Return `network`, under torchrun with its gradients averaged over the processes."""
     compute = given.compute
     if compute.world_size == 1:
         return network
@@ -387,90 +605,32 @@ def wrap_ddp(network: nn.Module, given: Given) -> nn.Module:
     return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 
-def head_optimizer(model: models.ResNet, lengths: Tensor) -> Optimizer:
-    """SGD for the head alone, on features of these lengths.
+class Trained(NamedTuple):
+    """What an epoch of training took."""
 
-    How far a step may go hangs on the length of the features; `HEAD_RATE` is for a ResNet-18's.
+    loss: float  # averaged over images
+    seconds: float
+    waited: float  # seconds of these for images
+
+
+def train_epoch(
+    given: Given, trainer: Trainer, batches: Sequence[Tensor], inputs: Inputs
+) -> Trained:
+    """Train on `batches`, of which each process takes its part.
+
+    Raises `DataError` if the loss is not finite.
     """
-    square = max(lengths.square().mean().item() / 512, 1e-12)
-    rate, decay = HEAD_RATE / square, HEAD_DECAY * square
-    groups = [
-        {"params": [model.fc.weight], "lr": rate, "weight_decay": decay},
-        {"params": [model.fc.bias], "lr": HEAD_RATE, "weight_decay": HEAD_DECAY},
-    ]
-    return torch.optim.SGD(groups, momentum=0.9, fused=True)
-
-
-def whole_optimizer(model: nn.Module, settings: Namespace, upper: bool) -> Optimizer:
-    """AdamW for all layers, or for the `upper` half in small steps."""
-    parts: dict[bool, list[Tensor]] = {True: [], False: []}
-    for name, weight in model.named_parameters():
-        weight.requires_grad = not (upper and name.startswith(LOWER))
-        if weight.requires_grad:
-            parts[name.startswith("fc.")].append(weight)
-    rate = settings.lr * (UPPER_FACTOR if upper else 1.0)
-    factor = 1.0 if settings.weights == "none" else HEAD_FACTOR
-    head = {"params": parts[True], "lr": rate * factor}
-    rest = {"params": parts[False], "lr": rate, "weight_decay": 0.0}
-    return torch.optim.AdamW([head, rest], weight_decay=HEAD_DECAY, fused=True)
-
-
-def begin(given: Given, progress: Progress, stage: Stage, reader: Reader) -> Inputs:
-    """Set up `progress.trainer` for a stage, or take up what was stored; where its inputs are."""
-    model, fold = progress.model, progress.at()[0]
-    inputs: Inputs = reader
-    before = progress.history[-1]["phase"] if fold == stage.fold else ""
-    if fold != stage.fold and fold >= 0:  # a fold begins where the first one did
-        model.load_state_dict(progress.start)
-    if stage.name == "head":
-        if progress.features is None:
-            progress.features = extract_features(given, model, reader)
-        inputs = Features(progress.features, given.data.labels, given.compute)
-        table = progress.features[given.data.learns(stage.fold)].float()
-        optimizer = head_optimizer(model, torch.linalg.vector_norm(table, dim=1))
-    else:
-        optimizer = whole_optimizer(model, given.settings, stage.name == "upper")
-    progress.trainer = Trainer(model, stage, optimizer, given)
-    if before == stage.name:
-        progress.trainer.load_state_dict(progress.stored)
-    elif before == "trial":
-        if stage.name == "upper":  # back to where the trial began
-            model.load_state_dict(at_start(progress, progress.head))
-    elif stage.name not in ("head", "given"):
-        progress.head = copy_state(model.fc)
-        if before == "head" and stage.name != "upper":
-            # A confident head holds the backbone to the old features, a new one pulls it anywhere.
-            for weight in model.fc.parameters():
-                weight.data.mul_(SOFTENED)
-    progress.stored = {}
-    return inputs
-
-
-@torch.no_grad()
-def extract_features(given: Given, model: models.ResNet, reader: Reader) -> Tensor:
-    """What the backbone makes of each image, BatchNorm as in evaluation: (N, D) float16.
-
-    In half the memory: logits of the head need no more digits, and each process holds them all.
-    """
-    compute = given.compute
-    backbone = copy.deepcopy(model).eval()
-    backbone.fc = nn.Identity()
-    ours = torch.arange(compute.rank, len(given.data.labels), compute.world_size)
-    batches = cut_batches(ours, math.ceil(given.settings.batch_size / compute.world_size))
-    rows = []
-    for inputs, _ in reader.read(batches, "features"):
-        with compute.autocast():
-            rows.append(backbone(to_input(inputs, compute.device)).half().cpu())
-    return gather(torch.cat(rows), compute)
-
-
-def train_epoch(given: Given, trainer: Trainer, batches: Sequence[Tensor], inputs: Inputs) -> float:
-    """Train on `batches`, of which each process takes its part; the loss averaged over images."""
-    settings, compute, started = given.settings, given.compute, time.perf_counter()
-    total, tenth = torch.zeros((), device=compute.device), math.ceil(len(batches) / 10)
+    settings, compute, stage = given.settings, given.compute, trainer.stage
+    started = time.perf_counter()
+    waited = 0.0
+    total = torch.zeros((), device=compute.device)
+    tenth = math.ceil(len(batches) / 10)
     ours = [batch[compute.rank :: compute.world_size] for batch in batches]
-    loaded = inputs.read(ours, f"training, {trainer.stage.name}")
-    for batch, (images, targets) in zip(batches, loaded, strict=True):
+    loaded = iter(inputs.read(ours, f"training, {stage.name}"))
+    for batch in batches:
+        asked = time.perf_counter()
+        images, targets = next(loaded)
+        waited += time.perf_counter() - asked
         targets = to_device(targets, compute.device)
         with compute.autocast():
             logits = trainer.network(to_input(images, compute.device))
@@ -478,18 +638,20 @@ def train_epoch(given: Given, trainer: Trainer, batches: Sequence[Tensor], input
         # Gradients are averaged over processes, whose parts of a batch may differ by one image.
         trainer.step(loss * (len(targets) * compute.world_size / len(batch)))
         total += loss.detach() * len(targets)
-        stage = trainer.stage
-        if trainer.scheduler.last_epoch == tenth and stage.fold == 0 and stage.name != "head":
+        if trainer.scheduler.last_epoch == tenth and stage.fold == 0 and not stage.on_features:
             epoch = (time.perf_counter() - started) * len(batches) / tenth
             if compute.rank == 0:
                 epochs = settings.epochs * settings.folds - stage.epochs[0] + 1
                 minutes = math.ceil(epoch * epochs / 60)
                 tqdm.write(f"about {minutes} min to go", sys.stderr)
+    next(loaded, None)  # which ends the progress bar
     if dist.is_initialized():
         dist.all_reduce(total)
-    if not total.isfinite():
-        raise DataError(f"--lr: the loss became {total.item()}; try a tenth of {settings.lr:g}")
-    return total.item() / sum(map(len, batches)) if batches else math.nan
+    loss_sum = total.item()
+    if not math.isfinite(loss_sum):
+        raise DataError(f"--lr: the loss became {loss_sum}; try a tenth of {settings.lr:g}")
+    images_seen = sum(map(len, batches))
+    return Trained(loss_sum / images_seen, time.perf_counter() - started, waited)
 
 
 # ---------------------------------------------------------------------- evaluation and calibration
@@ -501,14 +663,13 @@ LEAST_SCALE = 0.01
 LEAST_SPREAD = 0.05  # of log shares; what differs less in frequency is not shifted by much
 MOST_FITTED = 2**22  # logits that calibration is fitted on: more would tell two numbers little new
 HIGHEST = 1e4  # logit
-BLOCK = 2**13  # images whose probabilities are held at once
 
 
 @torch.no_grad()
 def evaluate(
     given: Given, network: nn.Module, inputs: Inputs, places: Tensor, title: str = "validation"
 ) -> Tensor:
-    """The logits of the images at `places`, of which each process takes its part: (M, C).
+    """Compute the logits of the images at `places`, of which each process takes its part: (M, C).
 
     Raises `DataError` where they are NaN.
     """
@@ -524,113 +685,132 @@ def evaluate(
         with compute.autocast():
             outputs.append(network(to_input(images, compute.device)))
     network.train(training)
-    logits = gather(torch.cat([each.cpu() for each in outputs]), compute)
+    logits = gather(torch.cat([output.cpu() for output in outputs]), compute)
     if logits.isnan().any():
         raise DataError("the network's outputs are no numbers; take other weights or a lower --lr")
     return logits.clamp(-HIGHEST, HIGHEST)  # float16 overflows
 
 
 class Calibration(NamedTuple):
-    """Two numbers that make calibrated logits of a network's: scale * logits - shift * log_share.
+    """Two numbers, fitted on the validation images, remove the bias towards frequent classes.
 
-    Drawn equally often, a rare class is still recognised less often in the end: its few images are
-    known by heart and teach nothing any more. `shift` gives back what frequent classes gained by
-    that (logit adjustment, Menon et al. 2021, arXiv:2007.07314), and `scale` takes back confidence
-    that is not earned (temperature, Guo et al. 2017, arXiv:1706.04599).
+    Calibrated logits are scale * logits - shift * log_share. Although all classes are drawn equally
+    often, a rare class is still recognised less often in the end: its few images are memorised and
+    teach nothing more. `shift` takes back what frequent classes gained by that (logit adjustment,
+    Menon et al. 2021, arXiv:2007.07314), and `scale` makes a network less sure that is too sure
+    (temperature, Guo et al. 2017, arXiv:1706.04599).
     """
 
     scale: float = 1.0
     shift: float = 0.0
 
+    def apply(self, logits: Tensor, log_share: Tensor) -> Tensor:
+        """Return the calibrated logits: (M, C) float32."""
+        return self.scale * logits.float() - self.shift * log_share
+
+
+class Answer(NamedTuple):
+    """What a network answers for M images."""
+
+    predicted: Tensor  # (M,) int64
+    probability: Tensor  # (M,) float32, of the predicted class
+    confusion: Tensor  # (C, C) int64, rows true, columns predicted
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is said of M images of C classes, in their order; calibrated, if not said."""
+    """What is known of a network from M images of C classes that it has not learnt."""
 
-    places: Tensor  # (M,) int64, where they are in `Data`
-    loss: float  # averaged over images, each class counting the same
+    places: Tensor  # (M,) int64, where the images are in `Data`
     targets: Tensor  # (M,) int64
-    predicted: Tensor  # (M,) int64
-    probability: Tensor  # (M,) float32, of the predicted class
-    true_probability: Tensor  # (M,) float32, of the true one
-    as_trained: Tensor  # (M,) int64, predicted without calibration
-    trained_probability: Tensor  # (M,) float32, of that
-    natural: Tensor  # (M,) int64, predicted where classes are as frequent as in training
-    confusion: Tensor  # (C, C) int64, rows true, columns predicted
+    loss: float  # calibrated, averaged over images, each class counting the same
+    true_probability: Tensor  # (M,) float32, calibrated, of the true class
+    calibrated: Answer
+    as_trained: Answer
+    natural: Answer  # calibrated, where classes are as frequent as in training
     calibration: Calibration  # fitted on all images, for those to come
+    measures: dict[str, float] = field(default_factory=dict)  # of `measure_all`
 
     @property
     def val_counts(self) -> Tensor:
         """The images of each class: (C,) int64."""
-        return self.confusion.sum(1)
+        return self.calibrated.confusion.sum(1)
 
     @property
     def recall(self) -> Tensor:
-        """The part of each class that was recognised: (C,) float64, NaN for one without images."""
-        return recall_by_class(self.confusion)
+        """The recall of each class: (C,) float64, NaN for one without images."""
+        return recall_by_class(self.calibrated.confusion)
 
 
-def judge(given: Given, answers: Mapping[int, Tensor]) -> Evaluation:
-    """What the logits of one or more folds say of the images that these are judged by.
+def judge(given: Given, logits_of_folds: Mapping[int, Tensor]) -> Evaluation:
+    """Evaluate the logits of one or more folds by the images that judge these.
 
-    Numbers of calibration are fitted on other images than they are used for: on those of the other
-    folds, or on the other half of those of one fold.
+    Calibration is cross-fitted: no image influences its own numbers. They are fitted on the images
+    of the other folds, or, with one fold, on the other half of its images.
     """
-    data, settings = given.data, given.settings
-    places = torch.cat([data.judges(fold) for fold in answers])
-    logits, targets = torch.cat([*answers.values()]), data.labels[places]
-    part = torch.cat([torch.full((len(each),), fold) for fold, each in answers.items()])
-    if len(answers) == 1:
-        part = pick_half(targets).long()
-    numbers, fitted = torch.tensor([Calibration()]).expand(len(targets), -1), Calibration()
-    if settings.epochs and not settings.no_calibration:
-        numbers, log_share = numbers.clone(), data.log_share()
-        left = LEFT + 1 - settings.power
-        for each in part.unique():
-            others = part != each
-            fit = fit_calibration(logits[others], targets[others], log_share, left)
-            numbers[~others] = torch.tensor(fit)
-        fitted = fit_calibration(logits, targets, log_share, left)
-    return assess(given, places, logits, numbers, fitted)
+    settings, data = given.settings, given.data
+    places = torch.cat([data.judges(fold) for fold in logits_of_folds])
+    logits = torch.cat([*logits_of_folds.values()])
+    targets = data.labels[places]
+    if not (settings.epochs and settings.calibrate):
+        return assess(given, places, logits, Calibration())
+    folds = [torch.full((len(part),), fold) for fold, part in logits_of_folds.items()]
+    parts = torch.cat(folds) if len(folds) > 1 else pick_half(targets).long()
+    log_share = data.log_share()
+    left = LEFT + 1 - settings.power
+    calibrated = torch.empty(logits.shape)
+    for part in parts.unique():
+        ours = parts == part
+        fitted = fit_calibration(logits[~ours], targets[~ours], log_share, left)
+        calibrated[ours] = fitted.apply(logits[ours], log_share)
+    calibration = fit_calibration(logits, targets, log_share, left)
+    return assess(given, places, logits, calibration, calibrated)
 
 
 def assess(
-    given: Given, places: Tensor, logits: Tensor, numbers: Tensor, fitted: Calibration
+    given: Given,
+    places: Tensor,
+    logits: Tensor,
+    calibration: Calibration,
+    calibrated: Tensor | None = None,
 ) -> Evaluation:
-    """What (M, C) logits say of the images at `places`, calibrated by (M, 2) `numbers`."""
-    log_share, targets = given.data.log_share(), given.data.labels[places]
-    natural, answers = natural_shift(given.settings, given.data), defaultdict(list)
-    for rows in torch.arange(len(targets)).split(BLOCK):
-        scale, shift = numbers[rows].T[..., None]
-        trained = logits[rows].float()
-        adjusted = scale * trained - shift * log_share
-        answers["losses"].append(F.cross_entropy(adjusted, targets[rows], reduction="none"))
-        trained_probability, as_trained = trained.softmax(1).max(1)
-        probability, predicted = adjusted.softmax(1).max(1)
-        answers["as_trained"].append(as_trained)
-        answers["trained_probability"].append(trained_probability)
-        answers["predicted"].append(predicted)
-        answers["probability"].append(probability)
-        answers["natural"].append((adjusted + natural).argmax(1))
-    whole = {name: torch.cat(parts) for name, parts in answers.items()}
-    losses = whole.pop("losses")
-    return Evaluation(
+    """Evaluate (M, C) logits of images, `calibrated` as given or else by `calibration`."""
+    data = given.data
+    log_share = data.log_share()
+    targets = data.labels[places]
+    if calibrated is None:
+        calibrated = calibration.apply(logits, log_share)
+    # The probabilities of the true and of the predicted class come from one table: where these are
+    # the same class, so are the two numbers.
+    log_probability = calibrated.log_softmax(1)
+    losses = -log_probability.gather(1, targets[:, None]).squeeze(1)
+    evaluation = Evaluation(
         places=places,
-        loss=(class_weights(targets) @ losses.double()).item(),
         targets=targets,
+        loss=(class_weights(targets) @ losses.double()).item(),
         true_probability=(-losses).exp(),
-        confusion=confusion_matrix(targets, whole["predicted"], len(log_share)),
-        calibration=fitted,
-        **whole,
+        calibrated=answer(log_probability, targets),
+        as_trained=answer(logits.float().log_softmax(1), targets),
+        natural=answer((calibrated + natural_shift(given)).log_softmax(1), targets),
+        calibration=calibration,
     )
+    return replace(evaluation, measures=measure_all(evaluation, data.train_counts()))
 
 
-def natural_shift(settings: Namespace, data: Data) -> Tensor:
-    """What to add to logits where classes are as frequent as in training: (C,) float32.
+def answer(log_probability: Tensor, targets: Tensor) -> Answer:
+    """Answer with the class of the highest probability; (M, C) and (M,) go in."""
+    best, predicted = log_probability.max(1)
+    confusion = confusion_matrix(targets, predicted, log_probability.shape[1])
+    return Answer(predicted, best.exp(), confusion)
+
+
+def natural_shift(given: Given) -> Tensor:
+    """Return what to add to logits where classes are as frequent as in training: (C,) float32.
 
     Without calibration, what the sampler did not take away is in them already.
     """
-    return data.log_share() * (settings.power if settings.no_calibration else 1.0)
+    settings = given.settings
+    return given.data.log_share() * (1.0 if settings.calibrate else settings.power)
 
 
 def pick_half(targets: Tensor) -> Tensor:
@@ -697,128 +877,61 @@ def pick_evenly(labels: Tensor, most: int) -> Tensor:
 # --------------------------------------------------------------------------- what is kept, the end
 
 
-DISTANCES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the way from the head alone to the end of training
 WRITE_EVERY = 30.0  # seconds; on a fast GPU the files of an epoch take longer than the epoch
 
 
 def copy_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state of a module, copied into main memory."""
+    """Copy the state of a module into main memory."""
     return {key: value.to("cpu", copy=True) for key, value in module.state_dict().items()}
 
 
-def list_distances(settings: Namespace) -> tuple[float, ...]:
-    """The distances along the way from the head alone to the end that are compared, the end last.
-
-    On images like those that the weights know, the end has lost what a part of the way keeps
-    (Wortsman et al. 2022, arXiv:2109.01903); on others it has not.
-    """
-    head = settings.weights != "none" and settings.frozen_epochs != 0
-    return DISTANCES if head and (settings.frozen_epochs or 0) < settings.epochs else DISTANCES[-1:]
-
-
-def at_start(progress: Progress, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a network where the training of all its layers begins."""
-    return progress.start | {f"fc.{key}": value for key, value in head.items()}
-
-
-def mix(progress: Progress, fold: Fold, distance: float) -> dict[str, Tensor]:
-    """The state of a network after a distance of its way: weights between the start's and end's."""
-    start = at_start(progress, fold.head)
-    ends = {k: (start[k].float(), v.float(), v.dtype) for k, v in fold.end.items()}
-    mixed = {k: torch.lerp(one, two, distance).to(kind) for k, (one, two, kind) in ends.items()}
-    return fold.end if distance == 1 else mixed
-
-
-def look_back(given: Given, progress: Progress, stage: Stage, reader: Reader) -> Fold:
-    """The network of a fold at its end, and what it says after each distance of its way there."""
-    model, places = progress.model, given.data.judges(stage.fold)
-    fold = Fold(progress.head, copy_state(model), progress.logits[None])
-    *earlier, _ = list_distances(given.settings)
-    way = []
-    for distance in earlier:
-        model.load_state_dict(mix(progress, fold, distance))
-        way.append(evaluate(given, model, reader, places, f"choosing, {distance:.0%}"))
-    model.load_state_dict(fold.end)
-    return fold._replace(way=torch.stack([*way, progress.logits]))
-
-
-def choose_distance(given: Given, done: Sequence[Fold]) -> int:
-    """The place in `list_distances` of what all folds keep of their ways.
-
-    It is the end, unless another has a lower log loss by more than a standard error, calibrated on
-    other images than it is judged by, each class counting the same: of few images the best of five
-    is often best by chance, and to choose would then cost more than it gains.
-    """
-    losses = []
-    for at in range(len(done[0].way)):
-        judged = judge(given, {fold: each.way[at] for fold, each in enumerate(done)})
-        losses.append(-judged.true_probability.double().clamp(min=1e-30).log())
-    weights, end = class_weights(judged.targets), len(losses) - 1
-    best = min(reversed(range(len(losses))), key=lambda at: (weights @ losses[at]).item())
-    gains = losses[end] - losses[best]
-    gain = weights @ gains
-    error = (weights**2 @ (gains - gain) ** 2).sqrt()
-    return best if gain > error else end
-
-
-def finish(given: Given, progress: Progress, reader: Reader) -> None:
-    """Choose the network of a run, judge it, and write what there is to say of it."""
-    settings, data, compute, done = given.settings, given.data, given.compute, progress.done
-    if not done:  # of a run that had come to its end before
-        if compute.rank == 0:
-            drop_leftovers(settings.output)
-            print(f"\nnothing is left to do in {printable(str(settings.output))}")
+def store_epoch(given: Given, progress: Progress, stage_ends: bool) -> None:
+    """Write the files of a run after an epoch: where a stage ends, or the last time is long ago."""
+    if not stage_ends and time.perf_counter() - progress.written < WRITE_EVERY:
         return
-    at = first_makes(lambda: choose_distance(given, done), compute)
-    distance = list_distances(settings)[at]
-    last = judge(given, {fold: each.way[at] for fold, each in enumerate(done)})
-    states = [mix(progress, fold, distance) for fold in done]
-    if isinstance(progress.model, Vote):
-        states = [copy_state(network) for network in progress.model.networks]
-    test, tested = data.judges(TEST), None
-    if len(test):
-        networks = {"networks": states, "classes": data.classes}
-        vote = build_model(settings.arch, data.classes, networks)[0].to(compute.device)
-        logits = evaluate(given, vote, reader, test, "test")
-        numbers = torch.tensor([last.calibration]).expand(len(test), -1)
-        tested = assess(given, test, logits, numbers, last.calibration)
-    if compute.rank == 0:
-        write_network(given, states, last.calibration)
-        report_end(given, progress, (last, tested), distance)
-
-
-def report(given: Given, progress: Progress, done: bool) -> None:
-    """Print what there is to say after an epoch, and write it if it is time or a stage `done`."""
-    row, settings = progress.history[-1], given.settings
-    print(format_epoch(row, settings), flush=True)
-    if not settings.epochs or (not done and time.perf_counter() - progress.written < WRITE_EVERY):
-        return
-    fold = row["fold"] - 1
-    answers = {at: each.way[-1] for at, each in enumerate(progress.done)}
-    states = [each.end for each in progress.done] or [copy_state(progress.model)]
-    if fold in answers:  # the network of this fold is done
-        save_tensors(settings.output / f"fold-{fold + 1}.pt", progress.done[fold]._asdict())
-    last = judge(given, answers | {fold: progress.logits})
-    write_network(given, states, last.calibration)
+    output, finished = given.settings.output, progress.finished
+    fold = progress.history[-1]["fold"] - 1
+    if len(finished) > fold:  # the network of this fold is trained to the end
+        save_tensors(output / f"fold-{fold + 1}.pt", finished[fold]._asdict())
+    logits = {place: done.logits for place, done in enumerate(finished)} | {fold: progress.logits}
+    networks = [done.network for done in finished] or [copy_state(progress.model)]
+    evaluation = judge(given, logits)
+    write_network(given, networks, evaluation.calibration)
     save_state(given, progress)
-    write_reports(given, progress, last, None)
+    write_reports(given, progress, evaluation, None)
     progress.written = time.perf_counter()
 
 
-def report_end(
-    given: Given, progress: Progress, judged: tuple[Evaluation, Evaluation | None], distance: float
-) -> None:
-    """Write and print what there is to say of a run that is done, and drop what it went on from."""
-    write_reports(given, progress, *judged)
-    if given.settings.epochs:
-        save_state(given, progress, done=True)
-    drop_leftovers(given.settings.output)
-    print_end(given, progress, *judged, distance)
+def finish(given: Given, progress: Progress, reader: Reader) -> None:
+    """Judge the networks of a run, test their vote, and write what there is to say of them."""
+    settings, data, compute = given.settings, given.data, given.compute
+    if settings.epochs:
+        logits = {fold: done.logits for fold, done in enumerate(progress.finished)}
+        networks = [done.network for done in progress.finished]
+    else:  # the network was given
+        logits = {0: evaluate(given, progress.model, reader, data.judges(0))}
+        model = progress.model
+        members = model.networks if isinstance(model, Vote) else [model]
+        networks = [copy_state(network) for network in members]
+    evaluation = judge(given, logits)
+    test = None
+    images = data.judges(TEST)
+    if len(images):
+        content = {"networks": networks, "classes": data.classes}
+        vote: Any = build_model(settings.arch, data.classes, content)[0]
+        vote.to(compute.device, memory_format=memory_format(compute.device))
+        answers = evaluate(given, vote, reader, images, "test")
+        test = assess(given, images, answers, evaluation.calibration)
+    if compute.rank == 0:
+        write_network(given, networks, evaluation.calibration)
+        if write_reports(given, progress, evaluation, test):
+            remove_state(settings.output)
+        print_end(given, progress, evaluation, test)
 
 
-def drop_leftovers(output: Path) -> None:
-    """Remove what a run that is done would have gone on from."""
-    for file in (output / START, *output.glob("fold-*.pt")):
+def remove_state(output: Path) -> None:
+    """Remove what a run that is complete would have gone on from."""
+    for file in (output / STATE, output / START, *output.glob("fold-*.pt")):
         file.unlink(missing_ok=True)
 
 
@@ -826,41 +939,26 @@ def drop_leftovers(output: Path) -> None:
 
 
 # The scale of weights that the learning rates are for, see `rescale`.
-CONV_SCALE, FEATURE_SCALE = 0.5, 2.0
+CONV_SCALE = 0.5
+FEATURE_SCALE = 2.0
 
 
-def load_weights(settings: Namespace) -> dict[str, Any]:
-    """What `--weights` names: "networks", a list of state_dicts, and what is recorded with them.
+def find_weights(asked: str) -> tuple[str, dict[str, Any]]:
+    """Return the name or file that `--weights` means, and what the file holds, {} for a name."""
+    path = os.path.join(asked, NETWORK) if os.path.isdir(asked) else asked
+    return path, read_weights(path) if os.path.isfile(path) else {}
 
-    So may be its `--arch` and `--image-size`: they are taken from there unless they are given.
-    """
-    asked, content = settings.weights, dict[str, Any]()
-    if os.path.isdir(asked):
-        asked = settings.weights = os.path.join(asked, NETWORK)
-    if os.path.isfile(asked):
-        content = read_weights(asked)
-        adopt(settings, "arch", content.get("arch"))
-        adopt(settings, "image_size", content.get("train_size"))
-    settings.arch = settings.arch or ("resnet18" if settings.device == "cpu" else "resnet50")
-    settings.image_size = settings.image_size or 224
-    known = models.list_models(models, include=["resnet*", "resnext*", "wide_resnet*"])
-    if settings.arch not in known:
-        raise DataError(f"--arch {settings.arch}: unknown; choose from {', '.join(known)}")
-    if settings.epochs and len(content.get("networks", ())) > 1:
-        text = f"{len(content['networks'])} networks that vote; judge them with --epochs 0"
-        raise DataError(f"--weights {asked}: {text}, or train from one")
-    if content or asked == "none":
-        return content
-    named = models.get_model_weights(settings.arch)
-    if asked in named.__members__:
-        settings.weights = named[asked].name  # what DEFAULT means may change
-        return {"networks": [download(named[asked], settings.weights)]}
-    names = ", ".join(named.__members__)
-    raise DataError(f"--weights {asked}: no such file; pass one, or {names}, or none")
+
+def load_pretrained(settings: Settings) -> dict[str, Any]:
+    """Return torchvision's weights of this name as one of "networks", {} for "none"."""
+    if settings.weights == "none":
+        return {}
+    weights = models.get_model_weights(settings.arch)[settings.weights]
+    return {"networks": [download(weights, settings.weights)]}
 
 
 def read_weights(path: str) -> dict[str, Any]:
-    """A checkpoint of this script, or as one of "networks" what else there is in the file."""
+    """Read a network file of this script, or another state_dict as one of "networks"."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if "networks" in content and "classes" in content:
@@ -877,19 +975,6 @@ def read_weights(path: str) -> dict[str, Any]:
     return {"networks": [state]}
 
 
-def adopt(settings: Namespace, name: str, recorded: Any) -> None:
-    """Take the setting from a checkpoint; raises `DataError` if another one is given.
-
-    Another image size is an error only where nothing is trained: it would ruin the result unseen.
-    """
-    given = getattr(settings, name)
-    if given is None:
-        setattr(settings, name, recorded)
-    elif recorded not in (None, given) and (name == "arch" or settings.epochs == 0):
-        flag = f"--{name.replace('_', '-')}"
-        raise DataError(f"{flag} {given}: the weights are of {recorded}; drop {flag}")
-
-
 def download(weights: models.WeightsEnum, name: str) -> dict[str, Tensor]:
     """The weights from torch's cache folder, after filling it from their address if need be."""
     try:
@@ -900,8 +985,20 @@ def download(weights: models.WeightsEnum, name: str) -> dict[str, Tensor]:
         raise DataError(f"--weights {name}: {text}") from None
 
 
+class Head(nn.Linear):
+    """The last layer. It computes in float32 also where the others do not.
+
+    bfloat16 has 8 bits: of 120 logits the best two would often be equal.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the logits of (B, D) features: (B, C) float32."""
+        with torch.autocast(features.device.type, enabled=False):
+            return super().forward(features.float())
+
+
 class Vote(nn.Module):
-    """Networks of which each has a say: their mean logits."""
+    """Several networks that vote: the mean of their logits."""
 
     def __init__(self, networks: Iterable[nn.Module]):
         """A vote of `networks`."""
@@ -909,20 +1006,22 @@ class Vote(nn.Module):
         self.networks = nn.ModuleList(networks)
 
     def forward(self, images: Tensor) -> Tensor:
-        """The logits of (B, 3, H, W) images: (B, C)."""
+        """Return the logits of (B, 3, H, W) images: (B, C)."""
         return torch.stack([network(images) for network in self.networks]).mean(0)
 
 
 def build_model(
     arch: str, classes: list[str], content: Mapping[str, Any]
 ) -> tuple[models.ResNet | Vote, str]:
-    """The network for `classes`, or the vote of several, and in words what became of the weights.
+    """Build the network for `classes`, or a vote of several; say what became of the weights.
 
-    A head in the weights stays if it has the right size and, as far as known, the same classes.
+    The head of the weights is kept if it has the right size and, as far as known, these classes.
     """
-    built, said = [], "a new network"
+    built = []
+    origin = "a new network"
     for state in content.get("networks", [{}]):
         model = models.get_model(arch, weights=None, num_classes=len(classes))
+        model.fc = Head(model.fc.in_features, len(classes))
         nn.init.zeros_(model.fc.weight)
         nn.init.zeros_(model.fc.bias)
         built.append(model)
@@ -930,7 +1029,7 @@ def build_model(
             continue
         old = len(state.get("fc.bias", ()))
         keep = old == len(classes) and content.get("classes") in (None, classes)
-        said = "head kept" if keep else f"head of {old} classes dropped for a new one"
+        origin = "head kept" if keep else f"head of {old} classes dropped for a new one"
         backbone = {key: value for key, value in state.items() if not key.startswith("fc.")}
         try:
             model.load_state_dict(state if keep else backbone | model.fc.state_dict(prefix="fc."))
@@ -941,7 +1040,9 @@ def build_model(
             ) from None
         if not all(value.isfinite().all() for value in model.state_dict().values()):
             raise DataError("--weights: of a training that failed: not finite; take others")
-    return (built[0], said) if len(built) == 1 else (Vote(built), f"{len(built)} networks, {said}")
+    if len(built) == 1:
+        return built[0], origin
+    return Vote(built), f"{len(built)} networks, {origin}"
 
 
 @torch.no_grad()
@@ -962,7 +1063,7 @@ def rescale(model: Any) -> None:
     for layer in [block.conv1 for block in blocks[1:]] + [model.fc]:
         layer.weight *= size / FEATURE_SCALE
     kinds = nn.Conv2d | nn.BatchNorm2d
-    layers: list[Any] = [each for each in model.modules() if isinstance(each, kinds)]
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, kinds)]
     for conv, norm in zip(layers[::2], layers[1::2], strict=True):
         factor = CONV_SCALE / conv.weight.square().sum((1, 2, 3)).mean().sqrt().clamp(min=1e-12)
         conv.weight *= factor
@@ -1030,7 +1131,7 @@ class Data(NamedTuple):
         return logs - logs.mean()  # a constant changes nothing, but costs half precision digits
 
 
-def list_rows(settings: Namespace) -> tuple[list[str], list[Row]]:
+def list_rows(settings: Settings) -> tuple[list[str], list[Row]]:
     """The classes, and the images of DATA and of `--val` or `--source`, each in its part."""
     classes, rows = list_images(settings.data)
     if settings.val or settings.source:
@@ -1044,7 +1145,7 @@ def list_rows(settings: Namespace) -> tuple[list[str], list[Row]]:
     return classes, rows
 
 
-def load_data(settings: Namespace, classes: list[str], rows: list[Row]) -> Data:
+def load_data(settings: Settings, classes: list[str], rows: list[Row]) -> Data:
     """The images of a new run, of those that were listed.
 
     What cannot be decoded is named and left out, and so is what would judge a network that learns
@@ -1065,7 +1166,7 @@ def load_data(settings: Namespace, classes: list[str], rows: list[Row]) -> Data:
     return make_data(settings, classes, [*compress(rows, kept)], **found)
 
 
-def make_data(settings: Namespace, classes: list[str], rows: list[Row], **found: Any) -> Data:
+def make_data(settings: Settings, classes: list[str], rows: list[Row], **found: Any) -> Data:
     """The images of a run; `DataError` if a class has none to train on, or none is validated on."""
     data = Data(
         classes,
@@ -1091,7 +1192,7 @@ def make_data(settings: Namespace, classes: list[str], rows: list[Row], **found:
     return data
 
 
-def take_split(settings: Namespace, rows: list[Row]) -> list[Row]:
+def take_split(settings: Settings, rows: list[Row]) -> list[Row]:
     """Those of `rows` that the table `--split` names, each in its part; the others are counted."""
     added, parts, wrong = {row.name: row.part == "source" for row in rows}, {}, []
     for line in read_table(settings.split, "path", "part"):
@@ -1133,7 +1234,7 @@ def list_images(root: Path) -> tuple[list[str], list[Row]]:
     return classes, rows
 
 
-def list_others(settings: Namespace, classes: list[str], ours: list[Row]) -> list[Row]:
+def list_others(settings: Settings, classes: list[str], ours: list[Row]) -> list[Row]:
     """The images of `--val`, or those of `--source` with other names than `ours`; no hidden one."""
     folder, part = (settings.val, "val") if settings.val else (settings.source, "source")
     folders = {entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."}
@@ -1178,7 +1279,7 @@ def refuse_parts(root: Path, rows: list[Row]) -> None:
     raise DataError(f"{root}: {text}; run {command}")
 
 
-def find_families(settings: Namespace, rows: list[Row], digests: Mapping[str, str]) -> list[str]:
+def find_families(settings: Settings, rows: list[Row], digests: Mapping[str, str]) -> list[str]:
     """A key for each row, the same for those of one family: copies, and what `--group` binds."""
     above: dict[str, str] = {}  # a forest, of which each tree is a family
 
@@ -1219,7 +1320,7 @@ def suggest_group(rows: list[Row]) -> None:
         print(text + shlex.quote(r"^(.+?)[\W_]*\d+\.\w+$"), file=sys.stderr)
 
 
-def hold_images(settings: Namespace, rows: list[Row], families: list[str]) -> list[Row]:
+def hold_images(settings: Settings, rows: list[Row], families: list[str]) -> list[Row]:
     """The rows, each in the fold that is judged by it; families stay together."""
     if settings.folds == 1 and (settings.val or settings.split):
         return [row._replace(fold=EVERY if row.part == "train" else 0) for row in rows]
@@ -1239,7 +1340,7 @@ def hold_images(settings: Namespace, rows: list[Row], families: list[str]) -> li
     return held
 
 
-def check_folds(settings: Namespace, rows: list[Row], families: list[str]) -> None:
+def check_folds(settings: Settings, rows: list[Row], families: list[str]) -> None:
     """Raise `DataError` where images cannot be cut into `--folds` parts."""
     if settings.split and any(row.part == "val" for row in rows):
         text = "names validation images, which folds choose themselves; name them train"
@@ -1533,7 +1634,7 @@ class RandomQuarterTurn(nn.Module):
         return image.rot90(int(torch.randint(4, ())), (-2, -1))
 
 
-def transforms(settings: Namespace) -> tuple[nn.Module, nn.Module]:
+def transforms(settings: Settings) -> tuple[nn.Module, nn.Module]:
     """For training a random crop, at random mirrored; for evaluation the central square, larger."""
     size, larger = settings.image_size, eval_size(settings.image_size)
     crop = v2.RandomResizedCrop(size, (settings.crop_scale, 1.0))
@@ -1547,7 +1648,7 @@ def central_square(size: int) -> nn.Module:
     return v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
 
 
-def least_side(settings: Namespace) -> int:
+def least_side(settings: Settings) -> int:
     """The pixels a side of an image whose smallest crop is not enlarged; evaluation takes fewer.
 
     A crop shows `--crop-scale` of the area at least, in proportions up to 3 : 4.
@@ -1650,19 +1751,16 @@ def measure(confusion: Tensor, train_counts: Tensor) -> dict[str, float]:
 
 def measure_all(last: Evaluation, train_counts: Tensor) -> dict[str, float]:
     """What the history holds of an evaluation: its measures, those as trained, its calibration."""
-    trained = confusion_matrix(last.targets, last.as_trained, len(train_counts))
-    before = measure(trained, train_counts)
-    error, floor = calibration_error(last.targets, last.predicted, last.probability)
+    before = measure(last.as_trained.confusion, train_counts)
+    error, floor = calibration_error(last.targets, last.calibrated)
     return {
         "val_loss": last.loss,
-        **measure(last.confusion, train_counts),
+        **measure(last.calibrated.confusion, train_counts),
         **{f"as_trained_{name}": before[name] for name in MEASURES},
         "natural_accuracy": natural_accuracy(last, train_counts),
         "calibration_error": error,
         "calibration_floor": floor,
-        "as_trained_calibration_error": calibration_error(
-            last.targets, last.as_trained, last.trained_probability
-        )[0],
+        "as_trained_calibration_error": calibration_error(last.targets, last.as_trained)[0],
         "logit_scale": last.calibration.scale,
         "logit_shift": last.calibration.shift,
     }
@@ -1673,23 +1771,21 @@ def natural_accuracy(last: Evaluation, train_counts: Tensor) -> float:
 
     Recalls weighted by class frequency: the validation images may have another skew.
     """
-    recall = recall_by_class(confusion_matrix(last.targets, last.natural, len(train_counts)))
+    recall = recall_by_class(last.natural.confusion)
     weights = train_counts * ~recall.isnan()
     return (recall.nan_to_num() @ weights.double() / weights.sum()).item()
 
 
-def calibration_error(
-    targets: Tensor, predicted: Tensor, probability: Tensor
-) -> tuple[float, float]:
+def calibration_error(targets: Tensor, answer: Answer) -> tuple[float, float]:
     """The gap between probability and being right in `BINS` bins, each class counting the same.
 
     The expected calibration error of Guo et al. 2017 (arXiv:1706.04599), and its floor: what it
     would be, on average, were every probability exactly right. The sum of w * (p - right) in a bin
     is then about normal with the variance sum of w^2 * p * (1 - p).
     """
-    weights, p = class_weights(targets), probability.double()
+    weights, p = class_weights(targets), answer.probability.double()
     bins = (p * BINS).long().clamp(max=BINS - 1)
-    gaps = torch.bincount(bins, weights * (p - (predicted == targets).double()), BINS)
+    gaps = torch.bincount(bins, weights * (p - (answer.predicted == targets).double()), BINS)
     variance = torch.bincount(bins, weights**2 * p * (1 - p), BINS)
     return gaps.abs().sum().item(), (variance * 2 / math.pi).sqrt().sum().item()
 
@@ -1722,45 +1818,106 @@ def compare(targets: Tensor, before: Tensor, after: Tensor, train_counts: Tensor
 # ---------------------------------------------------------------------------- records and going on
 
 
-SMALL_BATCH, STEPS = 32, 32  # images of a step where an epoch would have fewer steps
+SMALL_BATCH = 32  # images of a step, where an epoch would have fewer steps than `STEPS`
+STEPS = 32
+STATE_FORMAT = 1  # of the state of a stopped run, to be raised where another one cannot be read
+RATE = 3e-4  # of AdamW, for pretrained weights
+SCRATCH_RATE = 1e-3  # and for random ones
 
 
-def prepare(settings: Namespace, compute: Compute) -> tuple[Given, Progress]:
-    """All that is read and built before the first epoch; fills in what `settings` leave open."""
-    if settings.resume:
-        return load_run(settings, compute)
-    check_settings(settings)
+def prepare(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
+    """Read and build all that a run needs before its first epoch, or where it was stopped."""
+    if args.resume:
+        return load_run(args, compute)
+    weights, content = find_weights(args.weights)
+    settings = resolve_settings(args, compute, weights, content)
     with claim(settings.output):
-        classes, rows = list_rows(settings)  # in no time, before weights may be fetched
-        content = load_weights(settings)
+        classes, rows = list_rows(settings)  # in no time, before weights may be downloaded
+        content = content or load_pretrained(settings)
         data = load_data(settings, classes, rows)
-        settings.batch_size = settings.batch_size or pick_batch_size(data, compute.world_size)
-        settings.workers = count_workers(settings)
-        baseline = load_baseline(settings.baseline, data) if settings.baseline else None
+        if not settings.batch_size:
+            settings = replace(settings, batch_size=pick_batch_size(data, compute.world_size))
+        settings = replace(settings, workers=count_workers(settings, args.workers))
         check_batches(settings, data, compute.world_size)
+        baseline = load_baseline(settings.baseline, data) if settings.baseline else None
         torch.manual_seed(settings.seed)
         model, origin = build_model(settings.arch, data.classes, content)
-        if settings.epochs and settings.weights != "none":
-            rescale(model)
         if not settings.epochs:
             check_given(settings, content, origin)
             data = data._replace(white=data.white | content.get("white", {}))
-        for name in PATHS:  # a run goes on from any folder
-            setattr(settings, name, getattr(settings, name) and getattr(settings, name).resolve())
-        given = Given(
-            settings=settings, data=data, baseline=baseline, origin=origin, compute=compute
-        )
-        none = torch.zeros(len(data.classes), dtype=torch.int64)
-        start = copy_state(model)
-        progress = Progress(start, model, history=[], draws=none, head={}, logits=torch.empty(0))
+        elif settings.weights != "none":
+            rescale(model)
+        given = Given(settings, data, baseline, origin, compute)
+        draws = torch.zeros(len(data.classes), dtype=torch.int64)
+        progress = Progress(copy_state(model), model, history=[], draws=draws)
         write_file(settings.output / "split.csv", format_table(list_split(data)))
         if settings.epochs:
-            save_tensors(settings.output / START, start)
+            save_tensors(settings.output / START, progress.start)
             save_state(given, progress)
     return given, progress
 
 
-def check_given(settings: Namespace, content: Mapping[str, Any], origin: str) -> None:
+def resolve_settings(
+    args: Namespace, compute: Compute, weights: str, content: Mapping[str, Any]
+) -> Settings:
+    """Resolve what is "auto", but for what the images decide: the batch size and the workers.
+
+    The file of `--weights` may name the architecture and the image size; flags override it. Raises
+    `DataError` where settings do not go together.
+    """
+    check_settings(args)
+    arch = args.arch or content.get("arch")
+    arch = arch or ("resnet18" if compute.device.type == "cpu" else "resnet50")
+    image_size = args.image_size or content.get("train_size") or 224
+    weights = check_weights(weights, content, arch, image_size, bool(args.epochs))
+    known = weights != "none"
+    head_is_extra = args.frozen_epochs is None and known  # an epoch of its own, before the others
+    chosen = {
+        "arch": arch,
+        "image_size": image_size,
+        "weights": os.path.abspath(weights) if content else weights,
+        "first_epoch": 0 if head_is_extra else 1,
+        "frozen_epochs": 1 if head_is_extra else args.frozen_epochs or 0,
+        "power": 0.0 if args.rebalance == "none" else args.power,
+        "batch_size": args.batch_size or 0,
+        "lr": args.lr or (RATE if known else SCRATCH_RATE),
+        "calibrate": not args.no_calibration,
+        "device": compute.device.type,
+        "amp": compute.amp is not None,
+        "workers": 0,
+    }
+    for name in PATHS:  # a run goes on from any folder
+        path = getattr(args, name)
+        chosen[name] = path and path.resolve()
+    same = {name: value for name, value in vars(args).items() if name in Settings.__annotations__}
+    return Settings(**same | chosen)
+
+
+def check_weights(
+    weights: str, content: Mapping[str, Any], arch: str, image_size: int, trains: bool
+) -> str:
+    """Return the full name of the weights; raises `DataError` where they do not fit."""
+    known = models.list_models(models, include=["resnet*", "resnext*", "wide_resnet*"])
+    if arch not in known:
+        raise DataError(f"--arch {arch}: unknown; choose from {', '.join(known)}")
+    if content.get("arch", arch) != arch:
+        raise DataError(f"--arch {arch}: the weights are of {content['arch']}; drop --arch")
+    size = content.get("train_size", image_size)
+    if size != image_size and not trains:  # which would ruin the result unseen
+        raise DataError(f"--image-size {image_size}: the weights are of {size}; drop --image-size")
+    if trains and len(content.get("networks", ())) > 1:
+        text = f"{len(content['networks'])} networks that vote; judge them with --epochs 0"
+        raise DataError(f"--weights {weights}: {text}, or train from one")
+    if content or weights == "none":
+        return weights
+    named = models.get_model_weights(arch)
+    if weights not in named.__members__:
+        names = ", ".join(named.__members__)
+        raise DataError(f"--weights {weights}: no such file; pass one, or {names}, or none")
+    return named[weights].name  # what DEFAULT means may change
+
+
+def check_given(settings: Settings, content: Mapping[str, Any], origin: str) -> None:
     """Raise `DataError` where a network that is not trained knows no classes, or not these."""
     if "head kept" not in origin:
         text = "have no head for these classes; train one, or name folders as in its training"
@@ -1776,19 +1933,17 @@ def pick_batch_size(data: Data, processes: int) -> int:
     return math.ceil(size / processes) * processes
 
 
-def check_batches(settings: Namespace, data: Data, processes: int) -> None:
+def check_batches(settings: Settings, data: Data, processes: int) -> None:
     """Raise `DataError` where batches cannot be divided, or hold too little for BatchNorm."""
     images = min(len(data.learns(fold)) for fold in range(data.folds))
     judged = min(len(data.judges(fold)) for fold in range(data.folds))
     smallest = images // math.ceil(images / settings.batch_size)
-    learns = (settings.frozen_epochs or 0) < settings.epochs
     text = ""
     if settings.batch_size % processes or min(smallest, judged) < processes:
         text = f"cannot be divided among {processes} processes; take a multiple, or fewer processes"
-    elif learns and smallest // processes == 1 and settings.image_size <= STRIDE:
-        text = (
-            f"one image of --image-size {settings.image_size} is no batch for BatchNorm; take more"
-        )
+    elif settings.whole_epochs() and smallest // processes == 1 and settings.image_size <= STRIDE:
+        size = settings.image_size
+        text = f"one image of --image-size {size} is no batch for BatchNorm; take more"
     if text:
         raise DataError(f"--batch-size {settings.batch_size}: {text}")
 
@@ -1882,8 +2037,8 @@ def list_predictions(data: Data, last: Evaluation) -> Rows:
     rows = to_rows({
         "path": [data.names[at] for at in last.places.tolist()],
         "class": [data.classes[at] for at in last.targets.tolist()],
-        "predicted": [data.classes[at] for at in last.predicted.tolist()],
-        "probability": last.probability,
+        "predicted": [data.classes[at] for at in last.calibrated.predicted.tolist()],
+        "probability": last.calibrated.probability,
         "true_probability": last.true_probability,
     })  # fmt: skip
     return sorted(rows, key=lambda row: row["true_probability"])
@@ -1910,12 +2065,14 @@ def list_changes(given: Given, last: Evaluation) -> Rows:
     """What changed since the run `--baseline`, where there is one of the same images."""
     if given.baseline is None or len(given.baseline) != len(last.targets):
         return []
-    return compare(last.targets, given.baseline, last.predicted, given.data.train_counts())
+    return compare(
+        last.targets, given.baseline, last.calibrated.predicted, given.data.train_counts()
+    )
 
 
 def write_reports(
     given: Given, progress: Progress, last: Evaluation, tested: Evaluation | None
-) -> None:
+) -> bool:
     """Write the tables and the page of a run. What goes wrong is a warning: no epoch is lost."""
     data, output = given.data, given.settings.output
     try:
@@ -1923,15 +2080,19 @@ def write_reports(
         tables = {"history.csv": progress.history, "comparison.csv": list_changes(given, last)}
         for prefix, each in (("", last), ("test_", tested)) if tested else (("", last),):
             tables[f"{prefix}predictions.csv"] = list_predictions(data, each)
-            tables[f"{prefix}classes.csv"] = list_classes(data, progress.draws, each.confusion)
+            tables[f"{prefix}classes.csv"] = list_classes(
+                data, progress.draws, each.calibrated.confusion
+            )
         for name, rows in tables.items():
             if rows:
                 write_file(output / name, format_table(rows))
         for name, text in make_page(given, progress, last, tested).items():
             write_file(output / name, text.encode(errors="backslashreplace"))
-    except Exception as error:  # of a picture that is gone, a disk that is full, a bug in a chart
+        return True
+    except (DataError, OSError) as error:  # a picture that is gone, a disk that is full
         text = f"{output}: not all reports could be written: {type(error).__name__}: {error}"
         print(f"warning: {printable(text)}", file=sys.stderr)
+        return False
 
 
 def write_network(given: Given, states: list[dict[str, Tensor]], fitted: Calibration) -> None:
@@ -1945,7 +2106,7 @@ def write_network(given: Given, states: list[dict[str, Tensor]], fitted: Calibra
         "arch": settings.arch,
         "classes": data.classes,
         "train_images": data.train_counts().tolist(),
-        "natural": natural_shift(settings, data),
+        "natural": natural_shift(given),
         "weights": settings.weights,
         "train_size": settings.image_size,
         "eval_size": eval_size(settings.image_size),
@@ -1956,29 +2117,28 @@ def write_network(given: Given, states: list[dict[str, Tensor]], fitted: Calibra
     save_tensors(settings.output / NETWORK, content)
 
 
-def save_state(given: Given, progress: Progress, done: bool = False) -> None:
-    """Write what a run needs to go on: all of it, or that it is `done`."""
-    settings, fields = given.settings, given.data._asdict()
-    state: dict[str, Any] = {
-        "settings": vars(settings)
-        | {k: str(v) for k, v in vars(settings).items() if v and k in PATHS},
-        "data": {name: value for name, value in fields.items() if name != "paths"},
+def save_state(given: Given, progress: Progress) -> None:
+    """Write what a run needs to go on."""
+    settings = vars(given.settings)
+    data = given.data._asdict()
+    del data["paths"]  # which hang on where the folders are
+    state = {
+        "format": STATE_FORMAT,
+        "settings": settings | {k: str(v) for k, v in settings.items() if v and k in PATHS},
+        "data": data,
         "baseline": given.baseline,
         "history": progress.history,
         "draws": progress.draws,
+        "head": progress.head,
+        "logits": progress.logits,
+        "model": progress.model.state_dict(),
+        "trainer": progress.trainer.state_dict() if progress.trainer else {},
     }
-    if not done:
-        state |= {
-            "head": progress.head,
-            "logits": progress.logits,
-            "model": progress.model.state_dict(),
-            "trainer": progress.trainer.state_dict() if progress.trainer else {},
-        }
-    save_tensors(settings.output / STATE, state)
+    save_tensors(given.settings.output / STATE, state)
 
 
-def read_state(path: Path) -> Any:
-    """What `torch.save` wrote; raises `DataError` if it is damaged."""
+def load_tensors(path: Path) -> Any:
+    """Return what `save_tensors` wrote; raises `DataError` if it is damaged."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -1987,35 +2147,42 @@ def read_state(path: Path) -> Any:
         raise DataError(f"--resume: {path}: damaged; start a new run") from None
 
 
-def load_run(settings: Namespace, compute: Compute) -> tuple[Given, Progress]:
-    """The run in the folder `--resume`, where it was stopped."""
-    output = settings.resume
+def load_run(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
+    """Take up the run in the folder `--resume` where it was stopped."""
+    output = args.resume
     if not (output / STATE).exists():
-        raise DataError(f"--resume {output}: no run to go on with; name its folder")
-    state = read_state(output / STATE)
-    said = {k: v for k, v in vars(settings).items() if k in WITH_RESUME and v is not None}
-    stored = state["settings"] | said | {"output": output}
-    paths = {k: Path(v) for k, v in stored.items() if k in PATHS and v}
-    settings = Namespace(**stored | paths)
-    settings.device, settings.workers = compute.device.type, count_workers(settings)
+        reason = "no run to go on with; name its folder"
+        if (output / NETWORK).exists():
+            reason = "complete, or judged by --epochs 0; nothing is left to do"
+        raise DataError(f"--resume {output}: {reason}")
+    state = load_tensors(output / STATE)
+    if state.get("format") != STATE_FORMAT:
+        text = "stopped by another version of this script; go on with that, or start a new run"
+        raise DataError(f"--resume {output}: {text}")
+    stored = {k: Path(v) if v and k in PATHS else v for k, v in state["settings"].items()}
+    settings = Settings(**stored | {"output": output.resolve(), "device": compute.device.type})
+    settings = replace(settings, workers=count_workers(settings, args.workers))
+    if args.amp is not None:
+        settings = replace(settings, amp=args.amp)
     data = find_again(settings, state["data"])
-    given = Given(settings, data, state["baseline"], origin="as it was stopped", compute=compute)
+    given = Given(settings, data, state["baseline"], "as it was stopped", compute)
     progress = Progress(
-        start=read_state(output / START) if "model" in state else {},
-        model=build_model(settings.arch, data.classes, {"networks": [state.get("model", {})]})[0],
+        start=load_tensors(output / START),
+        model=build_model(settings.arch, data.classes, {"networks": [state["model"]]})[0],
         history=state["history"],
         draws=state["draws"],
-        head=state.get("head", {}),
-        logits=state.get("logits", torch.empty(0)),
-        stored=state.get("trainer", {}),
+        head=state["head"],
+        logits=state["logits"],
+        stored=state["trainer"],
     )
-    for fold in range(settings.folds if "model" in state else 0):
-        if (fold, settings.epochs) <= progress.at():
-            progress.done.append(Fold(**read_state(output / f"fold-{fold + 1}.pt")))
+    for fold in range(settings.folds):
+        if progress.has_done(fold, settings.epochs):
+            finished = load_tensors(output / f"fold-{fold + 1}.pt")
+            progress.finished.append(Fold(**finished))
     return given, progress
 
 
-def find_again(settings: Namespace, stored: dict[str, Any]) -> Data:
+def find_again(settings: Settings, stored: dict[str, Any]) -> Data:
     """The images of a run that goes on; raises `DataError` for one that is gone or has changed."""
     folders = {
         "train": settings.data,
@@ -2050,7 +2217,7 @@ def write_config(
     }
     for name, each in (("result", last), ("test", tested)):
         if each:
-            measures = measure_all(each, data.train_counts())
+            measures = each.measures
             content[name] = {k: None if math.isnan(x) else x for k, x in measures.items()}
     text = json.dumps(content, indent=1, default=str)  # of paths and of the precision
     write_file(settings.output / "config.json", text.encode())
@@ -2115,7 +2282,7 @@ def describe_val(given: Given) -> str:
     return text
 
 
-def format_epoch(row: dict[str, Any], settings: Namespace) -> str:
+def format_epoch(row: dict[str, Any], settings: Settings) -> str:
     """The line of an epoch, as wide as `HEADER`, with the time left if all take as long."""
     numbers = {key: value for key, value in row.items() if isinstance(value, float)}
     cells = {key: "-" if math.isnan(x) else f"{x:.1%}" for key, x in numbers.items()}
@@ -2140,29 +2307,23 @@ def format_range(measures: Mapping[str, float]) -> str:
 
 
 def print_end(
-    given: Given, progress: Progress, last: Evaluation, tested: Evaluation | None, distance: float
+    given: Given, progress: Progress, last: Evaluation, tested: Evaluation | None
 ) -> None:
     """Print, in one screen, the result, what is recognised least, and where the rest is."""
-    settings, data, counts = given.settings, given.data, given.data.train_counts()
-    result, of = measure_all(last, counts), "validation"
+    settings, data = given.settings, given.data
+    result, of = last.measures, "validation"
     if data.folds > 1:
         of = f"{data.folds} networks, each on images it has not seen"
     print(f"\nbalanced accuracy {format_range(result)}  ({of})")
     if bare := int((last.val_counts == 0).sum()):
         print(f"warning: {bare} of {len(data.classes)} classes are not in it: no image judges them")
-    if settings.epochs and not settings.no_calibration:
-        print(f"as trained        {result['as_trained_balanced_accuracy']:.1%}, calibration error "
-              f"{result['as_trained_calibration_error']:.1%}; calibrated "
-              f"{result['calibration_error']:.1%} (of a perfect network "
-              f"{result['calibration_floor']:.1%})")  # fmt: skip
+    if settings.epochs and settings.calibrate:
+        print(f"as trained        {result['as_trained_balanced_accuracy']:.1%}")
     if data.folds > 1:
         folds = [x["balanced_accuracy"] for x in progress.history if x["epoch"] == settings.epochs]
         print(f"of single folds   {min(folds):.1%} to {max(folds):.1%}")
-    if distance < 1:
-        text = f"; --frozen-epochs {settings.epochs} is as good and faster" if not distance else ""
-        print(f"kept              {distance:.0%} of what training changed after the head{text}")
     if tested:
-        print(f"untouched test    {format_range(measure_all(tested, counts))}, by vote")
+        print(f"untouched test    {format_range(tested.measures)}, by vote")
     print_lowest(data, last)
     for change in show_changes(list_changes(given, last)):
         name, before, now, points, ends, sure = change.values()
@@ -2175,7 +2336,7 @@ def print_end(
 def print_lowest(data: Data, last: Evaluation) -> None:
     """Print the classes that are recognised least, and what they are taken for most often."""
     print("lowest recall:")
-    wrong = last.confusion - last.confusion.diag().diag()
+    wrong = last.calibrated.confusion - last.calibrated.confusion.diag().diag()
     known = [at for at in last.recall.argsort(stable=True).tolist() if last.val_counts[at]]
     for at in known[:3]:
         text = printable(data.classes[at])
@@ -2190,7 +2351,7 @@ def print_advice(given: Given, last: Evaluation) -> None:
     judged = int(last.val_counts[rarest])
     if judged >= FEW_JUDGED or settings.folds > 1 or not settings.epochs:
         return
-    low, high = wilson_interval(last.confusion.diag(), last.val_counts)
+    low, high = wilson_interval(last.calibrated.confusion.diag(), last.val_counts)
     images = "1 image" if judged == 1 else f"{judged} images"
     text = f"known from {images} alone [{low[rarest]:.0%}, {high[rarest]:.0%}]"
     own = [part != "source" for part in data.parts]
@@ -2365,7 +2526,7 @@ def show_rows(rows: Rows) -> str:
 
 def show_confusions(data: Data, last: Evaluation) -> str:
     """What is taken for what: a coloured matrix, or of many classes the commonest mistakes."""
-    names, confusion = [show(name) for name in data.classes], last.confusion.tolist()
+    names, confusion = [show(name) for name in data.classes], last.calibrated.confusion.tolist()
     order = data.train_counts().argsort(descending=True, stable=True).tolist()
     if len(names) > MOST_CLASSES:
         rows = [["confusion", "images"]]
@@ -2387,13 +2548,13 @@ def show_confusions(data: Data, last: Evaluation) -> str:
 def show_mistakes(data: Data, last: Evaluation) -> str:
     """The images that are wrong with the most confidence, each beside one of the class it was
     taken for: the training image in the middle of their names."""
-    wrong = (last.predicted != last.targets).nonzero().flatten()
-    order = last.probability[wrong].argsort(descending=True, stable=True)
+    wrong = (last.calibrated.predicted != last.targets).nonzero().flatten()
+    order = last.calibrated.probability[wrong].argsort(descending=True, stable=True)
     text = ""
     for at in wrong[order][:MISTAKES].tolist():
-        true, taken = last.targets[at], last.predicted[at]
+        true, taken = last.targets[at], last.calibrated.predicted[at]
         theirs = ((data.labels == taken) & (data.held != TEST)).nonzero().flatten()
-        sure = f"taken for ({show(last.probability[at].item())}), as here"
+        sure = f"taken for ({show(last.calibrated.probability[at].item())}), as here"
         text += f"<figure>{show_image(data, last.places[at], 'is', true)}"
         text += f"{show_image(data, theirs[len(theirs) // 2], sure, taken)}</figure>"
     return text and (
@@ -2416,8 +2577,11 @@ def show_image(data: Data, place: Tensor, said: str, label: Tensor) -> str:
 
 def show_result(data: Data, last: Evaluation) -> str:
     """The result in large type, the rarest, the most frequent and the worst class."""
-    counts, wrong = data.train_counts(), last.confusion - last.confusion.diag().diag()
-    result, recall, names = measure_all(last, counts), last.recall.tolist(), data.classes
+    counts, wrong = (
+        data.train_counts(),
+        last.calibrated.confusion - last.calibrated.confusion.diag().diag(),
+    )
+    result, recall, names = last.measures, last.recall.tolist(), data.classes
     usual, rare = int(counts.argmax()), int(counts.argmin())
     worst = int(last.recall.argsort(stable=True)[0])  # NaN comes last
     said, most = names[worst], int(wrong[worst].max())
@@ -2442,13 +2606,14 @@ def make_page(
 ) -> dict[str, str]:
     """By their files' names, the charts and the page: one file without scripts, loading nothing."""
     settings, data, changes = given.settings, given.data, list_changes(given, last)
-    classes = list_classes(data, progress.draws, last.confusion)
+    classes = list_classes(data, progress.draws, last.calibrated.confusion)
     if changes and given.baseline is not None:
         before = confusion_matrix(last.targets, given.baseline, len(classes))
         for row, old in zip(classes, list_classes(data, progress.draws, before), strict=True):
             row |= {was: old[now] for now, was in zip(NEW, OLD, strict=True)}
     baseline, title = settings.baseline.name if changes else "", show(settings.data.name)
-    recall, curves = recall_chart(classes, baseline), curve_chart(progress.history)
+    recall = recall_chart(classes, baseline)
+    curves = curve_chart(progress.history) if progress.history else ""
     made_with = {k: v for k, v in vars(settings).items() if k != "command"} | versions()
     values = " · ".join(f"{show(name)}: {show(str(x))}" for name, x in made_with.items())
     sections = {
@@ -2468,7 +2633,8 @@ def make_page(
         '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width='
         f'device-width"><title>{title}</title><style>{STYLE}</style>{body}</html>\n'
     )
-    return {"recall.svg": recall, "curves.svg": curves, "report.html": page}
+    charts = {"recall.svg": recall, "curves.svg": curves}
+    return {name: chart for name, chart in charts.items() if chart} | {"report.html": page}
 
 
 def describe_run(given: Given, tested: Evaluation | None) -> str:
@@ -2482,7 +2648,7 @@ def describe_run(given: Given, tested: Evaluation | None) -> str:
         f"Judged by {describe_val(given)}."
     )
     if tested:
-        result = format_range(measure_all(tested, counts))
+        result = format_range(tested.measures)
         text += f" Voting on the untouched test they have {result}."
     return text
 
@@ -2509,7 +2675,7 @@ def describe_method(given: Given, progress: Progress, last: Evaluation) -> str:
             f"{drawn}: {way}, in batches of {settings.batch_size}, seed {settings.seed}"
         )
     text = f"A {settings.arch} ({settings.weights}) {way}. It was judged by {describe_val(given)}. "
-    if settings.epochs and not settings.no_calibration:
+    if settings.epochs and settings.calibrate:
         text += (
             f"Logits were multiplied by {last.calibration.scale:.3f} and lowered by "
             f"{last.calibration.shift:.3f} times the log share of the class; each part of the "
@@ -2736,9 +2902,6 @@ def gather(part: Tensor, compute: Compute) -> Tensor:
 # ------------------------------------------------------------------------------------ command line
 
 
-RATE, SCRATCH_RATE = 3e-4, 1e-3  # of AdamW, for pretrained weights and for random ones
-
-
 class OneLineParser(argparse.ArgumentParser):
     """An `ArgumentParser` whose errors are one line, without the usage before it."""
 
@@ -2846,6 +3009,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
         parser.error("--natural: of --predict; drop it")
     if "power" in said and said.get("rebalance") == "none":
         parser.error("--power: of the sampler; drop it or --rebalance none")
+    if not said.keys() & {"output", "predict", "resume"}:
+        said["output"] = unused(Path(f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"))
     words = sys.argv if argv is None else ["data_training.py", *argv]
     return Namespace(**defaults | said, command=shlex.join(["python", *words]))
 
@@ -2863,7 +3028,7 @@ def number(kind: type, accepts: Callable[[Any], bool], wanted: str) -> Callable[
 
 
 def check_settings(args: Namespace) -> None:
-    """Fill in what "auto" means; raise `DataError` where settings do not go together."""
+    """Raise `DataError` where settings do not go together."""
     if (args.frozen_epochs or 0) > args.epochs:
         raise DataError(f"--frozen-epochs {args.frozen_epochs}: more than --epochs {args.epochs}")
     if args.folds > 1 and not args.epochs:
@@ -2872,9 +3037,7 @@ def check_settings(args: Namespace) -> None:
         re.compile(args.group or "")
     except re.error as error:
         raise DataError(f"--group {args.group}: no regular expression: {error}") from None
-    args.lr = args.lr or (SCRATCH_RATE if args.weights == "none" else RATE)
-    args.power = 0.0 if args.rebalance == "none" else args.power
-    output = args.output = args.output or unused(Path(f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"))
+    output = args.output
     if output.exists() and not output.is_dir():
         raise DataError(f"--output {output}: a file; name a new folder")
     if output.exists() and any(each.name[0] != "." for each in output.iterdir()):
@@ -2911,19 +3074,19 @@ def claim(output: Path) -> Iterator[None]:
         raise
 
 
-def count_workers(args: Namespace) -> int:
+def count_workers(settings: Settings, asked: int | None) -> int:
     """Processes that read images: as many as asked for, or one a core but one, if they fit."""
-    workers = args.workers
+    workers = asked
     if workers is None:
         affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
         cores = getattr(os, "process_cpu_count", lambda: len(affinity(0)))() or 1
         # Nothing here tells a container's share of the cores, and 8 spawned take 2 GB.
         most = 16 if get_start_method() == "fork" else 8
         own = (cores - 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = 0 if args.device == "cpu" else max(1, min(most, own))
+        workers = 0 if settings.device == "cpu" else max(1, min(most, own))
     shared = Path("/dev/shm")  # through which, where there is one, workers hand their batches over
     if workers and shared.is_dir():  # to write beyond its end would kill a worker
-        batch = 3 * eval_size(args.image_size) ** 2 * args.batch_size
+        batch = 3 * eval_size(settings.image_size) ** 2 * settings.batch_size
         # Each worker has two batches on the way, and one is in use.
         room = max(0, shutil.disk_usage(shared).free // batch - 1) // 2
         if room < workers:
@@ -2960,10 +3123,9 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:  # of a batch, in the feature pass and in evaluation too
         if not any(text in str(error) for text in NO_MEMORY):
             raise
-        size, processes = args.batch_size or BATCH, int(os.environ.get("WORLD_SIZE", 1))
-        half = size // 2 // processes * processes
-        other = f"{half} or a smaller --image-size" if half else "a smaller --image-size"
-        message = f"--batch-size {size}: out of memory on {args.device}; try {other}, in a new run"
+        message = (
+            "--batch-size: out of memory; try half of it or a smaller --image-size, in a new run"
+        )
     except (DataError, OSError) as error:
         message = str(error).rstrip()
         if "Original Traceback" in message:  # from a process that reads images
