@@ -10,15 +10,30 @@
 
 DATA holds one folder per class; a part of each is kept for validation. Training images are drawn by
 a `WeightedRandomSampler` with weights 1 / (training images of the class), so that every class is
-seen about equally often. The head is trained first, on features that the frozen backbone computes
-once; then all layers, or the upper half, where a trial shows that all would forget more than they
-learn. Two numbers are fitted on the validation images, which take back what the network still
-favours frequent classes by; what is judged, reported and saved is calibrated so.
-With `--folds K` each of K networks is trained on all but one part of the images and judged on that
-part; together they vote. A run folder holds the network, the settings, the history, the recall of
-each class with its interval, the predictions, and `report.html`, which shows all of that.
+seen about equally often. The head, which is the last layer, is trained first; then all layers, or
+only the upper half, if a short trial shows that training all layers does harm. Two numbers, fitted
+on the validation images, remove the remaining bias towards frequent classes. What is reported and
+saved is calibrated so. With `--folds K` each of K networks is trained on all but one part of the
+images and judged by that part; together they vote. A run folder holds the network, the settings,
+the history, the recall of each class with its interval, the predictions, and a page that shows all
+of that, `report.html`.
 
-Read `run` first, below the constants: each of its lines makes what the next one takes.
+The sections of this file, in the order of the story:
+
+    run                        settings, records, and the loop over folds, stages and epochs
+    sampling                   weights 1 / count, `WeightedRandomSampler`, batches
+    training                   stages, optimizers, a step, an epoch
+    evaluation and calibration logits of the validation images, and what they say
+    what is kept, the end      files after an epoch and at the end
+    model                      weights, the network, its scale
+    data                       listing, checking and splitting images
+    reading                    decoding, augmenting and storing them
+    measures                   recall, intervals, calibration error, comparisons
+    records and going on       a new run, a stopped run, tables and other files
+    console, page              what people read
+    predicting                 `--predict`
+    devices and processes      GPUs, torchrun, worker processes
+    command line, main         flags, errors, exit status
 
 Exit status: 0 done, 2 bad input (one line on stderr says where and what to do), 130 interrupted,
 143 terminated.
@@ -142,7 +157,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Given:
-    """What a run is given: complete before its first epoch, and the same until its last."""
+    """All that a run has before its first epoch; it stays the same until the last one."""
 
     settings: Settings
     data: Data
@@ -606,7 +621,7 @@ def wrap_ddp(network: nn.Module, given: Given) -> nn.Module:
 
 
 class Trained(NamedTuple):
-    """What an epoch of training took."""
+    """The result of an epoch of training."""
 
     loss: float  # averaged over images
     seconds: float
@@ -673,7 +688,8 @@ def evaluate(
 
     Raises `DataError` where they are NaN.
     """
-    compute, training = given.compute, network.training
+    compute = given.compute
+    was_training = network.training
     if dist.is_initialized():  # BatchNorm gathers its statistics in each process for itself
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
@@ -684,7 +700,7 @@ def evaluate(
     for images, _ in inputs.read(batches, title):
         with compute.autocast():
             outputs.append(network(to_input(images, compute.device)))
-    network.train(training)
+    network.train(was_training)
     logits = gather(torch.cat([output.cpu() for output in outputs]), compute)
     if logits.isnan().any():
         raise DataError("the network's outputs are no numbers; take other weights or a lower --lr")
@@ -710,7 +726,7 @@ class Calibration(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a network answers for M images."""
+    """The answers of a network for M images."""
 
     predicted: Tensor  # (M,) int64
     probability: Tensor  # (M,) float32, of the predicted class
@@ -719,7 +735,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is known of a network from M images of C classes that it has not learnt."""
+    """An evaluation of a network by M images of C classes that it has not learnt."""
 
     places: Tensor  # (M,) int64, where the images are in `Data`
     targets: Tensor  # (M,) int64
@@ -814,7 +830,7 @@ def natural_shift(given: Given) -> Tensor:
 
 
 def pick_half(targets: Tensor) -> Tensor:
-    """Which of M images are in the first half, at random, of every class half: (M,) bool."""
+    """Choose half of M images at random, of every class half: (M,) bool."""
     order = torch.randperm(len(targets), generator=seeded("half", 0, 0))
     order = order[targets[order].argsort(stable=True)]
     half = torch.zeros(len(targets), dtype=torch.bool)
@@ -823,7 +839,7 @@ def pick_half(targets: Tensor) -> Tensor:
 
 
 def class_weights(targets: Tensor) -> Tensor:
-    """A weight for each of M images, so that each class counts the same: (M,) float64, sum 1."""
+    """Return weights of M images with which each class counts the same: (M,) float64, sum 1."""
     weights = 1 / torch.bincount(targets)[targets].double()
     return weights / weights.sum()
 
@@ -831,18 +847,20 @@ def class_weights(targets: Tensor) -> Tensor:
 def fit_calibration(
     logits: Tensor, targets: Tensor, log_share: Tensor, left: float = LEFT
 ) -> Calibration:
-    """The numbers with the lowest cross entropy of (M, C) logits, each class counting the same.
+    """Fit the numbers with the lowest cross entropy of (M, C) logits; each class counts the same.
 
-    The problem is convex. A prior worth `PRIOR` images holds the numbers near what is usual where
-    there is little to go by: near a scale of 1 and a shift of `left` times the scale, since that
-    many log shares are left in the logits. Images with weights w that sum to 1 tell as much as
-    1 / sum(w^2) of equal weight (Kish 1965); a class without images counts there as half an image,
-    since without it the others are best told by never naming it.
+    The problem is convex. Few images tell little, so a prior worth `PRIOR` images holds the numbers
+    near what is usual: a scale of 1 and a shift of `left` times the scale, since balanced training
+    leaves that many log shares in the logits. Images with weights w that sum to 1 tell as much as
+    1 / sum(w^2) images of equal weight (Kish 1965). A class without images counts as half an image
+    in this, otherwise never predicting it would be the optimum.
     """
     if not len(targets):
         return Calibration(1.0, left)
     picked = pick_evenly(targets, MOST_FITTED // len(log_share))
-    logits, targets, log_share = logits[picked].double(), targets[picked], log_share.double()
+    logits = logits[picked].double()
+    targets = targets[picked]
+    log_share = log_share.double()
     weights = class_weights(targets)
     counts = torch.bincount(targets, minlength=len(log_share)).clamp(min=0.5)
     prior = PRIOR * (1 / counts).mean() / len(counts)
@@ -869,7 +887,7 @@ def fit_calibration(
 
 
 def pick_evenly(labels: Tensor, most: int) -> Tensor:
-    """About `most` of M places, evenly spread, and all of a class it would miss: (M,) bool."""
+    """Choose about `most` of M images, evenly spread, and all of classes left out so: (M,) bool."""
     chosen = torch.arange(len(labels)) % math.ceil(len(labels) / most) == 0
     return chosen | ~torch.isin(labels, labels[chosen])
 
@@ -976,7 +994,7 @@ def read_weights(path: str) -> dict[str, Any]:
 
 
 def download(weights: models.WeightsEnum, name: str) -> dict[str, Tensor]:
-    """The weights from torch's cache folder, after filling it from their address if need be."""
+    """Load weights from torch's cache folder, after downloading them if they are not there."""
     try:
         return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
     except Exception as error:  # a damaged file raises nearly anything
@@ -1047,12 +1065,12 @@ def build_model(
 
 @torch.no_grad()
 def rescale(model: Any) -> None:
-    """Give weights the scale that the learning rates are for; what `model` computes stays.
+    """Bring weights to the scale that the learning rates are for; the outputs do not change.
 
-    AdamW moves a weight by the rate whatever its size, and files differ a hundredfold in that.
-    BatchNorm undoes the scale of a convolution: each gets a root mean square of `CONV_SCALE` /
-    sqrt(fan-in). The scale of the features is undone by the head: the BatchNorms that add up to
-    them get a root mean square of `FEATURE_SCALE`.
+    AdamW changes a weight by about the learning rate, whatever its size, and weight files differ a
+    hundredfold in size. BatchNorm undoes the scale of a convolution, so each convolution gets a
+    root mean square of `CONV_SCALE` / sqrt(fan-in). The head undoes the scale of the features, so
+    the BatchNorms that add up to these get a root mean square of `FEATURE_SCALE`.
     """
     blocks = list(model.layer4)
     added = [getattr(block, "bn3", block.bn2) for block in blocks] + [blocks[0].downsample[1]]
@@ -1928,7 +1946,7 @@ def check_given(settings: Settings, content: Mapping[str, Any], origin: str) -> 
 
 
 def pick_batch_size(data: Data, processes: int) -> int:
-    """The images of a step: few where there are few, so that enough steps are taken."""
+    """Choose the images of a step: fewer on small data sets, so that enough steps are taken."""
     size = BATCH if len(data.learns(0)) >= STEPS * BATCH else SMALL_BATCH
     return math.ceil(size / processes) * processes
 
@@ -1984,7 +2002,7 @@ def load_baseline(run: Path, data: Data) -> Tensor:
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Write or replace the file as a whole: a reader sees the old one or the new one."""
+    """Write or replace a file as a whole: who reads it sees the old one or the new one."""
     unfinished = path.with_name(f".{path.name}.partial")  # on the same file system
     try:
         with open(unfinished, "wb") as file:
@@ -2000,7 +2018,7 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
 
 
 def save_tensors(path: Path, value: Any) -> None:
-    """Write what `torch.load` reads; `torch.save` itself would not say that a disk is full."""
+    """Write a value for `torch.load`; `torch.save` itself would not say that a disk is full."""
     content = io.BytesIO()
     torch.save(value, content)
     write_file(path, content.getbuffer())
@@ -2098,10 +2116,12 @@ def write_reports(
 def write_network(given: Given, states: list[dict[str, Tensor]], fitted: Calibration) -> None:
     """Write all that it takes to use the network; its heads are calibrated."""
     settings, data = given.settings, given.data
-    networks, shift = [], fitted.shift * data.log_share()
+    shift = fitted.shift * data.log_share()
+    networks = []
     for state in states:
-        weight, bias = (state[f"fc.{name}"] * fitted.scale for name in ("weight", "bias"))
-        networks.append(state | {"fc.weight": weight, "fc.bias": bias - shift})
+        weight = state["fc.weight"] * fitted.scale
+        bias = state["fc.bias"] * fitted.scale - shift
+        networks.append(state | {"fc.weight": weight, "fc.bias": bias})
     content = {
         "arch": settings.arch,
         "classes": data.classes,
@@ -2183,7 +2203,7 @@ def load_run(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
 
 
 def find_again(settings: Settings, stored: dict[str, Any]) -> Data:
-    """The images of a run that goes on; raises `DataError` for one that is gone or has changed."""
+    """Find the images of a stopped run; raises `DataError` if one is gone or has changed."""
     folders = {
         "train": settings.data,
         "val": settings.val or settings.data,
@@ -2224,7 +2244,7 @@ def write_config(
 
 
 def versions() -> dict[str, str]:
-    """What the figures of a run may hang on."""
+    """Return the versions of Python and of the libraries."""
     libraries = {library.__name__: library.__version__ for library in (torch, torchvision, np, PIL)}
     return {"python": sys.version.split()[0], **libraries}
 
