@@ -182,9 +182,7 @@ class Progress:
     history: Rows  # a row for each epoch, from the first one on
     draws: Tensor  # how often images of each class were drawn so far: (C,) int64
     head: dict[str, Tensor] = field(default_factory=dict)  # as the stage "head" left it
-    logits: Tensor = field(
-        default_factory=lambda: torch.empty(0)
-    )  # of the images that the last epoch was judged by: (M, C)
+    logits: Tensor = torch.empty(0)  # of the images that judged the last epoch: (M, C)
     finished: list[Fold] = field(default_factory=list)
     stored: dict[str, Any] = field(default_factory=dict)  # a trainer's state, to go on from once
     trainer: Any = None  # a `Trainer`, from the first stage on
@@ -222,33 +220,35 @@ def run(args: Namespace) -> None:
             for epoch in stage.epochs:
                 if progress.has_done(fold, epoch):
                     continue
-                started = time.perf_counter()
                 drawn = draw_epoch(given, stage, epoch)
-                seeds = seeded("augment", settings.seed, fold, epoch)
-                batches = cut_batches(drawn, settings.batch_size, seeds)
-                trained = train_epoch(given, progress.trainer, batches, inputs)
+                trained = train_epoch(given, progress.trainer, drawn, epoch, inputs)
                 network = progress.trainer.evaluated
                 progress.logits = evaluate(given, network, inputs, data.judges(fold))
-                evaluation = judge(given, {fold: progress.logits})
-                progress.history.append({
-                    "fold": fold + 1,
-                    "epoch": epoch,
-                    "phase": stage.name,
-                    "train_loss": trained.loss,
-                    **evaluation.measures,
-                    **count_draws(data, fold, drawn),
-                    "learning_rate": progress.trainer.rate(),
-                    "images_per_second": len(drawn) / trained.seconds,
-                    "data_wait": trained.waited / trained.seconds,
-                    "seconds": time.perf_counter() - started,
-                })  # fmt: skip
-                progress.draws += data.counts(drawn)
-                if epoch == settings.epochs:
-                    progress.finished.append(Fold(copy_state(progress.model), progress.logits))
+                add_epoch(given, progress, stage, epoch, trained)
                 if compute.rank == 0:
-                    store_epoch(given, progress, epoch == stage.epochs[-1])
+                    store_epoch(given, progress, stage_ends=epoch == stage.epochs[-1])
                     print(format_epoch(progress.history[-1], settings), flush=True)
     finish(given, progress, reader)
+
+
+def add_epoch(given: Given, progress: Progress, stage: Stage, epoch: int, trained: Trained) -> None:
+    """Add an epoch to the progress of a run: its row of the history, its draws, its network."""
+    data, logits = given.data, progress.logits
+    progress.history.append({
+        "fold": stage.fold + 1,
+        "epoch": epoch,
+        "phase": stage.name,
+        "train_loss": trained.loss,
+        **judge(given, {stage.fold: logits}).measures,
+        **count_draws(data, stage.fold, trained.drawn),
+        "learning_rate": progress.trainer.rate(),
+        "images_per_second": len(trained.drawn) / trained.seconds,
+        "data_wait": trained.waited / trained.seconds,
+        "seconds": time.perf_counter() - trained.started,
+    })  # fmt: skip
+    progress.draws += data.counts(trained.drawn)
+    if epoch == given.settings.epochs:
+        progress.finished.append(Fold(copy_state(progress.model), logits))
 
 
 # ---------------------------------------------------------------------------------------- sampling
@@ -589,8 +589,12 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on as if nothing had happened."""
-        parts = {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
-        return {"mean": self.mean} | {name: part.state_dict() for name, part in parts.items()}
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "mean": self.mean,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with what was stored in this stage."""
@@ -623,20 +627,24 @@ def wrap_ddp(network: nn.Module, given: Given) -> nn.Module:
 class Trained(NamedTuple):
     """The result of an epoch of training."""
 
+    drawn: Tensor  # the images, int64
     loss: float  # averaged over images
+    started: float  # by `time.perf_counter`
     seconds: float
     waited: float  # seconds of these for images
 
 
 def train_epoch(
-    given: Given, trainer: Trainer, batches: Sequence[Tensor], inputs: Inputs
+    given: Given, trainer: Trainer, drawn: Tensor, epoch: int, inputs: Inputs
 ) -> Trained:
-    """Train on `batches`, of which each process takes its part.
+    """Train on the images that an epoch has drawn; each process takes its part of each batch.
 
     Raises `DataError` if the loss is not finite.
     """
     settings, compute, stage = given.settings, given.compute, trainer.stage
     started = time.perf_counter()
+    seeds = seeded("augment", settings.seed, stage.fold, epoch)
+    batches = cut_batches(drawn, settings.batch_size, seeds)
     waited = 0.0
     total = torch.zeros((), device=compute.device)
     tenth = math.ceil(len(batches) / 10)
@@ -654,10 +662,10 @@ def train_epoch(
         trainer.step(loss * (len(targets) * compute.world_size / len(batch)))
         total += loss.detach() * len(targets)
         if trainer.scheduler.last_epoch == tenth and stage.fold == 0 and not stage.on_features:
-            epoch = (time.perf_counter() - started) * len(batches) / tenth
+            whole_epoch = (time.perf_counter() - started) * len(batches) / tenth
             if compute.rank == 0:
                 epochs = settings.epochs * settings.folds - stage.epochs[0] + 1
-                minutes = math.ceil(epoch * epochs / 60)
+                minutes = math.ceil(whole_epoch * epochs / 60)
                 tqdm.write(f"about {minutes} min to go", sys.stderr)
     next(loaded, None)  # which ends the progress bar
     if dist.is_initialized():
@@ -665,8 +673,8 @@ def train_epoch(
     loss_sum = total.item()
     if not math.isfinite(loss_sum):
         raise DataError(f"--lr: the loss became {loss_sum}; try a tenth of {settings.lr:g}")
-    images_seen = sum(map(len, batches))
-    return Trained(loss_sum / images_seen, time.perf_counter() - started, waited)
+    seconds = time.perf_counter() - started
+    return Trained(drawn, loss_sum / len(drawn), started, seconds, waited)
 
 
 # ---------------------------------------------------------------------- evaluation and calibration
