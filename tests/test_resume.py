@@ -277,7 +277,8 @@ def test_a_run_goes_on_where_weights_are_laid_out_in_another_way(recorded, tmp_p
     """The optimizer's kernels read weights and moments in the order of memory."""
     copy = str(copy_run(recorded["history.csv 2"], tmp_path))
     command = ["--resume", copy, "--workers", "0", "--device", "cpu"]
-    given, progress = training.prepare(training.parse_args(command), CPU)
+    with training.HELD:
+        given, progress = training.prepare(training.parse_args(command), CPU)
     progress.model.to(memory_format=torch.channels_last)
     stored = progress.stored["optimizer"]["state"]
     for state in stored.values():
