@@ -46,6 +46,7 @@ import base64
 import contextlib
 import copy
 import csv
+import errno
 import hashlib
 import heapq
 import html
@@ -90,6 +91,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_datas
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 from tqdm import tqdm
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
 
 EVERY, TEST = -1, -2  # in a fold's place: an image that every network learns, or none ever sees
 NETWORK, STATE, START = "network.pt", "resume.pt", "start.pt"  # in a run folder
@@ -203,6 +209,9 @@ def run(args: Namespace) -> None:
     """
     compute = join_processes(args.device, args.amp)
     given, progress = first_makes(partial(prepare, args, compute), compute)
+    # A run that goes on keeps its precision, and all processes have the same.
+    precision = pick_precision(compute.device, given.settings.amp)
+    compute = compute._replace(amp=agree_precision(precision))
     given = replace(given, compute=compute)
     settings, data = given.settings, given.data
     progress.model.to(compute.device, memory_format=memory_format(compute.device))
@@ -647,10 +656,11 @@ def train_epoch(
     batches = cut_batches(drawn, settings.batch_size, seeds)
     waited = 0.0
     total = torch.zeros((), device=compute.device)
-    tenth = math.ceil(len(batches) / 10)
+    epochs_left = settings.epochs * settings.folds - epoch + 1
+    told = compute.rank > 0 or stage.fold > 0 or stage.on_features or epoch > stage.epochs[0]
     ours = [batch[compute.rank :: compute.world_size] for batch in batches]
     loaded = iter(inputs.read(ours, f"training, {stage.name}"))
-    for batch in batches:
+    for step, batch in enumerate(batches, 1):
         asked = time.perf_counter()
         images, targets = next(loaded)
         waited += time.perf_counter() - asked
@@ -661,18 +671,16 @@ def train_epoch(
         # Gradients are averaged over processes, whose parts of a batch may differ by one image.
         trainer.step(loss * (len(targets) * compute.world_size / len(batch)))
         total += loss.detach() * len(targets)
-        if trainer.scheduler.last_epoch == tenth and stage.fold == 0 and not stage.on_features:
-            whole_epoch = (time.perf_counter() - started) * len(batches) / tenth
-            if compute.rank == 0:
-                epochs = settings.epochs * settings.folds - stage.epochs[0] + 1
-                minutes = math.ceil(whole_epoch * epochs / 60)
-                tqdm.write(f"about {minutes} min to go", sys.stderr)
+        seconds = time.perf_counter() - started
+        told = told or tell_time_left(seconds, step / len(batches), epochs_left)
     next(loaded, None)  # which ends the progress bar
     if dist.is_initialized():
         dist.all_reduce(total)
     loss_sum = total.item()
     if not math.isfinite(loss_sum):
-        raise DataError(f"--lr: the loss became {loss_sum}; try a tenth of {settings.lr:g}")
+        cure = "--no-amp, or " if compute.amp is torch.float16 else ""
+        cure += f"a tenth of {settings.lr:g}"
+        raise DataError(f"--lr: the loss became {loss_sum}; try {cure}")
     seconds = time.perf_counter() - started
     return Trained(drawn, loss_sum / len(drawn), started, seconds, waited)
 
@@ -709,9 +717,12 @@ def evaluate(
         with compute.autocast():
             outputs.append(network(to_input(images, compute.device)))
     network.train(was_training)
+    outputs.append(torch.empty(0, len(given.data.classes)))  # of a process without an image
     logits = gather(torch.cat([output.cpu() for output in outputs]), compute)
     if logits.isnan().any():
-        raise DataError("the network's outputs are no numbers; take other weights or a lower --lr")
+        cure = "--no-amp, " if compute.amp is torch.float16 else ""
+        cure += "other weights or a lower --lr"
+        raise DataError(f"the network's outputs are no numbers; take {cure}")
     return logits.clamp(-HIGHEST, HIGHEST)  # float16 overflows
 
 
@@ -1589,7 +1600,10 @@ class Reader:
             persistent_workers=settings.workers > 0,
             worker_init_fn=leave_interrupts,
             pin_memory=settings.device == "cuda",
+            multiprocessing_context=start_method() if settings.workers else None,
         )
+        if settings.workers and given.compute.world_size > 1:
+            iter(self.loader)  # its workers start: once NCCL runs, a fork may hang (docs of DDP)
 
     def read(self, batches: Sequence[Tensor], title: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (B, S, S, 3) uint8 and labels (B,) of `batches`, behind a progress bar."""
@@ -1857,29 +1871,30 @@ def prepare(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
         return load_run(args, compute)
     weights, content = find_weights(args.weights)
     settings = resolve_settings(args, compute, weights, content)
-    with claim(settings.output):
-        classes, rows = list_rows(settings)  # in no time, before weights may be downloaded
-        content = content or load_pretrained(settings)
-        data = load_data(settings, classes, rows)
-        if not settings.batch_size:
-            settings = replace(settings, batch_size=pick_batch_size(data, compute.world_size))
-        settings = replace(settings, workers=count_workers(settings, args.workers))
-        check_batches(settings, data, compute.world_size)
-        baseline = load_baseline(settings.baseline, data) if settings.baseline else None
-        torch.manual_seed(settings.seed)
-        model, origin = build_model(settings.arch, data.classes, content)
-        if not settings.epochs:
-            check_given(settings, content, origin)
-            data = data._replace(white=data.white | content.get("white", {}))
-        elif settings.weights != "none":
-            rescale(model)
-        given = Given(settings, data, baseline, origin, compute)
-        draws = torch.zeros(len(data.classes), dtype=torch.int64)
-        progress = Progress(copy_state(model), model, history=[], draws=draws)
-        write_file(settings.output / "split.csv", format_table(list_split(data)))
-        if settings.epochs:
-            save_tensors(settings.output / START, progress.start)
-            save_state(given, progress)
+    HELD.enter_context(hold_folder(settings.output))
+    refuse_used(settings.output)  # once more: another run may just have ended there
+    classes, rows = list_rows(settings)  # in no time, before weights may be downloaded
+    content = content or load_pretrained(settings)
+    data = load_data(settings, classes, rows)
+    if not settings.batch_size:
+        settings = replace(settings, batch_size=pick_batch_size(data, compute.world_size))
+    settings = replace(settings, workers=count_workers(settings, args.workers))
+    check_batches(settings, data, compute.world_size)
+    baseline = load_baseline(settings.baseline, data) if settings.baseline else None
+    torch.manual_seed(settings.seed)
+    model, origin = build_model(settings.arch, data.classes, content)
+    if not settings.epochs:
+        check_given(settings, content, origin)
+        data = data._replace(white=data.white | content.get("white", {}))
+    elif settings.weights != "none":
+        rescale(model)
+    given = Given(settings, data, baseline, origin, compute)
+    draws = torch.zeros(len(data.classes), dtype=torch.int64)
+    progress = Progress(copy_state(model), model, history=[], draws=draws)
+    write_file(settings.output / "split.csv", format_table(list_split(data)))
+    if settings.epochs:
+        save_tensors(settings.output / START, progress.start)
+        save_state(given, progress)
     return given, progress
 
 
@@ -1956,16 +1971,19 @@ def check_given(settings: Settings, content: Mapping[str, Any], origin: str) -> 
 def pick_batch_size(data: Data, processes: int) -> int:
     """Choose the images of a step: fewer on small data sets, so that enough steps are taken."""
     size = BATCH if len(data.learns(0)) >= STEPS * BATCH else SMALL_BATCH
-    return math.ceil(size / processes) * processes
+    share = max(SYNCHRONISED, math.ceil(size / processes))
+    if processes > 1:
+        text = f"{share} for each of {processes} processes; more may train faster"
+        print(f"--batch-size: {share * processes} images, {text}", file=sys.stderr)
+    return share * processes
 
 
 def check_batches(settings: Settings, data: Data, processes: int) -> None:
     """Raise `DataError` where batches cannot be divided, or hold too little for BatchNorm."""
     images = min(len(data.learns(fold)) for fold in range(data.folds))
-    judged = min(len(data.judges(fold)) for fold in range(data.folds))
     smallest = images // math.ceil(images / settings.batch_size)
     text = ""
-    if settings.batch_size % processes or min(smallest, judged) < processes:
+    if settings.batch_size % processes or smallest < processes:
         text = f"cannot be divided among {processes} processes; take a multiple, or fewer processes"
     elif settings.whole_epochs() and smallest // processes == 1 and settings.image_size <= STRIDE:
         size = settings.image_size
@@ -2017,10 +2035,9 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        unfinished.replace(path)
+        replace_file(unfinished, path)
     except OSError as error:
-        text = f"{error.strerror}; what was written before is whole: make room, then --resume"
-        raise DataError(f"{path}: {text}") from None
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -2183,6 +2200,7 @@ def load_run(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
         if (output / NETWORK).exists():
             reason = "complete, or judged by --epochs 0; nothing is left to do"
         raise DataError(f"--resume {output}: {reason}")
+    HELD.enter_context(hold_folder(output))
     state = load_tensors(output / STATE)
     if state.get("format") != STATE_FORMAT:
         text = "stopped by another version of this script; go on with that, or start a new run"
@@ -2193,6 +2211,7 @@ def load_run(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
     if args.amp is not None:
         settings = replace(settings, amp=args.amp)
     data = find_again(settings, state["data"])
+    check_batches(settings, data, compute.world_size)
     given = Given(settings, data, state["baseline"], "as it was stopped", compute)
     progress = Progress(
         start=load_tensors(output / START),
@@ -2733,8 +2752,10 @@ def predict_photos(settings: Namespace) -> None:
     rows, started = [], time.perf_counter()
     for views, read in read_photos(paths, run, settings.batch_size or BATCH):
         with torch.no_grad(), compute.autocast():
-            logits = model(to_input(views, compute.device))
-        probability, best = (logits.float().cpu() + natural).softmax(1).topk(2)
+            logits = model(to_input(views, compute.device)).float().cpu()
+        if logits.isnan().any():
+            raise DataError(f"--predict {settings.predict}: no numbers come out; try --no-amp")
+        probability, best = (logits.clamp(-HIGHEST, HIGHEST) + natural).softmax(1).topk(2)
         for path, (p, q), (one, two) in zip(read, probability.tolist(), best.tolist(), strict=True):
             answer = {"path": path, "class": run["classes"][one], "probability": p}
             rows.append(answer | {"second": run["classes"][two], "second_probability": q})
@@ -2803,8 +2824,23 @@ def read_photos(
 # --------------------------------------------------------------------------- devices and processes
 
 
+LOCK = ".lock"  # in the folder of a run, while it is running
+HELD = contextlib.ExitStack()  # what this process holds until its run ends: the run folder
+REPLACE_TRIES = 11  # attempts to replace a file
+REPLACE_PAUSE = 0.1  # seconds between them
+TIME_TOLD_AFTER = 10.0  # seconds of training that tell how long all of it takes
+TIME_WORTH_TELLING = 2.0  # minutes
+# Tensor cores came with this compute capability; float16 gains nothing on GPUs before it.
+TENSOR_CORES = (7, 0)
+WITHOUT_TENSOR_CORES = "GTX 16"  # Turing all the same, and float16 turns into NaN on them
+MOST_FORKED = 64  # workers of one process
+MOST_SPAWNED = 8  # they take 2 GB
+MOST_ON_WINDOWS = 4  # of one machine: each reserves gigabytes of the page file (pytorch 53695)
+NCCL_SHARE = 2**25  # bytes of /dev/shm for each process: NCCL takes segments of 9.6 MB there
+
+
 class Compute(NamedTuple):
-    """Where the network runs, in what precision, and which of how many processes this one is."""
+    """The device and precision a network runs in, and the rank of this process."""
 
     device: torch.device
     amp: torch.dtype | None  # of mixed precision; None: float32 alone
@@ -2812,82 +2848,135 @@ class Compute(NamedTuple):
     world_size: int = 1
 
     def autocast(self) -> torch.autocast:
-        """The context of a forward pass."""
+        """Return the context for a forward pass."""
         return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
 
     def name(self) -> str:
-        """What people call the device."""
-        cuda = self.device.type == "cuda"
-        return torch.cuda.get_device_name(self.device) if cuda else str(self.device)
+        """Return the name of the device as it is sold, or its kind."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return str(self.device)
 
 
 def join_processes(name: str, amp: bool | None) -> Compute:
-    """What this process computes on; under torchrun, after it has met the others."""
+    """Return the device and precision of this process; under torchrun, meet the others first."""
     compute = pick_compute(name, amp)
     if not dist.is_torchelastic_launched():
         return compute
     # Process 0 checks all images while the others wait; torchrun ends them where one has died.
     dist.init_process_group(pick_backend(compute.device.type), timeout=timedelta(days=7))
-    return compute._replace(rank=dist.get_rank(), world_size=dist.get_world_size())
+    return compute._replace(
+        amp=agree_precision(compute.amp), rank=dist.get_rank(), world_size=dist.get_world_size()
+    )
 
 
 def pick_backend(kind: str) -> str:
-    """What several processes on devices of this kind talk by; raises `DataError` if nothing."""
+    """Return the backend that processes on devices of this kind talk by.
+
+    Raises `DataError` where there is none.
+    """
     backends = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
     if kind not in backends:
         raise DataError(f"--device {kind}: serves one process alone; start without torchrun")
+    nccl = dist.is_nccl_available()  # not on Windows
+    xccl = getattr(dist, "is_xccl_available", lambda: False)()  # not in all builds of torch
+    available = {"cpu": True, "cuda": nccl, "xpu": xccl}[kind]
     shared = int(os.environ["LOCAL_WORLD_SIZE"]) > torch.accelerator.device_count()
-    lacking = kind == "cuda" and not dist.is_nccl_available()  # as on Windows
-    return "gloo" if shared or lacking else backends[kind]  # nccl would refuse to share
+    if available and not shared:  # nccl and xccl refuse to share a GPU
+        return backends[kind]
+    if kind == "xpu":  # which gloo does not serve: github.com/intel/torch-xpu-ops/issues/5387
+        text = "several processes need a GPU each, and a torch with xccl; start without torchrun"
+        raise DataError(f"--device xpu: {text}")
+    return "gloo"
 
 
 def pick_compute(name: str, amp: bool | None) -> Compute:
-    """The device called `name`, "auto" for the best there is; `amp` None: where it helps."""
+    """Return the device called `name` ("auto": an accelerator, else the CPU) and its precision.
+
+    `amp` None stands for mixed precision where the hardware gains from it. Raises `DataError` for
+    a device that is not on this machine.
+    """
+    device = find_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # later questions are about the current device
+        if sys.platform == "win32":  # its driver would spill into main memory and crawl, not fail
+            free, total = torch.cuda.mem_get_info()
+            torch.cuda.set_per_process_memory_fraction(free / total)
+    return Compute(device, pick_precision(device, amp))
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device called `name`; under torchrun each process gets its own."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     best = found or torch.device("cpu")
     try:
         device = best if name == "auto" else torch.device(name)
-        if device.type != "cpu" and dist.is_torchelastic_launched():  # to each process its own
-            place = int(os.environ["LOCAL_RANK"]) % max(1, torch.accelerator.device_count())
-            device = torch.device(device.type, place)
-        device = torch.empty(0, device=device).device
+        if device.type != "cpu" and dist.is_torchelastic_launched():
+            index = int(os.environ["LOCAL_RANK"]) % max(1, torch.accelerator.device_count())
+            device = torch.device(device.type, index)
+        return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError):  # the latter from builds without that device
         raise DataError(f"--device {name}: not on this machine; try auto, or {best}") from None
-    kind = torch.bfloat16
+
+
+def pick_precision(device: torch.device, amp: bool | None) -> torch.dtype | None:
+    """Return the dtype of mixed precision on `device`, None for float32 alone."""
+    dtype = torch.bfloat16
+    gains = False
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # of which the next lines ask
-        if sys.platform == "win32":  # whose driver would take main memory and crawl, not fail
-            free, total = torch.cuda.mem_get_info()
-            torch.cuda.set_per_process_memory_fraction(free / total)
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        helps, kind = True, torch.bfloat16 if native else torch.float16
-    else:  # `get_capabilities` came with torch 2.10
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            dtype = torch.float16
+        capable = torch.cuda.get_device_capability(device) >= TENSOR_CORES
+        gains = capable and WITHOUT_TENSOR_CORES not in torch.cuda.get_device_name(device)
+    elif device.type == "xpu":
+        properties = torch.xpu.get_device_properties(device)
+        gains = getattr(properties, "has_bfloat16_conversions", False)
+    elif device.type == "cpu":  # `get_capabilities` came with torch 2.10
         units: Any = getattr(torch.cpu, "get_capabilities", dict)()
-        helps = device.type == "cpu" and bool(units.get("avx512_bf16") or units.get("amx_bf16"))
-    return Compute(device, kind if amp or (amp is None and helps) else None)
+        gains = bool(units.get("avx512_bf16") or units.get("amx_bf16"))
+    return dtype if amp or (amp is None and gains) else None
+
+
+def agree_precision(precision: torch.dtype | None) -> torch.dtype | None:
+    """Return the precision of all processes: the first of float32, float16, bfloat16 one picked.
+
+    Unlike GPUs pick unlike ones. Then gradients would be scaled in some processes alone, and
+    values sent from one to the other be read as another type.
+    """
+    if not dist.is_initialized():
+        return precision
+    picked: list[torch.dtype | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(picked, precision)
+    if None in picked:
+        return None
+    return torch.float16 if torch.float16 in picked else torch.bfloat16
 
 
 def to_device(batch: Tensor, device: torch.device) -> Tensor:
-    """`batch` on `device`, without waiting where that is safe: from pinned memory to CUDA."""
-    cuda = device.type == "cuda"
-    return (batch.pin_memory() if cuda else batch).to(device, non_blocking=cuda)
+    """Return `batch` on `device`, without waiting where that is safe: pinned memory to CUDA."""
+    if device.type != "cuda":
+        return batch.to(device)
+    return batch.pin_memory().to(device, non_blocking=True)
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """How images lie in memory: channels last, but on MPS BatchNorm's gradients are then wrong."""
-    # https://github.com/pytorch/pytorch/issues/175189
+    """Return the layout of images in memory: channels last, but on MPS contiguous."""
+    # There gradients of BatchNorm are wrong: https://github.com/pytorch/pytorch/issues/175189
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 @cache  # made once, since that waits for all the work of the device
 def normalisation(device: torch.device) -> Tensor:
-    """Mean and deviation that ImageNet weights were trained with, of bytes: (2, 3, 1, 1)."""
+    """Return mean and deviation of ImageNet's pixels, 0 to 255, on `device`: (2, 3, 1, 1)."""
     parts = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     return torch.tensor([[255 * x for x in part] for part in parts], device=device)[..., None, None]
 
 
 def to_input(batch: Tensor, device: torch.device) -> Tensor:
-    """(B, H, W, 3) bytes as normalised (B, 3, H, W) float32 on `device`; features as they are."""
+    """Return images (B, H, W, 3) uint8 as normalised (B, 3, H, W) float32 on `device`.
+
+    Features, which are no bytes, stay as they are.
+    """
     batch = to_device(batch, device)
     if batch.dtype != torch.uint8:
         return batch
@@ -2897,12 +2986,17 @@ def to_input(batch: Tensor, device: torch.device) -> Tensor:
 
 
 def first_makes(make: Callable[[], Any], compute: Compute) -> Any:
-    """What `make` returns in process 0, in every process; where it fails, all end with it."""
-    made, problem = [None], None
-    try:
-        made = [make()] if compute.rank == 0 else made
-    except Exception as error:  # the others would say that they have lost process 0
-        problem = error
+    """Call `make` in process 0 and return its result in every process.
+
+    Where it fails, process 0 raises the error and the others exit with status 2.
+    """
+    made = [None]
+    problem = None
+    if compute.rank == 0:
+        try:
+            made = [make()]
+        except Exception as error:  # the others would say that they have lost process 0
+            problem = error
     if dist.is_initialized():
         dist.broadcast_object_list(made, 0)
     if problem:
@@ -2913,18 +3007,140 @@ def first_makes(make: Callable[[], Any], compute: Compute) -> Any:
 
 
 def gather(part: Tensor, compute: Compute) -> Tensor:
-    """The rows of all processes, of which process r has every `world_size`-th from r on."""
+    """Return the rows of all processes; `part` of rank r are rows r, r + world_size, and so on."""
     if not dist.is_initialized():
         return part
     count = torch.tensor(len(part))
     dist.all_reduce(count)
-    whole = part.new_empty(int(count), *part.shape[1:])
+    table = part.new_empty(int(count), *part.shape[1:])
     for rank in range(compute.world_size):  # one after the other, to need little memory
-        rows = whole[rank :: compute.world_size]
+        rows = table[rank :: compute.world_size]
         sent = part if rank == compute.rank else rows.contiguous()
         dist.broadcast(sent, rank)
         rows.copy_(sent)
-    return whole
+    return table
+
+
+def start_method() -> str:
+    """Return the way in which workers start: forked on Linux, as Python's default elsewhere."""
+    # A forked worker takes 16 ms, a spawned one 4 s and 229 MB. Python 3.14 would take a fork
+    # server, whose workers cost as much as spawned ones.
+    return "fork" if sys.platform == "linux" else get_start_method()
+
+
+def count_workers(settings: Settings, asked: int | None) -> int:
+    """Return the number of processes that read images: `--workers`, or as many as fit."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = asked
+    if workers is None:
+        workers = 0 if settings.device == "cpu" else pick_workers(processes)
+    shared = Path("/dev/shm")  # through which, where there is one, workers hand their batches over
+    if workers and shared.is_dir():  # a worker that writes beyond its end is killed
+        nccl = NCCL_SHARE * processes if processes > 1 and settings.device == "cuda" else 0
+        batch = 3 * eval_size(settings.image_size) ** 2 * settings.batch_size
+        # Each worker has two batches on the way, and one is in use.
+        room = max(0, (shutil.disk_usage(shared).free - nccl) // batch - 1) // 2
+        if room < workers:
+            text = f"room for batches of {room} workers, not {workers}; docker run has --shm-size"
+            print(f"warning: {shared}: {text}", file=sys.stderr)
+            return room
+    return workers
+
+
+def pick_workers(processes: int) -> int:
+    """Return all cores but one, of one or two cores all, for each of the machine's processes."""
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    # Nothing here tells how many of the cores a container may use.
+    cores = getattr(os, "process_cpu_count", lambda: len(affinity(0)))() or 1
+    share = cores // processes
+    most = MOST_FORKED if start_method() == "fork" else MOST_SPAWNED
+    if sys.platform == "win32":
+        most = MOST_ON_WINDOWS // processes
+    return max(1, min(most, share - 1 if share > 2 else share))
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Make the folder of a run and hold it against other processes.
+
+    What a run that fails before there is anything to go on with has written is removed again, so
+    that the same `--output` can be used. Raises `DataError` if another process holds the folder.
+    """
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = lock_file(folder / LOCK)
+    try:
+        yield
+    except BaseException:
+        if not (folder / STATE).exists() and not (folder / NETWORK).exists():
+            for name in ("split.csv", "config.json", START):
+                (folder / name).unlink(missing_ok=True)
+        raise
+    finally:
+        unlock_file(lock, folder / LOCK)
+        with contextlib.suppress(OSError):  # not empty: a run has come of it
+            for parent in made:
+                parent.rmdir()
+
+
+def lock_file(path: Path) -> int:
+    """Make and lock the file, and return its descriptor, which this process alone has.
+
+    The operating system unlocks it as the process ends, however it does. Raises `DataError` if
+    another process has locked it.
+    """
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    taken = False
+    try:
+        if sys.platform == "win32":
+            msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
+        else:  # not `flock`: forked workers would hold that until they notice that we are killed
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        taken = not path.exists() or not os.path.samestat(os.fstat(lock), path.stat())
+    except (BlockingIOError, PermissionError):
+        taken = True
+    except OSError:  # a file system without locks
+        pass
+    if taken:
+        os.close(lock)
+        raise DataError(f"{path.parent}: another process is at work there; wait until it is done")
+    return lock
+
+
+def unlock_file(lock: int, path: Path) -> None:
+    """Remove and unlock a file that this process has locked."""
+    if sys.platform == "win32":  # which removes no file that is open, by this process or another
+        os.close(lock)
+    with contextlib.suppress(OSError):
+        path.unlink()
+    if sys.platform != "win32":  # the other way round it might be the lock of another process
+        os.close(lock)
+
+
+def replace_file(unfinished: Path, path: Path) -> None:
+    """Move a file to where another may be; if that is in use, try again for a second."""
+    for attempt in range(REPLACE_TRIES):
+        try:
+            os.replace(unfinished, path)
+            return
+        except PermissionError:  # on Windows, where a virus scanner looks at it for example
+            if attempt == REPLACE_TRIES - 1:
+                raise
+            time.sleep(REPLACE_PAUSE)
+
+
+def tell_time_left(seconds: float, part: float, epochs: int) -> bool:
+    """Say how long training takes as soon as that can be told; return whether it could be.
+
+    `part` (0 to 1) of the first of `epochs` took so many seconds. The first batches alone say
+    little: workers start, and the device is set up.
+    """
+    if seconds < TIME_TOLD_AFTER or part < 0.1:
+        return False
+    minutes = (seconds / part * epochs - seconds) / 60
+    if minutes >= TIME_WORTH_TELLING:
+        tqdm.write(f"about {math.ceil(minutes)} min to go", sys.stderr)
+    return True
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -2940,73 +3156,81 @@ class OneLineParser(argparse.ArgumentParser):
 
 # fmt: off
 def make_parser() -> OneLineParser:
-    """The flags; `None` stands for "auto"."""
+    """Return the parser of all flags; it gives `None` for "auto"."""
     purpose = str(__doc__).partition("\n\nDATA")[0]  # with the commands
     raw = argparse.RawDescriptionHelpFormatter
     parser = OneLineParser(prog="data_training.py", description=purpose, formatter_class=raw)
 
     def add(flag: str, metavar: str, kind: Any, default: Any, text: str) -> None:
-        parse = (lambda said: None if said == "auto" else kind(said)) if default == "auto" else kind
-        text += "" if default is None else f" (default: {default})"
+        parse = kind
+        if default == "auto":
+            parse = lambda word: None if word == "auto" else kind(word)  # noqa: E731
+        if default is not None:
+            text += f" (default: {default})"
         group.add_argument(flag, metavar=metavar, type=parse, default=default, help=text)
 
-    whole = number(int, lambda n: n >= 0, "a whole number of at least 0")
-    some = number(int, lambda n: n >= 1, "a whole number of at least 1")
-    folds = number(int, lambda n: 3 <= n <= 10, "a whole number from 3 to 10")
-    inside = number(float, lambda x: 0 < x < 1, "a number between 0 and 1")
-    fraction = number(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
+    not_negative = number(int, lambda n: n >= 0, "a whole number of at least 0")
+    at_least_one = number(int, lambda n: n >= 1, "a whole number of at least 1")
+    three_to_ten = number(int, lambda n: 3 <= n <= 10, "a whole number from 3 to 10")
+    below_one = number(float, lambda x: 0 < x < 1, "a number between 0 and 1")
+    at_most_one = number(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
     positive = number(float, lambda x: 0 < x < math.inf, "a number above 0")
-    power = number(float, lambda x: 0 <= x <= 10, "a number from 0 to 10")
-    bits = number(int, lambda n: -(2**63) <= n < 2**63, "a whole number of 64 bits")
+    zero_to_ten = number(float, lambda x: 0 <= x <= 10, "a number from 0 to 10")
+    of_64_bits = number(int, lambda n: -(2**63) <= n < 2**63, "a whole number of 64 bits")
     parser.add_argument("data", metavar="DATA", type=Path, nargs="?",
-        help="folder of class folders; with --predict images, at any depth, or one")
+        help="folder with one folder per class; with --predict an image, or a folder of images")
     group = parser.add_argument_group("data")
-    add("--val-fraction", "F", inside, 0.2, "part of each class that is kept for validation")
-    add("--folds", "K", folds, 1, "train K networks (3 to 10), each on all but one part of the "
-        "images, which vote; images of --val or --source then test the vote")
-    add("--val", "DIR", Path, None, "class folders to validate on; then nothing is split off")
-    add("--split", "FILE", Path, None, "CSV file of path (class/file) and part (train, val, or "
-        "source for images of SRC), like a run's split.csv; other images are left out")
-    add("--source", "SRC", Path, None, "folder DATA was made from: its other images validate, too")
-    add("--group", "PATTERN", str, None, "regular expression: images whose paths below their class "
-        "give the same first group, or match, are one family (patient, film), never split up")
-    add("--image-size", "PX", some, "auto", "pixels per side of a training crop; evaluation takes "
-        "up to 8/7 of that, 256 for 224; auto: that of --weights, else 224")
-    add("--crop-scale", "F", fraction, 0.5, "smallest part of an image that a training crop shows")
+    add("--val-fraction", "F", below_one, 0.2, "part of each class that is kept for validation")
+    add("--folds", "K", three_to_ten, 1, "train K networks (3 to 10), each on all but one part of "
+        "the images; together they vote, and images of --val or --source test the vote")
+    add("--val", "DIR", Path, None, "folder with one folder per class to validate on, in place of "
+        "a part of DATA")
+    add("--split", "FILE", Path, None, "CSV file with columns path (class/file) and part (train, "
+        "val, or source for images of SRC), like a run's split.csv; other images are left out")
+    add("--source", "SRC", Path, None, "folder that DATA was made from: images that are only there "
+        "are validated on, too")
+    add("--group", "PATTERN", str, None, "regular expression for paths below the class folder: "
+        "images with the same first group, or match, are of one family (patient, film) and stay "
+        "together, in training or in validation")
+    add("--image-size", "PX", at_least_one, "auto", "pixels per side of a training crop; images "
+        "are evaluated at up to 8/7 of that, 256 for 224; auto: that of --weights, else 224")
+    add("--crop-scale", "F", at_most_one, 0.5, "smallest part of an image that a training crop "
+        "shows")
     group.add_argument("--flip", choices=("sides", "none", "all"), default="sides",
-        help="sides (default): mirror training images at random; none: for text, signs, left and "
-        "right; all: turn them by quarters too, for microscopes and from above")
-    group.add_argument("--no-flip", dest="flip", action="store_const", const="none",
-        help=argparse.SUPPRESS)
-    add("--workers", "N", whole, "auto", "processes that read images; auto: 0 on a CPU, else the "
-        "number of cores minus 1, at most 16, or 8 where processes are spawned")
+        help="sides (default): mirror half of the training images; none: for text, signs, left and "
+        "right; all: also turn them by 90, 180 or 270 degrees, for microscopes and from above")
+    add("--workers", "N", not_negative, "auto", "processes that read images; auto: 0 on a CPU, "
+        f"else the number of cores minus 1, at most {MOST_FORKED} ({MOST_SPAWNED} on macOS, "
+        f"{MOST_ON_WINDOWS} on Windows)")
     group = parser.add_argument_group("model")
     add("--arch", "NAME", str, "auto", "a ResNet of torchvision; auto: that of --weights, else "
         "resnet50 on an accelerator and resnet18 on a CPU")
     add("--weights", "NAME|PATH", str, "DEFAULT", "torchvision weights by name, a file, or none")
     group = parser.add_argument_group("training")
-    add("--epochs", "N", whole, 10, "passes over the training images; 0 judges the given weights")
-    add("--frozen-epochs", "N", whole, "auto", "first epochs, in which the last layer (the head) "
-        "alone is trained; auto: one epoch before all others, none with --weights none")
+    add("--epochs", "N", not_negative, 10, "passes over the training images; with 0 the given "
+        "weights are evaluated")
+    add("--frozen-epochs", "N", not_negative, "auto", "first epochs, which train the last layer "
+        "(the head) alone; auto: one epoch before all others, none with --weights none")
     group.add_argument("--rebalance", choices=("sampler", "none"), default="sampler",
         help="sampler (default): draw every class equally often; none: every image once")
-    add("--power", "P", power, 1.0, "the sampler weighs by 1 / count ** P; 0.5: square root")
-    add("--batch-size", "N", some, "auto", "images per step, over all processes; auto: 64, or 32 "
-        "where an epoch would have under 32 steps")
-    add("--lr", "X", positive, "auto", "highest learning rate of all layers but the head, by "
-        f"AdamW; auto: {RATE:g}, from random weights {SCRATCH_RATE:g}")
+    add("--power", "P", zero_to_ten, 1.0, "the sampler weighs by 1 / count ** P; 0.5: square root")
+    add("--batch-size", "N", at_least_one, "auto", "images per step, over all processes; auto: 64, "
+        "or 32 where an epoch would have under 32 steps, and at least 8 for each process")
+    add("--lr", "X", positive, "auto", "highest learning rate of all layers but the head, for "
+        f"AdamW; auto: {RATE:g}, with --weights none {SCRATCH_RATE:g}")
     group.add_argument("--no-calibration", action="store_true",
-        help="keep the logits as trained, which favour frequent classes and are too sure")
+        help="keep the outputs as trained, which favour frequent classes and are too sure")
     group = parser.add_argument_group("use")
-    add("--predict", "RUN", Path, None, "a run folder or network file that says what the images "
-        "below DATA are; a CSV file on stdout, or in --output FILE")
+    add("--predict", "RUN", Path, None, "predict the class of each image in DATA with the network "
+        "of a run (its folder, or its network.pt); writes CSV to stdout, or to --output FILE")
     group.add_argument("--natural", action="store_true",
         help="predict for classes as frequent as in training, not for equally frequent ones")
     group = parser.add_argument_group("run")
     add("--output", "DIR", Path, "auto", "new folder for the results; auto: runs/DATE-TIME")
     add("--resume", "RUN", Path, None, "go on with the run in this folder")
-    add("--baseline", "RUN", Path, None, "run on the same validation images, to compare with")
-    add("--seed", "N", bits, 0, "of split, draws and augmentation")
+    add("--baseline", "RUN", Path, None, "earlier run on the same validation images to compare "
+        "with")
+    add("--seed", "N", of_64_bits, 0, "of split, draws and augmentation")
     group.add_argument("--device", metavar="NAME", default="auto",
         help="auto (default): an accelerator, else cpu")
     group.add_argument("--amp", action=argparse.BooleanOptionalAction,
@@ -3016,35 +3240,35 @@ def make_parser() -> OneLineParser:
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
-    """The settings on the command line, each in its range; exits with status 2 if they clash."""
+    """Return the settings of a command line; exit with status 2 if they are wrong or clash."""
     parser = make_parser()
     defaults = vars(parser.parse_args([]))
-    said = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(defaults))))
-    said = {name: value for name, value in said.items() if value is not None}
+    given = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(defaults))))
+    given = {name: value for name, value in given.items() if value is not None}
     clashes = {
-        "resume": said.keys() - {"resume", *WITH_RESUME},
-        "predict": said.keys() - {"predict", *WITH_PREDICT},
-        "val_fraction": said.keys() & {"folds", "val", "split"},
-        "val": said.keys() & {"source", "split"},  # whose names may be those of other images
+        "resume": given.keys() - {"resume", *WITH_RESUME},
+        "predict": given.keys() - {"predict", *WITH_PREDICT},
+        "val_fraction": given.keys() & {"folds", "val", "split"},
+        "val": given.keys() & {"source", "split"},  # whose names may be those of other images
     }
     for name, others in clashes.items():
-        for other in sorted(others) if name in said else ():
+        for other in sorted(others) if name in given else ():
             flag = "DATA" if other == "data" else f"--{other.replace('_', '-')}"
             parser.error(f"{flag}: not with --{name.replace('_', '-')}; drop one of them")
-    if "data" not in said and "resume" not in said:
+    if "data" not in given and "resume" not in given:
         parser.error("the following arguments are required: DATA")
-    if "natural" in said and "predict" not in said:
-        parser.error("--natural: of --predict; drop it")
-    if "power" in said and said.get("rebalance") == "none":
+    if "natural" in given and "predict" not in given:
+        parser.error("--natural: only with --predict; drop it")
+    if "power" in given and given.get("rebalance") == "none":
         parser.error("--power: of the sampler; drop it or --rebalance none")
-    if not said.keys() & {"output", "predict", "resume"}:
-        said["output"] = unused(Path(f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"))
+    if not given.keys() & {"output", "predict", "resume"}:
+        given["output"] = unused(Path(f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"))
     words = sys.argv if argv is None else ["data_training.py", *argv]
-    return Namespace(**defaults | said, command=shlex.join(["python", *words]))
+    return Namespace(**defaults | given, command=shlex.join(["python", *words]))
 
 
 def number(kind: type, accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
-    """A parser for argparse of numbers that `accepts` takes."""
+    """Return a parser of numbers for argparse, which refuses those that `accepts` does not take."""
 
     def parse(text: str) -> Any:
         with contextlib.suppress(ValueError):
@@ -3057,75 +3281,40 @@ def number(kind: type, accepts: Callable[[Any], bool], wanted: str) -> Callable[
 
 def check_settings(args: Namespace) -> None:
     """Raise `DataError` where settings do not go together."""
-    if (args.frozen_epochs or 0) > args.epochs:
-        raise DataError(f"--frozen-epochs {args.frozen_epochs}: more than --epochs {args.epochs}")
+    frozen = args.frozen_epochs or 0
+    if frozen > args.epochs:
+        raise DataError(f"--frozen-epochs {frozen}: more than --epochs {args.epochs}")
     if args.folds > 1 and not args.epochs:
         raise DataError("--folds: nothing is trained with --epochs 0; drop one of them")
     try:
         re.compile(args.group or "")
     except re.error as error:
         raise DataError(f"--group {args.group}: no regular expression: {error}") from None
-    output = args.output
-    if output.exists() and not output.is_dir():
-        raise DataError(f"--output {output}: a file; name a new folder")
-    if output.exists() and any(each.name[0] != "." for each in output.iterdir()):
-        raise DataError(f"--output {output}: not empty; name a new folder, or --resume a run")
-    for flag, folder in (("DATA", args.data), ("--source", args.source), ("--val", args.val)):
+    refuse_used(args.output)
+    folders = {"DATA": args.data, "--source": args.source, "--val": args.val}
+    for flag, folder in folders.items():
         if folder and not folder.is_dir():
             raise DataError(f"{flag} {folder}: no such folder; pass one that holds class folders")
-        if folder and output.resolve().is_relative_to(folder.resolve()):
-            raise DataError(f"--output {output}: would be a class of {folder}; move it out")
+        if folder and args.output.resolve().is_relative_to(folder.resolve()):
+            raise DataError(f"--output {args.output}: would be a class of {folder}; move it out")
 
 
 def unused(path: Path) -> Path:
-    """`path`, or with the first number behind it that makes it new."""
+    """Return `path`, or with the first number behind it that makes it new."""
     names = (path.with_name(f"{path.name}-{number}") for number in range(2, 10**6))
     return path if not path.exists() else next(name for name in names if not name.exists())
 
 
-@contextlib.contextmanager
-def claim(output: Path) -> Iterator[None]:
-    """Hold the run folder against other runs; where no run comes of it, nothing is left of it."""
-    made = [folder for folder in (output, *output.parents) if not folder.exists()]
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        (output / "config.json").touch(exist_ok=False)
-    except FileExistsError:
-        raise DataError(f"--output {output}: another run has just begun there") from None
-    try:
-        yield
-    except BaseException:
-        (output / "config.json").unlink()
-        with contextlib.suppress(OSError):  # somebody else writes there
-            for folder in made:
-                folder.rmdir()
-        raise
-
-
-def count_workers(settings: Settings, asked: int | None) -> int:
-    """Processes that read images: as many as asked for, or one a core but one, if they fit."""
-    workers = asked
-    if workers is None:
-        affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-        cores = getattr(os, "process_cpu_count", lambda: len(affinity(0)))() or 1
-        # Nothing here tells a container's share of the cores, and 8 spawned take 2 GB.
-        most = 16 if get_start_method() == "fork" else 8
-        own = (cores - 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = 0 if settings.device == "cpu" else max(1, min(most, own))
-    shared = Path("/dev/shm")  # through which, where there is one, workers hand their batches over
-    if workers and shared.is_dir():  # to write beyond its end would kill a worker
-        batch = 3 * eval_size(settings.image_size) ** 2 * settings.batch_size
-        # Each worker has two batches on the way, and one is in use.
-        room = max(0, shutil.disk_usage(shared).free // batch - 1) // 2
-        if room < workers:
-            text = f"room for batches of {room} workers, not {workers}; docker run has --shm-size"
-            print(f"warning: {shared}: {text}", file=sys.stderr)
-            return room
-    return workers
+def refuse_used(output: Path) -> None:
+    """Raise `DataError` if there is a file, or anything that is not hidden in a folder."""
+    if output.exists() and not output.is_dir():
+        raise DataError(f"--output {output}: a file; name a new folder")
+    if output.exists() and any(path.name[0] != "." for path in output.iterdir()):
+        raise DataError(f"--output {output}: not empty; name a new folder, or --resume a run")
 
 
 def printable(text: str) -> str:
-    """`text` on one line, with control characters and undecodable bytes as escapes."""
+    """Return `text` on one line, with control characters and undecodable bytes as escapes."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
@@ -3133,8 +3322,20 @@ def printable(text: str) -> str:
 
 
 # What a RuntimeError says where memory is out: on CUDA, in main memory that is pinned for it and on
-# MPS; in main memory of Unix and of Windows. Only the first has a class of its own.
-NO_MEMORY = ("out of memory", "allocate memory", "not enough memory")
+# MPS; in main memory of Unix and of Windows; in cuBLAS, cuDNN and others; on Intel GPUs. Only the
+# first has a class of its own.
+NO_MEMORY = (
+    *("out of memory", "allocate memory", "not enough memory"),
+    *("ALLOC_FAILED", "ALLOCATION_FAILED", "OUT_OF_DEVICE_MEMORY"),
+)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# What the world does to any program: disks, rights, other programs. With another number and no
+# file's name an `OSError` is taken for a mistake in this one.
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
+WORLDLY = (
+    *(*DISK_FULL, *NO_ACCESS, errno.EIO, errno.ESTALE, errno.EPIPE),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -3144,29 +3345,75 @@ def main(argv: list[str] | None = None) -> int:
         if args.predict:
             predict_photos(args)
         else:
-            run(args)
+            with HELD:
+                run(args)
         if dist.is_initialized():  # only now that `run` holds no network that would still use it
             dist.destroy_process_group()
         return 0
-    except RuntimeError as error:  # of a batch, in the feature pass and in evaluation too
-        if not any(text in str(error) for text in NO_MEMORY):
-            raise
-        message = (
-            "--batch-size: out of memory; try half of it or a smaller --image-size, in a new run"
-        )
-    except (DataError, OSError) as error:
+    except DataError as error:
         message = str(error).rstrip()
         if "Original Traceback" in message:  # from a process that reads images
             message = message.splitlines()[-1].partition(": ")[2]
+    except OSError as error:
+        if not is_worldly(error):
+            raise
+        message = describe_os_error(error, args)
+    except RuntimeError as error:
+        if not any(text in str(error) for text in NO_MEMORY):
+            raise
+        message = describe_full_memory(args)
     except KeyboardInterrupt as error:
-        output, text = args.resume or args.output, "interrupted before the first checkpoint"
-        if output and (output / STATE).exists():
-            text = f"interrupted; go on with --resume {shlex.quote(str(output))}"
+        text = "interrupted before the first checkpoint"
+        if can_go_on(args):
+            text = f"interrupted; go on with {resume_flag(args)}"
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"\ndata_training.py: {printable(text)}", file=sys.stderr)
         return 128 + (error.args[0] if error.args else signal.SIGINT)
     print(f"data_training.py: error: {printable(message)}", file=sys.stderr)
     return 2
+
+
+def is_worldly(error: OSError) -> bool:
+    """Return whether a file, a disk or a right is to blame, not a mistake in this program."""
+    return error.filename is not None or error.errno in WORLDLY
+
+
+def describe_os_error(error: OSError, args: Namespace) -> str:
+    """Return in one line what went wrong with which file, and what to do."""
+    text = error.strerror or str(error)
+    if error.filename is not None:
+        text = f"{os.fsdecode(error.filename)}: {text}"
+    cure = "mend that"
+    if error.errno in DISK_FULL:
+        cure = "make room"
+    elif error.errno in NO_ACCESS:
+        cure = "allow access, or close what has it open"
+    if can_go_on(args):
+        return f"{text}; what was written before is whole: {cure}, then {resume_flag(args)}"
+    return f"{text}; {cure}, then start again"
+
+
+def describe_full_memory(args: Namespace) -> str:
+    """Return in one line that memory is out, and what may fit."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    cures = []
+    if half := (args.batch_size or BATCH) // 2 // processes * processes:
+        cures.append(f"--batch-size {half}" if args.batch_size else "a smaller --batch-size")
+    if not args.predict:
+        cures.append("a smaller --image-size, in a new run")
+    text = f"out of memory on --device {args.device}"
+    return f"{text}; try {' or '.join(cures) or '--device cpu'}"
+
+
+def can_go_on(args: Namespace) -> bool:
+    """Return whether there is a state of the run to go on from."""
+    folder = args.resume or args.output
+    return bool(folder) and not args.predict and (folder / STATE).exists()
+
+
+def resume_flag(args: Namespace) -> str:
+    """Return the flag that goes on with the run, as a shell reads it."""
+    return f"--resume {shlex.quote(str(args.resume or args.output))}"
 
 
 def stop(signum: int, _: Any) -> NoReturn:

@@ -163,7 +163,8 @@ def prepare(setting: Setting) -> Prepared:
         args = training.parse_args([*command, "--batch-size", str(setting.batch_size)])
         compute = training.join_processes(args.device, args.amp)
         args.device = compute.device.type
-        given, progress = training.prepare(args, compute)
+        with training.HELD:
+            given, progress = training.prepare(args, compute)
     progress.model.to(compute.device, memory_format=training.memory_format(compute.device))
     reader, stage = training.Reader(given), training.plan(given.settings, given.data)[0]
     training.begin(given, progress, stage, reader)

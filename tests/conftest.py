@@ -91,7 +91,8 @@ CPU = training.Compute(torch.device("cpu"), None)
 def prepare(folder: Path, *arguments: str) -> tuple[training.Given, training.Progress]:
     """A run of a ResNet-18 on the images of the folder, before its first epoch."""
     command = [str(folder), "--arch", "resnet18", "--device", "cpu", "--workers", "0", *arguments]
-    return training.prepare(training.parse_args(command), CPU)
+    with training.HELD:  # so that another process may go on with it
+        return training.prepare(training.parse_args(command), CPU)
 
 
 def begin(

@@ -129,7 +129,8 @@ def prepare(chosen: argparse.Namespace, work: Path, flags: list[str]) -> trainin
         args = training.parse_args(command_of(chosen, work, flags, "stairs"))
         compute = training.pick_compute(args.device, args.amp)
         args.device = compute.device.type
-        given, _ = training.prepare(args, compute)
+        with training.HELD:
+            given, _ = training.prepare(args, compute)
     shutil.rmtree(work / "run")
     return given
 

@@ -663,7 +663,7 @@ def views(size: int, *arguments: str) -> tuple[torch.nn.Module, torch.nn.Module]
     return training.transforms(args)
 
 
-FLIPS = {"--flip none": 1, "--no-flip": 1, "": 2, "--flip sides": 2, "--flip all": 8}
+FLIPS = {"--flip none": 1, "": 2, "--flip sides": 2, "--flip all": 8}
 
 
 @pytest.mark.parametrize("flags", FLIPS)

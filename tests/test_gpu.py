@@ -102,7 +102,8 @@ def begin_on(
     args = training.parse_args([*settings, device, "--no-amp", "--output", str(output)])
     compute = training.join_processes(args.device, args.amp)
     args.device = compute.device.type
-    given, progress = training.prepare(args, compute)
+    with training.HELD:
+        given, progress = training.prepare(args, compute)
     stream = training.seeded("head", 0, 0)
     torch.nn.init.normal_(progress.model.fc.weight, std=0.01, generator=stream)
     progress.model.to(compute.device, memory_format=training.memory_format(compute.device))

@@ -1,5 +1,6 @@
 """Both scripts against names, files and disks that nobody would wish for."""
 
+import errno
 import os
 import shutil
 import socket
@@ -148,6 +149,100 @@ def test_a_disk_that_fills_up_during_training_leaves_whole_files(small_disk, src
     assert not list((disk / "run").glob(".*"))
     for path in (disk / "run").glob("*.pt"):
         torch.load(path, weights_only=True)
+    assert f"make room, then --resume {disk / 'run'}" in error
     small_disk("remount,size=600m")
     assert main("--resume", disk / "run") == 0
     assert len(rows_of(disk / "run/history.csv")) == 1
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """`full_disk("resume.pt")`: from now on there is no room for files of this name."""
+
+    def fill(name: str) -> None:
+        def fsync(descriptor: int) -> None:
+            if os.readlink(f"/proc/self/fd/{descriptor}").endswith(f".{name}.partial"):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    return fill
+
+
+@linux
+@pytest.mark.parametrize("name", ["split.csv", training.START, training.STATE])
+def test_a_disk_that_is_full_at_the_first_checkpoint_leaves_nothing_in_the_way(
+    name, full_disk, src, tmp_path, capsys
+):
+    """So that the same command does, once there is room."""
+    full_disk(name)
+    output = tmp_path / "new/run"
+    [error] = refused([src, *TINY, "--output", output], capsys, tmp_path)
+    assert f"{output / name}: No space left on device; make room, then start again" in error
+
+
+@linux
+def test_predicting_on_a_full_disk_or_with_a_broken_network_advises_what_helps(
+    full_disk, animals, default_run, tmp_path, capsys
+):
+    full_disk("x.csv")
+    command = [animals, "--device", "cpu", "--output", tmp_path / "x.csv", "--predict"]
+    assert main(*command, default_run.path) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith("x.csv: No space left on device; make room, then start again")
+    assert not any(tmp_path.iterdir())
+    network = network_of(default_run.path)
+    network["networks"][0]["bn1.running_var"] -= 9  # finite, but it has no square root
+    torch.save(network, tmp_path / "broken.pt")
+    error = refused([*command, tmp_path / "broken.pt"], capsys, tmp_path)[-1]
+    assert "broken.pt: no numbers come out" in error
+
+
+OURS = None  # a mistake in the script, which keeps its traceback
+SAID: list[tuple[Exception, str | None]] = [
+    (FileNotFoundError(2, "No such file", "/a"), "/a: No such file; mend that, then start again"),
+    (PermissionError(13, "Permission denied", "/a"), "/a: Permission denied; allow access, or"),
+    (OSError(errno.EIO, "Input/output error"), "error: Input/output error; mend that"),
+    (OSError(errno.EBADF, "Bad file descriptor"), OURS),
+    (OSError("no number"), OURS),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "--batch-size 64: out of memory on "),
+    (RuntimeError("CUDNN_STATUS_BAD_PARAM"), OURS),
+]
+
+
+@pytest.mark.parametrize(("problem", "line"), SAID)
+def test_what_the_world_does_is_one_line_and_a_mistake_of_the_script_a_traceback(
+    problem, line, src, monkeypatch, capsys
+):
+    def fail(_: object) -> None:
+        raise problem
+
+    monkeypatch.setattr(training, "run", fail)
+    if line is OURS:
+        with pytest.raises(type(problem)):
+            main(src, *TINY)
+    else:
+        assert line in refused([src, *TINY], capsys, src)[-1]
+
+
+@pytest.mark.parametrize("times", [3, 99])
+def test_a_file_that_another_program_holds_for_a_moment_is_replaced(times, tmp_path, monkeypatch):
+    """As a virus scanner does on Windows; for a second at most."""
+    tries, replace = iter(range(times)), os.replace
+
+    def held(*names: Path) -> None:
+        if next(tries, None) is not None:
+            raise PermissionError(13, "Permission denied", *map(str, names))
+        replace(*names)
+
+    monkeypatch.setattr(os, "replace", held)
+    monkeypatch.setattr(training.time, "sleep", lambda _: None)
+    (tmp_path / "table.csv").write_text("old")
+    if times < 10:
+        training.write_file(tmp_path / "table.csv", b"new")
+        assert (tmp_path / "table.csv").read_text() == "new"
+    else:
+        with pytest.raises(PermissionError, match=r"Permission denied: '.*/table.csv'"):
+            training.write_file(tmp_path / "table.csv", b"new")
+        assert (tmp_path / "table.csv").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1

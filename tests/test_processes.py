@@ -1,7 +1,12 @@
-"""What `data_training.py` promises of runs that are spread over several processes."""
+"""What `data_training.py` promises of devices, and of runs in or beside several processes."""
 
 import contextlib
 import copy
+import errno
+import multiprocessing
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +15,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, SCRIPT, TINY, assert_moved_alike, network_of, prepare, rows_of, run, start
+from conftest import (
+    CPU,
+    SCRIPT,
+    TINY,
+    assert_moved_alike,
+    network_of,
+    prepare,
+    refused,
+    rows_of,
+    run,
+    start,
+)
+from test_resume import assert_same_run
 from torch import Tensor, nn
 
 import data_training as training
@@ -27,14 +44,19 @@ def spread(*command: object, status: int = 0, script: Path = SCRIPT) -> tuple[st
 def test_two_processes_train_the_heads_of_folds_as_one_does_on_one_backbone(
     animals, others, pretrained, tmp_path, monkeypatch
 ):
-    """To within rounding: of all layers they do not, as BatchNorm sees half of each batch."""
+    """To within rounding: of all layers they do not, as BatchNorm sees half of each batch.
+
+    There is one image to test with, so that one of them has none.
+    """
+    (tmp_path / "one/bee").mkdir(parents=True)
+    shutil.copy(next((others / "bee").iterdir()), tmp_path / "one/bee")
     script, code = tmp_path / "data_training.py", SCRIPT.read_text(encoding="utf-8")
     script.write_text(code.replace("HEAD_STEPS = 1000", "HEAD_STEPS = 100"), encoding="utf-8")
     monkeypatch.setattr(training, "HEAD_STEPS", 100)
     command = [animals, "--weights", pretrained, "--epochs", 1, "--frozen-epochs", 1, *TINY]
-    command += ["--folds", 3, "--val", others]
+    command += ["--folds", 3, "--val", tmp_path / "one"]
     printed, _ = spread(*command, "--output", tmp_path / "two", script=script)
-    one, two = run(*command, "--output", tmp_path / "one").path, tmp_path / "two"
+    one, two = run(*command, "--output", tmp_path / "alone").path, tmp_path / "two"
     assert printed.count("training images in 3 classes") == 1  # only one of them prints
     assert (one / "split.csv").read_bytes() == (two / "split.csv").read_bytes()
     networks = [network_of(path)["networks"] for path in (one, two)]
@@ -165,8 +187,11 @@ def test_a_batch_must_divide_among_the_processes(batch_size, processes, animals,
     args = training.parse_args([*command, "--output", str(tmp_path / "run")])
     args.workers, said = 0, f"--batch-size {batch_size}: .* {processes} processes"
     refused = pytest.raises(training.DataError, match=said)
-    with contextlib.nullcontext() if processes < 4 else refused:
+    with training.HELD, contextlib.nullcontext() if processes < 4 else refused:
         training.prepare(args, CPU._replace(world_size=processes))
+        again = training.parse_args(["--resume", str(tmp_path / "run"), "--workers", "0"])
+        with pytest.raises(training.DataError, match=f"--batch-size {batch_size}: .* 10 processes"):
+            training.prepare(again, CPU._replace(world_size=10))
 
 
 @pytest.mark.parametrize(
@@ -197,18 +222,219 @@ def test_a_device_that_serves_one_process_is_refused_under_torchrun(monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("kind", "gpus", "nccl", "backend"),
+    ("kind", "gpus", "built", "backend"),
     [
         ("cuda", 2, True, "cpu:gloo,cuda:nccl"),
         ("cuda", 1, True, "gloo"),  # two processes share it
         ("cuda", 2, False, "gloo"),  # Windows
         ("cpu", 0, False, "gloo"),
+        ("xpu", 2, True, "cpu:gloo,xpu:xccl"),
+        ("xpu", 2, False, None),  # gloo serves no GPU of Intel's
+        ("xpu", 1, True, None),
     ],
 )
 def test_processes_talk_by_gloo_where_nccl_is_not_there_or_would_refuse(
-    kind, gpus, nccl, backend, monkeypatch
+    kind, gpus, built, backend, monkeypatch
 ):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: gpus)
-    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
-    assert training.pick_backend(kind) == backend
+    for name in ("is_nccl_available", "is_xccl_available"):
+        monkeypatch.setattr(torch.distributed, name, lambda: built, raising=False)
+    refused = pytest.raises(training.DataError, match="--device xpu: .* start without torchrun")
+    with contextlib.nullcontext() if backend else refused:
+        assert training.pick_backend(kind) == backend
+
+
+# ----------------------------------------------------------------- one run, one process at a time
+
+
+def test_nobody_touches_a_run_that_is_alive(animals, pretrained, default_run, tmp_path, capsys):
+    """Neither who would go on with it nor who would begin there; after its end it is as alone."""
+    command = [animals, "--weights", pretrained, *TINY, "--output", tmp_path / "run"]
+    process = start(*map(str, command), "--epochs", "2")
+    for printed in process.stdout or ():
+        if printed.startswith(" 1/1    0/2 "):
+            break
+    process.send_signal(signal.SIGSTOP)
+    try:
+        [error] = refused(["--resume", tmp_path / "run"], capsys, tmp_path)
+        assert f"{tmp_path / 'run'}: another process is at work there" in error
+        assert "not empty" in refused(command, capsys, tmp_path)[-1]
+        with pytest.raises(training.DataError, match="at work"):
+            training.hold_folder(tmp_path / "run").__enter__()
+    finally:
+        process.send_signal(signal.SIGCONT)
+    _, error = process.communicate(timeout=240)
+    assert process.returncode == 0, error
+    assert_same_run(default_run.path, tmp_path / "run")
+
+
+def test_a_lock_that_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
+    """Its owner has ended between our opening and our locking it, and a third may have begun."""
+    lock = training.lock_file(tmp_path / ".lock")
+    monkeypatch.setattr(training.fcntl, "lockf", lambda *_: (tmp_path / ".lock").unlink())
+    with pytest.raises(training.DataError, match="at work"):
+        training.lock_file(tmp_path / ".lock")
+    os.close(lock)
+
+
+def test_where_the_file_system_has_no_locks_a_run_does_without(tmp_path, monkeypatch):
+    def lockf(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(training.fcntl, "lockf", lockf)
+    with training.hold_folder(tmp_path / "new/run"):
+        assert (tmp_path / "new/run").is_dir()
+    assert not any(tmp_path.iterdir())  # no run has come of it
+
+
+# -------------------------------------------------------------------------------------- precision
+
+
+UNLIKE = """
+import os, sys, torch
+import data_training
+picked = [torch.bfloat16, torch.float16][int(os.environ["RANK"])]
+data_training.pick_precision = lambda *_: picked
+sys.exit(data_training.main(sys.argv[1:]))
+"""
+
+
+def test_unlike_gpus_agree_on_one_precision(animals, default_run, tmp_path, monkeypatch):
+    """Process 0 has picked bfloat16 and prints what is used; the answers are those of one."""
+    (tmp_path / "unlike.py").write_text(UNLIKE)
+    monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parent))
+    command = [animals, "--weights", default_run.path / "network.pt", "--epochs", 0]
+    command += ["--batch-size", 12, "--device", "cpu", "--output"]
+    printed, _ = spread(*command, tmp_path / "two", script=tmp_path / "unlike.py")
+    assert "; cpu, torch.float16\n" in printed
+    one = run(*command, tmp_path / "one", "--no-amp").path
+    answers = [
+        {row["path"]: float(row["true_probability"]) for row in rows_of(path / "predictions.csv")}
+        for path in (one, tmp_path / "two")
+    ]
+    assert answers[0] == pytest.approx(answers[1], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("picked", "agreed"),
+    [
+        ([torch.bfloat16, torch.bfloat16], torch.bfloat16),
+        ([torch.bfloat16, torch.float16], torch.float16),
+        ([torch.bfloat16, torch.float16, None], None),
+    ],
+)
+def test_the_precision_of_all_is_one_that_each_has(picked, agreed, monkeypatch):
+    monkeypatch.setattr(training.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(training.dist, "get_world_size", lambda: len(picked))
+    monkeypatch.setattr(
+        training.dist, "all_gather_object", lambda found, _: found.__setitem__(slice(None), picked)
+    )
+    assert training.agree_precision(picked[0]) is agreed
+
+
+@pytest.mark.parametrize(
+    ("gpu", "capability", "bfloat16", "amp", "precision"),
+    [
+        ("Tesla P100", (6, 0), False, None, None),
+        ("NVIDIA GeForce GTX 1660 Ti", (7, 5), False, None, None),
+        ("NVIDIA GeForce GTX 1660 Ti", (7, 5), False, True, torch.float16),
+        ("Tesla V100", (7, 0), False, None, torch.float16),
+        ("Tesla T4", (7, 5), False, None, torch.float16),
+        ("NVIDIA A100", (8, 0), True, None, torch.bfloat16),
+        ("NVIDIA A100", (8, 0), True, False, None),
+    ],
+)
+def test_mixed_precision_is_for_gpus_that_gain_from_it(
+    gpu, capability, bfloat16, amp, precision, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: gpu)
+    assert training.pick_precision(torch.device("cuda", 0), amp) is precision
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_a_gpu_of_intel_takes_bfloat16_where_it_has_it(able, monkeypatch):
+    properties = SimpleNamespace(has_bfloat16_conversions=able)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _: properties)
+    picked = training.pick_precision(torch.device("xpu", 0), None)
+    assert picked is (torch.bfloat16 if able else None)
+
+
+def test_where_float16_fails_the_error_names_the_flag(
+    animals, pretrained, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(training, "pick_precision", lambda *_: torch.float16)
+    monkeypatch.setattr(training.Compute, "autocast", lambda _: contextlib.nullcontext())  # slow
+    flags = ["--lr", "1e30", "--epochs", "1", "--frozen-epochs", "0", *TINY]
+    command = [animals, "--weights", pretrained, *flags, "--output", tmp_path / "run"]
+    assert "--no-amp, " in refused(command, capsys)[-1]
+
+
+# ---------------------------------------------------------------------------------------- workers
+
+
+@pytest.mark.parametrize(
+    ("system", "cores", "processes", "workers"),
+    [
+        ("linux", 1, 1, 1),
+        ("linux", 2, 1, 2),
+        ("linux", 4, 1, 3),
+        ("linux", 64, 1, 63),
+        ("linux", 256, 2, 64),
+        ("linux", 64, 8, 7),
+        ("linux", 2, 4, 1),
+        ("darwin", 64, 1, 8),
+        ("win32", 16, 1, 4),
+        ("win32", 16, 2, 2),
+    ],
+)
+def test_images_are_read_by_as_many_workers_as_there_are_cores_to_spare(
+    system, cores, processes, workers, monkeypatch
+):
+    monkeypatch.setattr(os, "process_cpu_count", lambda: cores, raising=False)
+    monkeypatch.setattr(training, "get_start_method", lambda: "spawn")
+    monkeypatch.setattr(sys, "platform", system)
+    assert training.pick_workers(processes) == workers
+
+
+@pytest.mark.parametrize(
+    ("free", "processes", "workers"), [(2**26, 1, 2), (2**26, 2, 0), (2**27, 2, 2), (2**33, 2, 8)]
+)
+def test_workers_leave_room_in_shared_memory_for_nccl(free, processes, workers, monkeypatch):
+    """A batch has 12.6 million bytes; docker gives 64 MB unless told otherwise."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(Path, "is_dir", lambda _: True)
+    settings = SimpleNamespace(workers=8, device="cuda", image_size=224, batch_size=64)
+    assert training.count_workers(settings) == workers
+
+
+def test_of_several_processes_each_starts_its_workers_before_they_talk(animals, tmp_path):
+    flags = ["--weights", "none", *TINY, "--output", str(tmp_path / "run"), "--workers", "1"]
+    given, _ = prepare(animals, *flags)
+    before = len(multiprocessing.active_children())
+    ours = training.replace(given, compute=CPU._replace(world_size=2))
+    reader = training.Reader(ours)
+    assert len(multiprocessing.active_children()) == before + 1
+    batches = training.cut_batches(torch.tensor([3, 1, 2]), 2)
+    read = [each[1] for each in reader.read(batches, "")]
+    assert torch.cat(read).tolist() == given.data.labels[[3, 1, 2]].tolist()
+
+
+# ------------------------------------------------------------------------------------- what is said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "part", "line"),
+    [
+        (9, 0.5, None),  # too soon
+        (50, 0.05, None),
+        (10, 0.5, ""),  # 10 epochs of 20 s, less 10 s: three minutes and ten seconds
+        (10, 0.9, "nothing"),  # under two minutes
+    ],
+)
+def test_the_time_that_is_left_is_told_once_it_is_known_and_worth_it(seconds, part, line, capsys):
+    assert training.tell_time_left(seconds, part, 10) is (line is not None)
+    assert capsys.readouterr().err == ("about 4 min to go\n" if line == "" else "")
