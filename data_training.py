@@ -64,11 +64,11 @@ import time
 import warnings
 from argparse import Namespace
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cache, partial
-from itertools import compress, permutations, product
+from itertools import permutations, product
 from multiprocessing import get_start_method
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -87,7 +87,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Dataset, Sampler, WeightedRandomSampler
 from torchvision import models
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -1111,70 +1111,104 @@ def rescale(model: Any) -> None:
 # -------------------------------------------------------------------------------------------- data
 
 
-# What folders of a whole data set are named for, in the order of their use.
+# Names of the folders that hold the parts of a data set, and the order in which they are used.
 PARTS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "test": 2, "testing": 2}
 
 
 class Row(NamedTuple):
-    """An image of the folders that are named on the command line."""
+    """An image that was found: where it is, its class, what it is for, and who holds it out."""
 
     path: str
-    name: str  # its path below DATA, SRC or `--val`: class/file
+    name: str  # class/file: its path below DATA, SRC or `--val`, with `/` on every system
     label: int
-    part: str  # "train", "val", or "source": validated on as well
-    fold: int = EVERY  # that is judged by it and does not learn it; or `TEST`
+    part: str  # "train", "val", or "source" for an image of SRC, which validates as well
+    held: int = EVERY  # as in `Data`
 
 
 class Data(NamedTuple):
-    """N images of C classes, and which network of how many folds learns and is judged by which."""
+    """A table of N images of C classes. Who learns an image and who is judged by it: ask here."""
 
     classes: list[str]
     paths: list[str]
-    names: list[str]
+    names: list[str]  # as in `Row`
     labels: Tensor  # (N,) int64
     parts: list[str]  # as in `Row`
-    held: Tensor  # (N,) int64, the fold as in `Row`
-    folds: int
-    white: dict[str, float]  # what is white in images of more than 8 bits, by kind
-    related: int  # images left out as copies, or of the families, of those that are learnt
+    held: Tensor  # (N,) int64, the fold that holds the image out; `EVERY`: none, `TEST`: all do
+    families: Tensor  # (N,) int64, the same for images that stay together: copies, or `--group`
+    digests: Tensor  # (N,) int64, see `digest`
+    known: Tensor  # (K,) int64, digests of the images that the network of `--weights` has learnt
+    white: dict[str, float]  # the value that is white in images of more than 8 bits, by kind
+    related: int  # images left out, as copies or relatives of images that are or were learnt
     unreadable: list[str]  # paths left out
-    sizes: Sequence[int] = ()  # bytes of each file, to find out later that one has changed
+
+    @property
+    def folds(self) -> int:
+        """The number of networks."""
+        return max(0, int(self.held.max())) + 1
 
     def learns(self, fold: int) -> Tensor:
         """The images that the network of a fold learns: indices, int64."""
         return ((self.held != fold) & (self.held != TEST)).nonzero().flatten()
 
     def judges(self, fold: int) -> Tensor:
-        """The images that a fold is judged by, those of part "source" last; of `TEST`, the rest."""
-        held = (self.held == fold).nonzero().flatten()
-        return torch.tensor(sorted(held.tolist(), key=lambda at: self.parts[at] == "source")).long()
+        """The images that judge the network of a fold, or `TEST` all together: indices, int64.
+
+        Those of part "source" come last.
+        """
+        judging = (self.held == fold).nonzero().flatten().tolist()
+        judging.sort(key=lambda index: self.parts[index] == "source")
+        return torch.tensor(judging).long()
+
+    def trained(self) -> Tensor:
+        """The images that at least one network learns: indices, int64."""
+        learnt = torch.zeros(len(self.labels), dtype=torch.bool)
+        for fold in range(self.folds):
+            learnt[self.learns(fold)] = True
+        return learnt.nonzero().flatten()
 
     def judged(self) -> Tensor:
-        """The images that the folds are judged by, one fold after the other: (M,) int64."""
+        """The images that judge the folds, one fold after the other: indices, int64."""
         return torch.cat([self.judges(fold) for fold in range(self.folds)])
 
-    def counts(self, part: Tensor) -> Tensor:
-        """Images of each class among the indices `part`: (C,) int64."""
-        return torch.bincount(self.labels[part], minlength=len(self.classes))
+    def counts(self, indices: Tensor) -> Tensor:
+        """The number of images of each class among `indices`: (C,) int64."""
+        return torch.bincount(self.labels[indices], minlength=len(self.classes))
 
     def train_counts(self) -> Tensor:
-        """Images of each class that at least one network learns: (C,) int64."""
-        learnt = self.held != TEST if self.folds > 1 else self.held == EVERY
-        return self.counts(learnt.nonzero().flatten())
+        """The number of images of each class that at least one network learns: (C,) int64."""
+        return self.counts(self.trained())
 
     def log_share(self) -> Tensor:
         """The logarithm of each class's share of the training images, less their mean: (C,)."""
         logs = self.train_counts().log()
         return logs - logs.mean()  # a constant changes nothing, but costs half precision digits
 
+    def take(self, indices: Tensor) -> Data:
+        """The table of the images at `indices` alone."""
+        places = indices.tolist()
+        return self._replace(
+            paths=[self.paths[place] for place in places],
+            names=[self.names[place] for place in places],
+            parts=[self.parts[place] for place in places],
+            labels=self.labels[indices],
+            held=self.held[indices],
+            families=self.families[indices],
+            digests=self.digests[indices],
+        )
+
 
 def list_rows(settings: Settings) -> tuple[list[str], list[Row]]:
-    """The classes, and the images of DATA and of `--val` or `--source`, each in its part."""
+    """The classes, and the images of DATA and of `--val` or `--source`, each with its part."""
     classes, rows = list_images(settings.data)
-    if settings.val or settings.source:
-        rows += list_others(settings, classes, rows)
+    if settings.val:
+        rows += list_others(settings.val, "val", classes, rows)
+        if all(row.part == "train" for row in rows):
+            text = f"no image in folders named as those of {settings.data}"
+            raise DataError(f"--val {settings.val}: {text}")
+    if settings.source:
+        rows += list_others(settings.source, "source", classes, rows)
     if settings.split:
-        rows = take_split(settings, rows)
+        rows = take_split(settings.split, rows)
     if sum(row.part == "train" for row in rows) > 2**24:
         raise DataError(
             f"{settings.data}: over 2^24 training images; torch.multinomial draws no more"
@@ -1182,57 +1216,104 @@ def list_rows(settings: Settings) -> tuple[list[str], list[Row]]:
     return classes, rows
 
 
-def load_data(settings: Settings, classes: list[str], rows: list[Row]) -> Data:
+def load_data(
+    settings: Settings, classes: list[str], rows: list[Row], known: Tensor | None = None
+) -> Data:
     """The images of a new run, of those that were listed.
 
-    What cannot be decoded is named and left out, and so is what would judge a network that learns
-    a copy of it, or an image of its family.
+    `known` are the digests of images that the network has learnt before: neither they nor their
+    families judge. Broken images are named and left out.
     """
-    digests, white = check_images([row.path for row in rows])
-    unreadable = [row.path for row in rows if row.path not in digests]
-    rows = [row for row in rows if row.path in digests]
+    known = torch.empty(0, dtype=torch.int64) if known is None else known
+    checked = check_images([row.path for row in rows])
+    unreadable = [row.path for row in rows if row.path not in checked]
+    rows = [row for row in rows if row.path in checked]
+    if not rows:
+        raise DataError(f"{settings.data}: no image that can be read")
+    digests = [checked[row.path].digest for row in rows]
     families = find_families(settings, rows, digests)
-    rows = hold_images(settings, rows, families)
-    learns = [row.fold != TEST if settings.folds > 1 else row.fold == EVERY for row in rows]
-    learnt = set(compress(families, learns))
-    kept = [own or family not in learnt for own, family in zip(learns, families, strict=True)]
-    if related := [row.path for row, keep in zip(rows, kept, strict=True) if not keep]:
-        text = f"{len(related)} images are copies of training images, or of their families"
-        print(f"warning: {text}: left out, {printable(related[0])} for one", file=sys.stderr)
-    found = {"white": white, "related": len(related), "unreadable": unreadable}
-    return make_data(settings, classes, [*compress(rows, kept)], **found)
+    learnt = find_known(families, digests, known)
+    found = {
+        "families": torch.tensor(families).long(),
+        "digests": torch.tensor(digests).long(),
+        "known": known,
+        "white": pick_whites(checked),
+        "unreadable": unreadable,
+    }
+    data = make_data(classes, hold_images(settings, rows, families, learnt), **found)
+    data = leave_relatives(data, torch.tensor(learnt).bool())
+    check_parts(settings, data)
+    return data
 
 
-def make_data(settings: Settings, classes: list[str], rows: list[Row], **found: Any) -> Data:
-    """The images of a run; `DataError` if a class has none to train on, or none is validated on."""
-    data = Data(
-        classes,
+def make_data(classes: list[str], rows: list[Row], **found: Any) -> Data:
+    """The table of the images, with the columns that were `found` out of them."""
+    return Data(
+        classes=classes,
         paths=[row.path for row in rows],
         names=[row.name for row in rows],
         labels=torch.tensor([row.label for row in rows]).long(),
         parts=[row.part for row in rows],
-        held=torch.tensor([row.fold for row in rows]).long(),
-        folds=settings.folds,
-        sizes=[os.path.getsize(row.path) for row in rows],
+        held=torch.tensor([row.held for row in rows]).long(),
+        related=0,
         **found,
     )
+
+
+def find_known(families: Sequence[int], digests: Sequence[int], known: Tensor) -> list[bool]:
+    """For each image, whether the network has learnt it before, or another one of its family."""
+    before = set(known.tolist())
+    pairs = zip(families, digests, strict=True)
+    theirs = {family for family, number in pairs if number in before}
+    return [family in theirs for family in families]
+
+
+def leave_relatives(data: Data, known: Tensor) -> Data:
+    """`data` without images to judge by that are `known`, (N,) bool, or related to learnt ones."""
+    learnt = torch.zeros_like(known)
+    learnt[data.trained()] = True
+    copies = ~learnt & ~known & torch.isin(data.families, data.families[learnt])
+    if copies.any():
+        text = f"{int(copies.sum())} images are copies of training images, or of their families"
+        first = data.paths[int(copies.nonzero()[0])]
+        print(f"warning: {text}: left out, {printable(first)} for one", file=sys.stderr)
+    strange = ~learnt & known
+    if known.any():
+        text = f"the network of --weights has learnt {int(known.sum())} of {len(known)} images, or "
+        text += "others of their families; these do not judge"
+        text += f", and {int(strange.sum())} of them are left out" if strange.any() else ""
+        print(f"note: {text}", file=sys.stderr)
+    kept = data.take((~copies & ~strange).nonzero().flatten())
+    return kept._replace(related=len(known) - len(kept.labels))
+
+
+def check_parts(settings: Settings, data: Data) -> None:
+    """Raise `DataError` if a network has no image of a class to learn, or none to be judged by."""
     for fold in range(settings.folds):
         if bare := (data.counts(data.learns(fold)) == 0).nonzero().flatten().tolist():
-            text = "no image of this class to train on that can be read; add one or remove the"
-            text = f"{classes[bare[0]]}: {text} class; such classes: {len(bare)}"
+            text = (
+                "no image of this class to train on that can be read; add one or remove the class"
+            )
+            if (data.labels == bare[0]).any():
+                text = "all images of this class validate; leave some of them to train on"
+            text = f"{data.classes[bare[0]]}: {text}; such classes: {len(bare)}"
             raise DataError(f"{settings.split or settings.data}: {text}")
         if not len(data.judges(fold)):
             text = "no image differs from those trained on; nothing to validate on"
-            if settings.split and set(data.parts) == {"train"} and not data.related:
+            if len(data.known):
+                text = "the network of --weights has learnt all images, or copies or relatives of "
+                text += "them; nothing to validate on: name other images by --val"
+            elif settings.split and set(data.parts) == {"train"} and not data.related:
                 text = "names no image to validate on, as part val or source"
             raise DataError(f"{settings.val or settings.split or settings.data}: {text}")
-    return data
 
 
-def take_split(settings: Settings, rows: list[Row]) -> list[Row]:
-    """Those of `rows` that the table `--split` names, each in its part; the others are counted."""
-    added, parts, wrong = {row.name: row.part == "source" for row in rows}, {}, []
-    for line in read_table(settings.split, "path", "part"):
+def take_split(table: Path, rows: list[Row]) -> list[Row]:
+    """The rows that the table `--split` names, each with its part; the others are counted."""
+    added = {row.name: row.part == "source" for row in rows}
+    parts: dict[str, str] = {}
+    wrong = []
+    for line in read_table(table, "path", "part"):
         name, part = line["path"], line["part"]
         if part not in ("train", "val", "source"):
             wrong.append(f"{name}: no part {part!r}; write train, val or source")
@@ -1243,59 +1324,86 @@ def take_split(settings: Settings, rows: list[Row]) -> list[Row]:
             wrong.append(f"{name}: named before; leave one row of it")
         parts[name] = part
     if wrong:
-        raise DataError(f"{settings.split}: {wrong[0]}; such rows: {len(wrong)}")
+        raise DataError(f"{table}: {wrong[0]}; such rows: {len(wrong)}")
     if left_out := len(rows) - len(parts):
-        text = f"{settings.split}: {left_out} images are not named there; left out"
+        text = f"{table}: {left_out} images are not named there; left out"
         print(f"warning: {printable(text)}", file=sys.stderr)
     return [row._replace(part=parts[row.name]) for row in rows if row.name in parts]
 
 
 def list_images(root: Path) -> tuple[list[str], list[Row]]:
-    """The classes of `root`, and its images, for the time being all to train on."""
-    try:
-        classes, labels = find_classes(root)
-        rows = make_rows(root, labels, "train")
-    except FileNotFoundError as error:
-        raise DataError(f"{root}: {error}; add images or remove the class") from None
+    """The classes of `root` and its images, all of part "train" for now."""
+    classes = list_folders(root)
     if len(classes) < 2:
         raise DataError(f"{root}: fewer than two classes; pass the folder that holds the classes")
-    if hidden := [name for name in classes if name.startswith(".")]:
-        raise DataError(f"{root / hidden[0]}: hidden, but would count as a class; remove it")
+    rows, others = make_rows(root, classes, "train")
     refuse_parts(root, rows)
-    walk = os.walk(root, followlinks=True)
-    names = [name for at, _, names in walk for name in names if at != str(root) and name[0] != "."]
-    if others := [name for name in names if not name.lower().endswith(IMG_EXTENSIONS)]:
-        kinds = ", ".join(sorted({Path(name).suffix or name for name in others})[:9])
+    empty = sorted(set(classes).difference(classes[row.label] for row in rows))
+    if empty:
+        text = f"no image in it, of {', '.join(IMG_EXTENSIONS)}; add some or remove the folder"
+        raise DataError(f"{root / empty[0]}: {text}; such classes: {len(empty)}")
+    if others:
+        kinds = ", ".join(sorted({Path(name).suffix or Path(name).name for name in others})[:9])
         text = f"{root}: {len(others)} files left out, whose names end in {kinds}"
         print(f"warning: {printable(text)}", file=sys.stderr)
     return classes, rows
 
 
-def list_others(settings: Settings, classes: list[str], ours: list[Row]) -> list[Row]:
-    """The images of `--val`, or those of `--source` with other names than `ours`; no hidden one."""
-    folder, part = (settings.val, "val") if settings.val else (settings.source, "source")
-    folders = {entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."}
-    if strange := ", ".join(sorted(folders.difference(classes))):
-        text = f"not classes of {settings.data}: {strange}; rename or remove"
-        raise DataError(f"--{part} {folder}: {text}")
-    rows = make_rows(folder, {name: label for label, name in enumerate(classes)}, part)
-    if settings.val and not rows:
-        raise DataError(f"--val {folder}: no image in folders named as those of {settings.data}")
-    known = {row.name for row in ours if settings.source}
-    return [row for row in rows if row.name not in known and "/." not in row.name]
+def list_folders(root: Path) -> list[str]:
+    """The names of the folders in `root`, sorted, without hidden ones."""
+    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != ".")
 
 
-def make_rows(folder: Path, labels: dict[str, int], part: str) -> list[Row]:
-    """The images in folders named as the classes, their names with `/` on every system."""
-    rows = []
-    for path, label in make_dataset(folder, labels, IMG_EXTENSIONS, allow_empty=part != "train"):
-        name = path.removeprefix(str(folder)).replace(os.sep, "/").lstrip("/")
-        rows.append(Row(path, name, label, part))
-    return rows
+def list_others(root: Path, part: str, classes: list[str], ours: list[Row]) -> list[Row]:
+    """The images of `--val`, or those of `--source` that have other names than `ours`."""
+    if strange := ", ".join(sorted(set(list_folders(root)).difference(classes))):
+        raise DataError(f"--{part} {root}: not classes of DATA: {strange}; rename or remove")
+    rows, _ = make_rows(root, classes, part)
+    known = {row.name for row in ours} if part == "source" else set()
+    return [row for row in rows if row.name not in known]
+
+
+def make_rows(root: Path, classes: list[str], part: str) -> tuple[list[Row], list[str]]:
+    """The images in the class folders of `root`, and the other files there.
+
+    They come by class, and in a class by folder and name, as `torchvision.datasets.ImageFolder`
+    lists them.
+    """
+    labels = {name: label for label, name in enumerate(classes)}
+    rows, others = [], []
+    for path in walk_files(str(root)):
+        name = path.removeprefix(str(root)).replace(os.sep, "/").lstrip("/")
+        top, _, file = name.partition("/")
+        if not file or top not in labels:
+            continue
+        if name.lower().endswith(IMG_EXTENSIONS):
+            rows.append(Row(path, name, labels[top], part))
+        else:
+            others.append(path)
+    return sorted(rows, key=lambda row: (row.label, os.path.split(row.path))), others
+
+
+def walk_files(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """The path of every file below `folder`, links followed and hidden files and folders left out.
+
+    Raises `DataError` for a link that leads back to one of the folders `above` it.
+    """
+    info = os.stat(folder)
+    here = info.st_dev, info.st_ino  # the same folder, whatever its name
+    if here in above:
+        raise DataError(f"{folder}: this link leads back to a folder above it; remove it")
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from walk_files(entry.path, (*above, here))
+            else:
+                yield entry.path
 
 
 def refuse_parts(root: Path, rows: list[Row]) -> None:
-    """Raise `DataError` where folders are parts of a data set, as `data_creation.py` tells them.
+    """Raise `DataError` if the folders are parts of a data set, as `data_creation.py` tells them.
 
     One is named for training, all its images in sub-folders, and another for validation or testing;
     or each is named a fold and has sub-folders alone.
@@ -1307,7 +1415,7 @@ def refuse_parts(root: Path, rows: list[Row]) -> None:
     nested = [name for name in words if name not in flat]
     if any(places.values()) and 0 in [places.get(name) for name in nested]:
         nested = sorted(places.keys() & nested, key=lambda name: (places[name], name))
-    elif flat or not all({"fold", "split", "part"}.intersection(each) for each in words.values()):
+    elif flat or not all({"fold", "split", "part"}.intersection(found) for found in words.values()):
         return
     train, *others = [root / name for name in nested]
     command = f"data_training.py {train}" + (f" --val {others[0]}" if others else "")
@@ -1316,104 +1424,142 @@ def refuse_parts(root: Path, rows: list[Row]) -> None:
     raise DataError(f"{root}: {text}; run {command}")
 
 
-def find_families(settings: Settings, rows: list[Row], digests: Mapping[str, str]) -> list[str]:
-    """A key for each row, the same for those of one family: copies, and what `--group` binds."""
-    above: dict[str, str] = {}  # a forest, of which each tree is a family
+def find_families(settings: Settings, rows: list[Row], digests: Sequence[int]) -> list[int]:
+    """A number for each row, the same in a family: copies, and what `--group` keeps together."""
+    parent: dict[int | str, int | str] = {}  # a forest (union-find), in which each tree is a family
 
-    def root(key: str) -> str:
-        while above.setdefault(key, key) != key:
-            above[key] = key = above[above[key]]
+    def root(key: int | str) -> int | str:
+        while parent.setdefault(key, key) != key:
+            parent[key] = key = parent[parent[key]]
         return key
 
-    strange = 0
-    for row in rows:
+    unmatched = 0
+    for row, content in zip(rows, digests, strict=True):
         match = re.search(settings.group, row.name.partition("/")[2]) if settings.group else None
         name = match and match[min(1, match.re.groups)]
-        strange += name is None
-        above[root(digests[row.path])] = root(row.path if name is None else f"--group {name}")
-    keys = [root(digests[row.path]) for row in rows]
-    if settings.group and strange == len(rows):
+        unmatched += name is None
+        parent[root(content)] = root(row.path if name is None else f"--group {name}")
+    numbers: dict[int | str, int] = {}
+    families = [numbers.setdefault(root(content), len(numbers)) for content in digests]
+    if settings.group and unmatched == len(rows):
         raise DataError(f"--group {settings.group}: matches no image, by its path below its class")
-    if settings.group and len(set(keys)) == 1:
+    if settings.group and len(numbers) == 1:
         raise DataError(f"--group {settings.group}: makes all images one family; name what differs")
     if settings.group:
-        text = f"--group: {len(set(keys))} families of {len(rows)} images"
-        text += f"; {strange} do not match and are one each" if strange else ""
+        text = f"--group: {len(numbers)} families of {len(rows)} images"
+        text += f"; {unmatched} do not match and are one each" if unmatched else ""
         print(text, file=sys.stderr)
     elif settings.folds > 1 or not (settings.val or settings.split):
         suggest_group(rows)
-    return keys
+    return families
 
 
 def suggest_group(rows: list[Row]) -> None:
-    """Print how to keep families together, where most classes have names that look like some."""
+    """Print how to keep families together, if most classes have file names that suggest some."""
     stems: dict[int, Counter[str]] = defaultdict(Counter)
     for row in rows:
         stems[row.label][re.sub(r"[\W_]*\d+$", "", Path(row.name).stem)] += 1
-    alike = sum(5 <= len(each) <= each.total() / 2 for each in stems.values())
+    alike = sum(5 <= len(counts) <= counts.total() / 2 for counts in stems.values())
     if alike > len(stems) / 2:
         text = "note: file names differ in a last number alone; if those are images of one patient,"
         text += " film or object, keep them together: --group "
         print(text + shlex.quote(r"^(.+?)[\W_]*\d+\.\w+$"), file=sys.stderr)
 
 
-def hold_images(settings: Settings, rows: list[Row], families: list[str]) -> list[Row]:
-    """The rows, each in the fold that is judged by it; families stay together."""
-    if settings.folds == 1 and (settings.val or settings.split):
-        return [row._replace(fold=EVERY if row.part == "train" else 0) for row in rows]
-    shares = [1 - settings.val_fraction, settings.val_fraction]
+def hold_images(
+    settings: Settings, rows: list[Row], families: Sequence[int], known: Sequence[bool]
+) -> list[Row]:
+    """The rows, each with the fold that holds it out; families stay together.
+
+    Images that are `known` to the network are not held out, unless the user has named them.
+    """
     if settings.folds > 1:
-        check_folds(settings, rows, families)
-        shares = [1 / settings.folds] * settings.folds
-    ours = [at for at, row in enumerate(rows) if row.part == "train"]
-    labels, keys = [rows[at].label for at in ours], [families[at] for at in ours]
-    keyed = [f"{settings.seed}/{rows[at].name}".encode(errors="surrogateescape") for at in ours]
-    order = [hashlib.sha256(key).digest() for key in keyed]
-    held = [row._replace(fold=TEST if settings.folds > 1 else 0) for row in rows]
-    for at, part in zip(ours, deal(labels, keys, order, shares), strict=True):
-        split_off = settings.folds == 1 and part == 1
-        fold = part if settings.folds > 1 else EVERY + part
-        held[at] = rows[at]._replace(fold=fold, part="val" if split_off else "train")
+        return cut_folds(settings, rows, families, known)
+    held = [row._replace(held=EVERY if row.part == "train" else 0) for row in rows]
+    if settings.val or settings.split:
+        return held
+    ours = [index for index, row in enumerate(rows) if row.part == "train"]
+    settled = {families[index] for index in ours if known[index]}
+    shares = [1 - settings.val_fraction, settings.val_fraction]
+    parts = deal(*columns(settings, rows, families, ours), shares, settled)
+    for index, part in zip(ours, parts, strict=True):
+        if part == 1:
+            held[index] = rows[index]._replace(part="val", held=0)
     return held
 
 
-def check_folds(settings: Settings, rows: list[Row], families: list[str]) -> None:
-    """Raise `DataError` where images cannot be cut into `--folds` parts."""
+def cut_folds(
+    settings: Settings, rows: list[Row], families: Sequence[int], known: Sequence[bool]
+) -> list[Row]:
+    """The rows of DATA cut into `--folds` parts; other images test all networks together."""
+    held = [row._replace(held=EVERY if row.part == "train" else TEST) for row in rows]
+    ours = [i for i, row in enumerate(rows) if row.part == "train" and not known[i]]
+    check_folds(settings, rows, families, ours)
+    shares = [1 / settings.folds] * settings.folds
+    parts = deal(*columns(settings, rows, families, ours), shares)
+    for index, fold in zip(ours, parts, strict=True):
+        held[index] = rows[index]._replace(held=fold)
+    return held
+
+
+def columns(
+    settings: Settings, rows: list[Row], families: Sequence[int], indices: list[int]
+) -> tuple[list[int], list[int], list[bytes]]:
+    """What `deal` takes of the rows at `indices`: labels, families, and keys in random order.
+
+    The key of an image hangs on its name and the seed alone, so that others do not move it.
+    """
+    names = [f"{settings.seed}/{rows[i].name}".encode(errors="surrogateescape") for i in indices]
+    order = [hashlib.sha256(name).digest() for name in names]
+    return [rows[i].label for i in indices], [families[i] for i in indices], order
+
+
+def check_folds(
+    settings: Settings, rows: list[Row], families: Sequence[int], ours: list[int]
+) -> None:
+    """Raise `DataError` if the images at the indices `ours` cannot be cut into `--folds` parts."""
     if settings.split and any(row.part == "val" for row in rows):
         text = "names validation images, which folds choose themselves; name them train"
         raise DataError(f"--folds {settings.folds}: {settings.split} {text}")
-    images = zip(rows, families, strict=True)
-    pairs = {(row.name.split("/")[0], family) for row, family in images if row.part == "train"}
-    counts = Counter(name for name, _ in pairs).items()  # `make_data` tells of classes of none
-    most, name = min(((count, name) for name, count in counts), default=(settings.folds, ""))
-    if most < settings.folds:
-        text = f"the largest that fits is {most}" if most >= 3 else "add images, or drop it"
+    counts = Counter({row.name.split("/")[0]: 0 for row in rows if row.part == "train"})
+    counts.update(name for name, _ in {(rows[i].name.split("/")[0], families[i]) for i in ours})
+    # Of classes without any image `check_parts` tells.
+    fewest, name = min(((count, name) for name, count in counts.items()), default=(0, ""))
+    if name and fewest < settings.folds:
+        text = f"the largest that fits is {fewest}" if fewest >= 3 else "add images, or drop it"
         kind = "families" if settings.group else "different images"
-        raise DataError(f"--folds {settings.folds}: class {name} has {most} {kind}; {text}")
+        if len(ours) < sum(row.part == "train" for row in rows):
+            kind += " that the network of --weights has not learnt"
+        raise DataError(f"--folds {settings.folds}: class {name} has {fewest} {kind}; {text}")
 
 
 def deal(
-    labels: Sequence[int], families: Sequence[str], order: Sequence[bytes], shares: Sequence[float]
+    labels: Sequence[int],
+    families: Sequence[Any],
+    order: Sequence[bytes],
+    shares: Sequence[float],
+    settled: Collection[Any] = (),
 ) -> list[int]:
-    """The part that each image goes to, of which each gets its share of each class, about.
+    """The part that each image goes to, so that each part gets about its share of each class.
 
-    Families, largest first and otherwise in `order`, go where that brings the counts closest to
-    what is wanted, as a sum over classes of squared differences / wanted. No part stays without a
-    class that has enough families; of two parts the first, to train on, goes before.
+    The families that are `settled` go to the first part. The others, largest first and otherwise in
+    `order`, go where they bring the counts closest to those wanted, by the sum over classes of
+    squared differences / wanted. Every part gets every class that has enough families, the first
+    of two parts (the one to train on) first.
     """
-    counts, members = Counter(labels), defaultdict(list)
-    for at, family in enumerate(families):
-        members[family].append(at)
-    wanted = [{label: share * count for label, count in counts.items()} for share in shares]
-    if len(shares) == 2:
-        for label, count in counts.items():
-            wanted[1][label] = min(max(1, round(shares[1] * count)), count - 1)
-            wanted[0][label] = count - wanted[1][label]
-    groups = sorted(members.values(), key=lambda each: (-len(each), min(order[at] for at in each)))
-    insides = [Counter(labels[at] for at in group) for group in groups]
-    left = Counter(label for inside in insides for label in inside)
+    counts = Counter(labels)
+    members: dict[Any, list[int]] = defaultdict(list)
+    for index, family in enumerate(families):
+        members[family].append(index)
+    wanted = share_out(counts, shares)
+    missing = [dict(part) for part in wanted]
+    groups = sorted(
+        members.items(),
+        key=lambda item: (item[0] not in settled, -len(item[1]), min(order[i] for i in item[1])),
+    )
+    insides = [Counter(labels[index] for index in group) for _, group in groups]
+    left = Counter(label for inside in insides for label in inside)  # families to come
     bare = {label: [part for part, each in enumerate(wanted) if each[label]] for label in counts}
-    missing, parts = [dict(each) for each in wanted], [0] * len(labels)
 
     def gain(part: int, inside: Counter[int]) -> tuple[bool, float, int]:
         needed = any(left[c] <= len(bare[c]) and part in bare[c][: left[c]] for c in inside)
@@ -1423,15 +1569,28 @@ def deal(
         )
         return needed, closer, (min(inside) - part) % len(shares) if len(shares) > 2 else -part
 
-    for group, inside in zip(groups, insides, strict=True):
-        best = max(range(len(shares)), key=lambda part: gain(part, inside))
+    parts = [0] * len(labels)
+    for (family, group), inside in zip(groups, insides, strict=True):
+        best = 0
+        if family not in settled:
+            best = max(range(len(shares)), key=lambda part: gain(part, inside))
         for label in inside:
             left[label] -= 1
             bare[label] = [part for part in bare[label] if part != best]
-        for at in group:
-            parts[at] = best
-            missing[best][labels[at]] -= 1
+        for index in group:
+            parts[index] = best
+            missing[best][labels[index]] -= 1
     return parts
+
+
+def share_out(counts: Mapping[int, int], shares: Sequence[float]) -> list[dict[int, float]]:
+    """How many images of each class each part should get; whole numbers if there are two parts."""
+    wanted = [{label: share * count for label, count in counts.items()} for share in shares]
+    if len(shares) == 2:
+        for label, count in counts.items():
+            wanted[1][label] = min(max(1, round(shares[1] * count)), count - 1)
+            wanted[0][label] = count - wanted[1][label]
+    return wanted
 
 
 # ----------------------------------------------------------------------------------------- reading
@@ -1444,39 +1603,70 @@ STRIDE = 32  # pixels a cell of a ResNet's last feature map
 MOST_KEPT = 2**31  # bytes of images for evaluation in main memory, and at most a quarter of it
 
 
-def check_images(paths: list[str]) -> tuple[dict[str, str], dict[str, float]]:
-    """The SHA-256 of each file that can be decoded, and what is white in images of over 8 bits.
+APART = 8  # images of over 8 bits whose largest values lie further apart are warned of
+# Pillow keeps the upper half of colours of 16 bits, which is black where 12 bits are used.
+DEEP_TIFF = "a TIFF with colours of over 8 bits"
+CONVERT = (  # 16 bits stay 16 bits
+    "import cv2, pathlib; [cv2.imwrite(f'{p}.png', cv2.imread(str(p), -1)) "
+    "for p in pathlib.Path('DATA').rglob('*') if p.suffix.lower() in ('.tif', '.tiff')]"
+)
 
-    The others are named on stderr; `DataError` for values that are negative or not finite.
+
+class Checked(NamedTuple):
+    """What is known of a file that can be decoded."""
+
+    digest: int
+    kind: str  # as of `deep_pixels`
+    peak: float  # its largest value, 0 for images of 8 bits
+    pages: int  # in a TIFF
+
+
+def check_images(paths: list[str]) -> dict[str, Checked]:
+    """Decode every file: what is known of those that can be, by path.
+
+    The others are named on stderr. Raises `DataError` for values that are negative or not finite.
     """
-
-    def check(path: str) -> str | tuple[str, str, float]:
-        try:
-            content = read_bytes(path)
-            with Image.open(io.BytesIO(content)) as image:
-                image.draft("RGB", (1, 1))  # JPEG: every byte is decoded, to an eighth of the size
-                image.load()
-                kind, values = deep_pixels(image, content)
-        except Exception as error:  # Pillow raises nearly anything on a broken file
-            known = {UnidentifiedImageError: "not an image", DataError: "no regular file"}
-            return known.get(type(error)) or str(error) or type(error).__name__
-        peak = float(values.max(initial=0))
-        if not 0 <= values.min(initial=0) <= peak < math.inf:
-            text = "values below 0 or not finite; shift them, or remove the image"
-            raise DataError(f"{printable(path)}: {text}")
-        return hashlib.sha256(content).hexdigest(), kind, peak
-
-    digests, peaks = {}, dict[str, float]()
+    checked: dict[str, Checked] = {}
+    deep = 0
     with ThreadPool() as pool:  # Pillow and hashlib let other threads run meanwhile
-        checked = pool.imap(check, paths, chunksize=16)
-        bar = tqdm(checked, "checking", len(paths), unit=" images", leave=False, disable=None)
-        for path, found in zip(paths, bar, strict=True):
-            if isinstance(found, str):
-                tqdm.write(f"warning: {printable(f'{path}: {found}')}; left out", sys.stderr)
+        found = pool.imap(check_image, paths, chunksize=16)
+        bar = tqdm(found, "checking", len(paths), unit=" images", leave=False, disable=None)
+        for path, result in zip(paths, bar, strict=True):
+            if isinstance(result, Checked):
+                checked[path] = result
                 continue
-            digests[path], kind, peak = found
-            peaks[kind] = max(peak, peaks.get(kind, 0.0))
-    return digests, {kind: pick_white(kind, peak) for kind, peak in peaks.items() if kind}
+            deep += result == DEEP_TIFF
+            tqdm.write(f"warning: {printable(f'{path}: {result}')}; left out", sys.stderr)
+    if deep:
+        text = f"{deep} images are {DEEP_TIFF}, which Pillow cannot read; left out. This writes a "
+        text += "PNG beside each of a folder: pip install opencv-python-headless && python -c "
+        print(f'warning: {text}"{CONVERT}"', file=sys.stderr)
+    if several := [path for path, result in checked.items() if result.pages > 1]:
+        text = f"{len(several)} TIFFs have several pages, of which only the first is read"
+        print(f"warning: {text}, {printable(several[0])} for one", file=sys.stderr)
+    return checked
+
+
+def check_image(path: str) -> Checked | str:
+    """What is known of a file, or why it cannot be decoded."""
+    try:
+        content = read_bytes(path)
+        with Image.open(io.BytesIO(content)) as image:
+            image.draft("RGB", (1, 1))  # JPEG: every byte is decoded, to an eighth of the size
+            image.load()
+            kind, values = deep_pixels(image, content)
+            pages = 1
+            if image.format == "TIFF":
+                with contextlib.suppress(Exception):  # of a later page that is broken
+                    pages = image.n_frames
+    except Exception as error:  # Pillow raises nearly anything on a broken file
+        known = {UnidentifiedImageError: "not an image", DataError: "no regular file"}
+        return known.get(type(error)) or str(error) or type(error).__name__
+    peak = float(values.max(initial=0))
+    if not 0 <= values.min(initial=0) <= peak < math.inf:
+        text = "values below 0 or not finite; shift them, or remove the image"
+        raise DataError(f"{printable(path)}: {text}")
+    return Checked(digest(content), kind, peak, pages)
 
 
 def read_bytes(path: str) -> bytes:
@@ -1486,6 +1676,15 @@ def read_bytes(path: str) -> bytes:
     return Path(path).read_bytes()
 
 
+def digest(content: bytes) -> int:
+    """The first 64 bits of the SHA-256 of `content`, as a signed integer.
+
+    That any of a million images has the digest of one of a million others is a chance of 1 in 18
+    million.
+    """
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
+
+
 def deep_pixels(picture: Image.Image, content: bytes) -> tuple[str, np.ndarray[Any, Any]]:
     """The kind and the values of an image of more than 8 bits a channel; "" and none of others.
 
@@ -1493,17 +1692,36 @@ def deep_pixels(picture: Image.Image, content: bytes) -> tuple[str, np.ndarray[A
     """
     if picture.mode.startswith(("I", "F")):
         return picture.mode[0], np.asarray(picture)
-    # Of colours of 16 bits Pillow keeps the upper half, which is black where 12 bits are used.
     if picture.format == "TIFF" and max(getattr(picture, "tag_v2", {}).get(258, (8,))) > 8:
-        raise ValueError("a TIFF with colours of over 8 bits; save it as PNG")
+        raise ValueError(DEEP_TIFF)
     if picture.format == "PNG" and picture.mode in ("RGB", "RGBA", "LA") and content[24] == 16:
         encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         return "I", decode_image(encoded, ImageReadMode.RGB).permute(1, 2, 0).numpy()
     return "", np.empty(0)
 
 
+def pick_whites(checked: Mapping[str, Checked]) -> dict[str, float]:
+    """The value that is white in images of more than 8 bits, by kind.
+
+    One for all images of a kind: it must be the same in training and in use, files rarely tell
+    how many of their 16 bits are used, and a white of each image's own would make a dark image as
+    bright as any other. So images of 12 bits are nearly black beside one of 16: that is said.
+    """
+    whites = {}
+    for kind in sorted({result.kind for result in checked.values()} - {""}):
+        peaks = {path: result.peak for path, result in checked.items() if result.kind == kind}
+        whites[kind] = pick_white(kind, max(peaks.values()))
+        dark = [path for path, peak in peaks.items() if APART * peak < max(peaks.values())]
+        if dark:
+            text = f"{len(dark)} of {len(peaks)} images of more than 8 bits are nearly black: "
+            text += f"{dark[0]} has no value above {peaks[dark[0]]:g}, where {whites[kind]:g} is "
+            text += "white for all; if they use fewer bits, scale them up, or train without them"
+            print(f"warning: {printable(text)}", file=sys.stderr)
+    return whites
+
+
 def pick_white(kind: str, peak: float) -> float:
-    """The value that is white where no pixel exceeds `peak`: a usual one, or that itself."""
+    """The value that is white if no pixel exceeds `peak`: the next usual one, else that itself."""
     usual = (255, 1023, 4095, 16383, 65535) if kind == "I" else (1, 255, 4095, 65535)
     return next((white for white in usual if peak <= white), peak)
 
@@ -1511,7 +1729,8 @@ def pick_white(kind: str, peak: float) -> float:
 def read_image(path: str, white: Mapping[str, float], least: int = 0) -> Tensor:
     """The image upright and in RGB, what is transparent over white: (3, height, width) uint8.
 
-    With `least` a large JPEG is decoded to a half, quarter or eighth, its sides no shorter.
+    With `least` a large JPEG is decoded to a half, quarter or eighth of its size, no side shorter
+    than `least` pixels. Raises `DataError` if the file cannot be decoded.
     """
     content = read_bytes(path)
     try:
@@ -1523,15 +1742,7 @@ def read_image(path: str, white: Mapping[str, float], least: int = 0) -> Tensor:
         kind, values = deep_pixels(picture, content)
         plain = picture.size == size and not picture.has_transparency_data
         if kind:
-            if not 0 <= values.min() <= values.max() < math.inf:
-                raise ValueError("below 0 or not finite")
-            top = white.get(kind) or pick_white(kind, float(values.max()))
-            values = (values.clip(0, top) * (255 / top) + 0.5).astype(np.uint8)
-            alpha = picture.getchannel("A") if "A" in picture.getbands() else None
-            exif, picture = picture.getexif(), Image.fromarray(values)
-            picture.getexif().update(exif)
-            if alpha:
-                picture.putalpha(alpha)
+            picture = to_8_bits(picture, values, white.get(kind) or pick_white(kind, values.max()))
         elif plain and picture.format in ("JPEG", "PNG"):
             with contextlib.suppress(RuntimeError):  # some rare files only Pillow reads
                 encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
@@ -1545,6 +1756,18 @@ def read_image(path: str, white: Mapping[str, float], least: int = 0) -> Tensor:
         known = str(error) if isinstance(error, ValueError) else type(error).__name__
         reason = f"cannot be decoded ({known}); remove it"
         raise DataError(f"{printable(path)}: {reason}") from None
+
+
+def to_8_bits(picture: Image.Image, values: np.ndarray[Any, Any], white: float) -> Image.Image:
+    """A picture of more than 8 bits with `values` scaled so that `white` is 255; darker is kept."""
+    if not 0 <= values.min() <= values.max() < math.inf:
+        raise ValueError("below 0 or not finite")
+    scaled = (values.clip(0, white) * (255 / white) + 0.5).astype(np.uint8)
+    result = Image.fromarray(scaled)
+    result.getexif().update(picture.getexif())
+    if "A" in picture.getbands():
+        result.putalpha(picture.getchannel("A"))
+    return result
 
 
 @dataclass(frozen=True)
@@ -1875,7 +2098,7 @@ def prepare(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
     refuse_used(settings.output)  # once more: another run may just have ended there
     classes, rows = list_rows(settings)  # in no time, before weights may be downloaded
     content = content or load_pretrained(settings)
-    data = load_data(settings, classes, rows)
+    data = load_data(settings, classes, rows, content.get("learnt"))
     if not settings.batch_size:
         settings = replace(settings, batch_size=pick_batch_size(data, compute.world_size))
     settings = replace(settings, workers=count_workers(settings, args.workers))
@@ -1884,7 +2107,7 @@ def prepare(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
     torch.manual_seed(settings.seed)
     model, origin = build_model(settings.arch, data.classes, content)
     if not settings.epochs:
-        check_given(settings, content, origin)
+        check_given(settings, origin)
         data = data._replace(white=data.white | content.get("white", {}))
     elif settings.weights != "none":
         rescale(model)
@@ -1958,14 +2181,11 @@ def check_weights(
     return named[weights].name  # what DEFAULT means may change
 
 
-def check_given(settings: Settings, content: Mapping[str, Any], origin: str) -> None:
+def check_given(settings: Settings, origin: str) -> None:
     """Raise `DataError` where a network that is not trained knows no classes, or not these."""
     if "head kept" not in origin:
         text = "have no head for these classes; train one, or name folders as in its training"
         raise DataError(f"--epochs 0: the weights {settings.weights} {text}")
-    if "classes" in content and not (settings.val or settings.split):
-        text = "the network may have learnt some of the images that judge it; name others by --val"
-        print(f"warning: --epochs 0: {text}", file=sys.stderr)
 
 
 def pick_batch_size(data: Data, processes: int) -> int:
@@ -2007,24 +2227,41 @@ def read_table(path: Path, *columns: str) -> list[dict[str, str]]:
 
 
 def load_baseline(run: Path, data: Data) -> Tensor:
-    """What the run in the folder `run` predicted for the validation images: (M,) int64."""
+    """What the run in the folder `run` predicted for the validation images: (M,) int64.
+
+    Images are compared by their digests, whatever their names; copies come in the order of these.
+    """
     labels = {name: label for label, name in enumerate(data.classes)}
     try:
-        rows = read_table(run / "predictions.csv", "path", "class", "predicted")
-        theirs = {(row["path"], row["class"]): labels[row["predicted"]] for row in rows}
+        split = read_table(run / "split.csv", "path", "class", "part", "digest")
+        folds = [row for row in split if row["part"].startswith("fold ")]
+        judging = folds or [row for row in split if row["part"] != "train"]
+        digests = {(row["path"], row["class"]): row["digest"] for row in judging}
+        theirs = []
+        for row in read_table(run / "predictions.csv", "path", "class", "predicted"):
+            image = digests.get((row["path"], row["class"]), "")
+            theirs.append((image, row["class"], row["path"], labels[row["predicted"]]))
     except DataError as error:
         raise DataError(f"--baseline: {error}; name an earlier run") from None
     except KeyError as error:
         raise DataError(f"--baseline {run}: not of these classes: {error}") from None
-    ours = [(data.names[at], data.classes[data.labels[at]]) for at in data.judged().tolist()]
-    if other := sorted(theirs.keys() ^ ours):
-        there = len(theirs.keys() - ours)
+    rows = list_split(data)
+    ours = []
+    for place, index in enumerate(data.judged().tolist()):
+        row = rows[index]
+        ours.append((row["digest"], row["class"], row["path"], place))
+    there, here = (Counter(row[:2] for row in side) for side in (theirs, ours))
+    if there != here:
+        name = min(row[2] for row in theirs + ours if there[row[:2]] != here[row[:2]])
         raise DataError(
-            f"--baseline {run}: validated on other images: {there} only there and "
-            f"{len(other) - there} only here, {other[0][0]} for one; give both runs the same DATA, "
+            f"--baseline {run}: validated on other images: {(there - here).total()} only there and "
+            f"{(here - there).total()} only here, {name} for one; give both runs the same DATA, "
             "--source, --val, --split, --val-fraction and --seed"
         )
-    return torch.tensor([theirs[each] for each in ours])
+    predicted = torch.empty(len(ours), dtype=torch.int64)
+    for one, two in zip(sorted(theirs), sorted(ours), strict=True):
+        predicted[two[-1]] = one[-1]
+    return predicted
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
@@ -2067,12 +2304,13 @@ def to_rows(columns: Mapping[str, Sequence[Any] | Tensor]) -> Rows:
 
 
 def list_split(data: Data) -> Rows:
-    """A row for each image: its class, and the part it is in."""
+    """A row for each image: its class, the part it is in, and 16 digits of its SHA-256."""
     parts = list(data.parts)
     for at, fold in enumerate(data.held.tolist() if data.folds > 1 else []):
         parts[at] = f"fold {fold + 1}" if fold >= 0 else parts[at]
     classes = [data.classes[label] for label in data.labels.tolist()]
-    return to_rows({"path": data.names, "class": classes, "part": parts})
+    digests = [f"{number % 2**64:016x}" for number in data.digests.tolist()]
+    return to_rows({"path": data.names, "class": classes, "part": parts, "digest": digests})
 
 
 def list_predictions(data: Data, last: Evaluation) -> Rows:
@@ -2147,6 +2385,7 @@ def write_network(given: Given, states: list[dict[str, Tensor]], fitted: Calibra
         weight = state["fc.weight"] * fitted.scale
         bias = state["fc.bias"] * fitted.scale - shift
         networks.append(state | {"fc.weight": weight, "fc.bias": bias})
+    learnt = data.digests[data.trained()] if settings.epochs else data.known
     content = {
         "arch": settings.arch,
         "classes": data.classes,
@@ -2157,6 +2396,7 @@ def write_network(given: Given, states: list[dict[str, Tensor]], fitted: Calibra
         "eval_size": eval_size(settings.image_size),
         "least_side": least_side(settings),  # large images were decoded to no less
         "white": data.white,
+        "learnt": torch.cat([data.known, learnt]).unique(),  # digests of images, see `digest`
         "networks": networks,
     }
     save_tensors(settings.output / NETWORK, content)
@@ -2236,13 +2476,19 @@ def find_again(settings: Settings, stored: dict[str, Any]) -> Data:
         "val": settings.val or settings.data,
         "source": settings.source,
     }
-    paths = []
-    for part, name, size in zip(stored["parts"], stored["names"], stored["sizes"], strict=True):
-        path = folders[part] / name
-        if not path.is_file() or path.stat().st_size != size:
-            what = "changed" if path.is_file() else "gone"
-            raise DataError(f"{path}: {what} since the run began; put it back, or start a new run")
-        paths.append(str(path))
+    pairs = zip(stored["parts"], stored["names"], strict=True)
+    paths = [str(folders[part] / name) for part, name in pairs]
+
+    def find(path: str) -> int | None:
+        return digest(read_bytes(path)) if os.path.isfile(path) else None
+
+    with ThreadPool() as pool:  # to read all files costs a tenth of decoding them, or less
+        found = pool.imap(find, paths, chunksize=16)
+        for path, now, before in zip(paths, found, stored["digests"].tolist(), strict=True):
+            if now != before:
+                text = "gone" if now is None else "changed"
+                text += " since the run began; put it back, or start a new run"
+                raise DataError(f"{path}: {text}")
     return Data(**stored | {"paths": paths})
 
 

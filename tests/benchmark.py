@@ -458,9 +458,11 @@ def grow(images: int, folder: Path) -> dict[str, float]:
     args.power = 1.0
     classes, found = training.list_images(folder)
     lap("scan")
-    held = training.hold_images(args, found, [row.path for row in found])
-    empty = {"white": {}, "related": 0, "unreadable": []}
-    data = training.make_data(args, classes, held, **empty)
+    numbers = range(len(found))
+    held = training.hold_images(args, found, numbers, [False] * len(found))
+    columns = {"families": torch.tensor(numbers), "digests": torch.tensor(numbers)}
+    columns |= {"known": torch.empty(0), "white": {}, "unreadable": []}
+    data = training.make_data(classes, held, **columns)
     train, val = data.learns(0), data.judges(0)
     lap("split")
     weights = training.sample_weights(data.labels[train], 1.0)

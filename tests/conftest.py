@@ -70,19 +70,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("data") / "src", {"ape": 30, "bee": 18, "cat": 9})
 
 
-def load(folder: Path, *arguments: str) -> training.Data:
-    """The images of the folder, as the script reads them."""
+def load(folder: Path, *arguments: str, known: torch.Tensor | None = None) -> training.Data:
+    """The images of the folder, as the script reads them; the network has learnt the `known`."""
     args = training.parse_args([str(folder), *arguments])
-    return training.load_data(args, *training.list_rows(args))
+    return training.load_data(args, *training.list_rows(args), known)
 
 
 def images(labels: list[int], held: list[int], folds: int = 1, **others: Any) -> training.Data:
     """Images that are not there, with these labels, held out by these folds."""
     names = [f"{label}/{at}.jpg" for at, label in enumerate(labels)]
     parts = ["val" if fold == 0 else "train" for fold in held]
+    numbers = torch.arange(len(labels))
     fields = {"classes": ["no", "yes"], "paths": names, "names": names, "parts": parts}
-    fields |= {"labels": torch.tensor(labels), "held": torch.tensor(held), "folds": folds}
-    return training.Data(**fields | {"white": {}, "related": 0, "unreadable": []} | others)
+    fields |= {"labels": torch.tensor(labels), "held": torch.tensor(held), "known": numbers[:0]}
+    fields |= {"families": numbers, "digests": numbers, "white": {}, "related": 0}
+    data = training.Data(**fields | {"unreadable": []} | others)
+    assert data.folds == folds
+    return data
 
 
 CPU = training.Compute(torch.device("cpu"), None)
@@ -153,7 +157,7 @@ def refused(
     assert status == 2 and tree(*unchanged) == before and not (unchanged and printed.out)
     *warnings, error = printed.err.splitlines()
     assert error.startswith(f"{Path(script.__file__).name}: error: ")
-    assert all(line.startswith(("warning: ", "--group: ", "about ")) for line in warnings)
+    assert all(line.startswith(("warning: ", "note: ", "--group: ", "about ")) for line in warnings)
     return [*warnings, error]
 
 

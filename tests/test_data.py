@@ -1,10 +1,12 @@
 """What `data_training.py` reads: folders, splits, families, folds, pixels and views of them."""
 
 import hashlib
+import json
 import math
 import random
 import re
 import shlex
+import shutil
 import struct
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import load, png, prepare, refused, write_folder
+from conftest import TINY, load, network_of, png, prepare, refused, rows_of, run, write_folder
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -173,6 +175,116 @@ def test_files_that_are_no_images_by_their_names_are_counted(make_folder, capsys
     load(root)
     said = f"warning: {root}: 3 files left out, whose names end in .GIF, .jfif, notes\n"
     assert capsys.readouterr().err == said
+
+
+def test_hidden_images_are_left_out_and_links_are_followed_but_not_back_up(make_folder, capsys):
+    """Small copies that a program keeps of images would be learnt while these validate."""
+    root, others = make_folder({"ape": 5, "bee": 5}), make_folder({"sub": 3}, "others")
+    names = set(load(root).names)
+    for folder in (root / "ape/.thumbs", root / ".cache"):
+        shutil.copytree(root / "ape", folder, ignore=shutil.ignore_patterns(".*"))
+    (root / "bee/.bee_000.jpg").write_bytes(b"hidden")
+    (root / "bee/far").symlink_to(others)
+    assert set(load(root).names) == names | {f"bee/far/sub/sub_00{n}.jpg" for n in range(3)}
+    (others / "sub/up").symlink_to(root)
+    command = [root, "--output", root.parent / "run", *SMALL]
+    [error] = refused(command, capsys, root.parent)
+    assert f"{root}/bee/far/sub/up: this link leads back to a folder above it; remove it" in error
+
+
+# ------------------------------------------------------------- what the network has learnt before
+
+
+def digests_of(*paths: Path) -> torch.Tensor:
+    """As in network.pt."""
+    numbers = [hashlib.sha256(path.read_bytes()).digest()[:8] for path in paths]
+    return torch.tensor([int.from_bytes(number, "big", signed=True) for number in numbers])
+
+
+@pytest.mark.parametrize("flags", ["", "--val-fraction 0.4", "--seed 3", "--folds 3"])
+def test_images_that_the_network_has_learnt_are_trained_on_and_judge_nothing(
+    flags, make_folder, capsys
+):
+    root = make_folder({"ape": 20, "bee": 15})
+    known = [*sorted((root / "ape").iterdir())[:14], *sorted((root / "bee").iterdir())[:12]]
+    data = load(root, *flags.split(), known=digests_of(*known))
+    names = {path.relative_to(root).as_posix() for path in known}
+    for fold in range(data.folds):
+        assert names <= set(names_of(data, data.learns(fold)))
+        assert min(data.counts(data.judges(fold)).tolist()) >= 1
+    wanted = {"": [4, 3], "--seed 3": [4, 3]}.get(flags, [6, 3])
+    assert data.counts(data.judged()).tolist() == wanted and data.related == 0
+    said = "note: the network of --weights has learnt 26 of 35 images, or others of their families;"
+    assert capsys.readouterr().err == f"{said} these do not judge\n"
+
+
+@pytest.mark.parametrize("flags", [[], ["--folds", "3"]])
+@pytest.mark.parametrize("flag", ["--val", "--source", "--split"])
+def test_images_named_to_judge_are_left_out_where_the_network_has_learnt_their_family(
+    flag, flags, patients, capsys
+):
+    """P5 was learnt, of whom another folder, or the table, names all images to judge."""
+    other, table = patients.parent / "other", patients.parent / "split.csv"
+    rows = {path.relative_to(patients).as_posix(): "train" for path in patients.rglob("*.jpg")}
+    for path in sorted(patients.rglob("P[4567]_*.jpg")):
+        (other / path.parent.name).mkdir(parents=True, exist_ok=True)
+        rows[path.relative_to(patients).as_posix()] = "val"
+        if flag != "--split":
+            path.rename(other / path.parent.name / path.name)
+    known = digests_of(next((patients if flag == "--split" else other).rglob("P5_02.jpg")))
+    write_parts(table, rows)
+    if flag == "--split" and flags:
+        return  # folds choose for themselves
+    where = str(table if flag == "--split" else other)
+    data = load(patients, flag, where, "--group", "^(P[0-9])", *flags, known=known)
+    judged = names_of(data, data.judges(training.TEST if flags else 0))
+    tested = {name.partition("/")[2][:2] for name in judged} - {"P0", "P1", "P2", "P3"}
+    assert tested == {"P4", "P6", "P7"} and data.related == 8
+    assert not [name for name in data.names if "/P5" in name]
+    assert "of 64 images, or others of their families; these do not judge, and 8 of them are " in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.fixture(scope="module")
+def coin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 tiles of noise, their classes thrown by a coin, and a run that has learnt 32 of them."""
+    root, stream = tmp_path_factory.mktemp("coin") / "tiles", np.random.default_rng(0)
+    for number in range(40):
+        path = root / ("heads" if number % 2 else "tails") / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = stream.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((32, 32)).save(path)
+    flags = [*TINY, "--flip", "none", "--crop-scale", "1", "--weights", "none"]
+    run(root, *flags, "--epochs", 8, "--output", root.parent / "run")
+    return root
+
+
+def test_a_network_is_not_judged_by_what_its_weights_have_learnt(coin, tmp_path, capsys):
+    """Judged by all 40 it would seem to know what a coin will show."""
+    first, split = coin.parent / "run", rows_of(coin.parent / "run/split.csv")
+    learnt = [coin / row["path"] for row in split if row["part"] == "train"]
+    assert len(learnt) == 32
+    assert network_of(first)["learnt"].tolist() == sorted(digests_of(*learnt).tolist())
+    command = [coin, "--weights", first, *TINY]
+    flags = ["--folds", 4, "--epochs", 1, "--frozen-epochs", 1, "--output", tmp_path / "folds"]
+    again = run(*command, *flags)
+    judged = {row["path"] for row in rows_of(again.path / "predictions.csv")}
+    assert judged == {row["path"] for row in split if row["part"] == "val"}
+    result = json.loads((again.path / "config.json").read_text())["result"]
+    assert result["low"] < 0.5 < result["high"]
+    assert "has learnt 32 of 40 images" in again.err
+    assert torch.equal(network_of(again.path)["learnt"], digests_of(*coin.rglob("*.png")).unique())
+    given = run(*command, "--epochs", 0, "--seed", 7, "--output", tmp_path / "given")
+    assert {row["path"] for row in rows_of(given.path / "predictions.csv")} == judged
+    assert torch.equal(network_of(given.path)["learnt"], network_of(first)["learnt"])
+    for row in split:
+        (coin / row["path"]).unlink() if row["part"] == "val" else None
+    output = ["--output", tmp_path / "none"]
+    error = refused([*command, "--epochs", 0, *output], capsys, tmp_path)[-1]
+    assert "the network of --weights has learnt all images, or copies or relatives of" in error
+    error = refused([*command, "--folds", 3, *output], capsys, tmp_path)[-1]
+    assert "has 0 different images that the network of --weights has not learnt; add" in error
 
 
 # ------------------------------------------------------------------------------- families
@@ -430,14 +542,14 @@ SPLITS = [  # the rows of a table, and what is said of it
     (GOOD + " ape/ape_000.jpg,train", "ape_000.jpg: named before; leave one row of it; such rows"),
     (
         GOOD.replace("bee_000.jpg,train", "bee_000.jpg,val"),
-        "bee: no image of this class to train on that can be read; add one or remove the class;",
+        "bee: all images of this class validate; leave some of them to train on; such classes: 1",
     ),
     (GOOD.replace("val", "train"), "names no image to validate on, as part val"),
 ]
 ERRORS = {
     "one": "one: fewer than two classes",
-    "hollow": "hollow: Found no valid file for the classes bee.",
-    "veiled": "veiled/.bee: hidden, but would count as a class",
+    "hollow": "hollow/bee: no image in it, of .jpg, .jpeg, ",
+    "veiled": "veiled: fewer than two classes",  # a hidden folder is none
     "broken": "broken: bee: no image of this class to train on that can be read",
     "single": "single: no image differs from those trained on; nothing to validate on",
     "good --source more": "--source more: not classes of good: cat, dog; rename or remove",
@@ -604,8 +716,34 @@ def test_a_tiff_of_16_bit_colours_is_left_out_with_the_reason(make_folder, capsy
     (root / "ape/deep.tif").write_bytes(content)
     assert Image.open(root / "ape/deep.tif").convert("RGB").getextrema()[0] == (15, 15)
     assert load(root).unreadable == [str(root / "ape/deep.tif")]
-    said = capsys.readouterr().err
-    assert said.endswith("deep.tif: a TIFF with colours of over 8 bits; save it as PNG; left out\n")
+    one, two = capsys.readouterr().err.splitlines()
+    assert one.endswith("deep.tif: a TIFF with colours of over 8 bits; left out")
+    assert two.startswith("warning: 1 images are a TIFF with colours of over 8 bits, which Pillow ")
+    compile(two.partition('python -c "')[2].removesuffix('"'), "", "exec")
+
+
+def test_of_a_tiff_with_several_pages_the_first_is_read_and_said_so(make_folder, capsys):
+    root = make_folder({"ape": 5, "bee": 5})
+    pages = [Image.new("L", (32, 32), shade) for shade in (50, 100, 150)]
+    for number, path in enumerate((root / "ape/a.tif", root / "bee/b.tif", root / "bee/c.tif")):
+        pages[number].save(path, save_all=True, append_images=pages[number + 1 :])
+    load(root)
+    said = "warning: 2 TIFFs have several pages, of which only the first is read"
+    assert capsys.readouterr().err == f"{said}, {root}/ape/a.tif for one\n"
+    assert (read(root / "ape/a.tif") == 50).all()
+
+
+def test_images_far_darker_than_others_of_over_8_bits_are_counted(make_folder, capsys):
+    """12 bits beside 16: as bright as a sixteenth."""
+    root = make_folder({"ape": 5, "bee": 5})
+    for name, peak in (("ape/x", 65535), ("ape/y", 8192), ("bee/x", 4095), ("bee/y", 4000)):
+        write_deep(root / name, "grey16", [0, 1, 2, peak])
+    write_deep(root / "bee/z", "float", [0, 0, 0, 0.01])
+    assert load(root).white == {"I": 65535, "F": 1}
+    said = f"warning: 2 of 4 images of more than 8 bits are nearly black: {root}/bee/x.png has no "
+    said += "value above 4095, where 65535 is white for all; "
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(said)
 
 
 DEEP = [  # kind, columns of the brightest image, white, what is seen of them

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load, network_of, png, prepare, refused, rows_of, write_folder
+from conftest import load, network_of, png, refused, rows_of, write_folder
 
 import data_creation as creation
 import data_training as training
@@ -98,14 +98,16 @@ def test_what_is_no_image_is_left_out_or_named(kind, src, monkeypatch, capsys):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_that_breaks_after_the_check_ends_the_run_in_one_line(
-    workers, src, tmp_path, capsys
+    workers, src, tmp_path, monkeypatch, capsys
 ):
-    output = tmp_path / "run"
-    given, _ = prepare(src, *TINY, "--output", str(output))
-    path = Path(given.data.paths[3])
-    path.write_bytes(BOMB.ljust(path.stat().st_size, b"\0"))  # no other size: that is noticed
-    *_, error = refused(["--resume", output, "--workers", workers], capsys)
-    assert f"error: {path}: cannot be decoded" in error
+    def check_and_break(paths, check=training.check_images):
+        checked = check(paths)
+        (src / "ape/ape_003.jpg").write_bytes(BOMB)
+        return checked
+
+    monkeypatch.setattr(training, "check_images", check_and_break)
+    *_, error = refused([src, *TINY, "--output", tmp_path / "run", "--workers", workers], capsys)
+    assert f"error: {src / 'ape/ape_003.jpg'}: cannot be decoded" in error
 
 
 def test_a_folder_named_like_an_image_is_a_folder(src, tmp_path):

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from conftest import CPU, TINY, Run, Trigger, images, refused, rows_of, run
+from conftest import CPU, TINY, Run, Trigger, images, load, refused, rows_of, run
 from PIL import Image
 from torch import Tensor
 
@@ -144,9 +144,32 @@ def test_a_baseline_on_other_images_is_refused_in_one_line(
 ):
     lines = (scratch_run.path / "predictions.csv").read_text().splitlines()
     (tmp_path / "predictions.csv").write_text("\n".join(BASELINES[expected](lines)))
+    shutil.copy(scratch_run.path / "split.csv", tmp_path)
     command = [animals, "--weights", "none", *TINY, "--output", tmp_path / "run"]
     [line] = refused([*command, "--baseline", tmp_path], capsys, tmp_path)
     assert expected in line
+
+
+def test_a_baseline_knows_images_whatever_their_names(scratch_run, animals, tmp_path, capsys):
+    """Those it was judged by, renamed, are the same; others by their names are not."""
+    said = rows_of(scratch_run.path / "predictions.csv")
+    for number, row in enumerate(said):
+        for folder, name in (("same", f"{row['class']}/{number}.jpg"), ("other", row["path"])):
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(animals / row["path"], tmp_path / folder / name)
+        with open(tmp_path / "other" / row["path"], "ab") as file:
+            file.write(b" ")
+    train = shutil.copytree(animals, tmp_path / "train")
+    for row in said:
+        (train / row["path"]).unlink()
+    data = load(train, "--val", str(tmp_path / "same"))
+    before = training.load_baseline(scratch_run.path, data).tolist()
+    numbers = [int(Path(data.names[index]).stem) for index in data.judged()]
+    assert [data.classes[label] for label in before] == [said[n]["predicted"] for n in numbers]
+    command = [train, "--val", tmp_path / "other", "--weights", "none", *TINY]
+    command += ["--output", tmp_path / "run", "--baseline", scratch_run.path]
+    [line] = refused(command, capsys, tmp_path)
+    assert f"on other images: {len(said)} only there and {len(said)} only here, " in line
 
 
 def remove_images(output: Path) -> None:
