@@ -1500,8 +1500,8 @@ def check_images(paths: list[str]) -> dict[str, Checked]:
             deep += result == DEEP_TIFF
             tqdm.write(f"warning: {printable(f'{path}: {result}')}; left out", sys.stderr)
     if deep:
-        text = f"{deep} images are {DEEP_TIFF}, which Pillow cannot read; left out. This writes a "
-        text += "PNG beside each of a folder: pip install opencv-python-headless && python -c "
+        text = f"{deep} TIFFs have colours of over 8 bits, which Pillow cannot read. This writes a "
+        text += "PNG beside each TIFF below DATA: pip install opencv-python-headless && python -c "
         print(f'warning: {text}"{CONVERT}"', file=sys.stderr)
     if several := [path for path, result in checked.items() if result.pages > 1]:
         text = f"{len(several)} TIFFs have several pages, of which only the first is read"

@@ -718,7 +718,7 @@ def test_a_tiff_of_16_bit_colours_is_left_out_with_the_reason(make_folder, capsy
     assert load(root).unreadable == [str(root / "ape/deep.tif")]
     one, two = capsys.readouterr().err.splitlines()
     assert one.endswith("deep.tif: a TIFF with colours of over 8 bits; left out")
-    assert two.startswith("warning: 1 images are a TIFF with colours of over 8 bits, which Pillow ")
+    assert two.startswith("warning: 1 TIFFs have colours of over 8 bits, which Pillow cannot read.")
     compile(two.partition('python -c "')[2].removesuffix('"'), "", "exec")
 
 
