@@ -5,7 +5,7 @@
 Classes are ranked by their number of images, largest first. With M images in the largest, the class
 ranked i (from 0) keeps at most M - 2 * i of them and loses the rest at random: 10, 9, 9, 3 becomes
 10, 8, 6, 3. `--order random` ranks them by chance. SRC is only read. OUT appears whole or not at
-all: it is built in a folder `.data_creation-*` beside its place, which only a killed run leaves.
+all: it is built in a folder `.data_creation-*` beside it, which stays only after a `kill -9`.
 
 Exit status: 0 done, 2 bad input (one line on stderr says where and what to do), 130 interrupted.
 """
@@ -25,9 +25,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, NoReturn
 
-# What `torchvision.datasets.ImageFolder` counts (torchvision.datasets.folder.IMG_EXTENSIONS).
+# The files that `torchvision.datasets.ImageFolder` reads (torchvision.datasets.folder).
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-# What the folders with the parts of a data set are named, and their order.
+# Names of the folders that hold the parts of a data set, and the order in which they are used.
 PARTS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "test": 2, "testing": 2}
 FOLDS = {"fold", "split", "part"}
 ORDERS = {"size": "ranked by number of images, largest first", "random": "ranked at random"}
@@ -50,7 +50,7 @@ class DataError(Exception):
 
 
 class RankedClass(NamedTuple):
-    """A class in its place on the staircase; paths are `/`-separated and relative to its folder."""
+    """A class at its rank; the paths of its images have `/` and are relative to its folder."""
 
     name: str
     images: list[str]
@@ -105,7 +105,7 @@ def printable(text: str) -> str:
 
 
 class Scan(NamedTuple):
-    """What SRC holds."""
+    """The classes and files that were found in SRC."""
 
     classes: Classes
     left_out: list[str]  # other files and hidden entries
@@ -152,7 +152,7 @@ def walk_files(folder: str, above: tuple, folders: set) -> Iterator[tuple[str, b
 
 
 def identity(path: str | Path) -> tuple[int, int]:
-    """What tells a folder whatever its name: links lead to it, and file systems ignore case."""
+    """The device and inode of a file or folder: the same by any link and any case of its name."""
     info = os.stat(path)
     return info.st_dev, info.st_ino
 
@@ -197,7 +197,8 @@ def check_classes(src: Path, classes: Classes) -> None:
 def check_places(src: Path, scan: Scan, out: Path, files: list[Path]) -> None:
     """Raise `DataError` unless OUT and the further `files` can be written without harm to SRC."""
     for path in (out, *files):
-        if any(identity(at) in scan.folders for at in (path, *path.parents) if at.exists()):
+        places = [place for place in (path, *path.parents) if place.exists()]
+        if any(identity(place) in scan.folders for place in places):
             raise DataError(f"{path}: this is SRC or inside it, which is only read; name another")
     if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
         raise DataError(f"{out}: exists and is not an empty folder; name another OUT")
@@ -222,16 +223,16 @@ def staircase(largest: int, classes: int, step: int) -> list[int]:
 def choose_images(images: list[str], cap: int, name: str, seed: int) -> list[str]:
     """At most `cap` of the sorted `images` of the class `name`, drawn at random, sorted.
 
-    The class has a random stream of its own, so that it depends on no other, and a lower cap keeps
-    a subset. Every Python gives the same stream of `random()`.
+    Each class has its own random stream, so that other classes change nothing, and a lower cap
+    keeps some of what a higher one keeps. `random()` gives the same numbers in every Python.
     """
     stream = random.Random(f"{seed}/{name}".encode(errors="surrogateescape"))
     return sorted(sorted(images, key=lambda _: stream.random())[:cap])
 
 
 def rank_classes(classes: Classes, order: str, step: int, seed: int) -> list[RankedClass]:
-    """The classes by falling number of images, ties by name, or at random; with what each keeps."""
-    chance = random.Random(f"{seed}//order")  # that of no class: their names hold no slash
+    """The classes, largest first with ties by name, or at random; with the images each keeps."""
+    chance = random.Random(f"{seed}//order")  # no class has this stream: names hold no slash
     keys = {"size": lambda name: -len(classes[name]), "random": lambda _: chance.random()}
     names = sorted(sorted(classes), key=keys[order])
     caps = staircase(max(map(len, classes.values())), len(names), step)
@@ -243,13 +244,14 @@ def rank_classes(classes: Classes, order: str, step: int, seed: int) -> list[Ran
 
 def format_report(ranked: list[RankedClass], order: str, left_out: int) -> str:
     """The table of ranks and the closing lines."""
-    width = max(5, *(len(printable(each.name)) for each in ranked))
+    width = max(5, *(len(printable(name)) for name, *_ in ranked))
     lines = [f"rank  {'class':{width}}  images    cap   kept  removed"]
     for rank, (name, images, cap, kept) in enumerate(ranked):
         numbers = f"{len(images):6}  {cap:5}  {len(kept):5}  {len(images) - len(kept):7}"
         lines.append(f"{rank:4}  {printable(name):{width}}  {numbers}")
     lines.append(ORDERS[order])
-    before, sizes = sum(len(each.images) for each in ranked), [len(each.kept) for each in ranked]
+    before = sum(len(images) for _, images, _, _ in ranked)
+    sizes = [len(kept) for *_, kept in ranked]
     lines.append(
         f"kept {sum(sizes)} of {before} images in {len(sizes)} classes: largest {max(sizes)}, "
         f"smallest {min(sizes)}, imbalance ratio {max(sizes) / min(sizes):.1f}; "
@@ -272,11 +274,13 @@ def format_manifest(ranked: list[RankedClass]) -> bytes:
 
 def draw_staircase(ranked: list[RankedClass], order: str) -> str:
     """An SVG chart of the images of each class by rank, before and after, for light and dark."""
-    before, after = [len(each.images) for each in ranked], [len(each.kept) for each in ranked]
-    names = [html.escape(printable(each.name)) for each in ranked]
-    slot, image = 900 / len(ranked), 330 / max(before)
-    # The bars are drawn where a class is 1 wide and an image 1 high; narrow ones hide their seams.
-    place = f"translate(70 420) scale({slot} {-image})"
+    before = [len(images) for _, images, _, _ in ranked]
+    after = [len(kept) for *_, kept in ranked]
+    names = [html.escape(printable(name)) for name, *_ in ranked]
+    slot = 900 / len(ranked)  # width of a class
+    image = 330 / max(before)  # height of an image
+    # Bars are drawn in units of a class and an image. Narrow ones overlap, to hide their seams.
+    transform = f"translate(70 420) scale({slot} {-image})"
     width = 0.8 if slot > 4 else 1 + 0.5 / slot
     lines = [CHART, '<text x="70" y="34" font-weight="bold">Images per class</text>']
     for tick in ticks(max(before)):
@@ -286,7 +290,7 @@ def draw_staircase(ranked: list[RankedClass], order: str) -> str:
     for x, kind, sizes in ((70, "before", before), (520, "after", after)):
         words = f"{kind}: {sum(sizes):,} images, {min(sizes)} to {max(sizes)} a class"
         lines.append(f'<text x="{x}" y="64"><tspan class="{kind}">\u25a0</tspan> {words}</text>')
-        lines.append(f'<g class="{kind}" transform="{place}">')
+        lines.append(f'<g class="{kind}" transform="{transform}">')
         for rank, (name, size) in enumerate(zip(names, sizes, strict=True)):
             bar = f'<rect x="{rank}" width="{width}" height="{size}">'
             lines.append(f"{bar}<title>{name}: {size} {kind}</title></rect>")
@@ -323,7 +327,7 @@ def new_sibling(path: Path) -> Path:
 def write_out(src: Path, out: Path, ranked: list[RankedClass], link: bool) -> None:
     """Make OUT with the kept images, as a whole or not at all, flushed to disk."""
     building = new_sibling(out)
-    kept = [os.path.join(each.name, path) for each in ranked for path in each.kept]
+    kept = [os.path.join(name, path) for name, _, _, paths in ranked for path in paths]
     needed = 0 if link else sum(os.stat(os.path.join(src, path)).st_size for path in kept)
     free = shutil.disk_usage(building.parent).free
     if needed > free:
@@ -354,7 +358,8 @@ def place_files(src: Path, folder: Path, paths: list[str], link: bool) -> None:
     for parent in {os.path.dirname(path) for path in paths}:
         os.makedirs(os.path.join(folder, parent), exist_ok=True)
     for path in tqdm(paths, "linking" if link else "copying", unit=" images", disable=None):
-        source, target = os.path.join(src, path), os.path.join(folder, path)
+        source = os.path.join(src, path)
+        target = os.path.join(folder, path)
         if link:
             # link() itself would not follow a symbolic link; where it is refused, copy.
             with contextlib.suppress(OSError):
@@ -368,9 +373,11 @@ def place_files(src: Path, folder: Path, paths: list[str], link: bool) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     args = parse_args(argv)
-    # Free of links, so that "inside" and "beside" mean what they say.
-    src, out = Path(os.path.realpath(args.src)), Path(os.path.realpath(args.out))
-    manifest, chart = (f and Path(os.path.realpath(f)) for f in (args.manifest, args.chart))
+    # With links resolved, so that "inside" and "beside" are true of the disk.
+    src = Path(os.path.realpath(args.src))
+    out = Path(os.path.realpath(args.out))
+    manifest = args.manifest and Path(os.path.realpath(args.manifest))
+    chart = args.chart and Path(os.path.realpath(args.chart))
     try:
         scan = scan_classes(src)
         check_classes(src, scan.classes)

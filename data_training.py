@@ -1116,7 +1116,7 @@ PARTS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "test
 
 
 class Row(NamedTuple):
-    """An image that was found: where it is, its class, what it is for, and who holds it out."""
+    """An image of the folders that the command line names."""
 
     path: str
     name: str  # class/file: its path below DATA, SRC or `--val`, with `/` on every system
@@ -1126,19 +1126,19 @@ class Row(NamedTuple):
 
 
 class Data(NamedTuple):
-    """A table of N images of C classes. Who learns an image and who is judged by it: ask here."""
+    """A table of N images of C classes. `learns` and `judges` say which network takes which."""
 
     classes: list[str]
     paths: list[str]
     names: list[str]  # as in `Row`
     labels: Tensor  # (N,) int64
     parts: list[str]  # as in `Row`
-    held: Tensor  # (N,) int64, the fold that holds the image out; `EVERY`: none, `TEST`: all do
+    held: Tensor  # (N,) int64, the fold that does not learn it; `EVERY`: all learn it, `TEST`: none
     families: Tensor  # (N,) int64, the same for images that stay together: copies, or `--group`
     digests: Tensor  # (N,) int64, see `digest`
     known: Tensor  # (K,) int64, digests of the images that the network of `--weights` has learnt
     white: dict[str, float]  # the value that is white in images of more than 8 bits, by kind
-    related: int  # images left out, as copies or relatives of images that are or were learnt
+    related: int  # number of images left out: copies or relatives of what is, or was, learnt
     unreadable: list[str]  # paths left out
 
     @property
@@ -1221,8 +1221,8 @@ def load_data(
 ) -> Data:
     """The images of a new run, of those that were listed.
 
-    `known` are the digests of images that the network has learnt before: neither they nor their
-    families judge. Broken images are named and left out.
+    `known` are the digests of the images that the network has learnt before: neither these nor
+    their families judge it. Broken images are named and left out.
     """
     known = torch.empty(0, dtype=torch.int64) if known is None else known
     checked = check_images([row.path for row in rows])
@@ -1230,24 +1230,26 @@ def load_data(
     rows = [row for row in rows if row.path in checked]
     if not rows:
         raise DataError(f"{settings.data}: no image that can be read")
-    digests = [checked[row.path].digest for row in rows]
-    families = find_families(settings, rows, digests)
-    learnt = find_known(families, digests, known)
-    found = {
-        "families": torch.tensor(families).long(),
-        "digests": torch.tensor(digests).long(),
-        "known": known,
-        "white": pick_whites(checked),
-        "unreadable": unreadable,
-    }
-    data = make_data(classes, hold_images(settings, rows, families, learnt), **found)
-    data = leave_relatives(data, torch.tensor(learnt).bool())
-    check_parts(settings, data)
+    digests = torch.tensor([checked[row.path].digest for row in rows])
+    families = torch.tensor(find_families(settings, rows, digests.tolist()))
+    seen = torch.isin(families, families[torch.isin(digests, known)])
+    rows = hold_images(settings, rows, families.tolist(), seen.tolist())
+    data = make_data(
+        classes,
+        rows,
+        families=families,
+        digests=digests,
+        known=known,
+        white=pick_whites(checked),
+        unreadable=unreadable,
+    )
+    data = leave_relatives(data, seen)
+    check_parts(settings, data, bool(seen.any()))
     return data
 
 
 def make_data(classes: list[str], rows: list[Row], **found: Any) -> Data:
-    """The table of the images, with the columns that were `found` out of them."""
+    """The table of the images in `rows`, with what was `found` in their files."""
     return Data(
         classes=classes,
         paths=[row.path for row in rows],
@@ -1260,47 +1262,46 @@ def make_data(classes: list[str], rows: list[Row], **found: Any) -> Data:
     )
 
 
-def find_known(families: Sequence[int], digests: Sequence[int], known: Tensor) -> list[bool]:
-    """For each image, whether the network has learnt it before, or another one of its family."""
-    before = set(known.tolist())
-    pairs = zip(families, digests, strict=True)
-    theirs = {family for family, number in pairs if number in before}
-    return [family in theirs for family in families]
+def leave_relatives(data: Data, seen: Tensor) -> Data:
+    """The images without those that would judge a network that knows them.
 
-
-def leave_relatives(data: Data, known: Tensor) -> Data:
-    """`data` without images to judge by that are `known`, (N,) bool, or related to learnt ones."""
-    learnt = torch.zeros_like(known)
+    These are copies and relatives of training images, and images that the network has `seen`
+    before, (N,) bool.
+    """
+    learnt = torch.zeros_like(seen)
     learnt[data.trained()] = True
-    copies = ~learnt & ~known & torch.isin(data.families, data.families[learnt])
+    copies = ~learnt & ~seen & torch.isin(data.families, data.families[learnt])
+    left_out = copies | (seen & ~learnt)
     if copies.any():
         text = f"{int(copies.sum())} images are copies of training images, or of their families"
         first = data.paths[int(copies.nonzero()[0])]
         print(f"warning: {text}: left out, {printable(first)} for one", file=sys.stderr)
-    strange = ~learnt & known
-    if known.any():
-        text = f"the network of --weights has learnt {int(known.sum())} of {len(known)} images, or "
+    if seen.any():
+        text = f"the network of --weights has learnt {int(seen.sum())} of {len(seen)} images, or "
         text += "others of their families; these do not judge"
-        text += f", and {int(strange.sum())} of them are left out" if strange.any() else ""
+        if count := int((seen & left_out).sum()):
+            text += f", and {count} of them are left out"
         print(f"note: {text}", file=sys.stderr)
-    kept = data.take((~copies & ~strange).nonzero().flatten())
-    return kept._replace(related=len(known) - len(kept.labels))
+    kept = data.take((~left_out).nonzero().flatten())
+    return kept._replace(related=int(left_out.sum()))
 
 
-def check_parts(settings: Settings, data: Data) -> None:
-    """Raise `DataError` if a network has no image of a class to learn, or none to be judged by."""
+def check_parts(settings: Settings, data: Data, seen: bool) -> None:
+    """Raise `DataError` if a network has no image of a class to learn, or none to be judged by.
+
+    `seen` says that it had learnt some of them before.
+    """
     for fold in range(settings.folds):
         if bare := (data.counts(data.learns(fold)) == 0).nonzero().flatten().tolist():
-            text = (
-                "no image of this class to train on that can be read; add one or remove the class"
-            )
+            text = "no image of this class to train on that can be read; "
+            text += "add one or remove the class"
             if (data.labels == bare[0]).any():
                 text = "all images of this class validate; leave some of them to train on"
             text = f"{data.classes[bare[0]]}: {text}; such classes: {len(bare)}"
             raise DataError(f"{settings.split or settings.data}: {text}")
         if not len(data.judges(fold)):
             text = "no image differs from those trained on; nothing to validate on"
-            if len(data.known):
+            if seen:
                 text = "the network of --weights has learnt all images, or copies or relatives of "
                 text += "them; nothing to validate on: name other images by --val"
             elif settings.split and set(data.parts) == {"train"} and not data.related:
@@ -1467,19 +1468,19 @@ def suggest_group(rows: list[Row]) -> None:
 
 
 def hold_images(
-    settings: Settings, rows: list[Row], families: Sequence[int], known: Sequence[bool]
+    settings: Settings, rows: list[Row], families: Sequence[int], seen: Sequence[bool]
 ) -> list[Row]:
     """The rows, each with the fold that holds it out; families stay together.
 
-    Images that are `known` to the network are not held out, unless the user has named them.
+    Images that the network has `seen` before are not held out, unless the user has named them.
     """
     if settings.folds > 1:
-        return cut_folds(settings, rows, families, known)
+        return cut_folds(settings, rows, families, seen)
     held = [row._replace(held=EVERY if row.part == "train" else 0) for row in rows]
     if settings.val or settings.split:
         return held
     ours = [index for index, row in enumerate(rows) if row.part == "train"]
-    settled = {families[index] for index in ours if known[index]}
+    settled = {families[index] for index in ours if seen[index]}
     shares = [1 - settings.val_fraction, settings.val_fraction]
     parts = deal(*columns(settings, rows, families, ours), shares, settled)
     for index, part in zip(ours, parts, strict=True):
@@ -1489,11 +1490,11 @@ def hold_images(
 
 
 def cut_folds(
-    settings: Settings, rows: list[Row], families: Sequence[int], known: Sequence[bool]
+    settings: Settings, rows: list[Row], families: Sequence[int], seen: Sequence[bool]
 ) -> list[Row]:
     """The rows of DATA cut into `--folds` parts; other images test all networks together."""
     held = [row._replace(held=EVERY if row.part == "train" else TEST) for row in rows]
-    ours = [i for i, row in enumerate(rows) if row.part == "train" and not known[i]]
+    ours = [i for i, row in enumerate(rows) if row.part == "train" and not seen[i]]
     check_folds(settings, rows, families, ours)
     shares = [1 / settings.folds] * settings.folds
     parts = deal(*columns(settings, rows, families, ours), shares)
@@ -1505,9 +1506,9 @@ def cut_folds(
 def columns(
     settings: Settings, rows: list[Row], families: Sequence[int], indices: list[int]
 ) -> tuple[list[int], list[int], list[bytes]]:
-    """What `deal` takes of the rows at `indices`: labels, families, and keys in random order.
+    """What `deal` takes of the rows at `indices`: their labels, families and random keys.
 
-    The key of an image hangs on its name and the seed alone, so that others do not move it.
+    The key of an image depends on its name and the seed alone, so that other images do not move it.
     """
     names = [f"{settings.seed}/{rows[i].name}".encode(errors="surrogateescape") for i in indices]
     order = [hashlib.sha256(name).digest() for name in names]
@@ -1603,7 +1604,7 @@ STRIDE = 32  # pixels a cell of a ResNet's last feature map
 MOST_KEPT = 2**31  # bytes of images for evaluation in main memory, and at most a quarter of it
 
 
-APART = 8  # images of over 8 bits whose largest values lie further apart are warned of
+APART = 8  # largest values of images of over 8 bits that lie further apart get a warning
 # Pillow keeps the upper half of colours of 16 bits, which is black where 12 bits are used.
 DEEP_TIFF = "a TIFF with colours of over 8 bits"
 CONVERT = (  # 16 bits stay 16 bits
@@ -1638,8 +1639,8 @@ def check_images(paths: list[str]) -> dict[str, Checked]:
             deep += result == DEEP_TIFF
             tqdm.write(f"warning: {printable(f'{path}: {result}')}; left out", sys.stderr)
     if deep:
-        text = f"{deep} images are {DEEP_TIFF}, which Pillow cannot read; left out. This writes a "
-        text += "PNG beside each of a folder: pip install opencv-python-headless && python -c "
+        text = f"{deep} TIFFs have colours of over 8 bits, which Pillow cannot read. This writes a "
+        text += "PNG beside each TIFF below DATA: pip install opencv-python-headless && python -c "
         print(f'warning: {text}"{CONVERT}"', file=sys.stderr)
     if several := [path for path, result in checked.items() if result.pages > 1]:
         text = f"{len(several)} TIFFs have several pages, of which only the first is read"

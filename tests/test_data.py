@@ -552,8 +552,8 @@ ERRORS = {
     "veiled": "veiled: fewer than two classes",  # a hidden folder is none
     "broken": "broken: bee: no image of this class to train on that can be read",
     "single": "single: no image differs from those trained on; nothing to validate on",
-    "good --source more": "--source more: not classes of good: cat, dog; rename or remove",
-    "good --val more": "--val more: not classes of good: cat, dog; rename or remove",
+    "good --source more": "--source more: not classes of DATA: cat, dog; rename or remove",
+    "good --val more": "--val more: not classes of DATA: cat, dog; rename or remove",
     "good --val good": "good: no image differs from those trained on; nothing to validate on",
     "good --split none.csv": "none.csv: No such file or directory; needed is a CSV file of path",
     "good --group jpg": "--group jpg: makes all images one family; name what differs",
@@ -718,7 +718,7 @@ def test_a_tiff_of_16_bit_colours_is_left_out_with_the_reason(make_folder, capsy
     assert load(root).unreadable == [str(root / "ape/deep.tif")]
     one, two = capsys.readouterr().err.splitlines()
     assert one.endswith("deep.tif: a TIFF with colours of over 8 bits; left out")
-    assert two.startswith("warning: 1 images are a TIFF with colours of over 8 bits, which Pillow ")
+    assert two.startswith("warning: 1 TIFFs have colours of over 8 bits, which Pillow cannot read.")
     compile(two.partition('python -c "')[2].removesuffix('"'), "", "exec")
 
 
