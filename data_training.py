@@ -190,6 +190,8 @@ def run(args: Namespace) -> None:
     """
     compute = join_processes(args.device, args.amp)
     given, progress = first_makes(partial(prepare, args, compute), compute)
+    # A run that goes on keeps its precision, unless another one is asked for.
+    compute = compute._replace(amp=pick_compute(str(compute.device), given.settings.amp).amp)
     given = replace(given, compute=compute)
     settings, data = given.settings, given.data
     progress.model.to(compute.device, memory_format=memory_format(compute.device))
@@ -1623,7 +1625,7 @@ def evaluated_again(given: Given) -> set[int]:
         memory = 2 * MOST_KEPT
     room = min(memory // 4, MOST_KEPT) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     fits = 3 * eval_size(settings.image_size) ** 2 * len(images) <= room
-    return images if fits and (settings.frozen_epochs or 0) < settings.epochs else set()
+    return images if fits and settings.whole_epochs() else set()
 
 
 class RandomQuarterTurn(nn.Module):
@@ -2657,13 +2659,13 @@ def describe_method(given: Given, progress: Progress, last: Evaluation) -> str:
     """How a run was measured, for a methods section."""
     settings, stages = given.settings, {row["phase"] for row in progress.history}
     layers = {
-        "given": "was judged as it was given",
         "head": "the last layer alone (SGD)",
         "trial": f"all layers for a trial (AdamW, {settings.lr:g})",
         "whole": f"all layers (AdamW, {settings.lr:g})",
         "upper": f"from the last layer on, the upper half (AdamW, {settings.lr * UPPER_FACTOR:g})",
     }
-    way = " and then ".join(text for name, text in layers.items() if name in stages)
+    trained = " and then ".join(text for name, text in layers.items() if name in stages)
+    way = "was judged as it was given"
     if settings.epochs:
         drawn = "each image once per epoch"
         if settings.rebalance == "sampler":
@@ -2672,7 +2674,7 @@ def describe_method(given: Given, progress: Progress, last: Evaluation) -> str:
         way = (
             f"was trained for {settings.epochs} epochs "
             f"with images of {settings.image_size} pixels, "
-            f"{drawn}: {way}, in batches of {settings.batch_size}, seed {settings.seed}"
+            f"{drawn}: {trained}, in batches of {settings.batch_size}, seed {settings.seed}"
         )
     text = f"A {settings.arch} ({settings.weights}) {way}. It was judged by {describe_val(given)}. "
     if settings.epochs and settings.calibrate:
