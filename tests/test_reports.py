@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from conftest import CPU, TINY, Run, Trigger, images, refused, resolve, rows_of, run
+from conftest import CPU, FILES, TINY, Run, Trigger, images, refused, resolve, rows_of, run
 from PIL import Image
 from torch import Tensor
 
@@ -156,7 +156,13 @@ def remove_images(output: Path) -> None:
             (output.parent / "animals" / row["path"]).unlink()
 
 
-@pytest.mark.parametrize("harm", [lambda path: (path / "report.html").mkdir(), remove_images])
+def block_page(output: Path) -> None:
+    """By a folder in its place."""
+    (output / "report.html").unlink()
+    (output / "report.html").mkdir()
+
+
+@pytest.mark.parametrize("harm", [block_page, remove_images])
 def test_reports_that_cannot_be_written_are_a_warning_and_the_run_goes_on(
     harm, animals, tmp_path, capsys
 ):
@@ -174,6 +180,10 @@ def test_reports_that_cannot_be_written_are_a_warning_and_the_run_goes_on(
     assert len(rows_of(output / "predictions.csv")) == 7
     assert len(rows_of(output / "classes.csv")) == 3
     assert printed.getvalue().rstrip().endswith("report.html")
+    if harm is block_page:
+        (output / "report.html").rmdir()
+        run("--resume", output)
+        assert {path.name for path in output.iterdir()} == FILES
 
 
 def test_who_knows_a_recall_from_few_images_is_told_so(any_run):

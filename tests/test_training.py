@@ -98,9 +98,9 @@ ERRORS = {
     "DATA --weights PRETRAINED --epochs 0": "have no head for these classes",
     "DATA --weights none --epochs 0": "have no head for these classes",
     "DATA --weights none --group ZZZ": "--group ZZZ: matches no image",
-    "DATA --weights none --val TABLES": "--val TABLES: no image in folders named as those of",
+    "DATA --weights none --val TABLES": "/TABLES: no image in folders named as those of",
     "DATA --weights none --image-size 32 --batch-size 1": "is no batch for BatchNorm",
-    "DATA --weights none --baseline NOWHERE": "--baseline: NOWHERE",
+    "DATA --weights none --baseline NOWHERE": "/NOWHERE/predictions.csv: No such file",
     "DATA --weights none --folds 7": "--folds 7: class cat has 6 different images",
     # going on
     "--resume NOWHERE": "--resume NOWHERE: no run to go on with",
@@ -154,7 +154,8 @@ def test_a_new_run_asks_for_data_alone_and_one_that_goes_on_or_predicts_for_its_
     given = {"data": Path("photos"), "epochs": 10, "folds": 1, "val_fraction": 0.2, "seed": 0}
     given |= {"weights": "DEFAULT", "rebalance": "sampler", "flip": "sides"}
     assert given.items() <= vars(args).items() and not args.no_calibration
-    for name in ("arch", "batch_size", "image_size", "frozen_epochs", "lr", "output", "amp"):
+    assert args.output.parent == Path("runs")
+    for name in ("arch", "batch_size", "image_size", "frozen_epochs", "lr", "amp"):
         assert getattr(args, name) is None, name
     where = ["--device", "cpu", "--workers", "2", "--no-amp"]
     args = training.parse_args(["--resume", "run", *where])
@@ -344,6 +345,13 @@ def test_the_stages_are_those_of_the_head_and_of_all_layers(flags):
     stages = stages_of(flags, images([0, 1] * 25, [EVERY] * 40 + [0] * 10))
     named = [f"{x.name} {x.epochs[0]}-{x.epochs[-1]} {x.passes} {x.steps}" for x in stages]
     assert ", ".join(named) == STAGES[flags] and not any(stage.fold for stage in stages)
+
+
+@pytest.mark.parametrize(("flags", "kept"), [("", {2, 3}), ("--frozen-epochs 1", set())])
+def test_images_to_judge_by_are_kept_where_all_layers_are_trained(flags, kept):
+    given = SimpleNamespace(settings=resolve(f"--epochs 1 {flags}"), compute=CPU)
+    given.data = images([0, 1, 0, 1], [EVERY, EVERY, 0, 0])
+    assert training.evaluated_again(given) == kept
 
 
 def test_each_fold_has_stages_of_its_own_as_long_as_its_images_ask_for():
@@ -670,16 +678,14 @@ def test_of_two_runs_at_once_with_one_output_the_second_gets_an_error(
     assert (tmp_path / "run/network.pt").exists()
 
 
-def test_two_runs_of_the_same_second_get_folders_of_their_own(
-    animals, default_run, tmp_path, monkeypatch
-):
+def test_two_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for seconds in range(120):
         moment = datetime.now() + timedelta(seconds=seconds)
         (tmp_path / f"runs/{moment:%Y-%m-%d_%H-%M-%S}").mkdir(parents=True)
-    run(animals, "--weights", default_run.path / "network.pt", "--epochs", 0, *TINY)
-    [made] = [path for path in (tmp_path / "runs").iterdir() if any(path.iterdir())]
-    assert made.name.endswith("-2") and made.with_name(made.name[:-2]).exists()
+    output = training.parse_args(["x"]).output
+    assert output.name.endswith("-2") and output.with_name(output.name[:-2]).exists()
+    assert not output.exists()
 
 
 def test_a_diverging_run_says_so_in_one_line(animals, pretrained, tmp_path, capsys):
