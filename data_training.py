@@ -1887,7 +1887,7 @@ def evaluated_again(given: Given) -> set[int]:
         memory = 2 * MOST_KEPT
     room = min(memory // 4, MOST_KEPT) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     fits = 3 * eval_size(settings.image_size) ** 2 * len(images) <= room
-    return images if fits and (settings.frozen_epochs or 0) < settings.epochs else set()
+    return images if fits and settings.whole_epochs() else set()
 
 
 class RandomQuarterTurn(nn.Module):
@@ -2951,13 +2951,13 @@ def describe_method(given: Given, progress: Progress, last: Evaluation) -> str:
     """How a run was measured, for a methods section."""
     settings, stages = given.settings, {row["phase"] for row in progress.history}
     layers = {
-        "given": "was judged as it was given",
         "head": "the last layer alone (SGD)",
         "trial": f"all layers for a trial (AdamW, {settings.lr:g})",
         "whole": f"all layers (AdamW, {settings.lr:g})",
         "upper": f"from the last layer on, the upper half (AdamW, {settings.lr * UPPER_FACTOR:g})",
     }
-    way = " and then ".join(text for name, text in layers.items() if name in stages)
+    trained = " and then ".join(text for name, text in layers.items() if name in stages)
+    way = "was judged as it was given"
     if settings.epochs:
         drawn = "each image once per epoch"
         if settings.rebalance == "sampler":
@@ -2966,7 +2966,7 @@ def describe_method(given: Given, progress: Progress, last: Evaluation) -> str:
         way = (
             f"was trained for {settings.epochs} epochs "
             f"with images of {settings.image_size} pixels, "
-            f"{drawn}: {way}, in batches of {settings.batch_size}, seed {settings.seed}"
+            f"{drawn}: {trained}, in batches of {settings.batch_size}, seed {settings.seed}"
         )
     text = f"A {settings.arch} ({settings.weights}) {way}. It was judged by {describe_val(given)}. "
     if settings.epochs and settings.calibrate:

@@ -24,6 +24,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -162,11 +163,10 @@ def prepare(setting: Setting) -> Prepared:
         command += ["--weights", "none", "--output", f"{work}/run"]
         args = training.parse_args([*command, "--batch-size", str(setting.batch_size)])
         compute = training.join_processes(args.device, args.amp)
-        args.device = compute.device.type
         with training.HELD:
             given, progress = training.prepare(args, compute)
     progress.model.to(compute.device, memory_format=training.memory_format(compute.device))
-    reader, stage = training.Reader(given), training.plan(given.settings, given.data)[0]
+    reader, stage = training.Reader(given), next(training.plan(given, progress, 0))
     training.begin(given, progress, stage, reader)
     drawn = training.draw_epoch(given, stage, 1)
     images = STEPS[compute.device.type] * setting.batch_size
@@ -266,7 +266,7 @@ def our_loader(setting: Setting) -> Figure:
     """Images per second that the script decodes, augments and batches on one core."""
     torch.set_num_threads(1)
     given, _, _, drawn = prepare(setting)
-    given.settings.workers = 0
+    given = replace(given, settings=replace(given.settings, workers=0))
     drawn = drawn.repeat(1 + READ // len(drawn))[:READ]
     batches = training.cut_batches(drawn, setting.batch_size, training.seeded("augment", 0, 1))
     started = time.perf_counter()
@@ -375,8 +375,8 @@ PARTS_OF_JOB = {
     "features": "extract_features",
     "training": "train_epoch",
     "evaluation": "evaluate",
-    "files": "report",
-    "choice and report": "finish",
+    "files": "store_epoch",
+    "end and report": "finish",
 }
 
 
@@ -388,13 +388,13 @@ def follow_job(command: list[str]) -> dict[str, float]:
         function = getattr(training, name)
 
         def followed(*args: Any) -> Any:
-            started = time.perf_counter()
+            started, waited = time.perf_counter(), getattr(args[-1], "waited", 0.0)
             try:
                 return function(*args)
             finally:
                 seconds[part] += time.perf_counter() - started
                 if part in ("features", "training"):  # the last argument is what they read from
-                    seconds["waiting for data"] += getattr(args[-1], "waited", 0.0)
+                    seconds["waiting for data"] += getattr(args[-1], "waited", 0.0) - waited
 
         setattr(training, name, followed)
 
@@ -453,13 +453,13 @@ def grow(images: int, folder: Path) -> dict[str, float]:
         seconds[name] = time.perf_counter() - clock
         clock = time.perf_counter()
 
-    command = [str(folder), "--output", str(folder.parent), "--device", "cpu"]
-    args = training.parse_args(command)
-    args.power = 1.0
+    command = [str(folder), "--output", f"{folder.parent}/run", "--weights", "none"]
+    compute = training.Compute(torch.device("cpu"), None)
+    settings = training.resolve_settings(training.parse_args(command), compute, "none", {})
     classes, found = training.list_images(folder)
     lap("scan")
     numbers = range(len(found))
-    held = training.hold_images(args, found, numbers, [False] * len(found))
+    held = training.hold_images(settings, found, numbers, [False] * len(found))
     columns = {"families": torch.tensor(numbers), "digests": torch.tensor(numbers)}
     columns |= {"known": torch.empty(0), "white": {}, "unreadable": []}
     data = training.make_data(classes, held, **columns)
@@ -467,18 +467,17 @@ def grow(images: int, folder: Path) -> dict[str, float]:
     lap("split")
     weights = training.sample_weights(data.labels[train], 1.0)
     lap("weights")
-    drawn = train[training.draw_images(weights, True, training.seeded("draw", 0, 1))]
+    drawn = train[training.draw_images(weights, training.seeded("draw", 0, 1))]
     lap("draw")
     batches = training.Batches()
     batches.given = training.cut_batches(drawn, 64, training.seeded("augment", 0, 1))
     for _ in batches:
         pass
     lap("batches")
-    compute = training.Compute(torch.device("cpu"), None)
-    given = training.Given(settings=args, data=data, baseline=None, origin="", compute=compute)
+    given = training.Given(settings, data, baseline=None, origin="", compute=compute)
     logits = F.one_hot(data.labels[val].roll(1), len(classes)).float()
     last = training.judge(given, {0: logits})
-    training.measure_all(last, data.train_counts()) | training.count_draws(data, 0, drawn)
+    training.count_draws(data, 0, drawn)
     table = training.format_table(training.list_predictions(data, last))
     training.write_file(folder.parent / "predictions.csv", table)
     lap("evaluation")

@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -99,15 +99,24 @@ def prepare(folder: Path, *arguments: str) -> tuple[training.Given, training.Pro
         return training.prepare(training.parse_args(command), CPU)
 
 
-def begin(
-    given: training.Given, progress: training.Progress, epoch: int, fold: int = 0
-) -> SimpleNamespace:
-    """The stage of an epoch, as `run` begins it: stage, trainer, reader and source of inputs."""
-    stages = training.plan(given.settings, given.data)
-    stage = next(each for each in stages if each.fold == fold and epoch in each.epochs)
-    reader = training.Reader(given)
-    source = training.begin(given, progress, stage, reader)
-    return SimpleNamespace(stage=stage, trainer=progress.trainer, reader=reader, source=source)
+def resolve(flags: str, content: Mapping[str, Any] | None = None) -> training.Settings:
+    """The settings of a run with these flags and weights whose file holds `content`."""
+    command = [str(Path(__file__).parent), "--output", "new", *flags.split()]
+    args = training.parse_args(command)
+    return training.resolve_settings(args, CPU, args.weights, content or {})
+
+
+def stage_of(given: training.Given, progress: training.Progress, epoch: int) -> training.Stage:
+    """The stage of an epoch of the first fold."""
+    stages = training.plan(given, progress, 0)
+    return next(stage for stage in stages if epoch in stage.epochs)
+
+
+def begin(given: training.Given, progress: training.Progress, epoch: int) -> SimpleNamespace:
+    """The stage of an epoch, as `run` begins it: stage, trainer, reader and inputs."""
+    stage, reader = stage_of(given, progress, epoch), training.Reader(given)
+    inputs = training.begin(given, progress, stage, reader)
+    return SimpleNamespace(stage=stage, trainer=progress.trainer, reader=reader, inputs=inputs)
 
 
 def png(width: int, height: int, bits: int, rows: bytes, kind: int = 2) -> bytes:
@@ -209,8 +218,8 @@ def raises(error: BaseException) -> Callable[[], object]:
 
 
 def interrupt_after(epochs: int, command: list[str], output: Path) -> Path:
-    """The run, stopped by Ctrl-C once epoch number `epochs` of its first fold is written."""
-    stdout = Trigger(f"{epochs + 1:3}/", raises(KeyboardInterrupt()))
+    """The run, stopped by Ctrl-C once epoch number `epochs` of its first fold is stored."""
+    stdout = Trigger(f"{epochs:3}/", raises(KeyboardInterrupt()))
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout):
         patch.setattr(training, "WRITE_EVERY", 0.0)
         assert training.main([*command, "--output", str(output)]) == 130
@@ -242,6 +251,13 @@ def run(*arguments: object) -> SimpleNamespace:
     out.flush()
     printed = out.buffer.getvalue().decode()
     return SimpleNamespace(path=path, out=printed, err=err.getvalue())
+
+
+# What is in a run folder.
+FILES = {
+    *("config.json", "split.csv", "history.csv", "classes.csv", "predictions.csv"),
+    *("recall.svg", "curves.svg", "report.html", "network.pt"),
+}
 
 
 def network_of(run: Path) -> dict[str, Any]:
@@ -294,7 +310,7 @@ def default_run(animals: Path, pretrained: Path) -> SimpleNamespace:
 
 @pytest.fixture(scope="session")
 def scratch_run(animals: Path) -> SimpleNamespace:
-    """Two epochs from random weights, of which there is no way to look back on."""
+    """Two epochs from random weights."""
     output = animals.parent / "scratch"
     return run(animals, "--weights", "none", "--epochs", 2, *TINY, "--output", output)
 

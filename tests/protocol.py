@@ -4,10 +4,10 @@
     python tests/protocol.py FOLDER --ways default folds loop-1e-4 "default --lr 1e-4"
     python tests/protocol.py --csv results.csv                # the table of all that is there
 
-Each FOLDER of class folders becomes staircases: one class has up to 600 images, the rarest `--rare`
-in all, the others geometrically between; each rotation gives the ranks to other classes. Up to 200
-other images of each class are the test: nothing is fitted on it or chosen by it. Each seed is
-another default split of the staircase, and another training, in each of these ways:
+Each FOLDER of class folders becomes staircases: one class has up to `--most` images, the rarest
+`--rare` in all, the others geometrically between; each rotation gives the ranks to other classes.
+Up to 200 other images of each class are the test: nothing is fitted on it or chosen by it. Each
+seed is another default split of the staircase, and another training, in each of these ways:
 
     default        `data_training.py` as it is; with more flags, if the way has some
     none           without balancing; calibrated in a row of its own, the same network
@@ -53,10 +53,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import data_training as training  # noqa: E402
 
-MOST, TEST, LEAST = 600, 200, 50  # images of a class: most to train on, most and fewest to test
+TEST, LEAST = 200, 50  # images of a class to test: most and fewest
 WAYS = ("default", "none", "folds", "loop", "loop-1e-4", "weighted-loss", "loop-folds")
 BALANCED, PLAIN = "balanced data", training.Calibration()
-KEY = ("set", "rotation", "seed", "rare", "epochs", "image_size", "weights", "flags", "way")
+KEY = ("set", "rotation", "seed", "rare", "most", "epochs", "image_size", "weights", "flags", "way")
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 97.5 %
 DONE = "{set}, {rotation}, {seed}, {way}: {trained:.1f}, {calibrated:.1f}, {seconds:.0f} s"
 Row = dict[str, Any]
@@ -74,9 +74,9 @@ class Stairs(NamedTuple):
     ends: tuple[int, int]  # the rarest and the most frequent class
 
 
-def count_stairs(sizes: list[int], rare: int) -> list[int]:
+def count_stairs(sizes: list[int], rare: int, most: int) -> list[int]:
     """Training images of classes of these sizes, from the most frequent to the rarest."""
-    most = min(MOST, sizes[0] - LEAST)
+    most = min(most, sizes[0] - LEAST)
     if most < rare or min(sizes) < rare + LEAST:
         sys.exit(f"protocol.py: error: classes of {min(sizes)} images; take --rare, or other sets")
     stairs = [round(most * (rare / most) ** (at / (len(sizes) - 1))) for at in range(len(sizes))]
@@ -88,7 +88,7 @@ def make_stairs(source: Path, rotation: int, chosen: argparse.Namespace, work: P
     classes, rows = training.list_images(source)
     images = [sorted(row.path for row in rows if row.label == at) for at in range(len(classes))]
     order = [*range(rotation, len(classes)), *range(rotation)]
-    counts = count_stairs([len(images[label]) for label in order], chosen.rare)
+    counts = count_stairs([len(images[label]) for label in order], chosen.rare, chosen.most)
     for label, count in zip(order, counts, strict=True):
         paths, name = images[label], classes[label]
         random.Random(name).shuffle(paths)
@@ -128,7 +128,6 @@ def prepare(chosen: argparse.Namespace, work: Path, flags: list[str]) -> trainin
     with quiet():
         args = training.parse_args(command_of(chosen, work, flags, "stairs"))
         compute = training.pick_compute(args.device, args.amp)
-        args.device = compute.device.type
         with training.HELD:
             given, _ = training.prepare(args, compute)
     shutil.rmtree(work / "run")
@@ -172,22 +171,25 @@ def run_script(stairs: Stairs, way: str, seed: int) -> list[Answer]:
 
 def train_loop(given: training.Given, fold: int, rate: float, weighted_loss: bool) -> nn.Module:
     """The network that the loop trains on the images of a fold."""
-    args, data, compute = given.settings, given.data, given.compute
+    settings, data, compute = given.settings, given.data, given.compute
     train, reader, device = data.learns(fold), training.Reader(given), compute.device
     weights = training.sample_weights(data.labels[train], 1.0)
     class_weights = data.counts(train).float().reciprocal().to(device) if weighted_loss else None
-    torch.manual_seed(args.seed)
-    model: Any = training.build_model(args.arch, data.classes, training.load_weights(args))[0]
+    torch.manual_seed(settings.seed)
+    content = training.find_weights(settings.weights)[1] or training.load_pretrained(settings)
+    model: Any = training.build_model(settings.arch, data.classes, content)[0]
     model.fc.reset_parameters()  # at random
     model.train().to(device, memory_format=training.memory_format(device))
     scaler = torch.amp.GradScaler(device.type, enabled=compute.amp is torch.float16)
     optimizer = torch.optim.AdamW(model.parameters(), rate, fused=True)
-    steps = args.epochs * math.ceil(len(train) / args.batch_size)
+    steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for epoch in range(args.epochs):
-        stream = training.seeded("loop", args.seed, fold, epoch)
-        drawn = train[training.draw_images(weights, not weighted_loss, stream)]
-        batches = training.cut_batches(drawn, args.batch_size, stream)
+    for epoch in range(settings.epochs):
+        stream = training.seeded("loop", settings.seed, fold, epoch)
+        drawn = torch.randperm(len(train), generator=stream)
+        if not weighted_loss:
+            drawn = training.draw_images(weights, stream)
+        batches = training.cut_batches(train[drawn], settings.batch_size, stream)
         for images, targets in reader.read(batches, "loop"):
             with compute.autocast():
                 logits = model(training.to_input(images, device))
@@ -218,11 +220,10 @@ def measure(stairs: Stairs, answer: Answer) -> dict[str, float]:
     logits, log_share, numbers = answer
     places, found = stairs.test.data.judges(0), dict[str, float]()
     best = training.fit_calibration(logits, stairs.test.data.labels[places], log_share)
-    plain = torch.tensor([PLAIN]).expand(len(places), -1)
-    for name, (scale, shift) in {"trained": PLAIN, "calibrated": numbers, "by_test": best}.items():
-        adjusted = scale * logits.float() - shift * log_share
-        last = training.assess(stairs.test, places, adjusted, plain, PLAIN)
-        error = training.calibration_error(last.targets, last.predicted, last.probability)[0]
+    for name, fitted in {"trained": PLAIN, "calibrated": numbers, "by_test": best}.items():
+        adjusted = fitted.apply(logits, log_share)
+        last = training.assess(stairs.test, places, logits, fitted, adjusted)
+        error = last.measures["calibration_error"]
         rare, frequent = (100 * last.recall[end].item() for end in stairs.ends)
         found |= {name: 100 * last.recall.mean().item(), f"{name}_error": 100 * error}
         ends = {"rarest": rare, "frequent": frequent, "gap": rare - frequent}
@@ -281,8 +282,8 @@ def fill(
     with tempfile.TemporaryDirectory() as name:
         for seed, way in ((seed, way) for seed in range(chosen.seeds) for way in chosen.ways):
             title = way + f" ({chosen.folds})" * ("folds" in way)
-            values = [source.resolve().name, rotation, seed, chosen.rare, chosen.epochs]
-            values += [chosen.image_size, Path(chosen.weights).name, chosen.flags]
+            values = [source.resolve().name, rotation, seed, chosen.rare, chosen.most]
+            values += [chosen.epochs, chosen.image_size, Path(chosen.weights).name, chosen.flags]
             key = dict(zip(KEY[:-1], map(str, values), strict=True))
             known = [(*key.values(), each) for each in (title, f"{title}, calibrated")]
             if known[0] not in there:
@@ -312,7 +313,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--csv", metavar="FILE", type=Path, default=os.devnull, help="all results, to go on from")
     add("--ways", metavar="WAY", nargs="+", default=WAYS, help="names as above")
     add("--reference", action="store_true", help=f"{BALANCED}, too")
-    numbers = {"rare": 20, "epochs": 10, "image-size": 64, "seeds": 5, "rotations": 2, "folds": 5}
+    numbers = {"rare": 20, "most": 600, "epochs": 10, "image-size": 64}
+    numbers |= {"seeds": 5, "rotations": 2, "folds": 5}
     for name, usual in numbers.items():
         add(f"--{name}", metavar="N", type=int, default=usual)
     chosen = parser.parse_args(argv)

@@ -1,12 +1,13 @@
 """What calibration promises: two numbers, fitted on other images than those they are judged on."""
 
 import itertools
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, network_of, prepare, rows_of, run
+from conftest import FILES, TINY, network_of, prepare, rows_of, run
 from torch import Tensor
 from torch.nn import functional
 
@@ -176,9 +177,7 @@ def answers_of(data: training.Data) -> dict[int, Tensor]:
 
 
 @pytest.mark.parametrize("flags", [(), ("--folds", "3")])
-def test_no_image_is_judged_by_numbers_that_were_fitted_on_it(
-    flags, animals, tmp_path, monkeypatch
-):
+def test_no_image_is_judged_by_numbers_that_were_fitted_on_it(flags, animals, tmp_path):
     given, _ = prepare(animals, *PLAIN, "--output", str(tmp_path / "x"), *flags)
     data, share = given.data, given.data.log_share()
     answers = answers_of(data)
@@ -191,13 +190,11 @@ def test_no_image_is_judged_by_numbers_that_were_fitted_on_it(
         own, others = part == each, part != each
         scale, shift = training.fit_calibration(logits[others], targets[others], share)
         probability, predicted = (scale * logits[own] - shift * share).softmax(1).max(1)
-        torch.testing.assert_close(judged.probability[own], probability)
-        assert torch.equal(judged.predicted[own], predicted)
-    monkeypatch.setattr(training, "BLOCK", 7)  # nor does it matter how many are judged at once
-    assert torch.equal(training.judge(given, answers).probability, judged.probability)
+        torch.testing.assert_close(judged.calibrated.probability[own], probability)
+        assert torch.equal(judged.calibrated.predicted[own], predicted)
     assert judged.calibration == training.fit_calibration(logits, targets, share)
-    assert torch.equal(judged.as_trained, logits.argmax(1))
-    torch.testing.assert_close(judged.trained_probability, logits.softmax(1).max(1).values)
+    assert torch.equal(judged.as_trained.predicted, logits.argmax(1))
+    torch.testing.assert_close(judged.as_trained.probability, logits.softmax(1).max(1).values)
 
 
 @pytest.mark.parametrize(
@@ -246,11 +243,12 @@ def test_given_weights_are_judged_as_they_are_by_their_architecture_and_image_si
     """Images to test on must not tune what they test."""
     flags = ["--weights", default_run.path, "--epochs", 0, "--val", others]
     judged = run(animals, *flags, "--device", "cpu", "--no-amp", "--output", tmp_path / "run")
-    [row] = rows_of(judged.path / "history.csv")
-    assert (row["logit_scale"], row["logit_shift"], row["phase"]) == ("1", "0", "given")
+    result = json.loads((judged.path / "config.json").read_text())["result"]
+    assert (result["logit_scale"], result["logit_shift"]) == (1, 0)
     content, before = network_of(judged.path), network_of(default_run.path)["networks"][0]
     assert (content["arch"], content["train_size"]) == ("resnet18", 32)
     assert judged.out.startswith("resnet18, ") and "head kept" in judged.out.splitlines()[0]
     assert all(torch.equal(value, before[name]) for name, value in content["networks"][0].items())
     files = {path.name for path in judged.path.iterdir()}
-    assert training.STATE not in files and {"network.pt", "report.html"} <= files
+    assert files == FILES - {"history.csv", "curves.svg"}  # nothing was trained
+    assert " was judged as it was given. " in (judged.path / "report.html").read_text()

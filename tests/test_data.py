@@ -1,5 +1,6 @@
 """What `data_training.py` reads: folders, splits, families, folds, pixels and views of them."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -858,8 +859,8 @@ def test_the_same_index_and_seed_give_the_same_pixels_in_any_process(folder):
     train = given.data.learns(0)[torch.randperm(45)][:22]
     drawn = training.cut_batches(train.repeat(2), 8, training.seeded("augment", 0, 1))
     for workers in (0, 1, 2):
-        given.settings.workers = workers
-        reader = training.Reader(given)
+        settings = dataclasses.replace(given.settings, workers=workers)
+        reader = training.Reader(dataclasses.replace(given, settings=settings))
         torch.manual_seed(workers)
         loaded.append([*reader.read(drawn, ""), *reader.read(training.cut_batches(train, 5), "")])
     assert [len(labels) for _, labels in loaded[0]] == [8, 8, 7, 7, 7, 7, 5, 5, 4, 4, 4]

@@ -101,7 +101,6 @@ def begin_on(
     """A run in float32 at the start of this epoch, with the same network on any device."""
     args = training.parse_args([*settings, device, "--no-amp", "--output", str(output)])
     compute = training.join_processes(args.device, args.amp)
-    args.device = compute.device.type
     with training.HELD:
         given, progress = training.prepare(args, compute)
     stream = training.seeded("head", 0, 0)
@@ -166,7 +165,7 @@ def test_no_step_waits_for_the_gpu(epoch, pinned, settings, tmp_path):
     batches = training.cut_batches(drawn, given.settings.batch_size, training.seeded("", 0, 0))
     loaded = [
         [each.pin_memory() if pinned else each.clone() for each in pair]
-        for pair in begun.source.read(batches, "")
+        for pair in begun.inputs.read(batches, "")
     ]
     for amp in (None, torch.bfloat16):
         given = dataclasses.replace(given, compute=given.compute._replace(amp=amp))
@@ -208,7 +207,7 @@ def test_a_full_gpu_gets_one_line_of_advice(frozen, settings, folder, tmp_path, 
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "--batch-size 64: out of memory on cuda; try 32 or a smaller --image-size" in line
+    assert "--batch-size: out of memory; try half of it or a smaller --image-size" in line
 
 
 @cuda

@@ -171,7 +171,8 @@ def test_a_network_whose_probabilities_are_right_has_the_floor_as_its_error(clas
     errors = []
     for _ in range(400):
         wrong = torch.rand(len(targets), generator=stream) > p
-        error, floor = training.calibration_error(targets, (targets + wrong) % classes, p)
+        answer = training.Answer((targets + wrong) % classes, p, torch.empty(0))
+        error, floor = training.calibration_error(targets, answer)
         errors.append(error)
     assert np.mean(errors) == pytest.approx(floor, rel=0.05 if classes > 2 else 0.12)
 
@@ -179,7 +180,8 @@ def test_a_network_whose_probabilities_are_right_has_the_floor_as_its_error(clas
 def test_calibration_error_is_the_gap_between_probability_and_being_right():
     targets, predicted = torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 1, 1, 1])
     probability = torch.tensor([0.95] * 4 + [0.55] * 2)
-    error, floor = training.calibration_error(targets, predicted, probability)
+    answer = training.Answer(predicted, probability, torch.empty(0))
+    error, floor = training.calibration_error(targets, answer)
     assert error == pytest.approx((0.95 - 0.75) / 2 + (1 - 0.55) / 2)
     # weights of 1/8 and 1/4; a normal with standard deviation s is sqrt(2 / pi) * s away from 0
     spread = (4 / 64 * 0.95 * 0.05) ** 0.5 + (2 / 16 * 0.55 * 0.45) ** 0.5
@@ -197,15 +199,18 @@ def test_loss_counts_classes_alike_and_natural_accuracy_as_in_training(animals, 
     a, b, c = math.exp(2), math.exp(0.6), math.exp(0.1)
     losses = math.log(a + 2) - 2, math.log(b + 2), math.log(c + 2) - 0.1
     assert judged.loss == pytest.approx(sum(losses) / 3)
-    assert judged.predicted.tolist() == [2 * (label > 0) for label in targets]
+    assert judged.calibrated.predicted.tolist() == [2 * (label > 0) for label in targets]
     assert judged.true_probability.tolist() == pytest.approx(
         [math.exp(-losses[label]) for label in targets]
     )
     # Classes as frequent as in training: bees and cats are taken for apes, log(16 / 5) ahead.
-    assert judged.natural.tolist() == [0] * 7
-    measures = training.measure_all(judged, data.train_counts())
-    assert measures["natural_accuracy"] == pytest.approx(16 / 31)
-    other = dataclasses.replace(judged, natural=targets.clamp(max=1))
-    assert training.natural_accuracy(other, torch.tensor([90, 10, 50])) == pytest.approx(2 / 3)
-    unseen = dataclasses.replace(judged, natural=judged.natural[:4], targets=targets[:4])
-    assert training.natural_accuracy(unseen, torch.tensor([90, 10, 50])) == 1  # of what is known
+    assert judged.natural.predicted.tolist() == [0] * 7
+    assert judged.measures["natural_accuracy"] == pytest.approx(16 / 31)
+    for confusion, expected in (  # of cats taken for bees, and of apes alone
+        ([[4, 0, 0], [0, 2, 0], [0, 1, 0]], 2 / 3),
+        ([[4, 0, 0], [0, 0, 0], [0, 0, 0]], 1),
+    ):
+        natural = judged.natural._replace(confusion=torch.tensor(confusion))
+        other = dataclasses.replace(judged, natural=natural)
+        found = training.natural_accuracy(other, torch.tensor([90, 10, 50]))
+        assert found == pytest.approx(expected)

@@ -88,9 +88,9 @@ def test_two_processes_train_all_layers_as_a_loop_that_is_written_by_hand(
     command += ["--no-calibration", "--output"]
     spread(animals, *command, tmp_path / "two")
     given, progress = prepare(animals, *command, str(tmp_path / "other"))
-    [stage] = training.plan(given.settings, given.data)
+    [stage] = training.plan(given, progress, 0)
     model, reader = progress.model.train(), training.Reader(given)
-    optimizer = training.whole_optimizer(model, given.settings, False)
+    optimizer = training.whole_optimizer(given, progress, 0)
     trainer = training.Trainer(model, stage, optimizer, given)
     seeds = training.seeded("augment", 0, 0, 1)
     batches = training.cut_batches(training.draw_epoch(given, stage, 1), 12, seeds)
@@ -122,7 +122,7 @@ def test_two_processes_train_all_layers_as_a_loop_that_is_written_by_hand(
     ("flags", "said", "most"),
     [
         ("--batch-size 9", "--batch-size 9: cannot be divided among 2 processes", 1),
-        ("--image-size 20000000", "--batch-size 32: out of memory on cpu; try 16 or a smaller", 2),
+        ("--image-size 20000000", "--batch-size: out of memory; try half of it or a smaller", 2),
     ],
 )
 def test_bad_input_is_told_by_one_process_and_where_memory_is_out_by_each(

@@ -15,7 +15,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     sets = [write_folder(root / name, dict.fromkeys(classes, 12 + 2 * at))
             for at, (name, classes) in enumerate({"fur": "abc", "skin": "de"}.items())]  # fmt: skip
     flags = "--arch resnet18 --device cpu --no-amp --batch-size 12 --workers 0"
-    numbers = "--rare 4 --epochs 1 --image-size 32 --rotations 2 --seeds 1 --folds 3"
+    numbers = "--rare 4 --most 7 --epochs 1 --image-size 32 --rotations 2 --seeds 1 --folds 3"
     weights = ["--weights", str(weights_file(root / "w.pth")), "--csv", str(root / "table.csv")]
     return [*map(str, sets), *numbers.split(), *weights, f"--flags={flags}"]
 
@@ -35,6 +35,7 @@ def test_all_ways_are_judged_once_and_a_second_call_finds_them(command, monkeypa
     before = path.read_text()
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
+    assert {row["most"] for row in rows} == {"7"}
     assert len(rows) == 12 and all(0 <= float(row["calibrated"]) <= 100 for row in rows)
     path.write_text("".join(before.splitlines(keepends=True)[:-1]))  # stopped before the last one
     protocol.main([*command, "--rotations", "1", *ways])
@@ -48,5 +49,6 @@ def test_all_ways_are_judged_once_and_a_second_call_finds_them(command, monkeypa
 
 
 def test_the_counts_fall_geometrically_to_the_rarest_and_leave_a_test():
-    assert protocol.count_stairs([900, 900, 900], 6) == [600, 60, 6]
-    assert protocol.count_stairs([250, 90, 900], 20) == [200, 40, 20]
+    assert protocol.count_stairs([900, 900, 900], 6, 600) == [600, 60, 6]
+    assert protocol.count_stairs([900, 900, 900], 6, 150) == [150, 30, 6]
+    assert protocol.count_stairs([250, 90, 900], 20, 600) == [200, 40, 20]

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import math
 import os
 from datetime import datetime, timedelta
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     CPU,
+    FILES,
     TINY,
     Run,
     Trigger,
@@ -24,15 +26,18 @@ from conftest import (
     prepare,
     raises,
     refused,
+    resolve,
     rows_of,
     run,
+    stage_of,
     start,
+    weights_file,
 )
 from torch import Tensor, nn
 from torchvision import models
 
 import data_training as training
-from data_training import EVERY, TEST, Fold, Stage
+from data_training import EVERY, TEST
 
 # ---------------------------------------------------------------------------- the command line
 
@@ -79,7 +84,7 @@ ERRORS = {
     "DATA --val OTHERS --output OTHERS/run": "--output OTHERS/run: would be a class of",
     "DATA --source OTHERS --output OTHERS/run": "--output OTHERS/run: would be a class of",
     "DATA --device tpu": "--device tpu: not on this machine",
-    # what is found out once the run folder is claimed
+    # weights and images
     "DATA --arch resnt18": "--arch resnt18: unknown; choose from resnet101",
     "DATA --weights NOWHERE": "--weights NOWHERE: no such file; pass one, or IMAGENET1K_V1",
     "DATA --weights FILE": "--weights FILE: no weights",
@@ -93,12 +98,13 @@ ERRORS = {
     "DATA --weights PRETRAINED --epochs 0": "have no head for these classes",
     "DATA --weights none --epochs 0": "have no head for these classes",
     "DATA --weights none --group ZZZ": "--group ZZZ: matches no image",
-    "DATA --weights none --val TABLES": "--val TABLES: no image in folders named as those of",
+    "DATA --weights none --val TABLES": "/TABLES: no image in folders named as those of",
     "DATA --weights none --image-size 32 --batch-size 1": "is no batch for BatchNorm",
-    "DATA --weights none --baseline NOWHERE": "--baseline: NOWHERE",
+    "DATA --weights none --baseline NOWHERE": "/NOWHERE/predictions.csv: No such file",
     "DATA --weights none --folds 7": "--folds 7: class cat has 6 different images",
     # going on
     "--resume NOWHERE": "--resume NOWHERE: no run to go on with",
+    "--resume RUN": "--resume RUN: complete, or judged by --epochs 0; nothing is left to do",
 }
 
 
@@ -148,7 +154,8 @@ def test_a_new_run_asks_for_data_alone_and_one_that_goes_on_or_predicts_for_its_
     given = {"data": Path("photos"), "epochs": 10, "folds": 1, "val_fraction": 0.2, "seed": 0}
     given |= {"weights": "DEFAULT", "rebalance": "sampler", "flip": "sides"}
     assert given.items() <= vars(args).items() and not args.no_calibration
-    for name in ("arch", "batch_size", "image_size", "frozen_epochs", "lr", "output", "amp"):
+    assert args.output.parent == Path("runs")
+    for name in ("arch", "batch_size", "image_size", "frozen_epochs", "lr", "amp"):
         assert getattr(args, name) is None, name
     where = ["--device", "cpu", "--workers", "2", "--no-amp"]
     args = training.parse_args(["--resume", "run", *where])
@@ -158,21 +165,41 @@ def test_a_new_run_asks_for_data_alone_and_one_that_goes_on_or_predicts_for_its_
     assert training.parse_args(["x", "--batch-size", "auto", "--arch", "auto"]).batch_size is None
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", "resnet18 224 IMAGENET1K_V1 0 1 1.0 0.0003 True"),
+        ("--weights none --no-calibration", "resnet18 224 none 1 0 1.0 0.001 False"),
+        ("--weights none --frozen-epochs 2 --lr 1", "resnet18 224 none 1 2 1.0 1.0 True"),
+        ("--frozen-epochs 0 --power 0.5", "resnet18 224 IMAGENET1K_V1 1 0 0.5 0.0003 True"),
+        ("--rebalance none --image-size 64", "resnet18 64 IMAGENET1K_V1 0 1 0.0 0.0003 True"),
+        ("--weights FILE", "resnet34 96 FILE 0 1 1.0 0.0003 True"),
+    ],
+)
+def test_what_is_auto_is_settled_once_by_the_weights_and_the_device(flags, expected):
+    content = {"arch": "resnet34", "train_size": 96, "networks": [{}]} if "FILE" in flags else {}
+    used, names = resolve(flags, content), "first_epoch frozen_epochs power lr calibrate"
+    found = [used.arch, used.image_size, Path(used.weights).name]
+    found += [getattr(used, name) for name in names.split()]
+    assert " ".join(map(str, found)) == expected
+    assert used.data.is_absolute() and used.output.is_absolute()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        used.lr = 1.0
+
+
 # ------------------------------------------------------------------------ sampling, by hand
 
 
-def test_images_weigh_one_over_their_class_which_balances_draws_or_are_drawn_once_each():
+def test_images_weigh_one_over_their_class_which_balances_draws():
     for power, few in ((1.0, 1 / 4), (0.5, 1 / 2), (0.0, 1.0)):
         weights = training.sample_weights(torch.tensor([0, 0, 0, 0, 1]), power)
         assert weights.tolist() == [few] * 4 + [1.0] and weights.dtype == torch.float64
     labels = torch.tensor([0] * 900 + [1] * 100)
     weights = training.sample_weights(labels, 1.0)
-    drawn = training.draw_images(weights, True, training.seeded("draw", 0))
+    drawn = training.draw_images(weights, training.seeded("draw", 0))
     assert len(drawn) == 1000
     assert abs((labels[drawn] == 1).sum() - 500) < 4 * math.sqrt(250)  # 4 standard deviations
     assert len(drawn.unique()) < 700  # of 900, a frequent image is left out with 1 - e^-0.56
-    drawn = training.draw_images(weights, False, training.seeded("draw", 0))
-    assert sorted(drawn.tolist()) == list(range(1000)) and drawn.tolist() != list(range(1000))
 
 
 def test_each_seed_fold_and_epoch_draws_its_own_images_the_same_again_and_none_held_out():
@@ -181,7 +208,7 @@ def test_each_seed_fold_and_epoch_draws_its_own_images_the_same_again_and_none_h
 
     def draw(fold: int = 0, epoch: int = 1, **other: object) -> list[int]:
         args = SimpleNamespace(**{"seed": 0, "power": 1.0, "rebalance": "sampler"} | other)
-        stage = Stage("whole", fold, range(1, 3), passes=2, steps=1, last=True)
+        stage = training.WHOLE._replace(fold=fold, passes=2)
         drawn = training.draw_epoch(SimpleNamespace(settings=args, data=data), stage, epoch)
         assert len(drawn) == 60 and torch.isin(drawn, data.learns(fold)).all()
         return torch.searchsorted(data.learns(fold), drawn).tolist()
@@ -192,12 +219,13 @@ def test_each_seed_fold_and_epoch_draws_its_own_images_the_same_again_and_none_h
         assert draw(**other) != first, other
     for fold in range(4):
         assert set(data.held[data.learns(fold)].tolist()) == {0, 1, 2, 3} - {fold}
-    assert sorted(draw(rebalance="none")) == sorted([*range(30)] * 2)
+    once_each = draw(rebalance="none")
+    assert sorted(once_each[:30]) == sorted(once_each[30:]) == [*range(30)] != once_each[:30]
 
 
 @pytest.mark.parametrize(
     ("images", "batch_size", "sizes"),
-    [(10, 4, [4, 3, 3]), (9, 3, [3, 3, 3]), (3, 8, [3]), (65, 64, [33, 32]), (0, 4, [])],
+    [(10, 4, [4, 3, 3]), (9, 3, [3, 3, 3]), (3, 8, [3]), (65, 64, [33, 32])],
 )
 def test_batches_differ_by_one_image_at_most(images, batch_size, sizes):
     batches = training.cut_batches(torch.arange(images), batch_size, training.seeded("augment", 0))
@@ -251,6 +279,16 @@ def test_a_head_stays_where_size_and_known_classes_agree_and_else_is_zero(size, 
     assert said == ("head kept" if kept else f"head of {size} classes dropped for a new one")
 
 
+def test_the_head_answers_in_float32_also_under_mixed_precision():
+    model, _ = training.build_model("resnet18", ["no", "yes"], {})
+    nn.init.normal_(model.fc.weight)
+    features = torch.randn(4, 512).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model.fc(features)
+        assert model.eval()(torch.randn(1, 3, 32, 32)).dtype is torch.float32
+    assert torch.equal(logits, features.float() @ model.fc.weight.T)
+
+
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_weights_of_any_scale_begin_with_the_one_that_rates_are_for(arch):
     """What they compute stays."""
@@ -287,6 +325,15 @@ def test_weights_of_any_scale_begin_with_the_one_that_rates_are_for(arch):
             assert size == pytest.approx(0.5, rel=1e-4)
 
 
+def stages_of(
+    flags: str, data: training.Data, fold: int = 0, **losses: float
+) -> list[training.Stage]:
+    """The stages of a fold, where stages of the first one have ended with these losses."""
+    rows = [{"fold": 1, "epoch": 0, "phase": name, "val_loss": x} for name, x in losses.items()]
+    given = SimpleNamespace(settings=resolve(f"--batch-size 10 {flags}"), data=data, compute=CPU)
+    return [*training.plan(given, SimpleNamespace(history=rows), fold)]
+
+
 STAGES = {  # flags, and of each stage its name, epochs, passes and steps
     # 1,000 steps of 10 images, by 40 images, make 250 passes of 4 steps
     "--epochs 3": "head 0-0 250 1000, whole 1-3 1 12",
@@ -298,30 +345,38 @@ STAGES = {  # flags, and of each stage its name, epochs, passes and steps
     "--epochs 189": "head 0-0 250 1000, whole 1-189 1 756",
     "--epochs 190 --weights none": "whole 1-190 1 760",
     "--epochs 190": "head 0-0 250 1000, trial 1-38 1 152, whole 39-190 1 608",
-    "--epochs 0": "given 0-0 0 0",
 }
 
 
 @pytest.mark.parametrize("flags", STAGES)
 def test_the_stages_are_those_of_the_head_and_of_all_layers(flags):
-    args = training.parse_args(["x", "--batch-size", "10", *flags.split()])
-    stages = training.plan(args, images([0, 1] * 25, [EVERY] * 40 + [0] * 10))
-    said = [f"{x.name} {x.epochs[0]}-{x.epochs[-1]} {x.passes} {x.steps}" for x in stages]
-    assert ", ".join(said) == STAGES[flags] and not any(stage.fold for stage in stages)
-    assert [stage.last for stage in stages] == [False] * (len(stages) - 1) + [True]
+    stages = stages_of(flags, images([0, 1] * 25, [EVERY] * 40 + [0] * 10))
+    named = [f"{x.name} {x.epochs[0]}-{x.epochs[-1]} {x.passes} {x.steps}" for x in stages]
+    assert ", ".join(named) == STAGES[flags] and not any(stage.fold for stage in stages)
+
+
+@pytest.mark.parametrize(("flags", "kept"), [("", {2, 3}), ("--frozen-epochs 1", set())])
+def test_images_to_judge_by_are_kept_where_all_layers_are_trained(flags, kept):
+    given = SimpleNamespace(settings=resolve(f"--epochs 1 {flags}"), compute=CPU)
+    given.data = images([0, 1, 0, 1], [EVERY, EVERY, 0, 0])
+    assert training.evaluated_again(given) == kept
 
 
 def test_each_fold_has_stages_of_its_own_as_long_as_its_images_ask_for():
-    args = training.parse_args(["x", "--batch-size", "10", "--epochs", "1", "--folds", "3"])
-    stages = training.plan(args, images([0, 1] * 20, [0] * 5 + [1] * 15 + [2] * 20, folds=3))
-    assert [(stage.fold, stage.name) for stage in stages] == [
-        (fold, name) for fold in range(3) for name in ("head", "whole")
-    ]
-    assert [stage.steps for stage in stages if stage.name == "whole"] == [4, 3, 2]
-    assert [stage.last for stage in stages] == [False, True] * 3
-    args.epochs = 500  # the first fold has the trial for all of them
-    names = [stage.name for stage in training.plan(args, images([0, 1, 2] * 20, [0, 1, 2] * 20, 3))]
-    assert names == ["head", "trial", "whole", "head", "whole", "head", "whole"]
+    data = images([0, 1] * 20, [0] * 5 + [1] * 15 + [2] * 20, folds=3)
+    stages = [stages_of("--epochs 1 --folds 3", data, fold) for fold in range(3)]
+    assert [(head.name, whole.name) for head, whole in stages] == [("head", "whole")] * 3
+    assert [[stage.fold for stage in pair] for pair in stages] == [[0, 0], [1, 1], [2, 2]]
+    assert [whole.steps for _, whole in stages] == [4, 3, 2]
+
+
+@pytest.mark.parametrize(("loss", "last"), [(2.4, "whole"), (2.5, "upper")])
+def test_a_trial_fails_where_it_ends_with_a_fifth_more_loss_than_the_head(loss, last):
+    """The first fold has it for all of them."""
+    data = images([0, 1, 2] * 20, [0, 1, 2] * 20, folds=3)
+    for fold, names in enumerate([["head", "trial", last], ["head", last], ["head", last]]):
+        stages = stages_of("--epochs 500 --folds 3", data, fold, head=2.0, trial=loss)
+        assert [stage.name for stage in stages] == names
 
 
 # ------------------------------------------------------------------- training, by hand
@@ -349,10 +404,12 @@ def rate_by_hand(step: int, steps: int, rising: int) -> float:
 def test_the_learning_rate_rises_and_falls_in_any_number_of_steps(name, weights, steps, rising):
     model = nn.Module()
     model.fc = nn.Linear(1, 1)
-    stage = Stage(name, 0, range(1), 1, steps, last=True)
-    given = SimpleNamespace(settings=SimpleNamespace(weights=weights), compute=CPU)
+    stage = {"head": training.HEAD, "whole": training.WHOLE, "upper": training.UPPER}[name]
+    if weights == "none":
+        [stage] = stages_of("--weights none", images([0, 1], [EVERY, 0]))
     optimizer = torch.optim.SGD(model.parameters(), 3.0)
-    trainer = training.Trainer(model, stage, optimizer, given)
+    given = SimpleNamespace(compute=CPU)
+    trainer = training.Trainer(model, stage._replace(steps=steps), optimizer, given)
     rates, biases = [], [model.fc.bias.item()]
     for _ in range(steps):
         rates.append(trainer.rate())
@@ -372,9 +429,11 @@ def normalised(given: training.Given, pairs: Tensor) -> Tensor:
     return ((pixels / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
-def batches_of(given: training.Given, epoch: int) -> tuple[Tensor, ...]:
+def batches_of(
+    given: training.Given, progress: training.Progress, epoch: int
+) -> tuple[Tensor, ...]:
     """Those that `run` trains on."""
-    stage = next(each for each in training.plan(given.settings, given.data) if epoch in each.epochs)
+    stage = stage_of(given, progress, epoch)
     seeds = training.seeded("augment", given.settings.seed, 0, epoch)
     drawn = training.draw_epoch(given, stage, epoch)
     return training.cut_batches(drawn, given.settings.batch_size, seeds)
@@ -400,7 +459,7 @@ def test_a_run_of_all_layers_ends_as_a_loop_that_is_written_by_hand(animals, pre
     losses: list[float] = []
     for epoch in (1, 2):
         total = 0.0
-        for batch in batches_of(given, epoch):  # 31 images: three steps
+        for batch in batches_of(given, progress, epoch):  # 31 images: three steps
             for group, peak in zip(optimizer.param_groups, (9e-4, 3e-4), strict=True):
                 group["lr"] = peak * rate_by_hand(step, 6, 1)
             loss = F.cross_entropy(model(normalised(given, batch)), given.data.labels[batch[:, 0]])
@@ -437,7 +496,7 @@ def test_a_run_of_the_head_ends_as_a_loop_that_is_written_by_hand(
     square = (features[given.data.learns(0)] ** 2).sum(1).mean().item() / 512
     weight, bias = torch.zeros(3, 512, requires_grad=True), torch.zeros(3, requires_grad=True)
     pace = [[weight, 0.02 / square, 0.002 * square, 0.0], [bias, 0.02, 0.002, 0.0]]
-    batches = batches_of(given, 1)
+    batches = batches_of(given, progress, 1)
     assert len(batches) == 6
     for step, batch in enumerate(batches):
         indices = batch[:, 0]
@@ -451,134 +510,59 @@ def test_a_run_of_the_head_ends_as_a_loop_that_is_written_by_hand(
     assert all(torch.equal(v, progress.start[k]) for k, v in state.items() if "fc" not in k)
 
 
-def test_the_head_is_less_sure_where_all_layers_begin_to_move_and_softened_once(
-    animals, pretrained, tmp_path
-):
-    command = ["--weights", str(pretrained), "--output", str(tmp_path / "run"), *TINY]
-    given, progress = prepare(animals, *command)
-    for weight in progress.model.fc.parameters():
-        nn.init.ones_(weight)
-    head, whole = ({"fold": 1, "epoch": at, "phase": ("head", "whole")[at]} for at in (0, 1))
-    # After the head, as one that goes on does, and without a head that was trained alone.
-    for epoch, history in ((1, [head]), (2, [head, whole]), (1, [])):
-        progress.history = history
-        begin(given, progress, epoch)
-        if history == [head]:
-            assert progress.head["weight"].unique().tolist() == [1.0]
-        for weight in progress.model.fc.parameters():
-            assert weight.unique().tolist() == [pytest.approx(0.1)]
+def test_the_head_is_less_sure_where_all_layers_begin_to_move_after_it(animals, tmp_path):
+    weights = weights_file(tmp_path / "weights.pth", 3)  # whose head stays
+    for frozen, factor in ((1, 0.1), (0, 1.0)):
+        flags = ["--weights", str(weights), "--frozen-epochs", str(frozen), *TINY, "--output"]
+        given, progress = prepare(animals, *flags, str(tmp_path / str(frozen)))
+        head = {"fold": 1, "epoch": 1, "phase": "head", "val_loss": 1.0}
+        progress.history = [head] * frozen
+        begin(given, progress, frozen + 1)
+        for name, value in progress.model.fc.state_dict().items():
+            torch.testing.assert_close(value, factor * progress.start[f"fc.{name}"])
 
 
 def test_after_a_trial_training_goes_on_or_with_the_upper_half_from_before_it(
-    animals, pretrained, tmp_path
+    animals, pretrained, tmp_path, monkeypatch
 ):
-    flags = ["--weights", str(pretrained), "--output", str(tmp_path / "run"), *TINY]
-    given, progress = prepare(animals, *flags)
+    monkeypatch.setattr(training, "TRIAL_STEPS", 3)  # an epoch
+    flags = ["--weights", str(pretrained), "--folds", "3", *TINY]
+    given, progress = prepare(animals, *flags, "--output", str(tmp_path / "run"))
     progress.head = {"weight": torch.full((3, 512), 5.0), "bias": torch.full((3,), 6.0)}
-    progress.history = [{"fold": 1, "epoch": 2, "phase": "trial"}]
-    for value in progress.model.state_dict().values():
-        value.fill_(7)
-    stage, reader = Stage("whole", 0, range(3, 4), 1, 12, last=True), training.Reader(given)
-    training.begin(given, progress, stage, reader)
-    assert all((value == 7).all() for value in progress.model.state_dict().values())
-    training.begin(given, progress, stage._replace(name="upper"), reader)
-    for name, value in progress.model.state_dict().items():
-        head = {"fc.weight": torch.tensor(5.0), "fc.bias": torch.tensor(6.0)}
-        assert torch.equal(value, head.get(name, progress.start[name]).expand_as(value)), name
-    groups = progress.trainer.optimizer.param_groups
-    assert [group["max_lr"] for group in groups] == pytest.approx([6e-5, 2e-5])
+    progress.features = torch.ones(38, 512).half()
+    head, trial = ({"fold": 1, "epoch": at, "phase": ("head", "trial")[at]} for at in (0, 1))
+
+    def changed() -> dict[str, set[float]]:
+        """What is not as at the start."""
+        now, start = progress.model.state_dict(), progress.start
+        return {k: {*v.flatten().tolist()} for k, v in now.items() if not torch.equal(v, start[k])}
+
+    for loss in (1.0, 2.0):
+        progress.history = [head | {"val_loss": 1.0}, trial | {"val_loss": loss}]
+        for value in progress.model.state_dict().values():
+            value.fill_(7)
+        trainer = begin(given, progress, 2).trainer
+        if loss == 1.0:
+            assert changed().keys() == progress.start.keys()
+            assert {7.0} == set().union(*changed().values())
+    assert changed() == {"fc.weight": {5.0}, "fc.bias": {6.0}}
+    assert [group["max_lr"] for group in trainer.optimizer.param_groups] == pytest.approx(
+        [6e-5, 2e-5]
+    )
     named = {id(weight): name for name, weight in progress.model.named_parameters()}
-    trained = {named[id(weight)].split(".")[0] for weight in progress.trainer.weights}
+    trained = {named[id(weight)].split(".")[0] for weight in trainer.weights}
     assert trained == {"layer3", "layer4", "fc"}
     assert not progress.model.training  # so BatchNorm keeps its statistics
-    progress.history = [{"fold": 1, "epoch": 0, "phase": "head"}]  # as in the folds after that
-    training.begin(given, progress, stage._replace(name="upper"), reader)
-    assert progress.model.fc.weight.unique().tolist() == [5.0]  # not softened
-
-
-TRIALS = [  # the last loss of the trial is compared with 1.2 times that of the head
-    ([("head", 9.0), ("head", 2.0), ("trial", 9.0), ("trial", 2.4)], False),
-    ([("head", 2.0), ("trial", 2.0), ("trial", 2.5)], True),
-    ([("head", 2.0), ("whole", 2.5)], False),
-]
-
-
-@pytest.mark.parametrize(("losses", "failed"), TRIALS)
-def test_a_trial_fails_where_it_ends_with_a_fifth_more_loss_than_the_head(losses, failed):
-    history = [{"fold": 1, "phase": name, "val_loss": loss} for name, loss in losses]
-    history.append({"fold": 2, "phase": "head", "val_loss": 1.0})
-    assert training.trial_fails(SimpleNamespace(history=history)) is failed
-
-
-def test_each_fold_begins_where_the_first_one_did(animals, pretrained, tmp_path):
-    command = ["--weights", str(pretrained), "--folds", "3", *TINY]
-    given, progress = prepare(animals, *command, "--output", str(tmp_path / "run"))
-    progress.history = [{"fold": 1, "epoch": 10, "phase": "whole"}]
-    progress.features = torch.ones(38, 512).half()
-    for value in progress.model.state_dict().values():
-        value.fill_(7)
-    begin(given, progress, 0, fold=1)
-    for name, value in progress.model.state_dict().items():
-        assert torch.equal(value, progress.start[name]), name
-
-
-def test_a_share_of_the_way_is_a_mix_of_the_weights_and_the_whole_way_the_end_itself():
-    progress = SimpleNamespace(start={"conv": torch.tensor([1.0]), "fc.bias": torch.tensor([9.0])})
-    end = {"conv": torch.tensor([3.0]), "fc.bias": torch.tensor([8.0])}
-    fold = Fold(head={"bias": torch.tensor([4.0])}, end=end, way=torch.empty(0))
-    mixed = training.mix(progress, fold, 0.25)
-    assert {k: v.tolist() for k, v in mixed.items()} == {"conv": [1.5], "fc.bias": [5.0]}
-    assert training.mix(progress, fold, 0.0)["fc.bias"].tolist() == [4.0]
-    assert training.mix(progress, fold, 1.0) is end
-
-
-def test_shares_are_compared_where_there_is_a_head_to_begin_with():
-    for flags in ("", "--frozen-epochs 2"):
-        shares = training.list_distances(training.parse_args(["x", *flags.split()]))
-        assert shares == (0.0, 0.25, 0.5, 0.75, 1.0)
-    for flags in ("--frozen-epochs 0", "--frozen-epochs 10", "--weights none"):
-        assert training.list_distances(training.parse_args(["x", *flags.split()])) == (1.0,)
-
-
-def ways(*losses: list[float]) -> Tensor:
-    """Logits of images of class 0, 1, 0, 1, ... with these losses after each share: (S, M, 2)."""
-    p = (-torch.tensor(losses)).exp()
-    right = (p / (1 - p)).log()
-    logits = torch.stack([right, torch.zeros_like(right)], 2)
-    logits[:, 1::2] = logits[:, 1::2].flip(2)
-    return logits
-
-
-@pytest.mark.parametrize(
-    ("losses", "kept"),
-    [
-        ([[0.5] * 4, [0.5] * 4], 1),  # the same: the end
-        ([[0.6] * 4, [0.5] * 4], 1),
-        # gains of 0.1, 0.1, 0.1, 0.05: 0.0875 on average, with a standard error of 0.011
-        ([[0.4, 0.4, 0.4, 0.45], [0.5] * 4], 0),
-        # gains of 0.1, 0.1, 0.1, -0.2: 0.025 on average, with a standard error of 0.065
-        ([[0.4, 0.4, 0.4, 0.7], [0.5] * 4], 1),
-        ([[0.4] * 4, [0.3, 0.3, 0.3, 0.35], [0.5] * 4], 1),  # the best, not the first that is good
-        ([[0.3, 0.3, 0.3, 0.8], [0.49] * 4, [0.5] * 4], 2),  # nor another where the best is chance
-    ],
-)
-@pytest.mark.parametrize("folds", [1, 2])
-def test_the_end_is_kept_unless_another_share_is_better_by_more_than_chance(losses, kept, folds):
-    whole = ways(*losses)
-    held = [0] * 4 if folds == 1 else [0, 0, 1, 1]
-    data = images([0, 1, 0, 1, 0, 1], [*held, EVERY, EVERY], folds)
-    args = training.parse_args(["x", "--no-calibration", "--weights", "x.pt", "--power", "1"])
-    given = SimpleNamespace(settings=args, data=data)
-    done = [Fold({}, {}, part) for part in whole.chunk(folds, 1)]
-    assert training.choose_distance(given, done) == kept
+    # The next fold begins where the first one did, and does as that one, with the head as it is.
+    reader, (first, second) = training.Reader(given), training.plan(given, progress, 1)
+    training.begin(given, progress, first, reader)
+    assert changed() == {}
+    nn.init.constant_(progress.model.fc.weight, 5.0)
+    training.begin(given, progress, second, reader)
+    assert second.name == "upper" and changed() == {"fc.weight": {5.0}}
 
 
 # ------------------------------------------------------------------------------ whole runs
-
-FILES = {
-    *("config.json", "split.csv", "history.csv", "classes.csv", "predictions.csv"),
-    *("recall.svg", "curves.svg", "report.html", "network.pt", "resume.pt"),
-}
 
 
 def test_a_run_folder_has_one_network_and_what_is_said_of_it(default_run, animals, pretrained):
@@ -702,16 +686,14 @@ def test_of_two_runs_at_once_with_one_output_the_second_gets_an_error(
     assert (tmp_path / "run/network.pt").exists()
 
 
-def test_two_runs_of_the_same_second_get_folders_of_their_own(
-    animals, default_run, tmp_path, monkeypatch
-):
+def test_two_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for seconds in range(120):
         moment = datetime.now() + timedelta(seconds=seconds)
         (tmp_path / f"runs/{moment:%Y-%m-%d_%H-%M-%S}").mkdir(parents=True)
-    run(animals, "--weights", default_run.path / "network.pt", "--epochs", 0, *TINY)
-    [made] = [path for path in (tmp_path / "runs").iterdir() if any(path.iterdir())]
-    assert made.name.endswith("-2") and made.with_name(made.name[:-2]).exists()
+    output = training.parse_args(["x"]).output
+    assert output.name.endswith("-2") and output.with_name(output.name[:-2]).exists()
+    assert not output.exists()
 
 
 def test_a_diverging_run_says_so_in_one_line(animals, pretrained, tmp_path, capsys):
