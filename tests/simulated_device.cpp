@@ -54,9 +54,11 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   DeviceIndex deviceCount() const noexcept override { return DEVICES; }
   void synchronizeDevice(const DeviceIndex) const override { wait(); }
   // One stream a device, so that there is nothing to wait for between streams.
-  Stream getStream(Device device) const override { return Stream(Stream::DEFAULT, device); }
+  Stream getStream(Device device) const noexcept override {
+    return Stream(Stream::DEFAULT, device);
+  }
   Stream getNewStream(Device device, int) const override { return getStream(device); }
-  Stream exchangeStream(Stream stream) const override { return stream; }
+  Stream exchangeStream(Stream stream) const noexcept override { return stream; }
   void record(void**, const Stream&, DeviceIndex, const c10::EventFlag) const override {}
   void block(void*, const Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
@@ -64,8 +66,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
 
 struct Hooks final : at::PrivateUse1HooksInterface {
-  bool isBuilt() const override { return true; }
-  bool isAvailable() const override { return true; }
+  bool isBuilt() const { return true; }      // both without `override`: torch 2.6 may not have
+  bool isAvailable() const { return true; }  // them yet
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
   DeviceIndex deviceCount() const override { return DEVICES; }
   DeviceIndex getCurrentDevice() const override { return current; }

@@ -24,6 +24,7 @@ import data_training as training
 pytestmark = pytest.mark.skipif(not simulated_device.COMPILER, reason="needs g++ on Linux")
 averaged = pytest.mark.xfail(strict=True, reason="AveragedModel waits at each step")
 Simulate = Callable[..., SimpleNamespace]
+SMALL = ["--arch", "resnet18", "--workers", "0"]  # as is the default on a CPU alone
 TRIAL = {"TRIAL_STEPS": 3, "HEAD_STEPS": 100}  # the trial is one epoch
 STEPS = 3  # an epoch of all layers: 31 images in batches of 12
 MOMENTS = {"history.csv 1": "the head is stored", "history.csv 2": "an epoch of all layers is"}
@@ -57,6 +58,7 @@ def call_counted(*arguments: Any, **constants: object) -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def simulate() -> Iterator[Simulate]:
     """`simulate(action, *arguments, CONSTANT=1)` does it in a process that has the device."""
+    simulated_device.build()  # where a failure is told of
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, load_device) as pool:
         yield lambda *given, **constants: pool.submit(call_counted, *given, **constants).result()
@@ -76,7 +78,7 @@ def default(
 def upper_command(animals: Path, pretrained: Path) -> list[str]:
     """Five epochs, of which the first one is a trial that fails."""
     command = [str(animals), "--weights", str(pretrained), "--epochs", "5", "--lr", "0.1", *TINY]
-    return [*command, "--arch", "resnet18", "--workers", "0", "--device"]
+    return [*command, *SMALL, "--device"]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +113,7 @@ def test_folds_on_a_second_device_end_with_the_bytes_of_the_cpu(
     simulate, folds_run, animals, others, pretrained, tmp_path
 ):
     command = [animals, "--weights", pretrained, "--folds", 3, "--val", others, "--epochs", 1]
-    command += ["--no-calibration", *TINY, "--arch", "resnet18", "--device", "sim:1"]
+    command += ["--no-calibration", *TINY, *SMALL, "--device", "sim:1"]
     simulate(run, *command, "--output", tmp_path / "run")
     assert_same_run(folds_run.path, tmp_path / "run")
 
@@ -119,7 +121,7 @@ def test_folds_on_a_second_device_end_with_the_bytes_of_the_cpu(
 def test_a_network_is_judged_and_predicts_as_on_the_cpu(simulate, default_run, animals, tmp_path):
     network = default_run.path / training.NETWORK
     for name, act in (("cpu", call), ("sim", simulate)):
-        judged = [animals, "--weights", network, "--epochs", 0, *TINY, "--device", name]
+        judged = [animals, "--weights", network, "--epochs", 0, *TINY, *SMALL, "--device", name]
         act(run, *judged, "--output", tmp_path / name)
         asked = [animals, "--predict", network, "--no-amp", "--device", name]
         act(run, *asked, "--output", tmp_path / f"{name}.csv")
@@ -142,7 +144,7 @@ def test_a_run_goes_on_from_the_cpu_to_the_device(moment, simulate, upper_on_cpu
 
 
 def test_bfloat16_is_near_float32(simulate, default_run, animals, pretrained, tmp_path):
-    command = [animals, "--weights", pretrained, "--epochs", 2, *TINY, "--arch", "resnet18"]
+    command = [animals, "--weights", pretrained, "--epochs", 2, *TINY, *SMALL]
     simulate(run, *command, "--device", "sim", "--amp", "--output", tmp_path / "run")
     tables = [rows_of(path / "history.csv") for path in (default_run.path, tmp_path / "run")]
     for exact, rounded in zip(*tables, strict=True):
