@@ -3175,11 +3175,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         message = describe_full_memory(settings)
     except KeyboardInterrupt as error:
-        text = "interrupted before the first checkpoint"
-        if can_go_on(settings):
-            text = f"interrupted; go on with {resume_flag(settings)}"
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"\ndata_training.py: {printable(text)}", file=sys.stderr)
+            text = printable(describe_interrupt(settings))
+            print(f"\ndata_training.py: {text}", file=sys.stderr)
         return 128 + (error.args[0] if error.args else signal.SIGINT)
     print(f"data_training.py: error: {printable(message)}", file=sys.stderr)
     return 2
@@ -3215,6 +3213,13 @@ def describe_full_memory(settings: Namespace) -> str:
         cures.append("a smaller --image-size, in a new run")
     text = f"--batch-size {size}: out of memory on {settings.device}"
     return f"{text}; try {' or '.join(cures) or '--device cpu'}"
+
+
+def describe_interrupt(settings: Namespace) -> str:
+    """Return in one line that the run was stopped, and how to go on."""
+    if can_go_on(settings):
+        return f"interrupted; go on with {resume_flag(settings)}"
+    return "interrupted before the first checkpoint"
 
 
 def can_go_on(settings: Namespace) -> bool:
