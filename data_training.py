@@ -3610,11 +3610,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         message = describe_full_memory(args)
     except KeyboardInterrupt as error:
-        text = "interrupted before the first checkpoint"
-        if can_go_on(args):
-            text = f"interrupted; go on with {resume_flag(args)}"
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"\ndata_training.py: {printable(text)}", file=sys.stderr)
+            text = printable(describe_interrupt(args))
+            print(f"\ndata_training.py: {text}", file=sys.stderr)
         return 128 + (error.args[0] if error.args else signal.SIGINT)
     print(f"data_training.py: error: {printable(message)}", file=sys.stderr)
     return 2
@@ -3650,6 +3648,13 @@ def describe_full_memory(args: Namespace) -> str:
         cures.append("a smaller --image-size, in a new run")
     text = f"out of memory on --device {args.device}"
     return f"{text}; try {' or '.join(cures) or '--device cpu'}"
+
+
+def describe_interrupt(args: Namespace) -> str:
+    """Return in one line that the run was stopped, and how to go on."""
+    if can_go_on(args):
+        return f"interrupted; go on with {resume_flag(args)}"
+    return "interrupted before the first checkpoint"
 
 
 def can_go_on(args: Namespace) -> bool:
