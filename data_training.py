@@ -109,6 +109,7 @@ class Given:
     baseline: Tensor | None  # what the run `--baseline` predicted of the judged images: (M,)
     origin: str  # in words, where the network is from
     compute: Compute  # of this process
+    recorded: dict[str, Any] = field(default_factory=dict)  # of a network that is only judged
 
 
 class Fold(NamedTuple):
@@ -175,7 +176,7 @@ def run(settings: Namespace) -> None:
                 "epoch": epoch,
                 "phase": stage.name,
                 "train_loss": loss,
-                **measure_all(judge(given, {stage.fold: progress.logits}), data.train_counts()),
+                **judge(given, {stage.fold: progress.logits}).measures,
                 **count_draws(data, stage.fold, drawn),
                 "learning_rate": progress.trainer.rate(),
                 "images_per_second": len(drawn) / seconds,
@@ -543,31 +544,27 @@ class Calibration(NamedTuple):
     shift: float = 0.0
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What is said of M images of C classes, in their order; calibrated, if not said."""
+class Answer(NamedTuple):
+    """The class that is predicted for each of M images."""
 
-    places: Tensor  # (M,) int64, where they are in `Data`
-    loss: float  # averaged over images, each class counting the same
-    targets: Tensor  # (M,) int64
     predicted: Tensor  # (M,) int64
     probability: Tensor  # (M,) float32, of the predicted class
-    true_probability: Tensor  # (M,) float32, of the true one
-    as_trained: Tensor  # (M,) int64, predicted without calibration
-    trained_probability: Tensor  # (M,) float32, of that
-    natural: Tensor  # (M,) int64, predicted where classes are as frequent as in training
     confusion: Tensor  # (C, C) int64, rows true, columns predicted
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is said of M images of C classes, in their order."""
+
+    places: Tensor  # (M,) int64, where they are in `Data`
+    targets: Tensor  # (M,) int64
+    true_probability: Tensor  # (M,) float32, calibrated, of the true class
+    auc: Tensor  # (C,) float64, of each class against the rest
+    calibrated: Answer
+    as_trained: Answer
+    natural: Answer  # where classes are as frequent as in training
     calibration: Calibration  # fitted on all images, for those to come
-
-    @property
-    def val_counts(self) -> Tensor:
-        """The images of each class: (C,) int64."""
-        return self.confusion.sum(1)
-
-    @property
-    def recall(self) -> Tensor:
-        """The part of each class that was recognised: (C,) float64, NaN for one without images."""
-        return recall_by_class(self.confusion)
+    measures: dict[str, float]  # of `measure_all`, computed once
 
 
 def judge(given: Given, answers: Mapping[int, Tensor]) -> Evaluation:
@@ -599,38 +596,48 @@ def assess(
 ) -> Evaluation:
     """What (M, C) logits say of the images at `places`, calibrated by (M, 2) `numbers`."""
     log_share, targets = given.data.log_share(), given.data.labels[places]
-    natural, answers = natural_shift(given.settings, given.data), defaultdict(list)
+    natural, answers = natural_shift(given), defaultdict(list)
     for rows in torch.arange(len(targets)).split(BLOCK):
         scale, shift = numbers[rows].T[..., None]
         trained = logits[rows].float()
         adjusted = scale * trained - shift * log_share
         answers["losses"].append(F.cross_entropy(adjusted, targets[rows], reduction="none"))
-        trained_probability, as_trained = trained.softmax(1).max(1)
-        probability, predicted = adjusted.softmax(1).max(1)
-        answers["as_trained"].append(as_trained)
-        answers["trained_probability"].append(trained_probability)
-        answers["predicted"].append(predicted)
-        answers["probability"].append(probability)
-        answers["natural"].append((adjusted + natural).argmax(1))
-    whole = {name: torch.cat(parts) for name, parts in answers.items()}
-    losses = whole.pop("losses")
-    return Evaluation(
+        answers["probabilities"].append(adjusted.softmax(1))
+        answers["as_trained"].append(torch.stack([*trained.softmax(1).max(1)], 1).double())
+        answers["calibrated"].append(torch.stack([*adjusted.softmax(1).max(1)], 1).double())
+        answers["natural"].append(
+            torch.stack([*(adjusted + natural).softmax(1).max(1)], 1).double()
+        )
+    joined = {name: torch.cat(parts) for name, parts in answers.items()}
+    losses, probabilities = joined.pop("losses"), joined.pop("probabilities")
+    spoken = {}
+    for name, pairs in joined.items():
+        predicted = pairs[:, 1].long()
+        confusion = confusion_matrix(targets, predicted, len(log_share))
+        spoken[name] = Answer(predicted, pairs[:, 0].float(), confusion)
+    evaluation = Evaluation(
         places=places,
-        loss=(class_weights(targets) @ losses.double()).item(),
         targets=targets,
-        true_probability=(-losses).exp(),
-        confusion=confusion_matrix(targets, whole["predicted"], len(log_share)),
+        true_probability=probabilities[torch.arange(len(targets)), targets],
+        auc=auc_by_class(probabilities, targets),
         calibration=fitted,
-        **whole,
+        measures={},
+        **spoken,
     )
+    loss = (class_weights(targets) @ losses.double()).item()
+    return replace(evaluation, measures=measure_all(evaluation, given.data, loss))
 
 
-def natural_shift(settings: Namespace, data: Data) -> Tensor:
+def natural_shift(given: Given) -> Tensor:
     """What to add to logits where classes are as frequent as in training: (C,) float32.
 
-    Without calibration, what the sampler did not take away is in them already.
+    Without calibration, what the sampler did not take away is in them already. A network that is
+    only judged brings its own.
     """
-    return data.log_share() * (settings.power if settings.no_calibration else 1.0)
+    settings = given.settings
+    shift = given.data.log_share() * (settings.power if settings.no_calibration else 1.0)
+    recorded: Tensor = given.recorded.get("natural", shift)
+    return recorded
 
 
 def pick_half(targets: Tensor) -> Tensor:
@@ -1000,7 +1007,9 @@ class Data(NamedTuple):
     white: dict[str, float]  # what is white in images of more than 8 bits, by kind
     related: int  # images left out as copies, or of the families, of those that are learnt
     unreadable: list[str]  # paths left out
+    families: Tensor  # (N,) int64, the family of each image; all different where there are none
     sizes: Sequence[int] = ()  # bytes of each file, to find out later that one has changed
+    learnt: Tensor | None = None  # (C,) int64, what a network that is only judged says it has learnt
 
     def learns(self, fold: int) -> Tensor:
         """The images that the network of a fold learns: indices, int64."""
@@ -1021,6 +1030,8 @@ class Data(NamedTuple):
 
     def train_counts(self) -> Tensor:
         """Images of each class that at least one network learns: (C,) int64."""
+        if self.learnt is not None:
+            return self.learnt
         learnt = self.held != TEST if self.folds > 1 else self.held == EVERY
         return self.counts(learnt.nonzero().flatten())
 
@@ -1061,7 +1072,9 @@ def load_data(settings: Namespace, classes: list[str], rows: list[Row]) -> Data:
     if related := [row.path for row, keep in zip(rows, kept, strict=True) if not keep]:
         text = f"{len(related)} images are copies of training images, or of their families"
         print(f"warning: {text}: left out, {printable(related[0])} for one", file=sys.stderr)
-    found = {"white": white, "related": len(related), "unreadable": unreadable}
+    numbers = {family: number for number, family in enumerate(dict.fromkeys(families))}
+    kin = torch.tensor([numbers[family] for family in compress(families, kept)])
+    found = {"white": white, "related": len(related), "unreadable": unreadable, "families": kin}
     return make_data(settings, classes, [*compress(rows, kept)], **found)
 
 
@@ -1723,6 +1736,7 @@ def compare(targets: Tensor, before: Tensor, after: Tensor, train_counts: Tensor
 
 
 SMALL_BATCH, STEPS = 32, 32  # images of a step where an epoch would have fewer steps
+RECORDED = ("train_images", "natural", "least_side")  # what a network that is only judged keeps
 
 
 def prepare(settings: Namespace, compute: Compute) -> tuple[Given, Progress]:
@@ -1740,15 +1754,24 @@ def prepare(settings: Namespace, compute: Compute) -> tuple[Given, Progress]:
         check_batches(settings, data, compute.world_size)
         torch.manual_seed(settings.seed)
         model, origin = build_model(settings.arch, data.classes, content)
+        recorded: dict[str, Any] = {}
         if settings.epochs and settings.weights != "none":
             rescale(model)
         if not settings.epochs:
             check_given(settings, content, origin)
             data = data._replace(white=data.white | content.get("white", {}))
+            recorded = {k: content[k] for k in RECORDED if k in content}
+            if "train_images" in recorded:
+                data = data._replace(learnt=torch.tensor(recorded["train_images"]))
         for name in PATHS:  # a run goes on from any folder
             setattr(settings, name, getattr(settings, name) and getattr(settings, name).resolve())
         given = Given(
-            settings=settings, data=data, baseline=baseline, origin=origin, compute=compute
+            settings=settings,
+            data=data,
+            baseline=baseline,
+            origin=origin,
+            compute=compute,
+            recorded=recorded,
         )
         none = torch.zeros(len(data.classes), dtype=torch.int64)
         start = copy_state(model)
@@ -1945,7 +1968,7 @@ def write_network(given: Given, states: list[dict[str, Tensor]], fitted: Calibra
         "arch": settings.arch,
         "classes": data.classes,
         "train_images": data.train_counts().tolist(),
-        "natural": natural_shift(settings, data),
+        "natural": natural_shift(given),
         "weights": settings.weights,
         "train_size": settings.image_size,
         "eval_size": eval_size(settings.image_size),
@@ -1953,7 +1976,7 @@ def write_network(given: Given, states: list[dict[str, Tensor]], fitted: Calibra
         "white": data.white,
         "networks": networks,
     }
-    save_tensors(settings.output / NETWORK, content)
+    save_tensors(settings.output / NETWORK, content | given.recorded)
 
 
 def save_state(given: Given, progress: Progress, done: bool = False) -> None:
