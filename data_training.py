@@ -1649,8 +1649,9 @@ def effective_counts(
     (Kish 1965). As few families estimate it badly, `PRIOR_FAMILIES` are added which say that all
     images of a family are alike. Without families it is the number of images.
     """
-    pairs, member = torch.stack([targets, families]).unique(dim=1, return_inverse=True)
-    label, values = pairs[0], values.double()
+    width = int(families.max()) + 1
+    pairs, member = (targets * width + families).unique(return_inverse=True)
+    label, values = pairs // width, values.double()
     counts = torch.bincount(targets, minlength=classes).double()
     mean = torch.bincount(targets, values, classes) / counts
     square = torch.bincount(targets, values**2, classes) / counts - mean**2

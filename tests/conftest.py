@@ -82,7 +82,8 @@ def images(labels: list[int], held: list[int], folds: int = 1, **others: Any) ->
     parts = ["val" if fold == 0 else "train" for fold in held]
     fields = {"classes": ["no", "yes"], "paths": names, "names": names, "parts": parts}
     fields |= {"labels": torch.tensor(labels), "held": torch.tensor(held), "folds": folds}
-    return training.Data(**fields | {"white": {}, "related": 0, "unreadable": []} | others)
+    fields |= {"white": {}, "related": 0, "unreadable": [], "families": torch.arange(len(labels))}
+    return training.Data(**fields | others)
 
 
 CPU = training.Compute(torch.device("cpu"), None)
