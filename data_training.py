@@ -68,11 +68,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cache, partial
-from itertools import permutations, product
+from itertools import permutations
 from multiprocessing import get_start_method
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from pickle import UnpicklingError
+from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -170,6 +171,7 @@ class Given:
     baseline: Tensor | None  # what the run `--baseline` predicted for the judged images: (M,)
     origin: str  # in words, where the network is from
     compute: Compute  # of this process
+    recorded: dict[str, Any] = field(default_factory=dict)  # of a network that is only judged
 
 
 class Fold(NamedTuple):
@@ -341,6 +343,7 @@ TRIAL_STEPS = 150
 TRIAL_FAILS = 1.2
 UPPER_FACTOR = 1 / 15  # times `--lr` for the upper half of a network that failed the trial
 LOWER = ("conv1.", "bn1.", "layer1.", "layer2.")  # the half below
+COPIED_TOGETHER = 100  # batches of features
 SOFTENED = 0.1  # what is left of the head's logits when the training of all layers begins
 CLIP_NORM = 1.0  # longest gradient followed; tiny BatchNorm variances can make it explode
 # With fewer images than this per process and step, BatchNorm takes its statistics over all
@@ -463,15 +466,14 @@ def extract_features(given: Given, model: models.ResNet, reader: Reader) -> Tens
     ours = torch.arange(compute.rank, len(given.data.labels), compute.world_size)
     batches = cut_batches(ours, math.ceil(given.settings.batch_size / compute.world_size))
     rows: list[Tensor] = []
-    last = None  # is copied only when the device has the next batch to compute
+    on_device: list[Tensor] = []  # of the last batches: to copy each at once would wait for it
     for images, _ in reader.read(batches, "features"):
         with compute.autocast():
-            features = backbone(to_input(images, compute.device)).half()
-        if last is not None:
-            rows.append(last.cpu())
-        last = features
-    if last is not None:
-        rows.append(last.cpu())
+            on_device.append(backbone(to_input(images, compute.device)).half())
+        if len(on_device) == COPIED_TOGETHER:
+            rows.append(torch.cat(on_device).cpu())
+            on_device.clear()
+    rows += [features.cpu() for features in on_device]
     return gather(torch.cat(rows), compute)
 
 
@@ -760,6 +762,7 @@ class Evaluation:
     targets: Tensor  # (M,) int64
     loss: float  # calibrated, averaged over images, each class counting the same
     true_probability: Tensor  # (M,) float32, calibrated, of the true class
+    auc: Tensor  # (C,) float64, calibrated, of each class against the others
     calibrated: Answer
     as_trained: Answer
     natural: Answer  # calibrated, where classes are as frequent as in training
@@ -824,12 +827,13 @@ def assess(
         targets=targets,
         loss=(class_weights(targets) @ losses.double()).item(),
         true_probability=(-losses).exp(),
+        auc=auc_by_class(log_probability.exp(), targets),
         calibrated=answer(log_probability, targets),
         as_trained=answer(logits.float().log_softmax(1), targets),
         natural=answer((calibrated + natural_shift(given)).log_softmax(1), targets),
         calibration=calibration,
     )
-    return replace(evaluation, measures=measure_all(evaluation, data.train_counts()))
+    return replace(evaluation, measures=measure_all(evaluation, data))
 
 
 def answer(log_probability: Tensor, targets: Tensor) -> Answer:
@@ -842,10 +846,12 @@ def answer(log_probability: Tensor, targets: Tensor) -> Answer:
 def natural_shift(given: Given) -> Tensor:
     """Return what to add to logits where classes are as frequent as in training: (C,) float32.
 
-    Without calibration, what the sampler did not take away is in them already.
+    Without calibration, what the sampler did not take away is in them already. A network that is
+    only judged brings its own.
     """
     settings = given.settings
-    return given.data.log_share() * (1.0 if settings.calibrate else settings.power)
+    shift = given.data.log_share() * (1.0 if settings.calibrate else settings.power)
+    return given.recorded.get("natural", shift)
 
 
 def pick_half(targets: Tensor) -> Tensor:
@@ -935,7 +941,7 @@ def store_epoch(given: Given, progress: Progress, stage_ends: bool) -> None:
     evaluation = judge(given, logits)
     write_network(given, networks, evaluation.calibration)
     save_state(given, progress)
-    write_reports(given, progress, evaluation, None)
+    write_reports(given, progress, Result(evaluation))
     progress.written = time.perf_counter()
 
 
@@ -960,10 +966,11 @@ def finish(given: Given, progress: Progress, reader: Reader) -> None:
         answers = evaluate(given, vote, reader, images, "test")
         test = assess(given, images, answers, evaluation.calibration)
     if compute.rank == 0:
+        result = Result(evaluation, test, done=True)
         write_network(given, networks, evaluation.calibration)
-        if write_reports(given, progress, evaluation, test):
+        if write_reports(given, progress, result):
             remove_state(settings.output)
-        print_end(given, progress, evaluation, test)
+        print_end(given, progress, result)
 
 
 def remove_state(output: Path) -> None:
@@ -1140,6 +1147,7 @@ class Data(NamedTuple):
     white: dict[str, float]  # the value that is white in images of more than 8 bits, by kind
     related: int  # number of images left out: copies or relatives of what is, or was, learnt
     unreadable: list[str]  # paths left out
+    learnt: Tensor | None = None  # (C,) int64, counts that a network says it has learnt
 
     @property
     def folds(self) -> int:
@@ -1176,7 +1184,7 @@ class Data(NamedTuple):
 
     def train_counts(self) -> Tensor:
         """The number of images of each class that at least one network learns: (C,) int64."""
-        return self.counts(self.trained())
+        return self.counts(self.trained()) if self.learnt is None else self.learnt
 
     def log_share(self) -> Tensor:
         """The logarithm of each class's share of the training images, less their mean: (C,)."""
@@ -1934,6 +1942,7 @@ def eval_size(size: int) -> int:
 MANY, FEW = 100, 20  # "many": more training images than that, "few": fewer
 BINS = 15  # of probability, to measure calibration by
 ONE_TELLS = 0.3  # in place of n - 1 for a class of one image, among many
+PRIOR_FAMILIES = 2  # for which it counts that images of one family may all be alike
 
 
 def confusion_matrix(targets: Tensor, predicted: Tensor, classes: int) -> Tensor:
@@ -1953,6 +1962,67 @@ def f1_by_class(confusion: Tensor) -> Tensor:
     return torch.where(val_counts > 0, 2 * right / (val_counts + confusion.sum(0)), math.nan)
 
 
+def precision_in_use(confusion: Tensor, frequency: Tensor) -> Tensor:
+    """Of what would be called each class, the part that is of it: (C,) float64.
+
+    Where classes are as frequent as `frequency` (C,) says, whatever the skew of the images that
+    judge. NaN for a class without images, or that nothing is taken for.
+    """
+    known = confusion.sum(1) > 0
+    rates = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
+    called = frequency.double()[:, None] * rates
+    return torch.where(known, called.diag() / called.sum(0), math.nan)
+
+
+def auc_by_class(probabilities: Tensor, targets: Tensor) -> Tensor:
+    """The area under the ROC curve of each class against the rest: (C,) float64.
+
+    That is how often an image of the class has a higher probability of it than an image of another
+    class, ties half; each other class counts the same. NaN for a class without images, or alone.
+    `probabilities` are (M, C), `targets` (M,) int64.
+    """
+    counts = torch.bincount(targets, minlength=probabilities.shape[1])
+    known = (counts > 0).nonzero().flatten().tolist()
+    areas = torch.full((len(counts),), math.nan, dtype=torch.float64)
+    for label in known if len(known) > 1 else []:
+        ours = targets == label
+        weights = torch.where(ours, 0, 1 / counts[targets].double()) / (len(known) - 1)
+        _, rank = probabilities[:, label].unique(return_inverse=True)
+        others = torch.bincount(rank, weights)
+        lower = others.cumsum(0) - others / 2
+        areas[label] = lower[rank[ours]].mean()
+    return areas
+
+
+def effective_counts(
+    values: Tensor, targets: Tensor, families: Tensor, classes: int
+) -> tuple[Tensor, Tensor]:
+    """What the images of each class tell: as many as independent ones, of how many families.
+
+    (C,) float64 and (C,) int64, of M images with `values` (1 where right, else 0), whose mean in
+    the class is asked for. Images of one family (scans of one patient) may be alike: the variance
+    of the mean is that between families, over what it would be without families the design effect
+    (Kish 1965). As few families estimate it badly, `PRIOR_FAMILIES` are added which say that all
+    images of a family are alike. Without families it is the number of images.
+    """
+    width = int(families.max()) + 1
+    pairs, member = (targets * width + families).unique(return_inverse=True)
+    label, values = pairs // width, values.double()
+    counts = torch.bincount(targets, minlength=classes).double()
+    mean = torch.bincount(targets, values, classes) / counts
+    square = torch.bincount(targets, values**2, classes) / counts - mean**2
+    sizes = torch.bincount(member, minlength=len(label)).double()
+    excess = torch.bincount(member, values, len(label)) - sizes * mean[label]
+    groups = torch.bincount(label, minlength=classes)
+    between = torch.bincount(label, excess**2, classes) / counts**2 * groups / (groups - 1)
+    # Both are 1 / (images - 1): if all of a family are alike, and as it was seen.
+    alike = 1 / (counts**2 / torch.bincount(label, sizes**2, classes) - 1)
+    seen = torch.where(square > 1e-9, between / square, alike)
+    mixed = ((groups - 1) * seen + PRIOR_FAMILIES * alike) / (groups - 1 + PRIOR_FAMILIES)
+    tells = (1 + 1 / mixed.clamp(min=1 / (counts - 1))).where(groups > 1, 1.0)
+    return torch.where(groups == counts, counts, tells), groups
+
+
 def measure_weights(val_counts: Tensor, train_counts: Tensor) -> Tensor:
     """What each class's recall counts in each of `MEASURES`: (5, C) float64, NaN if nothing."""
     many, few, known = train_counts > MANY, train_counts < FEW, val_counts > 0
@@ -1967,8 +2037,10 @@ def wilson_interval(right: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     With n - 1 in place of n, as the variance of a sample has it; of one image all is possible, and
     so of none.
     """
-    part, n = (right.double() / counts).nan_to_num(), (counts - 1).clamp(min=0)
-    centre, half = 2 * n * part + Z**2, Z * (Z**2 + 4 * n * part * (1 - part)).sqrt()
+    part = (right.double() / counts).nan_to_num()
+    n = (counts - 1).clamp(min=0)
+    centre = 2 * n * part + Z**2
+    half = Z * (Z**2 + 4 * n * part * (1 - part)).sqrt()
     low, high = (end / (2 * (n + Z**2)) for end in (centre - half, centre + half))
     return low.clamp(min=0), high.clamp(max=1)  # what rounding leaves would be shown as -0 %
 
@@ -1980,7 +2052,8 @@ def mean_interval(recall: Tensor, counts: Tensor, weights: Tensor) -> tuple[Tens
     for one class are Wilson's, with n - 1 in place of n. To add each class's own limits as squares
     covers 86 % with 120 classes: most of those limits are lopsided, their mean is not.
     """
-    recall, n = recall.nan_to_num(), (counts - 1).clamp(min=ONE_TELLS)
+    recall = recall.nan_to_num()
+    n = (counts - 1).clamp(min=ONE_TELLS)
     below, above = (lowest_mean(part, n, weights) for part in (recall, 1 - recall))
     mean = (weights * recall).sum(1)
     return mean, mean - below, mean + above
@@ -2004,38 +2077,46 @@ def lowest_mean(recall: Tensor, n: Tensor, weights: Tensor) -> Tensor:
     return distance.squeeze(1)
 
 
-def measure(confusion: Tensor, train_counts: Tensor) -> dict[str, float]:
-    """The measures of a confusion matrix, the 95 % interval of balanced accuracy, macro F1."""
+def measure(confusion: Tensor, train_counts: Tensor, effective: Tensor) -> dict[str, float]:
+    """The measures of a confusion matrix, the 95 % interval of balanced accuracy, macro F1.
+
+    `effective` (C,) are the images of each class that the interval counts.
+    """
     weights = measure_weights(confusion.sum(1), train_counts)
-    values, low, high = mean_interval(recall_by_class(confusion), confusion.sum(1), weights)
+    values, low, high = mean_interval(recall_by_class(confusion), effective, weights)
     f1 = f1_by_class(confusion).nanmean().item()
     measures = dict(zip(MEASURES, values.tolist(), strict=True))
     return measures | {"low": low[1].item(), "high": high[1].item(), "macro_f1": f1}
 
 
-def measure_all(last: Evaluation, train_counts: Tensor) -> dict[str, float]:
-    """What the history holds of an evaluation: its measures, those as trained, its calibration."""
-    before = measure(last.as_trained.confusion, train_counts)
-    error, floor = calibration_error(last.targets, last.calibrated)
+def measure_all(judged: Evaluation, data: Data) -> dict[str, float]:
+    """Return what the history holds of an evaluation: its measures, calibrated and as trained."""
+    targets, families = judged.targets, data.families[judged.places]
+    calibrated, trained, train_counts = judged.calibrated, judged.as_trained, data.train_counts()
+    right = calibrated.predicted == targets
+    effective, _ = effective_counts(right, targets, families, len(train_counts))
+    before = measure(trained.confusion, train_counts, trained.confusion.sum(1))
+    error, floor = calibration_error(targets, calibrated)
+    error_before, _ = calibration_error(targets, trained)
     return {
-        "val_loss": last.loss,
-        **measure(last.calibrated.confusion, train_counts),
+        "val_loss": judged.loss,
+        **measure(calibrated.confusion, train_counts, effective),
         **{f"as_trained_{name}": before[name] for name in MEASURES},
-        "natural_accuracy": natural_accuracy(last, train_counts),
+        "natural_accuracy": natural_accuracy(judged.natural.confusion, train_counts),
         "calibration_error": error,
         "calibration_floor": floor,
-        "as_trained_calibration_error": calibration_error(last.targets, last.as_trained)[0],
-        "logit_scale": last.calibration.scale,
-        "logit_shift": last.calibration.shift,
+        "as_trained_calibration_error": error_before,
+        "logit_scale": judged.calibration.scale,
+        "logit_shift": judged.calibration.shift,
     }
 
 
-def natural_accuracy(last: Evaluation, train_counts: Tensor) -> float:
-    """The accuracy where classes are as frequent as in training, by `natural` predictions.
+def natural_accuracy(confusion: Tensor, train_counts: Tensor) -> float:
+    """The accuracy where classes are as frequent as in training, of the answers for that.
 
     Recalls weighted by class frequency: the validation images may have another skew.
     """
-    recall = recall_by_class(last.natural.confusion)
+    recall = recall_by_class(confusion)
     weights = train_counts * ~recall.isnan()
     return (recall.nan_to_num() @ weights.double() / weights.sum()).item()
 
@@ -2047,32 +2128,37 @@ def calibration_error(targets: Tensor, answer: Answer) -> tuple[float, float]:
     would be, on average, were every probability exactly right. The sum of w * (p - right) in a bin
     is then about normal with the variance sum of w^2 * p * (1 - p).
     """
-    weights, p = class_weights(targets), answer.probability.double()
+    weights = class_weights(targets)
+    p = answer.probability.double()
+    right = (answer.predicted == targets).double()
     bins = (p * BINS).long().clamp(max=BINS - 1)
-    gaps = torch.bincount(bins, weights * (p - (answer.predicted == targets).double()), BINS)
+    gaps = torch.bincount(bins, weights * (p - right), BINS)
     variance = torch.bincount(bins, weights**2 * p * (1 - p), BINS)
     return gaps.abs().sum().item(), (variance * 2 / math.pi).sqrt().sum().item()
 
 
-def compare(targets: Tensor, before: Tensor, after: Tensor, train_counts: Tensor) -> Rows:
+def compare(
+    targets: Tensor, before: Tensor, after: Tensor, train_counts: Tensor, families: Tensor
+) -> Rows:
     """What changed between two runs on the same images, by what they predicted: (M,) int64 each.
 
     A row for each of `MEASURES`: fractions before and after, their difference and the ends of its
     interval. Within a class an image is lost, as it was or won: -1, 0 or 1. To both the lost and
     the won a quarter is added for the interval (Agresti and Min 2005, Statistics in Medicine 24),
-    since of few images none may differ.
+    since of few images none may differ. Images of one family count together.
     """
     classes = len(train_counts)
-    old, new = (confusion_matrix(targets, each, classes) for each in (before, after))
+    old, new = (confusion_matrix(targets, predicted, classes) for predicted in (before, after))
     weights = measure_weights(new.sum(1), train_counts)
-    right = before == targets, after == targets
+    change = (after == targets).double() - (before == targets).double()
     lost, won = (
-        torch.bincount(targets[one & ~two], minlength=classes).double() + 0.25
-        for one, two in (right, right[::-1])
+        torch.bincount(targets[change == sign], minlength=classes).double() + 0.25
+        for sign in (-1, 1)
     )
+    effective, _ = effective_counts(change, targets, families, classes)
     n = new.sum(1) + 0.5
-    variance = ((won + lost) / n - ((won - lost) / n) ** 2) / (n - 1)
-    one, two = (weights @ recall_by_class(each).nan_to_num() for each in (old, new))
+    variance = ((won + lost) / n - ((won - lost) / n) ** 2) / (effective - 0.5)
+    one, two = (weights @ recall_by_class(matrix).nan_to_num() for matrix in (old, new))
     half = Z * (weights**2 @ variance).sqrt()
     low, high = (two - one - half).clamp(min=-1), (two - one + half).clamp(max=1)
     columns = {"before": one, "after": two, "difference": two - one, "low": low, "high": high}
@@ -2084,6 +2170,7 @@ def compare(targets: Tensor, before: Tensor, after: Tensor, train_counts: Tensor
 
 SMALL_BATCH = 32  # images of a step, where an epoch would have fewer steps than `STEPS`
 STEPS = 32
+RECORDED = ("train_images", "natural", "least_side")  # what a network that is only judged keeps
 STATE_FORMAT = 1  # of the state of a stopped run, to be raised where another one cannot be read
 RATE = 3e-4  # of AdamW, for pretrained weights
 SCRATCH_RATE = 1e-3  # and for random ones
@@ -2107,12 +2194,16 @@ def prepare(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
     baseline = load_baseline(settings.baseline, data) if settings.baseline else None
     torch.manual_seed(settings.seed)
     model, origin = build_model(settings.arch, data.classes, content)
+    recorded: dict[str, Any] = {}
     if not settings.epochs:
         check_given(settings, origin)
         data = data._replace(white=data.white | content.get("white", {}))
+        recorded = {name: content[name] for name in RECORDED if name in content}
+        if "train_images" in recorded:
+            data = data._replace(learnt=torch.tensor(recorded["train_images"]))
     elif settings.weights != "none":
         rescale(model)
-    given = Given(settings, data, baseline, origin, compute)
+    given = Given(settings, data, baseline, origin, compute, recorded)
     draws = torch.zeros(len(data.classes), dtype=torch.int64)
     progress = Progress(copy_state(model), model, history=[], draws=draws)
     write_file(settings.output / "split.csv", format_table(list_split(data)))
@@ -2288,14 +2379,17 @@ def save_tensors(path: Path, value: Any) -> None:
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Rows with the same columns as CSV; fractions with six digits."""
-    file = io.StringIO(newline="")
-    # With its own line ends the writer quotes a lone carriage return, which "\n" would leave bare.
-    writer = csv.DictWriter(file, rows[0].keys())
+    """Rows with the same columns as CSV; fractions with six digits, names unaltered."""
+    lines: list[str] = []
+    # The writer quotes what is part of its line ends: with these every carriage return in a name.
+    # It hands over a row at a time, whose own line end becomes "\n".
+    sink: Any = SimpleNamespace(write=lines.append)
+    writer = csv.DictWriter(sink, rows[0].keys())
     writer.writeheader()
     for row in rows:
         writer.writerow({k: f"{x:.6g}" if isinstance(x, float) else x for k, x in row.items()})
-    return file.getvalue().replace("\r\n", "\n").encode(errors="surrogateescape")
+    text = "".join(line.removesuffix("\r\n") + "\n" for line in lines)
+    return text.encode(errors="surrogateescape")
 
 
 def to_rows(columns: Mapping[str, Sequence[Any] | Tensor]) -> Rows:
@@ -2307,74 +2401,114 @@ def to_rows(columns: Mapping[str, Sequence[Any] | Tensor]) -> Rows:
 def list_split(data: Data) -> Rows:
     """A row for each image: its class, the part it is in, and 16 digits of its SHA-256."""
     parts = list(data.parts)
-    for at, fold in enumerate(data.held.tolist() if data.folds > 1 else []):
-        parts[at] = f"fold {fold + 1}" if fold >= 0 else parts[at]
+    for place, fold in enumerate(data.held.tolist() if data.folds > 1 else []):
+        if fold >= 0:
+            parts[place] = f"fold {fold + 1}"
     classes = [data.classes[label] for label in data.labels.tolist()]
     digests = [f"{number % 2**64:016x}" for number in data.digests.tolist()]
     return to_rows({"path": data.names, "class": classes, "part": parts, "digest": digests})
 
 
-def list_predictions(data: Data, last: Evaluation) -> Rows:
+def list_predictions(data: Data, judged: Evaluation) -> Rows:
     """A row for each image that is judged, the least probable first: their labels may be wrong."""
+    predicted, probability, _ = judged.calibrated
     rows = to_rows({
-        "path": [data.names[at] for at in last.places.tolist()],
-        "class": [data.classes[at] for at in last.targets.tolist()],
-        "predicted": [data.classes[at] for at in last.calibrated.predicted.tolist()],
-        "probability": last.calibrated.probability,
-        "true_probability": last.true_probability,
+        "path": [data.names[place] for place in judged.places.tolist()],
+        "class": [data.classes[label] for label in judged.targets.tolist()],
+        "predicted": [data.classes[label] for label in predicted.tolist()],
+        "probability": probability,
+        "true_probability": judged.true_probability,
     })  # fmt: skip
     return sorted(rows, key=lambda row: row["true_probability"])
 
 
-def list_classes(data: Data, draws: Tensor, confusion: Tensor) -> Rows:
-    """A row for each class; NaN where nothing is known."""
-    counts = confusion.sum(1)
-    low, high = wilson_interval(confusion.diag(), counts)
+def list_classes(data: Data, draws: Tensor, judged: Evaluation) -> Rows:
+    """A row for each class; NaN where nothing is known.
+
+    "in use" classes are as frequent as in training, "natural" are the answers for that. The last
+    two columns are the interval of the recall, were there twice as many images.
+    """
+    confusion, train_counts = judged.calibrated.confusion, data.train_counts()
+    natural = judged.natural.confusion
+    recall, low, high = find_recall(data, judged, judged.calibrated.predicted)
+    _, twice_low, twice_high = find_recall(data, judged, judged.calibrated.predicted, 2)
+    effective, families = judge_counts(data, judged, judged.calibrated.predicted)
     return to_rows({
         "class": data.classes,
-        "train_images": data.train_counts(),
-        "val_images": counts,
+        "train_images": train_counts,
+        "val_images": confusion.sum(1),
         "draws": draws,
-        "recall": recall_by_class(confusion),
-        "low": low.where(counts > 0, math.nan),
-        "high": high.where(counts > 0, math.nan),
+        "recall": recall,
+        "low": low,
+        "high": high,
         "precision": recall_by_class(confusion.T),  # NaN for a class never predicted
         "f1": f1_by_class(confusion),
+        "auc": judged.auc,
+        "precision_in_use": precision_in_use(confusion, train_counts),
+        "natural_recall": recall_by_class(natural),
+        "natural_precision_in_use": precision_in_use(natural, train_counts),
+        "families": families,
+        "effective_images": effective.round().long(),
+        "low_if_twice": twice_low,
+        "high_if_twice": twice_high,
     })  # fmt: skip
 
 
-def list_changes(given: Given, last: Evaluation) -> Rows:
+def judge_counts(data: Data, judged: Evaluation, predicted: Tensor) -> tuple[Tensor, Tensor]:
+    """The `effective_counts` of the images of an evaluation, of what was predicted for them."""
+    families = data.families[judged.places]
+    right = predicted == judged.targets
+    return effective_counts(right, judged.targets, families, len(data.classes))
+
+
+def find_recall(
+    data: Data, judged: Evaluation, predicted: Tensor, times: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The recall of each class and the ends of its interval, of `times` as many images: (C,) each.
+
+    NaN for a class without images.
+    """
+    recall = recall_by_class(confusion_matrix(judged.targets, predicted, len(data.classes)))
+    counts = times * judge_counts(data, judged, predicted)[0]
+    low, high = wilson_interval(recall * counts, counts)
+    known = counts > 0
+    return recall, low.where(known, math.nan), high.where(known, math.nan)
+
+
+def list_changes(given: Given, judged: Evaluation) -> Rows:
     """What changed since the run `--baseline`, where there is one of the same images."""
-    if given.baseline is None or len(given.baseline) != len(last.targets):
+    data, predicted = given.data, judged.calibrated.predicted
+    if given.baseline is None or len(given.baseline) != len(predicted):
         return []
-    return compare(
-        last.targets, given.baseline, last.calibrated.predicted, given.data.train_counts()
-    )
+    families = data.families[judged.places]
+    counts = data.train_counts()
+    return compare(judged.targets, given.baseline, predicted, counts, families)
 
 
-def write_reports(
-    given: Given, progress: Progress, last: Evaluation, tested: Evaluation | None
-) -> bool:
-    """Write the tables and the page of a run. What goes wrong is a warning: no epoch is lost."""
+def write_reports(given: Given, progress: Progress, result: Result) -> bool:
+    """Write the tables and the page of a run, and return whether all of them could be written.
+
+    What the world can do, as to take an image away or to fill the disk, is a warning: no epoch is
+    lost for it.
+    """
     data, output = given.data, given.settings.output
+    tables = {"history.csv": progress.history, "comparison.csv": list_changes(given, result.last)}
+    for prefix, judged in (("", result.last), ("test_", result.tested)):
+        if judged:
+            tables[f"{prefix}predictions.csv"] = list_predictions(data, judged)
+            tables[f"{prefix}classes.csv"] = list_classes(data, progress.draws, judged)
     try:
-        write_config(given, last, tested)
-        tables = {"history.csv": progress.history, "comparison.csv": list_changes(given, last)}
-        for prefix, each in (("", last), ("test_", tested)) if tested else (("", last),):
-            tables[f"{prefix}predictions.csv"] = list_predictions(data, each)
-            tables[f"{prefix}classes.csv"] = list_classes(
-                data, progress.draws, each.calibrated.confusion
-            )
+        write_config(given, progress, result)
         for name, rows in tables.items():
             if rows:
                 write_file(output / name, format_table(rows))
-        for name, text in make_page(given, progress, last, tested).items():
+        for name, text in make_page(given, progress, result).items():
             write_file(output / name, text.encode(errors="backslashreplace"))
-        return True
-    except (DataError, OSError) as error:  # a picture that is gone, a disk that is full
-        text = f"{output}: not all reports could be written: {type(error).__name__}: {error}"
+    except (DataError, OSError) as error:
+        text = f"{output}: not all reports could be written: {error}"
         print(f"warning: {printable(text)}", file=sys.stderr)
         return False
+    return True
 
 
 def write_network(given: Given, states: list[dict[str, Tensor]], fitted: Calibration) -> None:
@@ -2400,7 +2534,7 @@ def write_network(given: Given, states: list[dict[str, Tensor]], fitted: Calibra
         "learnt": torch.cat([data.known, learnt]).unique(),  # digests of images, see `digest`
         "networks": networks,
     }
-    save_tensors(settings.output / NETWORK, content)
+    save_tensors(settings.output / NETWORK, content | given.recorded)
 
 
 def save_state(given: Given, progress: Progress) -> None:
@@ -2493,9 +2627,7 @@ def find_again(settings: Settings, stored: dict[str, Any]) -> Data:
     return Data(**stored | {"paths": paths})
 
 
-def write_config(
-    given: Given, last: Evaluation | None = None, tested: Evaluation | None = None
-) -> None:
+def write_config(given: Given, progress: Progress, result: Result | None = None) -> None:
     """Write every setting as used, what the run is made of, and the measures of its network."""
     settings, data, compute = given.settings, given.data, given.compute
     content = {
@@ -2508,11 +2640,13 @@ def write_config(
         "train_images": data.train_counts().tolist(),
         "white": data.white,
         "left_out": data.unreadable,
+        "facts": list_facts(given, progress, result),
     }
-    for name, each in (("result", last), ("test", tested)):
-        if each:
-            measures = each.measures
-            content[name] = {k: None if math.isnan(x) else x for k, x in measures.items()}
+    judged = {"result": result.last, "test": result.tested} if result else {}
+    for name, evaluation in judged.items():
+        if evaluation:
+            measures = evaluation.measures.items()
+            content[name] = {k: None if math.isnan(x) else x for k, x in measures}
     text = json.dumps(content, indent=1, default=str)  # of paths and of the precision
     write_file(settings.output / "config.json", text.encode())
 
@@ -2527,11 +2661,188 @@ def versions() -> dict[str, str]:
 
 
 FEW_JUDGED = 10  # validation images of a class; with fewer `--folds` is suggested
+ADVISED = 5  # folds
 KINDS = {"I": "whole numbers", "F": "fractions"}
 HEADER = (
     "fold   epoch  phase  train loss  val loss  accuracy  balanced [95 %]       as trained    many "
     " medium     few  images/s   left"
 )
+
+
+class Result(NamedTuple):
+    """What a run has to say of its network, after an epoch or at its end."""
+
+    last: Evaluation
+    tested: Evaluation | None = None  # by images that no network has learnt or is judged by
+    done: bool = False  # the run has come to its end
+
+
+def list_facts(given: Given, progress: Progress, result: Result | None = None) -> dict[str, str]:
+    """What is known of a run, by name: all that the console, the page and config.json say of it.
+
+    A fact is a phrase in words; what does not apply is left out.
+    """
+    last, tested, done = result or (None, None, False)
+    facts = {
+        "unfinished": "" if done else describe_place(given, progress),
+        "network": describe_network(given, progress),
+        "images": describe_images(given),
+        "judged by": describe_judges(given, last),
+        "not judged": list_unjudged(given.data, last),
+        "test": describe_test(given),
+        "not tested": list_unjudged(given.data, tested),
+        "left out": describe_left_out(given.data),
+        "training": describe_training(given, progress),
+        "draws": describe_draws(given, progress),
+        "trial": describe_trial(progress),
+        "calibration": describe_calibration(given, last),
+        "intervals": "95 %: Wilson's for a class, score intervals for a mean; they say how far "
+        "other images could move a figure, not how far another training could",
+        "families": "images of one family count together in the intervals, as the variance "
+        "between families tells"
+        if has_families(given.data)
+        else "",
+    }
+    return {name: fact for name, fact in facts.items() if fact}
+
+
+def describe_place(given: Given, progress: Progress) -> str:
+    """How far a run has come that is not done."""
+    settings = given.settings
+    if not progress.history:
+        return "before the first epoch"
+    row = progress.history[-1]
+    fold = f"fold {row['fold']} of {settings.folds}, " if settings.folds > 1 else ""
+    return f"{fold}epoch {row['epoch']} of {settings.epochs}"
+
+
+def describe_network(given: Given, progress: Progress) -> str:
+    """The architecture, how many of them vote, and where their weights are from."""
+    settings = given.settings
+    networks = len(progress.model.networks) if isinstance(progress.model, Vote) else settings.folds
+    kind = settings.arch if networks == 1 else f"{networks} {settings.arch} that vote"
+    if not settings.epochs:
+        return f"{kind}, as in {settings.weights}, nothing trained"
+    if settings.weights == "none":
+        return f"{kind}, trained from random weights"
+    return f"{kind}, fine-tuned from {settings.weights}"
+
+
+def describe_images(given: Given) -> str:
+    """How many images were learnt, in how many classes of which sizes."""
+    counts = given.data.train_counts()
+    if not given.settings.epochs and given.data.learnt is None:
+        return f"{len(counts)} classes; what was learnt is not recorded"
+    ratio = counts.max() / counts.min()
+    return (
+        f"{int(counts.sum())} training images in {len(counts)} classes of {counts.max()} to "
+        f"{counts.min()}, imbalance ratio {ratio:.1f}"
+    )
+
+
+def describe_judges(given: Given, last: Evaluation | None) -> str:
+    """How many images the network is judged by, and where they are from."""
+    settings, data = given.settings, given.data
+    places = last.places if last else data.judged()
+    if data.folds > 1:
+        done = len(data.held[places].unique())
+        so_far = f" ({done} so far)" if done < data.folds else ""
+        text = f"{len(places)} images, each by the one of {data.folds} networks{so_far} that has "
+        text += "not seen it"
+    else:
+        text = f"{data.parts.count('val')} validation images"
+        if where := settings.val or settings.split:
+            text += f" of {where}"
+        if settings.source:
+            text += f" and {data.parts.count('source')} of {settings.source.name} that DATA leaves"
+            text += " out"
+    families = len(data.families[places].unique())
+    return text + (f", of {families} families" if families < len(places) else "")
+
+
+def describe_test(given: Given) -> str:
+    """What tests the vote of the folds."""
+    settings, tests = given.settings, len(given.data.judges(TEST))
+    where = settings.val or settings.source
+    return f"all together by {tests} images of {where} that none has seen" if tests else ""
+
+
+def list_unjudged(data: Data, judged: Evaluation | None) -> str:
+    """Which classes have no image among those of an evaluation."""
+    if judged is None:
+        return ""
+    bare = (judged.calibrated.confusion.sum(1) == 0).nonzero().flatten().tolist()
+    names = ", ".join(data.classes[label] for label in bare[:3]) + (", ..." if bare[3:] else "")
+    return f"{len(bare)} of {len(data.classes)} classes: no image of {names}" if bare else ""
+
+
+def describe_left_out(data: Data) -> str:
+    """How many images were left out, and why."""
+    text = f"{len(data.unreadable)} unreadable images"
+    return text + (f", {data.related} copies or relatives of others" if data.related else "")
+
+
+def describe_training(given: Given, progress: Progress) -> str:
+    """What was trained, in which order and how."""
+    settings = given.settings
+    if not settings.epochs:
+        return ""
+    layers = {
+        "head": "the last layer alone (SGD)",
+        "trial": f"all layers for a trial (AdamW, {settings.lr:g})",
+        "whole": f"all layers (AdamW, {settings.lr:g})",
+        "upper": f"from the last layer on, the upper half (AdamW, {settings.lr * UPPER_FACTOR:g})",
+    }
+    phases = {row["phase"] for row in progress.history}
+    order = " and then ".join(text for phase, text in layers.items() if phase in phases)
+    return (
+        f"{settings.epochs} epochs of images of {settings.image_size} pixels, in batches of "
+        f"{settings.batch_size}, seed {settings.seed}" + (f": {order}" if order else "")
+    )
+
+
+def describe_draws(given: Given, progress: Progress) -> str:
+    """How an epoch chooses its images."""
+    settings = given.settings
+    if not settings.epochs:
+        return ""
+    text = "each image once an epoch"
+    if settings.rebalance == "sampler":
+        text = "by a WeightedRandomSampler, weights 1 / (images of the class) ** "
+        text += f"{settings.power:g}; an epoch draws as many images as there are"
+    passes = next(plan(given, progress, 0)).passes
+    return text + (f", an epoch of the last layer alone {passes} times" if passes > 1 else "")
+
+
+def describe_trial(progress: Progress) -> str:
+    """Whether training all layers did harm, where that was tried."""
+    phases = {row["phase"] for row in progress.history}
+    if "upper" in phases:
+        text = f"failed: all layers had over {TRIAL_FAILS:g} times the loss of the last one alone"
+        return f"{text}, on the images that judge; the upper half is trained instead"
+    passed = "passed, by the loss of the images that judge"
+    return passed if phases >= {"trial", "whole"} else ""
+
+
+def describe_calibration(given: Given, last: Evaluation | None) -> str:
+    """What was done to the logits."""
+    if last is None or not is_calibrated(given):
+        return ""
+    return (
+        f"logits times {last.calibration.scale:.3f}, less {last.calibration.shift:.3f} times the "
+        "log share of the class; each part of the images is judged with numbers fitted on the "
+        "others"
+    )
+
+
+def is_calibrated(given: Given) -> bool:
+    """Whether the run itself calibrates."""
+    return given.settings.epochs > 0 and given.settings.calibrate
+
+
+def has_families(data: Data) -> bool:
+    """Whether some images belong together."""
+    return len(data.families.unique()) < len(data.families)
 
 
 def start_run(given: Given, progress: Progress) -> None:
@@ -2540,40 +2851,17 @@ def start_run(given: Given, progress: Progress) -> None:
     for unfinished in settings.output.glob(".*.partial"):
         unfinished.unlink()
     if not progress.history:  # else it tells of the last epoch, or the result
-        write_config(given)
-    counts = data.train_counts()
-    print(
-        f"{settings.arch}, {printable(settings.weights)}: {given.origin}; {compute.name()}, "
-        f"{compute.amp or torch.float32}\n"
-        f"{int(counts.sum())} training images in {len(data.classes)} classes of {counts.max()} to "
-        f"{counts.min()}, imbalance ratio {counts.max() / counts.min():.1f}; "
-        f"{describe_val(given)}; {len(data.unreadable)} unreadable left out"
-    )
+        write_config(given, progress)
+    facts = list_facts(given, progress)
+    precision = compute.amp or torch.float32
+    print(printable(f"{facts['network']} ({given.origin}); {compute.name()}, {precision}"))
+    print(printable("; ".join(facts[name] for name in ("images", "judged by", "left out"))))
+    if "test" in facts:
+        print(printable(facts["test"]))
     for kind, white in data.white.items():
         print(f"images of more than 8 bits ({KINDS[kind]}): a value of {white:g} is white")
-    print(
-        "", HEADER, *(format_epoch(row, settings) for row in progress.history), sep="\n", flush=True
-    )
-
-
-def describe_val(given: Given) -> str:
-    """How many images the network is judged by, and where they are from."""
-    settings, data = given.settings, given.data
-    if data.folds > 1:
-        text = f"{data.folds} networks, each judged by the fold of them it has not seen"
-        if tests := len(data.judges(TEST)):
-            others = printable(str(settings.val or settings.source))
-            text += f", all together by {tests} images of {others}"
-    else:
-        text = f"{data.parts.count('val')} validation images"
-        if where := settings.val or settings.split:
-            text += f" of {printable(str(where))}"
-        if settings.source:
-            more, name = data.parts.count("source"), printable(settings.source.name)
-            text += f" and {more} of {name} that were left out"
-    if data.related:
-        text += f" ({data.related} copies or relatives of training images left out)"
-    return text
+    lines = [format_epoch(row, settings) for row in progress.history]
+    print("", HEADER, *lines, sep="\n", flush=True)
 
 
 def format_epoch(row: dict[str, Any], settings: Settings) -> str:
@@ -2600,60 +2888,99 @@ def format_range(measures: Mapping[str, float]) -> str:
     return f"{measures['balanced_accuracy']:.1%} [{ends}]"
 
 
-def print_end(
-    given: Given, progress: Progress, last: Evaluation, tested: Evaluation | None
-) -> None:
+def print_end(given: Given, progress: Progress, result: Result) -> None:
     """Print, in one screen, the result, what is recognised least, and where the rest is."""
-    settings, data = given.settings, given.data
-    result, of = last.measures, "validation"
+    settings, data, last = given.settings, given.data, result.last
+    facts = list_facts(given, progress, result)
+    judges = "validation"
     if data.folds > 1:
-        of = f"{data.folds} networks, each on images it has not seen"
-    print(f"\nbalanced accuracy {format_range(result)}  ({of})")
-    if bare := int((last.val_counts == 0).sum()):
-        print(f"warning: {bare} of {len(data.classes)} classes are not in it: no image judges them")
-    if settings.epochs and settings.calibrate:
-        print(f"as trained        {result['as_trained_balanced_accuracy']:.1%}")
+        judges = f"{data.folds} networks, each on images it has not seen"
+    print(f"\nbalanced accuracy {format_range(last.measures)}  ({judges})")
+    if "not judged" in facts:
+        print(f"warning: not in it are {printable(facts['not judged'])}")
+    if is_calibrated(given):
+        print(f"as trained        {last.measures['as_trained_balanced_accuracy']:.1%}")
     if data.folds > 1:
-        folds = [x["balanced_accuracy"] for x in progress.history if x["epoch"] == settings.epochs]
+        folds = measure_folds(data, last)
         print(f"of single folds   {min(folds):.1%} to {max(folds):.1%}")
-    if tested:
-        print(f"untouched test    {format_range(tested.measures)}, by vote")
+    if result.tested:
+        print(f"untouched test    {format_range(result.tested.measures)}, by vote")
+    if "not tested" in facts:
+        print(f"warning: not in the test are {printable(facts['not tested'])}")
     print_lowest(data, last)
     for change in show_changes(list_changes(given, last)):
         name, before, now, points, ends, sure = change.values()
-        since = f"{before:.1%} in {printable(settings.baseline.name)}, now {now:.1%}"
+        since = f"{before:.1%} in {printable(str(settings.baseline))}, now {now:.1%}"
         print(f"{name:17} {since}: {points} points, {ends}; more than chance? {sure}")
+    print_precision(data, last)
     print_advice(given, last)
     print(f"everything else is in {printable(str(settings.output / 'report.html'))}")
+
+
+def measure_folds(data: Data, last: Evaluation) -> list[float]:
+    """The balanced accuracy of the network of each fold that is judged."""
+    folds, accuracies = data.held[last.places], []
+    for fold in folds.unique():
+        ours = folds == fold
+        predicted = last.calibrated.predicted[ours]
+        confusion = confusion_matrix(last.targets[ours], predicted, len(data.classes))
+        accuracies.append(recall_by_class(confusion).nanmean().item())
+    return accuracies
 
 
 def print_lowest(data: Data, last: Evaluation) -> None:
     """Print the classes that are recognised least, and what they are taken for most often."""
     print("lowest recall:")
-    wrong = last.calibrated.confusion - last.calibrated.confusion.diag().diag()
-    known = [at for at in last.recall.argsort(stable=True).tolist() if last.val_counts[at]]
-    for at in known[:3]:
-        text = printable(data.classes[at])
-        if wrong[at].any():
-            text += f"; most often taken for {printable(data.classes[int(wrong[at].argmax())])}"
-        print(f"{last.recall[at]:8.1%} of {last.val_counts[at]:4}  {text}")
+    confusion = last.calibrated.confusion
+    recall, counts = recall_by_class(confusion), confusion.sum(1)
+    wrong = confusion - confusion.diag().diag()
+    known = [label for label in recall.argsort(stable=True).tolist() if counts[label]]
+    for label in known[:3]:
+        text = printable(data.classes[label])
+        if wrong[label].any():
+            text += f"; most often taken for {printable(data.classes[int(wrong[label].argmax())])}"
+        print(f"{recall[label]:8.1%} of {counts[label]:4}  {text}")
+
+
+def print_precision(data: Data, last: Evaluation) -> None:
+    """Say so where most of what is called a class would not be of it in use."""
+    precision = precision_in_use(last.calibrated.confusion, data.train_counts())
+    low = int((precision < 0.5).sum())
+    if not low:
+        return
+    worst = int(precision.nan_to_num(1.0).argmin())
+    text = f"{100 * precision[worst]:.0f} of 100 images called {data.classes[worst]} are"
+    text += f", and {low - 1} more classes have under 50" if low > 1 else ""
+    if not torch.equal(last.natural.predicted, last.calibrated.predicted):
+        text += "; predict with --natural there"
+    print(printable(f"note: where classes are as frequent as in training, {text}"))
 
 
 def print_advice(given: Given, last: Evaluation) -> None:
-    """Say so where the recall of the rarest class is known from few images alone."""
-    data, settings, rarest = given.data, given.settings, int(given.data.train_counts().argmin())
-    judged = int(last.val_counts[rarest])
+    """Say so where the recall of the rarest class is known from few images or families alone."""
+    data, settings = given.data, given.settings
+    rarest = int(data.train_counts().argmin())
+    images = int(last.calibrated.confusion[rarest].sum())
+    judged = int(judge_counts(data, last, last.calibrated.predicted)[1][rarest])
     if judged >= FEW_JUDGED or settings.folds > 1 or not settings.epochs:
         return
-    low, high = wilson_interval(last.calibrated.confusion.diag(), last.val_counts)
-    images = "1 image" if judged == 1 else f"{judged} images"
-    text = f"known from {images} alone [{low[rarest]:.0%}, {high[rarest]:.0%}]"
-    own = [part != "source" for part in data.parts]
-    if sum(data.labels[own] == rarest) >= 5 and not (
-        settings.val or settings.split or settings.group
-    ):
-        text += "; --folds 5 would tell it from all of its images, and takes five times as long"
-    print(f"note: the recall of {printable(data.classes[rarest])} is {text}")
+    one, many = ("image", "images") if judged == images else ("family", "families")
+    text = f"known from {judged} {one if judged == 1 else many} alone"
+    if judged:
+        _, low, high = find_recall(data, last, last.calibrated.predicted)
+        text += f" [{low[rarest]:.0%}, {high[rarest]:.0%}]"
+    if not (settings.val or settings.split) and folds_tell_more(data, rarest, judged):
+        text += f"; --folds {ADVISED} would tell it from all of its images in DATA, and takes "
+        text += "five times as long"
+    print(printable(f"note: the recall of {data.classes[rarest]} is {text}"))
+
+
+def folds_tell_more(data: Data, rarest: int, judged: int) -> bool:
+    """Whether `--folds` fits every class, and judges the rarest by more than `judged` families."""
+    ours = torch.tensor([part != "source" for part in data.parts])
+    pairs = torch.stack([data.labels[ours], data.families[ours]]).unique(dim=1)
+    families = torch.bincount(pairs[0], minlength=len(data.classes))
+    return bool(families.min() >= ADVISED and families[rarest] > judged)
 
 
 def show_changes(changes: Rows) -> Rows:
@@ -2680,7 +3007,16 @@ MISTAKES, THUMBNAIL = 24, 160  # how many are shown, and pixels a side
 
 
 PLOT = 'class="open" x="41%" width="41%"'  # beside names, before values
-NEW, OLD = ("recall", "low", "high"), ("before", "before_low", "before_high")
+NEW = ("recall", "low", "high", "effective_images")
+OLD = ("before", "before_low", "before_high", "before_effective")
+IN_USE = (
+    "In use: where classes are as frequent as in training. “Precision in use” is the part of what "
+    "is called a class that is of it, by the answers for equally frequent classes; “natural” are "
+    "the answers of --natural, for classes as frequent as in training. AUC: how often an image of "
+    "the class has a higher probability of it than one of another class, each class counting the "
+    "same. Effective images: as many images of families all different would tell as much. If "
+    "twice: the 95 % interval with twice as many images."
+)
 STYLE = """:root{color-scheme:light dark;background:Canvas;color:CanvasText;font:16px/1.5 system-ui,
 sans-serif}body{max-width:1040px;margin:auto;padding:8px 14px 64px;overflow-wrap:anywhere}h1,h2,b,
 small{line-height:1.3}h2{margin-top:44px;border-top:1px solid #8884;padding-top:18px}p{
@@ -2694,7 +3030,8 @@ border-bottom:1px solid #8883;white-space:nowrap;font-weight:400}th{vertical-ali
 th:first-child{text-align:left;white-space:normal;position:sticky;left:0;background:Canvas;
 overflow-wrap:break-word;max-width:50vw;padding-left:0}.matrix td{padding:1px}span{display:block;
 min-width:34px;padding:4px;text-align:center}.matrix tr:first-child td{writing-mode:vertical-rl;
-padding:4px}pre{white-space:pre-wrap;padding:12px;background:#8882}body .chart{width:100%;
+padding:4px}dt{font-weight:600}dd{margin:0 0 10px;max-width:78ch}
+pre{white-space:pre-wrap;padding:12px;background:#8882}body .chart{width:100%;
 max-width:800px}.chart{font-size:14px}.open{overflow:visible}.chart *{fill:currentColor}.head{
 font-weight:600}.end{text-anchor:end}.middle{text-anchor:middle}line,polyline{stroke:currentColor;
 stroke-width:2;stroke-linecap:round;vector-effect:non-scaling-stroke}.chart polyline{fill:none}
@@ -2729,11 +3066,14 @@ def write_title(title: str, *names: str) -> str:
 
 
 def mean_recall(rows: Rows, keys: tuple[str, ...]) -> tuple[float, ...]:
-    """The mean recall of classes and the ends of its interval; NaN if none is known."""
+    """The mean recall of classes and the ends of its interval; NaN if none is known.
+
+    `keys` name the columns of the recall, its ends, and the images that it is known from.
+    """
     known = [row for row in rows if row["val_images"] and keys[0] in row]
     if len(known) < 2:
-        return tuple(known[0][key] if known else math.nan for key in keys)
-    pairs = [(row[keys[0]], row["val_images"]) for row in known]
+        return tuple(known[0][key] if known else math.nan for key in keys[:3])
+    pairs = [(row[keys[0]], row[keys[3]]) for row in known]
     recall, counts = torch.tensor(pairs, dtype=torch.float64).T
     weights = torch.full((1, len(known)), 1 / len(known), dtype=torch.float64)
     return tuple(end.item() for end in mean_interval(recall, counts, weights))
@@ -2748,10 +3088,10 @@ def draw_row(rows: Rows, y: int) -> str:
         name, images = f"{len(rows)} classes", f"{images} to {rows[-1]['train_images']}"
         for recall in (row["recall"] for row in rows if row["val_images"]):
             marks += f'<circle class="new bar" cx="{recall:.2%}" cy="{20 + half}" r="3"/>'
-    for age, at, (mean, low, high) in (("old", 20 - half, old), ("new", 20 + half, new)):
+    for age, cy, (mean, low, high) in (("old", 20 - half, old), ("new", 20 + half, new)):
         if not math.isnan(mean):
-            marks += f'<line class="{age} bar" x1="{low:.2%}" x2="{high:.2%}" y1="{at}" y2="{at}"/>'
-            marks += f'<circle class="{age}" cx="{mean:.2%}" cy="{at}" r="5.5"/>'
+            marks += f'<line class="{age} bar" x1="{low:.2%}" x2="{high:.2%}" y1="{cy}" y2="{cy}"/>'
+            marks += f'<circle class="{age}" cx="{mean:.2%}" cy="{cy}" r="5.5"/>'
     texts = write(name, 38, 14, "end") + write(f"{images} training", 38, 29, "soft end")
     judged = sum(row["val_images"] for row in rows)
     texts += write(f"{judged} validation images", 38, 43, "soft end")
@@ -2761,13 +3101,14 @@ def draw_row(rows: Rows, y: int) -> str:
 
 def recall_chart(classes: Rows, before_name: str = "") -> str:
     """The recall of each class, or of groups if many, most training images first: SVG."""
-    order, title = sorted(classes, key=lambda row: -row["train_images"]), "Recall, 95 % interval"
-    cuts, names = len(order), [f"before: {before_name}", "now"] if before_name else []
+    order = sorted(classes, key=lambda row: -row["train_images"])
+    names = [f"before: {before_name}", "now"] if before_name else []
+    cuts, title = len(order), "Recall, 95 % interval"
     if cuts > MOST_CLASSES:
         cuts, title = GROUPS, "Mean recall, 95 % interval (dots: classes)"
     body, height, grid = write_title(title, *names), 62 + 56 * cuts, ""
     for cut in range(cuts):
-        first, end = (len(order) * at // cuts for at in (cut, cut + 1))
+        first, end = len(order) * cut // cuts, len(order) * (cut + 1) // cuts
         body += draw_row(order[first:end], 60 + 56 * cut)
     for x in range(0, 101, 25):
         grid += f'<line class="grid" x1="{x}%" x2="{x}%" y1="58" y2="{height}"/>'
@@ -2775,33 +3116,39 @@ def recall_chart(classes: Rows, before_name: str = "") -> str:
     return svg(f"{body}<svg {PLOT}>{grid}</svg>", height)
 
 
-def draw_panel(history: Rows, keys: tuple[str, str], scale: int) -> str:
-    """Two columns by epoch, a line for each fold; what is far above most values is cut off."""
+def draw_panel(history: Rows, keys: Sequence[str], scale: int) -> str:
+    """Columns by epoch, a line for each fold; what is far above most values is cut off."""
     values = sorted(row[key] for row in history for key in keys if math.isfinite(row[key])) or [0]
-    top, low = min(values[-1], 2 * values[len(values) * 9 // 10]), math.floor(2 * values[0]) / 2
-    height, body = max(1, math.ceil(2 * (top - low))) / 2, ""  # often from 50 to 100 %
+    top = min(values[-1], 2 * values[len(values) * 9 // 10])
+    low = math.floor(2 * values[0]) / 2
+    height = max(1, math.ceil(2 * (top - low))) / 2  # often from 50 to 100 %
     epochs = [row["epoch"] for row in history]
     first, width = min(epochs), max(1, max(epochs) - min(epochs))
+    body = ""
     for y in range(0, 101, 20):
         body += f'<line class="grid" x2="100%" y1="{y}%" y2="{y}%"/><text class="soft end" x="-8" '
         body += f'y="{y}%" dy="4">{scale * (low + height * (1 - y / 100)):g}</text>'
     for epoch in range(first, first + width + 1, math.ceil(width / 10)):
         body += write(str(epoch), 100 * (epoch - first) / width, 198, "soft middle")
     body += f'<svg viewBox="{first} {-low - height} {width} {height}" preserveAspectRatio="none">'
-    for key, fold in product(keys, {row["fold"] for row in history}):
-        rows = [row for row in history if row["fold"] == fold and math.isfinite(row[key])]
-        line = [f"{row['epoch']},{-row[key]:.6g}" for row in rows[:1] + rows]  # of one: a dot
-        kind = "old" if key == keys[0] else "new"
-        body += f'<polyline class="{kind}" points="{" ".join(line)}"/>'
+    for kind, key in zip(("old", "new"), keys, strict=False):
+        for fold in {row["fold"] for row in history}:
+            rows = [row for row in history if row["fold"] == fold and math.isfinite(row[key])]
+            line = [f"{row['epoch']},{-row[key]:.6g}" for row in rows[:1] + rows]  # of one: a dot
+            body += f'<polyline class="{kind}" points="{" ".join(line)}"/>'
     return f'<svg class="open" x="10%" y="52" width="86%" height="180">{body}</svg></svg>'
 
 
-def curve_chart(history: Rows) -> str:
-    """Loss and balanced accuracy by epoch: SVG."""
+def curve_chart(history: Rows, calibrated: bool) -> str:
+    """Loss and balanced accuracy by epoch, also as it was before it was `calibrated`: SVG."""
     body = write_title("Loss by epoch", "training", "validation")
     body += draw_panel(history, ("train_loss", "val_loss"), 1) + '<svg y="270">'
-    body += write_title("Balanced accuracy in % by epoch", "as trained", "calibrated")
-    body += draw_panel(history, ("as_trained_balanced_accuracy", "balanced_accuracy"), 100)
+    names, keys = ["as trained"], ["as_trained_balanced_accuracy"]
+    if calibrated:
+        names.append("calibrated")
+        keys.append("balanced_accuracy")
+    body += write_title("Balanced accuracy in % by epoch", *names)
+    body += draw_panel(history, keys, 100)
     return svg(f"{body}</svg>", 530)
 
 
@@ -2815,7 +3162,14 @@ def make_table(rows: Iterable[Iterable[str]]) -> str:
 
 def show_rows(rows: Rows) -> str:
     """A table of rows with the same columns."""
-    return make_table(map(show, row) for row in (rows[0], *(row.values() for row in rows)))
+    names = [name.replace("_", " ") for name in rows[0]]
+    return make_table(map(show, row) for row in (names, *(row.values() for row in rows)))
+
+
+def show_facts(facts: Mapping[str, str]) -> str:
+    """A table of facts by name, one below the other."""
+    text = "".join(f"<dt>{show(name)}</dt><dd>{show(fact)}</dd>" for name, fact in facts.items())
+    return f"<dl>{text}</dl>"
 
 
 def show_confusions(data: Data, last: Evaluation) -> str:
@@ -2824,104 +3178,124 @@ def show_confusions(data: Data, last: Evaluation) -> str:
     order = data.train_counts().argsort(descending=True, stable=True).tolist()
     if len(names) > MOST_CLASSES:
         rows = [["confusion", "images"]]
-        pairs = ((confusion[a][b], a, b) for a, b in permutations(order, 2))
-        for n, a, b in heapq.nlargest(20, pairs):
-            if n:
-                rows.append([f"{names[a]} taken for {names[b]}", f"{n} of {sum(confusion[a])}"])
+        pairs = ((confusion[true][taken], true, taken) for true, taken in permutations(order, 2))
+        for images, true, taken in heapq.nlargest(20, pairs):
+            if images:
+                name = f"{names[true]} taken for {names[taken]}"
+                rows.append([name, f"{images} of {sum(confusion[true])}"])
         return make_table(rows)
     rows = [["is ↓ taken for →", *(names[label] for label in order)]]
-    for a in order:
-        rows.append([names[a]])
-        for b in order:
-            colour, n = "57,135,201" if a == b else "224,130,20", confusion[a][b]
-            shade = f"rgba({colour},{0.8 * n / max(1, sum(confusion[a])):.2f})"
-            rows[-1].append(f'<span style="background:{shade}">{n or ""}</span>')
+    for true in order:
+        rows.append([names[true]])
+        for taken in order:
+            images = confusion[true][taken]
+            colour = "57,135,201" if true == taken else "224,130,20"
+            shade = f"rgba({colour},{0.8 * images / max(1, sum(confusion[true])):.2f})"
+            rows[-1].append(f'<span style="background:{shade}">{images or ""}</span>')
     return f'<div class="matrix">{make_table(rows)}</div>'
 
 
-def show_mistakes(data: Data, last: Evaluation) -> str:
+def show_mistakes(given: Given, last: Evaluation) -> str:
     """The images that are wrong with the most confidence, each beside one of the class it was
-    taken for: the training image in the middle of their names."""
-    wrong = (last.calibrated.predicted != last.targets).nonzero().flatten()
-    order = last.calibrated.probability[wrong].argsort(descending=True, stable=True)
+    taken for: of those that the network has learnt, the one in the middle of their names."""
+    data, (predicted, probability, _) = given.data, last.calibrated
+    wrong = (predicted != last.targets).nonzero().flatten()
+    order = probability[wrong].argsort(descending=True, stable=True)
     text = ""
-    for at in wrong[order][:MISTAKES].tolist():
-        true, taken = last.targets[at], last.calibrated.predicted[at]
-        theirs = ((data.labels == taken) & (data.held != TEST)).nonzero().flatten()
-        sure = f"taken for ({show(last.calibrated.probability[at].item())}), as here"
-        text += f"<figure>{show_image(data, last.places[at], 'is', true)}"
-        text += f"{show_image(data, theirs[len(theirs) // 2], sure, taken)}</figure>"
+    for row in wrong[order][:MISTAKES].tolist():
+        place, taken = int(last.places[row]), int(predicted[row])
+        learnt = data.learns(int(data.held[place]))
+        alike = learnt[data.labels[learnt] == taken]
+        sure = f"taken for ({show(probability[row].item())})"
+        text += f"<figure>{show_image(data, place, 'is', int(last.targets[row]))}"
+        if len(alike):
+            text += show_image(data, int(alike[len(alike) // 2]), f"{sure}, as here", taken)
+        else:
+            text += f"<div><small>{sure}</small><b>{show(data.classes[taken])}</b></div>"
+        text += "</figure>"
+    kind = "typical training image" if given.settings.epochs else "image of DATA"
     return text and (
-        "<p>Wrong with the most confidence. Beside each image: a typical training image of the "
-        f'class it was taken for.</p><div class="pairs">{text}</div>'
+        f"<p>Wrong with the most confidence. Beside each image: a {kind} of the class it was taken "
+        f'for.</p><div class="pairs">{text}</div>'
     )
 
 
-def show_image(data: Data, place: Tensor, said: str, label: Tensor) -> str:
-    """The image at a place of `data`, and below it what is said of it and the name of a class."""
+def show_image(data: Data, place: int, relation: str, label: int) -> str:
+    """The image at a place of `data`, and below it its relation to a class and the class."""
     pixels = central_square(THUMBNAIL)(read_image(data.paths[place], data.white))
     content = io.BytesIO()
     v2.functional.to_pil_image(pixels).save(content, "JPEG", quality=80)
     encoded = base64.b64encode(content.getvalue()).decode()
     return (
         f'<div><img alt="" src="data:image/jpeg;base64,{encoded}">'
-        f"<small>{said}</small><b>{show(data.classes[label])}</b></div>"
+        f"<small>{relation}</small><b>{show(data.classes[label])}</b></div>"
     )
 
 
-def show_result(data: Data, last: Evaluation) -> str:
+def show_result(given: Given, last: Evaluation, classes: Rows) -> str:
     """The result in large type, the rarest, the most frequent and the worst class."""
-    counts, wrong = (
-        data.train_counts(),
-        last.calibrated.confusion - last.calibrated.confusion.diag().diag(),
-    )
-    result, recall, names = last.measures, last.recall.tolist(), data.classes
-    usual, rare = int(counts.argmax()), int(counts.argmin())
-    worst = int(last.recall.argsort(stable=True)[0])  # NaN comes last
-    said, most = names[worst], int(wrong[worst].max())
-    if most:
-        said += f", {most} taken for {names[int(wrong[worst].argmax())]}"
-    ends = format_range(result).split(maxsplit=1)[1]
-    tiles = {
-        "balanced accuracy": (result["balanced_accuracy"], ends),
-        "as trained": (result["as_trained_balanced_accuracy"], "before calibration"),
-        "most frequent class": (recall[usual], f"recall of {names[usual]}"),
-        "rarest class": (recall[rare], f"recall of {names[rare]}"),
-        "lowest recall": (recall[worst], said),
-    }
+    measures, counts = last.measures, given.data.train_counts()
+    usual, rarest = classes[int(counts.argmax())], classes[int(counts.argmin())]
+    worst = int(recall_by_class(last.calibrated.confusion).argsort(stable=True)[0])  # NaN is last
+    wrong = last.calibrated.confusion[worst].clone()
+    wrong[worst] = 0
+    lowest = classes[worst]["class"]
+    if wrong.any():
+        lowest += f", {int(wrong.max())} taken for {classes[int(wrong.argmax())]['class']}"
+    ends = format_range(measures).split(maxsplit=1)[1]
+    tiles = {"balanced accuracy": (measures["balanced_accuracy"], ends)}
+    if is_calibrated(given):
+        before = measures["as_trained_balanced_accuracy"]
+        tiles["as trained"] = (before, "balanced accuracy before calibration")
+    tiles["most frequent class"] = (usual["recall"], f"recall of {usual['class']}")
+    tiles["rarest class"] = (rarest["recall"], f"recall of {rarest['class']}{foresee(rarest)}")
+    tiles["lowest recall"] = (classes[worst]["recall"], lowest)
     text = ""
     for name, (part, note) in tiles.items():
         text += f"<div>{name}<b>{show(part)}</b><small>{show(note)}</small></div>"
     return f'<div class="tiles">{text}</div>'
 
 
-def make_page(
-    given: Given, progress: Progress, last: Evaluation, tested: Evaluation | None
-) -> dict[str, str]:
+def foresee(row: Mapping[str, Any]) -> str:
+    """The interval of a class's recall, and how wide it would be with twice as many images."""
+    images = row["val_images"]
+    if not images:
+        return ""
+    low, high, least, most = (
+        f"{100 * row[key]:.0f}" for key in ("low", "high", "low_if_twice", "high_if_twice")
+    )
+    known = "1 image" if images == 1 else f"{images} images"
+    return f" [{low}, {high}] from {known}; it would be [{least}, {most}] from twice as many"
+
+
+def make_page(given: Given, progress: Progress, result: Result) -> dict[str, str]:
     """By their files' names, the charts and the page: one file without scripts, loading nothing."""
-    settings, data, changes = given.settings, given.data, list_changes(given, last)
-    classes = list_classes(data, progress.draws, last.calibrated.confusion)
+    settings, data, last = given.settings, given.data, result.last
+    changes, facts = list_changes(given, last), list_facts(given, progress, result)
+    classes = list_classes(data, progress.draws, last)
+    baseline = settings.baseline.name if changes and settings.baseline else ""
     if changes and given.baseline is not None:
-        before = confusion_matrix(last.targets, given.baseline, len(classes))
-        for row, old in zip(classes, list_classes(data, progress.draws, before), strict=True):
-            row |= {was: old[now] for now, was in zip(NEW, OLD, strict=True)}
-    baseline, title = settings.baseline.name if changes else "", show(settings.data.name)
+        effective, _ = judge_counts(data, last, given.baseline)
+        columns = *find_recall(data, last, given.baseline), effective.round().long()
+        for row, *values in zip(classes, *(column.tolist() for column in columns), strict=True):
+            row |= dict(zip(OLD, values, strict=True))
+    title = show(settings.data.name)
     recall = recall_chart(classes, baseline)
-    curves = curve_chart(progress.history) if progress.history else ""
-    made_with = {k: v for k, v in vars(settings).items() if k != "command"} | versions()
-    values = " · ".join(f"{show(name)}: {show(str(x))}" for name, x in made_with.items())
+    curves = ""
+    if progress.history:
+        curves = curve_chart(progress.history, is_calibrated(given))
     sections = {
         f"Compared with {show(baseline)}, on the same images": changes
         and show_rows(show_changes(changes)),
         "Recall": f"{recall}<details><summary>Images, draws, measures of each class</summary>"
-        f"{show_rows(classes)}</details>",
-        "Mistakes": show_mistakes(data, last),
+        f"{show_rows(classes)}<p>{IN_USE}</p></details>",
+        "Mistakes": show_mistakes(given, last),
         "Confusions": show_confusions(data, last),
-        "Training": curves,
-        "Make it again": f"<pre>{show(settings.command)}</pre><p><small>{values}</small></p>",
-        "How this was measured": f"<p>{show(describe_method(given, progress, last))}</p>",
+        "Training": curves if settings.epochs else "",
+        "Make it again": show_command(given),
+        "How this was measured": show_facts(facts),
     }
-    body = f"<h1>{title}</h1><p>{show(describe_run(given, tested))}</p>{show_result(data, last)}"
+    body = f"<h1>{title}</h1>{show_lead(facts, result)}{show_result(given, last, classes)}"
     body += "".join(f"<h2>{name}</h2>{text}" for name, text in sections.items() if text)
     page = (
         '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width='
@@ -2931,55 +3305,35 @@ def make_page(
     return {name: chart for name, chart in charts.items() if chart} | {"report.html": page}
 
 
-def describe_run(given: Given, tested: Evaluation | None) -> str:
-    """What was trained on what, and what judged it."""
-    settings, counts, way = given.settings, given.data.train_counts(), "trained from random weights"
-    if settings.weights != "none":
-        way = f"fine-tuned from {Path(settings.weights).name}"
-    text = (
-        f"{settings.arch}, {way}, on {int(counts.sum())} images of {len(counts)} classes, "
-        f"{counts.max()} of the most frequent and {counts.min()} of the rarest. "
-        f"Judged by {describe_val(given)}."
-    )
-    if tested:
-        result = format_range(tested.measures)
-        text += f" Voting on the untouched test they have {result}."
-    return text
+def show_lead(facts: Mapping[str, str], result: Result) -> str:
+    """What the page says first: whether the run is done, what it trained, and what judges it."""
+    text = f"{facts['network']}; {facts['images']}. Judged by {facts['judged by']}."
+    if "not judged" in facts:
+        text += f" Not judged are {facts['not judged']}."
+    if result.tested:
+        text += f" Untouched test, by vote: {format_range(result.tested.measures)}."
+    if "not tested" in facts:
+        text += f" Not tested are {facts['not tested']}."
+    if "unfinished" in facts:
+        return f"<p><b>Unfinished: {show(facts['unfinished'])}.</b></p><p>{show(text)}</p>"
+    return f"<p>{show(text)}</p>"
 
 
-def describe_method(given: Given, progress: Progress, last: Evaluation) -> str:
-    """How a run was measured, for a methods section."""
-    settings, stages = given.settings, {row["phase"] for row in progress.history}
-    layers = {
-        "head": "the last layer alone (SGD)",
-        "trial": f"all layers for a trial (AdamW, {settings.lr:g})",
-        "whole": f"all layers (AdamW, {settings.lr:g})",
-        "upper": f"from the last layer on, the upper half (AdamW, {settings.lr * UPPER_FACTOR:g})",
-    }
-    trained = " and then ".join(text for name, text in layers.items() if name in stages)
-    way = "was judged as it was given"
-    if settings.epochs:
-        drawn = "each image once per epoch"
-        if settings.rebalance == "sampler":
-            weights = f"1 / (images of the class) ** {settings.power:g}"
-            drawn = f"drawn by a WeightedRandomSampler, weights {weights}"
-        way = (
-            f"was trained for {settings.epochs} epochs "
-            f"with images of {settings.image_size} pixels, "
-            f"{drawn}: {trained}, in batches of {settings.batch_size}, seed {settings.seed}"
-        )
-    text = f"A {settings.arch} ({settings.weights}) {way}. It was judged by {describe_val(given)}. "
-    if settings.epochs and settings.calibrate:
-        text += (
-            f"Logits were multiplied by {last.calibration.scale:.3f} and lowered by "
-            f"{last.calibration.shift:.3f} times the log share of the class; each part of the "
-            "images was judged with numbers fitted on the others. "
-        )
-    return text + (
-        "Balanced accuracy is the mean recall of the classes. Intervals (95 %) are Wilson's for a "
-        "class and score intervals for a mean; they say how far other images could move a figure, "
-        "not how far another training could."
-    )
+def show_command(given: Given) -> str:
+    """The command that makes the run again, to be pasted, and all it depends on.
+
+    It names no run folder, which is there already, and as many processes as there were.
+    """
+    settings, words, compute = given.settings, shlex.split(given.settings.command), given.compute
+    for place in reversed(range(len(words))):
+        flag, _, value = words[place].partition("=")
+        if len(flag) > 2 and "--output".startswith(flag):  # argparse takes its beginnings, too
+            del words[place : place + (1 if value else 2)]
+    if compute.world_size > 1:
+        words[:1] = ["torchrun", f"--nproc-per-node={compute.world_size}"]
+    made_with = {k: v for k, v in vars(settings).items() if k != "command"} | versions()
+    values = " · ".join(f"{show(name)}: {show(str(value))}" for name, value in made_with.items())
+    return f"<pre>{show(shlex.join(words))}</pre><p><small>{values}</small></p>"
 
 
 # -------------------------------------------------------------------------------------- predicting
@@ -3057,12 +3411,14 @@ def read_photos(
     bar = tqdm(total=len(paths), desc="predicting", unit=" images", leave=False, disable=None)
     with ThreadPool() as pool, bar:
         for first in range(0, len(paths), batch_size):
-            part, views = paths[first : first + batch_size], {}
-            for path, each in zip(part, pool.map(read, part), strict=True):
-                if isinstance(each, Tensor):
-                    views[path] = each
+            part = paths[first : first + batch_size]
+            views: dict[str, Tensor] = {}
+            for path, image in zip(part, pool.map(read, part), strict=True):
+                if isinstance(image, Tensor):
+                    views[path] = image
                 else:
-                    tqdm.write(f"warning: {each.removesuffix('; remove it')}; left out", sys.stderr)
+                    reason = image.removesuffix("; remove it")
+                    tqdm.write(f"warning: {reason}; left out", sys.stderr)
             if views:
                 yield torch.stack([*views.values()]), [*views]
             bar.update(len(part))

@@ -1,6 +1,5 @@
 """What the measures and their intervals promise: by hand, by other formulas, by simulation."""
 
-import dataclasses
 import math
 
 import numpy as np
@@ -22,14 +21,16 @@ def test_f1_is_0_for_a_class_never_found_and_nan_for_one_without_images():
 
 
 def test_measures_are_means_of_recalls_and_nan_for_an_empty_group():
-    result = training.measure(CONFUSION, torch.tensor([101, 100, 20, 500]))
+    counts = CONFUSION.sum(1)
+    result = training.measure(CONFUSION, torch.tensor([101, 100, 20, 500]), counts)
     assert result["accuracy"] == 12 / 16
     assert result["balanced_accuracy"] == pytest.approx((0.8 + 0.75 + 0.5) / 3)
     assert result["many"] == 0.8  # the class that nobody asks for does not count
     assert result["medium"] == pytest.approx((0.75 + 0.5) / 2)
     assert math.isnan(result["few"])
     assert result["macro_f1"] == pytest.approx((0.8 + 0.75 + 0.5) / 3)
-    few = training.measure(torch.tensor([[1, 1], [0, 4]]), torch.tensor([19, 20]))
+    two = torch.tensor([[1, 1], [0, 4]])
+    few = training.measure(two, torch.tensor([19, 20]), two.sum(1))
     assert math.isnan(few["many"]) and (few["medium"], few["few"]) == (1.0, 0.5)
 
 
@@ -105,7 +106,8 @@ def test_a_comparison_adds_a_quarter_of_an_image_to_both_who_won_and_who_lost():
     targets = torch.tensor([0] * 8 + [1] * 2)
     before = torch.tensor([1, 1, 1, 0, 0, 0, 0, 1, 1, 0])
     after = torch.tensor([0, 0, 0, 1, 0, 0, 0, 1, 1, 0])
-    rows = training.compare(targets, before, after, torch.tensor([101, 5]))
+    alone = torch.arange(len(targets))
+    rows = training.compare(targets, before, after, torch.tensor([101, 5]), alone)
     assert [row["measure"] for row in rows] == list(training.MEASURES)
     many, medium = rows[2], rows[3]
     won, lost, n = 3.25, 1.25, 8.5
@@ -118,6 +120,11 @@ def test_a_comparison_adds_a_quarter_of_an_image_to_both_who_won_and_who_lost():
     assert [*same.values()][1:] == pytest.approx([0.5, 0.5, 0, -half, half])
     assert (rows[0]["before"], rows[0]["after"]) == pytest.approx((0.5, 0.7))
     assert (rows[1]["before"], rows[1]["after"]) == (0.5, 0.625)
+    # Twice each image, in one family, tells as much as once: 8 images and not 16.
+    twice = (each.repeat_interleave(2) for each in (targets, before, after))
+    many = training.compare(*twice, torch.tensor([101, 5]), alone.repeat_interleave(2))[2]
+    variance = ((6.25 + 2.25) / 16.5 - ((6.25 - 2.25) / 16.5) ** 2) / 7.5
+    assert many["high"] - many["low"] == pytest.approx(2 * 1.959964 * variance**0.5)
 
 
 SETTINGS = {
@@ -155,7 +162,7 @@ def test_the_interval_of_a_difference_covers_the_truth(setting, won, lost):
     for fate in fates:
         before = torch.where(fate < won, wrong, targets)
         after = torch.where((fate >= won) & (fate < won + lost), wrong, targets)
-        row = training.compare(targets, before, after, counts)[1]
+        row = training.compare(targets, before, after, counts, torch.arange(len(targets)))[1]
         covered += row["low"] <= won - lost <= row["high"]
     few = setting == "300 : 3"  # whose three have ten outcomes
     assert (0.91 if few else 0.93) <= covered / runs <= (0.995 if few else 0.985)
@@ -206,11 +213,102 @@ def test_loss_counts_classes_alike_and_natural_accuracy_as_in_training(animals, 
     # Classes as frequent as in training: bees and cats are taken for apes, log(16 / 5) ahead.
     assert judged.natural.predicted.tolist() == [0] * 7
     assert judged.measures["natural_accuracy"] == pytest.approx(16 / 31)
-    for confusion, expected in (  # of cats taken for bees, and of apes alone
-        ([[4, 0, 0], [0, 2, 0], [0, 1, 0]], 2 / 3),
-        ([[4, 0, 0], [0, 0, 0], [0, 0, 0]], 1),
-    ):
-        natural = judged.natural._replace(confusion=torch.tensor(confusion))
-        other = dataclasses.replace(judged, natural=natural)
-        found = training.natural_accuracy(other, torch.tensor([90, 10, 50]))
-        assert found == pytest.approx(expected)
+    counts = torch.tensor([90, 10, 50])
+    two_of_three = torch.tensor([[4, 0, 0], [0, 2, 0], [0, 1, 0]])
+    assert training.natural_accuracy(two_of_three, counts) == pytest.approx(2 / 3)
+    known = torch.tensor([[4, 0, 0], [0, 0, 0], [0, 0, 0]])
+    assert training.natural_accuracy(known, counts) == 1  # of what is known
+
+
+def test_precision_in_use_is_that_of_classes_as_frequent_as_in_training():
+    """Of 8,000 images 1 % are rare: 57 of 80 are found, and 79 of the others called so."""
+    confusion = torch.tensor([[99, 1, 0], [29, 71, 0], [0, 0, 0]])
+    precision = training.precision_in_use(confusion, torch.tensor([7920, 80, 500]))
+    called = 0.71 * 80 + 0.01 * 7920
+    often = 0.99 * 7920 / (0.99 * 7920 + 0.29 * 80)
+    assert precision[:2].tolist() == pytest.approx([often, 0.71 * 80 / called])
+    assert precision[2].isnan()  # no image of it is known
+    never = training.precision_in_use(torch.tensor([[4, 0], [2, 0]]), torch.tensor([9, 1]))
+    assert never[0] == pytest.approx(0.9) and never[1].isnan()  # nothing is called so
+
+
+def test_auc_is_how_often_an_image_of_the_class_is_ahead_of_one_of_another():
+    """By all pairs, each other class counting the same, ties half; one of four has no image."""
+    stream = torch.Generator().manual_seed(0)
+    targets = torch.tensor([0] * 9 + [1] * 4 + [2] * 2)
+    probabilities = torch.randint(6, (15, 4), generator=stream) / 6
+    areas = training.auc_by_class(probabilities, targets)
+    for label in range(3):
+        p, parts = probabilities[:, label], []
+        for other in {0, 1, 2} - {label}:
+            ahead = p[targets == label][:, None] - p[targets == other]
+            parts.append(((ahead > 0).double() + (ahead == 0).double() / 2).mean().item())
+        assert areas[label].item() == pytest.approx(sum(parts) / 2)
+    assert areas[3].isnan()
+    assert training.auc_by_class(probabilities[:9], targets[:9]).isnan().all()
+    sure = torch.nn.functional.one_hot(targets, 4).float()
+    assert training.auc_by_class(sure, targets)[:3].tolist() == [1, 1, 1]
+
+
+def families_of(sizes: list[int]) -> torch.Tensor:
+    return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "right", "effective", "groups"),
+    [
+        ([1] * 6, [1, 1, 0, 1, 1, 1], 6, 6),  # without families the images
+        ([3] * 4, [1] * 9 + [0] * 3, 4, 4),  # all of a family alike: the families
+        ([3] * 4, [1] * 12, 4, 4),  # all right: nobody knows how alike
+        ([5], [1, 1, 0, 1, 1], 1, 1),  # one film tells what one image does
+        ([4, 2], [1] * 6, 36 / 20, 2),  # of families that differ in size fewer
+        # Seen is (0.5^2 + 0.5^2) / 4^2 * 2 / 1 of 3/16, that is 1/3, and twice 1 is added.
+        ([2, 2], [1, 1, 1, 0], 1 + 1 / ((1 / 3 + 2) / 3), 2),
+    ],
+)
+def test_images_tell_as_much_as_their_families_let_them(sizes, right, effective, groups):
+    values, families = torch.tensor(right), families_of(sizes)
+    targets = torch.ones(len(right)).long()
+    counts, told = training.effective_counts(values, targets, families, 3)
+    assert counts.tolist() == pytest.approx([0, effective, 0]) and told.tolist() == [0, groups, 0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "recall", "alike", "classes"),
+    [
+        *(([10] * 5, 0.8, alike, 1) for alike in (0.0, 0.3, 1.0)),
+        *(([5] * 10, 0.9, alike, 1) for alike in (0.0, 0.6, 1.0)),
+        *(([20, 9, 9, 6, 3, 2, 1, 1], 0.8, alike, 1) for alike in (0.0, 0.3, 1.0)),
+        *(([10] * 5, 0.8, alike, 8) for alike in (0.0, 0.3, 1.0)),
+    ],
+)
+def test_intervals_count_families(sizes, recall, alike, classes):
+    """Of 5 families of 10 equal frames that of 50 images holds the truth in 41 % of runs.
+
+    A family's images are right at a rate of its own, more or less `alike` (0: families say
+    nothing, 1: all of one are right or wrong). Of several classes the mean is asked for.
+    """
+    stream, runs = np.random.default_rng(0), 400
+    families = families_of(sizes).repeat(classes)
+    targets = torch.arange(classes).repeat_interleave(sum(sizes))
+    families = families + len(sizes) * targets
+    shape = (runs, len(sizes) * classes)
+    rates = np.full(shape, recall)
+    if alike:
+        spread = (1 - alike) / alike or 1e-9
+        rates = stream.beta(recall * spread, (1 - recall) * spread, shape)
+    right = torch.tensor(stream.random((runs, len(targets))) < rates[:, families.numpy()])
+    weights, held = torch.full((1, classes), 1 / classes).double(), {"families": 0, "images": 0}
+    for values in right:
+        found = torch.bincount(targets, values.double()) / sum(sizes)
+        effective, _ = training.effective_counts(values, targets, families, classes)
+        images = torch.full((classes,), sum(sizes)).double()
+        for kind, counts in (("families", effective), ("images", images)):
+            if classes > 1:
+                _, low, high = training.mean_interval(found, counts, weights)
+            else:
+                low, high = training.wilson_interval(found * counts, counts)
+            held[kind] += bool(low <= recall <= high)
+    assert held["families"] >= 0.92 * runs
+    if alike == 1:
+        assert held["images"] <= (0.5 if sizes == [10] * 5 else 0.8) * runs
