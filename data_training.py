@@ -44,8 +44,10 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import warnings
+import weakref
 from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -70,7 +72,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, Dataset, Sampler, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 from torchvision import models
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.io import ImageReadMode, decode_image
@@ -1303,7 +1305,7 @@ def deal(
 # up for most of it by images up to so much larger (Touvron et al. 2019, arXiv:1906.06423).
 EVAL_SCALE = 8 / 7
 STRIDE = 32  # pixels a cell of a ResNet's last feature map
-MOST_KEPT = 2**31  # bytes of images for evaluation in main memory, and at most a quarter of it
+COPIES = "data_training-"  # begins the name of a temporary folder, which goes on with its process
 
 
 def check_images(paths: list[str]) -> tuple[dict[str, str], dict[str, float]]:
@@ -1409,6 +1411,76 @@ def read_image(path: str, white: Mapping[str, float], least: int = 0) -> Tensor:
         raise DataError(f"{printable(path)}: {reason}") from None
 
 
+def shrink(image: Tensor, least: int) -> Tensor:
+    """An image of over twice the pixels with its shorter side brought to `least`; others as given.
+
+    Training, evaluation and `--predict` all see it so. It lies in memory as decoders leave it, with
+    the three colours of a pixel side by side, which `RandomResizedCrop` is faster on.
+    """
+    if min(image.shape[1:]) ** 2 <= 2 * least**2:
+        return image
+    return v2.functional.resize(image, [least]).permute(1, 2, 0).contiguous().permute(2, 0, 1)
+
+
+class Copies(NamedTuple):
+    """Shrunk images in a temporary folder, a file each, which all workers and processes share.
+
+    Whether there is a copy changes no pixel: where none can be kept, the original is read again.
+    """
+
+    folder: str
+    reserve: int  # bytes of the disk that stay free
+
+    def load(self, index: int) -> Tensor | None:
+        """The copy of an image, if there is one: (3, height, width) uint8."""
+        try:
+            return torch.from_numpy(np.load(f"{self.folder}/{index}.npy")).permute(2, 0, 1)
+        except OSError:
+            return None
+
+    def keep(self, index: int, image: Tensor) -> None:
+        """Write a copy, if there is room; others see all of the file, or none."""
+        unfinished = f"{self.folder}/unfinished-{os.getpid()}.npy"
+        with contextlib.suppress(OSError):  # a full disk, or a run that is just ending
+            if shutil.disk_usage(self.folder).free - image.nbytes > self.reserve:
+                np.save(unfinished, image.permute(1, 2, 0).numpy())
+                os.replace(unfinished, f"{self.folder}/{index}.npy")
+
+    def describe(self) -> str:
+        """In words, how many copies there are; "" if none."""
+        sizes = [file.stat().st_size for file in Path(self.folder).glob("[0-9]*.npy")]
+        text = f"copies of {len(sizes):,} images, {sum(sizes) / 1e9:.1f} GB, in {self.folder}"
+        return text if sizes else ""
+
+
+def make_copies() -> Copies:
+    """No copies yet, and a quarter of the free disk for them; killed runs' are removed."""
+    try:
+        if os.name == "posix":  # elsewhere a question for a process may end it
+            remove_leftovers(Path(tempfile.gettempdir()))
+        folder = tempfile.mkdtemp(prefix=f"{COPIES}{os.getpid()}-")
+        return Copies(folder, shutil.disk_usage(folder).free * 3 // 4)
+    except OSError:  # nothing can be written
+        return Copies("nowhere", 0)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove the copies of processes that are no more."""
+    for folder in root.glob(f"{COPIES}[0-9]*-*"):
+        with contextlib.suppress(PermissionError, ValueError):  # somebody else's
+            try:
+                os.kill(int(folder.name.removeprefix(COPIES).partition("-")[0]), 0)
+            except ProcessLookupError:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_copies(folder: str) -> None:
+    """Remove the folder; without its name, workers that are still at it can add nothing."""
+    with contextlib.suppress(OSError):
+        os.rename(folder, f"{folder}-")
+    shutil.rmtree(f"{folder}-", ignore_errors=True)
+
+
 @dataclass(frozen=True)
 class Images(Dataset[tuple[Tensor, int]]):
     """Images by (index, seed): the same pair gives the same pixels in any process."""
@@ -1417,24 +1489,26 @@ class Images(Dataset[tuple[Tensor, int]]):
     training: nn.Module  # draws its augmentation from torch's default generator
     evaluation: nn.Module
     least: int  # pixels a side that they need
+    copies: Copies
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, item: Sequence[int]) -> tuple[Tensor, int]:
         """The image as (size, size, 3) uint8, and its label."""
-        index, seed = item
+        index, seed = map(int, item)
         transform = self.evaluation if seed == EVALUATED else self.training
+        image = self.read(index)
         torch.default_generator.manual_seed(seed)
-        image = transform(read_image(self.data.paths[index], self.data.white, self.least))
-        return image.permute(1, 2, 0), int(self.data.labels[index])
+        return transform(image).permute(1, 2, 0), int(self.data.labels[index])
 
-
-class Batches(Sampler[list[tuple[int, int]]]):
-    """The batches that a loader reads next: those that were last `given`."""
-
-    given: Sequence[Tensor] = ()
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """Their pairs of index and seed."""
-        return (batch.tolist() for batch in self.given)
+    def read(self, index: int) -> Tensor:
+        """The image, shrunk: (3, height, width) uint8."""
+        copied = self.copies.load(index)
+        if copied is not None:
+            return copied
+        image = read_image(self.data.paths[index], self.data.white, 2 * self.least)
+        shrunk = shrink(image, self.least)
+        if shrunk is not image:
+            self.copies.keep(index, shrunk)
+        return shrunk
 
 
 def leave_interrupts(_: int) -> None:
@@ -1443,7 +1517,7 @@ def leave_interrupts(_: int) -> None:
 
 
 class Reader:
-    """Reads images, by workers that live as long as it does, and keeps what evaluation sees again.
+    """Reads images, by workers that live as long as it does.
 
     One loader does for the whole run: a spawned worker takes four seconds to its first batch.
     """
@@ -1451,12 +1525,15 @@ class Reader:
     def __init__(self, given: Given):
         """A reader of the images of a run."""
         settings, data = given.settings, given.data
-        self.compute, self.labels = given.compute, data.labels
-        self.again, self.views = evaluated_again(given), dict[int, Tensor]()
+        self.compute = given.compute
         self.waited = 0.0  # seconds for batches so far
-        self.batches, views = Batches(), transforms(settings)
+        self.copies, self.described = first_makes(make_copies, given.compute), ""
+        if self.compute.rank == 0:  # when the reader goes, and at the latest when the program ends
+            weakref.finalize(self, remove_copies, self.copies.folder)
+        self.batches: list[Any] = []  # of the next pass: the loader begins each with a look at it
+        training, evaluation = transforms(settings)
         self.loader = DataLoader(
-            Images(data, training=views[0], evaluation=views[1], least=least_side(settings)),
+            Images(data, training, evaluation, least_side(settings), self.copies),
             batch_sampler=self.batches,
             num_workers=settings.workers,
             persistent_workers=settings.workers > 0,
@@ -1466,27 +1543,17 @@ class Reader:
 
     def read(self, batches: Sequence[Tensor], title: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (B, S, S, 3) uint8 and labels (B,) of `batches`, behind a progress bar."""
-        pairs = torch.cat([torch.empty(0, 2, dtype=torch.int64), *batches])
-        viewed = set(pairs[pairs[:, 1] == EVALUATED, 0].tolist())
-        if viewed and viewed <= self.views.keys():
-            loaded: Iterator[Any] = map(self.recall, batches)
-        else:
-            self.batches.given = batches
-            loaded = iter(self.loader)
-        kept = self.again & viewed
-        for batch in show_progress(batches, title, self.compute):
+        if not self.described and self.compute.rank == 0:
+            self.described = self.copies.describe()
+            if self.described:
+                print(self.described, file=sys.stderr)
+        self.batches[:] = [batch.numpy() for batch in batches]
+        loaded = iter(self.loader)
+        for _ in show_progress(batches, title, self.compute):
             asked = time.perf_counter()
-            images, labels = next(loaded)
+            batch = next(loaded)
             self.waited += time.perf_counter() - asked
-            for index, image in zip(batch[:, 0].tolist(), images, strict=True):
-                if index in kept and index not in self.views:
-                    self.views[index] = image.clone()  # without the rest of its batch
-            yield images, labels
-
-    def recall(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """A batch of views that were kept, and its labels."""
-        indices = batch[:, 0]
-        return torch.stack([self.views[index] for index in indices.tolist()]), self.labels[indices]
+            yield batch
 
 
 class Features(NamedTuple):
@@ -1509,20 +1576,6 @@ def show_progress(batches: Sequence[Tensor], title: str, compute: Compute) -> It
     """`batches` behind a progress bar, where stderr is a terminal: that of process 0 alone."""
     hidden = compute.rank > 0 or None  # None: unless it is a terminal
     return tqdm(batches, title, unit=" batches", leave=False, disable=hidden)
-
-
-def evaluated_again(given: Given) -> set[int]:
-    """The images that this process evaluates after each epoch, if there is room for their views."""
-    settings, rank, world_size = given.settings, given.compute.rank, given.compute.world_size
-    parts = [given.data.judges(fold)[rank::world_size] for fold in range(settings.folds)]
-    images = set(torch.cat(parts).tolist())
-    try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError):  # Windows does not tell
-        memory = 2 * MOST_KEPT
-    room = min(memory // 4, MOST_KEPT) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    fits = 3 * eval_size(settings.image_size) ** 2 * len(images) <= room
-    return images if fits and (settings.frozen_epochs or 0) < settings.epochs else set()
 
 
 class RandomQuarterTurn(nn.Module):
@@ -2583,20 +2636,27 @@ def list_photos(place: Path) -> list[str]:
 def read_photos(
     paths: list[str], run: Mapping[str, Any], batch_size: int
 ) -> Iterator[tuple[Tensor, list[str]]]:
-    """Batches of views (B, S, S, 3) uint8 and their paths; what cannot be read is named."""
-    view = central_square(run["eval_size"])
+    """Batches of views (B, S, S, 3) uint8 and their paths; what cannot be read is named.
+
+    While a batch is used the next one is read.
+    """
+    view, least = central_square(run["eval_size"]), run["least_side"]
 
     def read(path: str) -> Tensor | str:
         try:
-            return view(read_image(path, run["white"], run["least_side"])).permute(1, 2, 0)
+            image = read_image(path, run["white"], 2 * least)
+            return view(shrink(image, least)).permute(1, 2, 0)
         except DataError as error:
             return str(error)
 
+    parts = [paths[first : first + batch_size] for first in range(0, len(paths), batch_size)]
     bar = tqdm(total=len(paths), desc="predicting", unit=" images", leave=False, disable=None)
     with ThreadPool() as pool, bar:
-        for first in range(0, len(paths), batch_size):
-            part, views = paths[first : first + batch_size], {}
-            for path, each in zip(part, pool.map(read, part), strict=True):
+        ahead = pool.map_async(read, parts[0])
+        for part, following in zip(parts, [*parts[1:], []], strict=True):
+            found, views = ahead.get(), {}
+            ahead = pool.map_async(read, following)
+            for path, each in zip(part, found, strict=True):
                 if isinstance(each, Tensor):
                     views[path] = each
                 else:
