@@ -2847,8 +2847,8 @@ def make_parser() -> OneLineParser:
         "right; all: turn them by quarters too, for microscopes and from above")
     group.add_argument("--no-flip", dest="flip", action="store_const", const="none",
         help=argparse.SUPPRESS)
-    add("--workers", "N", whole, "auto", "processes that read images; auto: 0 on a CPU, else the "
-        "number of cores minus 1, at most 16, or 8 where processes are spawned")
+    add("--workers", "N", whole, "auto", "processes that read images; auto: on a CPU half the "
+        "cores, at most 4; else cores minus 1, at most 16, or 8 where processes are spawned")
     group = parser.add_argument_group("model")
     add("--arch", "NAME", str, "auto", "a ResNet of torchvision; auto: that of --weights, else "
         "resnet50 on an accelerator and resnet18 on a CPU")
@@ -2979,8 +2979,9 @@ def count_workers(args: Namespace) -> int:
         cores = getattr(os, "process_cpu_count", lambda: len(affinity(0)))() or 1
         # Nothing here tells a container's share of the cores, and 8 spawned take 2 GB.
         most = 16 if get_start_method() == "fork" else 8
-        own = (cores - 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = 0 if args.device == "cpu" else max(1, min(most, own))
+        cpu = args.device == "cpu"  # whose cores train, too
+        own = (cores // 2 if cpu else cores - 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = min(4, own) if cpu else max(1, min(most, own))
     shared = Path("/dev/shm")  # through which, where there is one, workers hand their batches over
     if workers and shared.is_dir():  # to write beyond its end would kill a worker
         batch = 3 * eval_size(args.image_size) ** 2 * args.batch_size

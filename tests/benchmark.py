@@ -466,10 +466,7 @@ def grow(images: int, folder: Path) -> dict[str, float]:
     lap("weights")
     drawn = train[training.draw_images(weights, True, training.seeded("draw", 0, 1))]
     lap("draw")
-    batches = training.Batches()
-    batches.given = training.cut_batches(drawn, 64, training.seeded("augment", 0, 1))
-    for _ in batches:
-        pass
+    training.cut_batches(drawn, 64, training.seeded("augment", 0, 1))
     lap("batches")
     compute = training.Compute(torch.device("cpu"), None)
     given = training.Given(settings=args, data=data, baseline=None, origin="", compute=compute)
