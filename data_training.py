@@ -60,8 +60,10 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import warnings
+import weakref
 from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -86,7 +88,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.data import DataLoader, Dataset, Sampler, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 from torchvision import models
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.io import ImageReadMode, decode_image
@@ -321,6 +323,8 @@ def cut_batches(
     Without `seeds` the images are to be evaluated. The sizes of the batches differ by one at most:
     a last batch of a few images would weigh too much, and one of a single image break BatchNorm.
     """
+    if not len(indices):  # of a process that has no image to evaluate
+        return ()
     drawn = torch.full_like(indices, EVALUATED)
     if seeds:
         drawn = torch.randint(2**62, (len(indices),), generator=seeds)
@@ -1609,7 +1613,7 @@ def share_out(counts: Mapping[int, int], shares: Sequence[float]) -> list[dict[i
 # up for most of it by images up to so much larger (Touvron et al. 2019, arXiv:1906.06423).
 EVAL_SCALE = 8 / 7
 STRIDE = 32  # pixels a cell of a ResNet's last feature map
-MOST_KEPT = 2**31  # bytes of images for evaluation in main memory, and at most a quarter of it
+COPIES = "data_training-"  # begins the name of a temporary folder, which goes on with its process
 
 
 APART = 8  # largest values of images of over 8 bits that lie further apart get a warning
@@ -1779,6 +1783,76 @@ def to_8_bits(picture: Image.Image, values: np.ndarray[Any, Any], white: float) 
     return result
 
 
+def shrink(image: Tensor, least: int) -> Tensor:
+    """An image of over twice the pixels with its shorter side brought to `least`; others as given.
+
+    Training, evaluation and `--predict` all see it so. It lies in memory as decoders leave it, with
+    the three colours of a pixel side by side, which `RandomResizedCrop` is faster on.
+    """
+    if min(image.shape[1:]) ** 2 <= 2 * least**2:
+        return image
+    return v2.functional.resize(image, [least]).permute(1, 2, 0).contiguous().permute(2, 0, 1)
+
+
+class Copies(NamedTuple):
+    """Shrunk images in a temporary folder, a file each, which all workers and processes share.
+
+    Whether there is a copy changes no pixel: where none can be kept, the original is read again.
+    """
+
+    folder: str
+    reserve: int  # bytes of the disk that stay free
+
+    def load(self, index: int) -> Tensor | None:
+        """The copy of an image, if there is one: (3, height, width) uint8."""
+        try:
+            return torch.from_numpy(np.load(f"{self.folder}/{index}.npy")).permute(2, 0, 1)
+        except OSError:
+            return None
+
+    def keep(self, index: int, image: Tensor) -> None:
+        """Write a copy, if there is room; others see all of the file, or none."""
+        unfinished = f"{self.folder}/unfinished-{os.getpid()}.npy"
+        with contextlib.suppress(OSError):  # a full disk, or a run that is just ending
+            if shutil.disk_usage(self.folder).free - image.nbytes > self.reserve:
+                np.save(unfinished, image.permute(1, 2, 0).numpy())
+                os.replace(unfinished, f"{self.folder}/{index}.npy")
+
+    def describe(self) -> str:
+        """In words, how many copies there are; "" if none."""
+        sizes = [file.stat().st_size for file in Path(self.folder).glob("[0-9]*.npy")]
+        text = f"copies of {len(sizes):,} images, {sum(sizes) / 1e9:.1f} GB, in {self.folder}"
+        return text if sizes else ""
+
+
+def make_copies() -> Copies:
+    """No copies yet, and a quarter of the free disk for them; killed runs' are removed."""
+    try:
+        if os.name == "posix":  # elsewhere a question for a process may end it
+            remove_leftovers(Path(tempfile.gettempdir()))
+        folder = tempfile.mkdtemp(prefix=f"{COPIES}{os.getpid()}-")
+        return Copies(folder, shutil.disk_usage(folder).free * 3 // 4)
+    except OSError:  # nothing can be written
+        return Copies("nowhere", 0)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove the copies of processes that are no more."""
+    for folder in root.glob(f"{COPIES}[0-9]*-*"):
+        with contextlib.suppress(PermissionError, ValueError):  # somebody else's
+            try:
+                os.kill(int(folder.name.removeprefix(COPIES).partition("-")[0]), 0)
+            except ProcessLookupError:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_copies(folder: str) -> None:
+    """Remove the folder; without its name, workers that are still at it can add nothing."""
+    with contextlib.suppress(OSError):
+        os.rename(folder, f"{folder}-")
+    shutil.rmtree(f"{folder}-", ignore_errors=True)
+
+
 @dataclass(frozen=True)
 class Images(Dataset[tuple[Tensor, int]]):
     """Images by (index, seed): the same pair gives the same pixels in any process."""
@@ -1787,24 +1861,26 @@ class Images(Dataset[tuple[Tensor, int]]):
     training: nn.Module  # draws its augmentation from torch's default generator
     evaluation: nn.Module
     least: int  # pixels a side that they need
+    copies: Copies
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, item: Sequence[int]) -> tuple[Tensor, int]:
         """The image as (size, size, 3) uint8, and its label."""
-        index, seed = item
+        index, seed = map(int, item)
         transform = self.evaluation if seed == EVALUATED else self.training
+        image = self.read(index)
         torch.default_generator.manual_seed(seed)
-        image = transform(read_image(self.data.paths[index], self.data.white, self.least))
-        return image.permute(1, 2, 0), int(self.data.labels[index])
+        return transform(image).permute(1, 2, 0), int(self.data.labels[index])
 
-
-class Batches(Sampler[list[tuple[int, int]]]):
-    """The batches that a loader reads next: those that were last `given`."""
-
-    given: Sequence[Tensor] = ()
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """Their pairs of index and seed."""
-        return (batch.tolist() for batch in self.given)
+    def read(self, index: int) -> Tensor:
+        """The image, shrunk: (3, height, width) uint8."""
+        copied = self.copies.load(index)
+        if copied is not None:
+            return copied
+        image = read_image(self.data.paths[index], self.data.white, 2 * self.least)
+        shrunk = shrink(image, self.least)
+        if shrunk is not image:
+            self.copies.keep(index, shrunk)
+        return shrunk
 
 
 def leave_interrupts(_: int) -> None:
@@ -1813,7 +1889,7 @@ def leave_interrupts(_: int) -> None:
 
 
 class Reader:
-    """Reads images, by workers that live as long as it does, and keeps what evaluation sees again.
+    """Reads images, by workers that live as long as it does.
 
     One loader does for the whole run: a spawned worker takes four seconds to its first batch.
     """
@@ -1821,12 +1897,14 @@ class Reader:
     def __init__(self, given: Given):
         """A reader of the images of a run."""
         settings, data = given.settings, given.data
-        self.compute, self.labels = given.compute, data.labels
-        self.again, self.views = evaluated_again(given), dict[int, Tensor]()
-        self.waited = 0.0  # seconds for batches so far
-        self.batches, views = Batches(), transforms(settings)
+        self.compute = given.compute
+        self.copies, self.described = first_makes(make_copies, given.compute), ""
+        if self.compute.rank == 0:  # when the reader goes, and at the latest when the program ends
+            weakref.finalize(self, remove_copies, self.copies.folder)
+        self.batches: list[Any] = []  # of the next pass: the loader begins each with a look at it
+        training, evaluation = transforms(settings)
         self.loader = DataLoader(
-            Images(data, training=views[0], evaluation=views[1], least=least_side(settings)),
+            Images(data, training, evaluation, least_side(settings), self.copies),
             batch_sampler=self.batches,
             num_workers=settings.workers,
             persistent_workers=settings.workers > 0,
@@ -1839,27 +1917,14 @@ class Reader:
 
     def read(self, batches: Sequence[Tensor], title: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (B, S, S, 3) uint8 and labels (B,) of `batches`, behind a progress bar."""
-        pairs = torch.cat([torch.empty(0, 2, dtype=torch.int64), *batches])
-        viewed = set(pairs[pairs[:, 1] == EVALUATED, 0].tolist())
-        if viewed and viewed <= self.views.keys():
-            loaded: Iterator[Any] = map(self.recall, batches)
-        else:
-            self.batches.given = batches
-            loaded = iter(self.loader)
-        kept = self.again & viewed
-        for batch in show_progress(batches, title, self.compute):
-            asked = time.perf_counter()
-            images, labels = next(loaded)
-            self.waited += time.perf_counter() - asked
-            for index, image in zip(batch[:, 0].tolist(), images, strict=True):
-                if index in kept and index not in self.views:
-                    self.views[index] = image.clone()  # without the rest of its batch
-            yield images, labels
-
-    def recall(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """A batch of views that were kept, and its labels."""
-        indices = batch[:, 0]
-        return torch.stack([self.views[index] for index in indices.tolist()]), self.labels[indices]
+        if not self.described and self.compute.rank == 0:
+            self.described = self.copies.describe()
+            if self.described:
+                print(self.described, file=sys.stderr)
+        self.batches[:] = [batch.numpy() for batch in batches]
+        loaded = iter(self.loader)
+        for _ in show_progress(batches, title, self.compute):
+            yield next(loaded)
 
 
 class Features(NamedTuple):
@@ -1882,20 +1947,6 @@ def show_progress(batches: Sequence[Tensor], title: str, compute: Compute) -> It
     """`batches` behind a progress bar, where stderr is a terminal: that of process 0 alone."""
     hidden = compute.rank > 0 or None  # None: unless it is a terminal
     return tqdm(batches, title, unit=" batches", leave=False, disable=hidden)
-
-
-def evaluated_again(given: Given) -> set[int]:
-    """The images that this process evaluates after each epoch, if there is room for their views."""
-    settings, rank, world_size = given.settings, given.compute.rank, given.compute.world_size
-    parts = [given.data.judges(fold)[rank::world_size] for fold in range(settings.folds)]
-    images = set(torch.cat(parts).tolist())
-    try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError):  # Windows does not tell
-        memory = 2 * MOST_KEPT
-    room = min(memory // 4, MOST_KEPT) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    fits = 3 * eval_size(settings.image_size) ** 2 * len(images) <= room
-    return images if fits and settings.whole_epochs() else set()
 
 
 class RandomQuarterTurn(nn.Module):
@@ -3399,21 +3450,28 @@ def list_photos(place: Path) -> list[str]:
 def read_photos(
     paths: list[str], run: Mapping[str, Any], batch_size: int
 ) -> Iterator[tuple[Tensor, list[str]]]:
-    """Batches of views (B, S, S, 3) uint8 and their paths; what cannot be read is named."""
-    view = central_square(run["eval_size"])
+    """Batches of views (B, S, S, 3) uint8 and their paths; what cannot be read is named.
+
+    While a batch is used the next one is read.
+    """
+    view, least = central_square(run["eval_size"]), run["least_side"]
 
     def read(path: str) -> Tensor | str:
         try:
-            return view(read_image(path, run["white"], run["least_side"])).permute(1, 2, 0)
+            image = read_image(path, run["white"], 2 * least)
+            return view(shrink(image, least)).permute(1, 2, 0)
         except DataError as error:
             return str(error)
 
+    parts = [paths[first : first + batch_size] for first in range(0, len(paths), batch_size)]
     bar = tqdm(total=len(paths), desc="predicting", unit=" images", leave=False, disable=None)
     with ThreadPool() as pool, bar:
-        for first in range(0, len(paths), batch_size):
-            part = paths[first : first + batch_size]
+        ahead = pool.map_async(read, parts[0])
+        for part, following in zip(parts, [*parts[1:], []], strict=True):
+            found = ahead.get()
             views: dict[str, Tensor] = {}
-            for path, image in zip(part, pool.map(read, part), strict=True):
+            ahead = pool.map_async(read, following)
+            for path, image in zip(part, found, strict=True):
                 if isinstance(image, Tensor):
                     views[path] = image
                 else:
@@ -3436,6 +3494,7 @@ TIME_WORTH_TELLING = 2.0  # minutes
 # Tensor cores came with this compute capability; float16 gains nothing on GPUs before it.
 TENSOR_CORES = (7, 0)
 WITHOUT_TENSOR_CORES = "GTX 16"  # Turing all the same, and float16 turns into NaN on them
+MOST_BESIDE = 4  # workers beside a CPU that trains
 MOST_FORKED = 64  # workers of one process
 MOST_SPAWNED = 8  # they take 2 GB
 MOST_ON_WINDOWS = 4  # of one machine: each reserves gigabytes of the page file (pytorch 53695)
@@ -3636,7 +3695,7 @@ def count_workers(settings: Settings, asked: int | None) -> int:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     workers = asked
     if workers is None:
-        workers = 0 if settings.device == "cpu" else pick_workers(processes)
+        workers = pick_workers(settings.device, processes)
     shared = Path("/dev/shm")  # through which, where there is one, workers hand their batches over
     if workers and shared.is_dir():  # a worker that writes beyond its end is killed
         nccl = NCCL_SHARE * processes if processes > 1 and settings.device == "cuda" else 0
@@ -3650,8 +3709,11 @@ def count_workers(settings: Settings, asked: int | None) -> int:
     return workers
 
 
-def pick_workers(processes: int) -> int:
-    """Return all cores but one, of one or two cores all, for each of the machine's processes."""
+def pick_workers(device: str, processes: int) -> int:
+    """Return how many workers one of the machine's `processes` has.
+
+    Beside a CPU that trains they have half of the cores, else all but one.
+    """
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     # Nothing here tells how many of the cores a container may use.
     cores = getattr(os, "process_cpu_count", lambda: len(affinity(0)))() or 1
@@ -3659,6 +3721,8 @@ def pick_workers(processes: int) -> int:
     most = MOST_FORKED if start_method() == "fork" else MOST_SPAWNED
     if sys.platform == "win32":
         most = MOST_ON_WINDOWS // processes
+    if device == "cpu":
+        return min(most, MOST_BESIDE, share // 2)
     return max(1, min(most, share - 1 if share > 2 else share))
 
 
@@ -3802,9 +3866,9 @@ def make_parser() -> OneLineParser:
     group.add_argument("--flip", choices=("sides", "none", "all"), default="sides",
         help="sides (default): mirror half of the training images; none: for text, signs, left and "
         "right; all: also turn them by 90, 180 or 270 degrees, for microscopes and from above")
-    add("--workers", "N", not_negative, "auto", "processes that read images; auto: 0 on a CPU, "
-        f"else the number of cores minus 1, at most {MOST_FORKED} ({MOST_SPAWNED} on macOS, "
-        f"{MOST_ON_WINDOWS} on Windows)")
+    add("--workers", "N", not_negative, "auto", "processes that read images; auto: on a CPU half "
+        f"of the cores, at most {MOST_BESIDE}; else the number of cores minus 1, at most "
+        f"{MOST_FORKED} ({MOST_SPAWNED} on macOS, {MOST_ON_WINDOWS} on Windows)")
     group = parser.add_argument_group("model")
     add("--arch", "NAME", str, "auto", "a ResNet of torchvision; auto: that of --weights, else "
         "resnet50 on an accelerator and resnet18 on a CPU")

@@ -469,10 +469,7 @@ def grow(images: int, folder: Path) -> dict[str, float]:
     lap("weights")
     drawn = train[training.draw_images(weights, training.seeded("draw", 0, 1))]
     lap("draw")
-    batches = training.Batches()
-    batches.given = training.cut_batches(drawn, 64, training.seeded("augment", 0, 1))
-    for _ in batches:
-        pass
+    training.cut_batches(drawn, 64, training.seeded("augment", 0, 1))
     lap("batches")
     given = training.Given(settings, data, baseline=None, origin="", compute=compute)
     logits = F.one_hot(data.labels[val].roll(1), len(classes)).float()

@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import random
-import re
 import shlex
 import shutil
 import struct
@@ -873,20 +872,3 @@ def test_the_same_index_and_seed_give_the_same_pixels_in_any_process(folder):
     images, at = reader.loader.dataset, int(train[0])
     assert torch.equal(images[at, 77][0], images[at, 77][0])
     assert not torch.equal(images[at, 77][0], images[at, 78][0])
-
-
-def test_what_is_evaluated_again_is_read_once(make_folder):
-    """The files may be gone by then; a training view is none of those kept."""
-    given = given_of(make_folder({"ape": 10, "bee": 10}))
-    reader, train, val = training.Reader(given), given.data.learns(0), given.data.judges(0)
-    drawn = training.cut_batches(train, 8, training.seeded("augment", 0, 1))
-    viewed, judged = training.cut_batches(train, 8), training.cut_batches(val, 3)
-    first = [list(reader.read(batches, "")) for batches in (drawn, judged, viewed)][1]
-    assert reader.views.keys() == set(val.tolist())
-    for path in given.data.paths:
-        Path(path).unlink()
-    for (one, labels), (two, same) in zip(first, reader.read(judged, ""), strict=True):
-        assert torch.equal(one, two) and torch.equal(labels, same)
-    missing = re.escape(given.data.paths[int(train[0])])
-    with pytest.raises(training.DataError, match=f"{missing}: no regular file"):
-        list(reader.read(viewed, ""))

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -162,6 +163,22 @@ def test_what_cannot_be_read_is_named_and_left_out(photos, default_run, tmp_path
     for name in ("empty.jpg", "b/text.png", "nan.tif", "below.tif"):
         (line,) = [line for line in said if f"{photos / name}: " in line]
         assert line.startswith("warning: ") and line.endswith("; left out")
+
+
+def test_the_next_photos_are_read_while_these_are_looked_at(photos, default_run, monkeypatch):
+    real, paths = training.read_image, training.list_photos(photos)
+    begun = {path: threading.Event() for path in paths}
+
+    def read(path: str, *others: object) -> torch.Tensor:
+        begun[path].set()
+        return real(path, *others)
+
+    monkeypatch.setattr(training, "read_image", read)
+    run, last = network_of(default_run.path), paths[-1]
+    for place, (views, names) in enumerate(training.read_photos(paths, run, 1)):
+        assert names == [paths[place]] and views.shape == (1, 32, 32, 3)
+        assert begun[paths[min(place + 1, 2)]].wait(60)
+        assert begun[last].is_set() is (place > 0)  # one batch ahead, not all
 
 
 def test_a_photo_of_12_bits_alone_is_as_bright_as_among_those_of_the_run(judged, mixed):
