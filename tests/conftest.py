@@ -106,15 +106,10 @@ def resolve(flags: str, content: Mapping[str, Any] | None = None) -> training.Se
     return training.resolve_settings(args, CPU, args.weights, content or {})
 
 
-def stage_of(given: training.Given, progress: training.Progress, epoch: int) -> training.Stage:
-    """The stage of an epoch of the first fold."""
-    stages = training.plan(given, progress, 0)
-    return next(stage for stage in stages if epoch in stage.epochs)
-
-
 def begin(given: training.Given, progress: training.Progress, epoch: int) -> SimpleNamespace:
     """The stage of an epoch, as `run` begins it: stage, trainer, reader and inputs."""
-    stage, reader = stage_of(given, progress, epoch), training.Reader(given)
+    stages, reader = training.plan(given, progress, 0), training.Reader(given)
+    stage = next(stage for stage in stages if epoch in stage.epochs)
     inputs = training.begin(given, progress, stage, reader)
     return SimpleNamespace(stage=stage, trainer=progress.trainer, reader=reader, inputs=inputs)
 

@@ -219,11 +219,6 @@ def test_scratch_training_goes_on_as_well(scratch_run, animals, tmp_path):
     assert_same_run(scratch_run.path, tmp_path / "run")
 
 
-def test_a_finished_run_has_nothing_left_to_do_and_stays_as_it_is(default_run, capsys):
-    [error] = refused(["--resume", default_run.path], capsys, default_run.path)
-    assert "complete" in error and "nothing is left to do" in error
-
-
 @pytest.fixture
 def begun(animals: Path, tmp_path: Path) -> Path:
     """A run that has just begun, on images that may be changed."""
