@@ -788,7 +788,7 @@ def judge(given: Given, logits_of_folds: Mapping[int, Tensor]) -> Evaluation:
     """Evaluate the logits of one or more folds by the images that judge these.
 
     Calibration is cross-fitted: no image influences its own numbers. They are fitted on the images
-    of the other folds, or, with one fold, on the other half of its images.
+    of the other folds, or, with one fold, on the other half of its images; families stay together.
     """
     settings, data = given.settings, given.data
     places = torch.cat([data.judges(fold) for fold in logits_of_folds])
@@ -797,7 +797,10 @@ def judge(given: Given, logits_of_folds: Mapping[int, Tensor]) -> Evaluation:
     if not (settings.epochs and settings.calibrate):
         return assess(given, places, logits, Calibration())
     folds = [torch.full((len(part),), fold) for fold, part in logits_of_folds.items()]
-    parts = torch.cat(folds) if len(folds) > 1 else pick_half(targets).long()
+    if len(folds) > 1:
+        parts = torch.cat(folds)
+    else:
+        parts = pick_half(targets, data.families[places]).long()
     log_share = data.log_share()
     left = LEFT + 1 - settings.power
     calibrated = torch.empty(logits.shape)
@@ -858,13 +861,15 @@ def natural_shift(given: Given) -> Tensor:
     return given.recorded.get("natural", shift)
 
 
-def pick_half(targets: Tensor) -> Tensor:
-    """Choose half of M images at random, of every class half: (M,) bool."""
-    order = torch.randperm(len(targets), generator=seeded("half", 0, 0))
-    order = order[targets[order].argsort(stable=True)]
-    half = torch.zeros(len(targets), dtype=torch.bool)
+def pick_half(targets: Tensor, families: Tensor) -> Tensor:
+    """Choose half of M images at random, of every class half of the families: (M,) bool."""
+    unique, family = families.unique(return_inverse=True)
+    labels = torch.zeros_like(unique).scatter(0, family, targets)  # the class of each family
+    order = torch.randperm(len(unique), generator=seeded("half", 0, 0))
+    order = order[labels[order].argsort(stable=True)]
+    half = torch.zeros(len(unique), dtype=torch.bool)
     half[order[::2]] = True
-    return half
+    return half[family]
 
 
 def class_weights(targets: Tensor) -> Tensor:
