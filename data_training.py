@@ -796,11 +796,10 @@ def judge(given: Given, logits_of_folds: Mapping[int, Tensor]) -> Evaluation:
     targets = data.labels[places]
     if not (settings.epochs and settings.calibrate):
         return assess(given, places, logits, Calibration())
-    folds = [torch.full((len(part),), fold) for fold, part in logits_of_folds.items()]
-    if len(folds) > 1:
+    parts = pick_half(targets, data.families[places]).long()
+    if len(logits_of_folds) > 1:
+        folds = [torch.full((len(part),), fold) for fold, part in logits_of_folds.items()]
         parts = torch.cat(folds)
-    else:
-        parts = pick_half(targets, data.families[places]).long()
     log_share = data.log_share()
     left = LEFT + 1 - settings.power
     calibrated = torch.empty(logits.shape)
