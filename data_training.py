@@ -1843,7 +1843,7 @@ def make_copies() -> Copies:
 def remove_leftovers(root: Path) -> None:
     """Remove the copies of processes that have ended."""
     for folder in root.glob(f"{COPIES}[0-9]*-*"):
-        with contextlib.suppress(PermissionError, ValueError):  # not this user's, or no number
+        with contextlib.suppress(PermissionError, ValueError, OverflowError):  # of no run, or alive
             try:
                 os.kill(int(folder.name.removeprefix(COPIES).partition("-")[0]), 0)
             except ProcessLookupError:

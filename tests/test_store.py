@@ -175,7 +175,7 @@ def test_copies_go_with_the_run_and_after_kill_at_the_next_start(
     process.communicate(timeout=60)
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
     assert bool(kept(temporary)) is (number == signal.SIGKILL)
-    names = [f"data_training-{os.getppid()}-x", "data_training-9z-x", "other-1-x"]
+    names = [f"data_training-{os.getppid()}-x", "data_training-9z-x", f"data_training-{10**30}-x"]
     for name in names:  # of a process that is alive, or of no process
         (temporary / name).mkdir()
     folder = Path(training.make_copies().folder)
