@@ -1888,8 +1888,9 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 
 def leave_interrupts(_: int) -> None:
-    """Leave Ctrl-C, which a terminal sends to every process, to the first one."""
+    """Leave Ctrl-C and SIGTERM, which may be sent to every process, to the first one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Reader:
