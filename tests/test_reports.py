@@ -20,7 +20,6 @@ import pytest
 import torch
 from conftest import (
     CPU,
-    FILES,
     TINY,
     Run,
     Trigger,
@@ -106,13 +105,9 @@ def test_tables_agree_with_each_other(any_run):
         assert float(row["true_probability"]) <= float(row["probability"])
         losses[row["class"]] -= math.log(float(row["true_probability"])) / asked[row["class"]]
     assert result["val_loss"] == pytest.approx(sum(losses.values()) / 3, rel=1e-3)
-
-
-@pytest.mark.parametrize("kind", ["scratch_run", "default_run"])
-def test_the_last_row_describes_the_network(kind, request):
-    run = request.getfixturevalue(kind)
-    *_, last = rows_of(run.path / "history.csv")
-    assert all(float(last[name]) == near(x) for name, x in result_of(run).items())
+    if path.name in ("scratch", "default"):  # the last row describes the network
+        *_, last = rows_of(path / "history.csv")
+        assert all(float(last[name]) == near(x) for name, x in result.items())
 
 
 def test_lines_stand_under_their_header_and_say_what_the_tables_do(any_run):
@@ -147,7 +142,7 @@ def test_a_comparison_has_both_runs_and_their_difference(compared_run, scratch_r
         name = row["measure"]
         assert float(row["before"]) == near(before[name])
         assert float(row["after"]) == near(after[name])
-        start = rf"{name.replace('_', ' ')} +\S+ in scratch"
+        start = rf"{name.replace('_', ' ')} +\S+ in \S+/scratch, "
         lines = [line for line in compared_run.out.splitlines() if re.match(start, line)]
         if math.isnan(before[name]):
             assert lines == []
@@ -269,8 +264,7 @@ def test_folds_are_advised_where_they_fit_and_tell_more(classes, source, familie
     parts = ["source" if at in source else "train" for at in range(len(labels))]
     kin = torch.tensor([families.get(at, at) for at in range(len(labels))])
     data = images(labels, held, parts=parts, families=kin)
-    given = SimpleNamespace(data=data, settings=training.parse_args(["x"]), recorded={})
-    given.settings.power = 1.0
+    given = SimpleNamespace(data=data, settings=resolve(""), recorded={})
     logits = torch.zeros(held.count(0), 2)
     training.print_advice(given, training.judge(given, {0: logits}))
     [line] = capsys.readouterr().out.splitlines()
@@ -303,13 +297,9 @@ def test_an_unfinished_run_says_so(animals, pretrained, tmp_path):
     page, place = (output / "report.html").read_text(), "fold 1 of 3, epoch 1 of 2"
     assert f"<b>Unfinished: {place}.</b>" in page and facts_of(output)["unfinished"] == place
     assert "each by the one of 3 networks (1 so far) that has not seen it" in page
-    assert "kept" not in facts_of(output)
-    done = run("--resume", output)
+    run("--resume", output)
     facts, page = facts_of(output), (output / "report.html").read_text()
     assert "unfinished" not in facts and "Unfinished" not in page and "so far" not in page
-    kept = re.findall(r"^kept +(\d+%.*judge)", done.out, re.MULTILINE)
-    assert facts["kept"] == (kept[0] if kept else "100% of what training changed after the head, "
-                             "chosen on the images that judge")  # fmt: skip
 
 
 def test_single_folds_are_those_of_what_is_kept(folds_run):
@@ -324,6 +314,14 @@ def test_single_folds_are_those_of_what_is_kept(folds_run):
     assert f"of single folds   {min(accuracies):.1%} to {max(accuracies):.1%}\n" in folds_run.out
 
 
+@pytest.mark.parametrize(("kind", "calibrated"), [("default_run", True), ("folds_run", False)])
+def test_the_page_tells_of_calibration_only_where_there_is_one(kind, calibrated, request):
+    page = (request.getfixturevalue(kind).path / "report.html").read_text()
+    for flag in ("calibrate: ", "--no-calibration"):
+        page = page.replace(flag, "")
+    assert ("before calibration" in page) is ("calibrat" in page) is calibrated
+
+
 def test_a_network_that_is_only_judged_keeps_what_it_knew(folds_run, animals, others, tmp_path):
     """How frequent classes were in its training, and that three vote; nothing was trained."""
     judge = ["--weights", folds_run.path, "--epochs", 0, "--val", animals, *TINY]
@@ -333,89 +331,54 @@ def test_a_network_that_is_only_judged_keeps_what_it_knew(folds_run, animals, ot
         assert str(network_of(judged.path)[name]) == str(before[name])
     assert facts["network"].startswith("3 resnet18 that vote, as in ")
     assert facts["images"].startswith("38 training images in 3 classes of 20 to 6")
-    assert not facts.keys() & {"training", "draws", "kept", "calibration"}
-    page = (judged.path / "report.html").read_text()
-    assert "before calibration" not in page and "Training</h2>" not in page
+    assert not facts.keys() & {"training", "draws", "calibration"}
+    assert "Training</h2>" not in (judged.path / "report.html").read_text()
     for row in rows_of(judged.path / "classes.csv"):
         assert int(row["train_images"]) == {"ape": 20, "bee": 12, "cat": 6}[row["class"]]
-
-
-def test_the_page_tells_of_calibration_only_where_there_is_one(default_run, folds_run):
-    assert "before calibration" in (default_run.path / "report.html").read_text()
-    page = (folds_run.path / "report.html").read_text()
-    assert "calibrat" not in page.replace("no_calibration", "").replace("no-calibration", "")
 
 
 def command_of(page: str) -> list[str]:
     return shlex.split(html.unescape(re.findall("<pre>(.*?)</pre>", page, re.DOTALL)[0]))
 
 
-def test_the_command_on_the_page_makes_the_run_again(default_run, invented):
+def test_the_command_on_the_page_makes_the_run_again(default_run, two):
     words = command_of((default_run.path / "report.html").read_text())
     assert words[:2] == ["python", "data_training.py"]
     again = vars(training.parse_args(words[2:]))
-    assert again["output"] is None and "--output" not in words
+    assert "--output" not in words
     assert (str(again["weights"]), again["epochs"], again["image_size"]) == (words[4], 2, 32)
-    given = dataclasses.replace(invented.given, compute=CPU._replace(world_size=2))
+    given, compute = two.given, CPU._replace(world_size=2)
     for output in ("--output run", "--outp 'a b'", "--o=run"):
-        given.settings.command = f"python data_training.py '--group=--o' x {output} --seed 1"
+        command = f"python data_training.py '--group=--o' x {output} --seed 1"
+        settings = dataclasses.replace(given.settings, command=command)
+        given = dataclasses.replace(given, settings=settings, compute=compute)
         expected = ["torchrun", "--nproc-per-node=2", "data_training.py", "--group=--o", "x"]
         assert command_of(training.show_command(given)) == [*expected, "--seed", "1"]
-
-
-def test_names_are_written_as_they_are_and_read_back(default_run, animals, tmp_path):
-    """By `--split` and `--baseline`: carriage returns and line feeds too."""
-    folder = shutil.copytree(animals, tmp_path / "animals")
-    for place, name in enumerate(("a\r\nb", "c\rd", "e\nf", '"g",\r\n"', "\r\n")):
-        (folder / f"ape/ape_{place:03}.jpg").rename(folder / f"ape/{name}.jpg")
-    judge = [folder, "--weights", default_run.path, "--epochs", 0, "--device", "cpu"]
-    first = run(*judge, "--val-fraction", 0.6, "--output", tmp_path / "first")
-    split = rows_of(first.path / "split.csv")
-    assert {row["path"] for row in split} == {
-        path.relative_to(folder).as_posix() for path in folder.rglob("*.jpg")
-    }
-    again = ["--split", first.path / "split.csv", "--baseline", first.path]
-    second = run(*judge, *again, "--output", tmp_path / "second")
-    assert (second.path / "split.csv").read_bytes() == (first.path / "split.csv").read_bytes()
-    assert any("\r\n" in row["path"] for row in rows_of(second.path / "predictions.csv"))
 
 
 @pytest.mark.parametrize(
     ("stages", "flags", "name", "fact"),
     [
-        (
-            "head whole",
-            "",
-            "training",
-            ": the last layer alone (SGD) and then all layers (AdamW, 0.0",
-        ),
+        ("head whole", "", "training", ": the last layer alone (SGD) and then all layers (A"),
         ("whole", "--weights none", "training", "batches of 4, seed 0: all layers (AdamW, 0.001)"),
         ("whole", "--weights none", "network", "resnet18, trained from random weights"),
-        (
-            "head",
-            "",
-            "draws",
-            "WeightedRandomSampler, weights 1 / (images of the class) ** 1; an ep",
-        ),
+        ("whole", "", "network", "resnet18, fine-tuned from IMAGENET1K_V1"),
+        ("head", "", "draws", "WeightedRandomSampler, weights 1 / (images of the class) ** 1; an"),
         ("head", "", "draws", ", an epoch of the last layer alone 1000 times"),
         ("head", "--rebalance none", "draws", "each image once an epoch, an epoch of the last l"),
         ("head trial upper", "", "training", "and then from the last layer on, the upper half"),
         ("head trial upper", "", "trial", "failed: all layers had over 1.2 times the loss of the"),
         ("head trial whole", "", "trial", "passed, by the loss of the images that judge"),
-        ("head whole", "", "kept", "50% of what training changed after the head, chosen on the im"),
-        ("given", "--epochs 0", "network", "resnet18, as in DEFAULT, nothing trained"),
+        ("given", "--epochs 0", "network", "resnet18, as in IMAGENET1K_V1, nothing trained"),
     ],
-)
-def test_facts_say_how_the_network_was_trained(stages, flags, name, fact, invented):
-    command = ["x", "--arch", "resnet18", "--epochs", "3", "--batch-size", "4", *flags.split()]
-    args = training.parse_args(command)
-    args.lr, args.power = 1e-3 if args.weights == "none" else 3e-4, 1.0
-    if name == "draws":
-        args.batch_size = len(invented.given.data.learns(0))
-    given = dataclasses.replace(invented.given, settings=args)
-    history = [{"phase": stage} for stage in stages.split()]
+)  # fmt: skip
+def test_facts_say_how_the_network_was_trained(stages, flags, name, fact, two):
+    batch = len(two.given.data.learns(0)) if name == "draws" else 4
+    settings = resolve(f"--epochs 3 --batch-size {batch} {flags}")
+    given = dataclasses.replace(two.given, settings=settings)
+    history = [{"fold": 1, "phase": stage, "val_loss": 1.0} for stage in stages.split()]
     done = SimpleNamespace(history=history, model=None)
-    facts = training.list_facts(given, done, training.Result(invented.last, None, 0.5))
+    facts = training.list_facts(given, done, training.Result(two.last, done=True))
     assert fact in facts[name]
 
 
@@ -478,10 +441,10 @@ def invent(case: str, folder: Path) -> Run:
         return noise + skill * torch.nn.functional.one_hot(labels[places], classes)
 
     before = answer(1.5).argmax(1) if case in ("hostile", "many") else None
-    given = training.Given(settings=args, data=data, baseline=before, origin="", compute=CPU)
+    given = training.Given(settings=settings, data=data, baseline=before, origin="", compute=CPU)
     cut = [len(data.judges(fold)) for fold in range(folds)]
     last = training.judge(given, dict(enumerate(answer(3.0).split(cut))))
-    measures, epochs = last.measures, range(11)
+    epochs = range(11)
     losses = [math.nan if epoch == 0 else 3 / epoch for epoch in epochs]
     history = [
         row(epoch, **last.measures)
@@ -491,7 +454,7 @@ def invent(case: str, folder: Path) -> Run:
     ]
     draws = torch.full((classes,), 100)
     progress = SimpleNamespace(history=history, draws=draws, model=None)
-    files = training.make_page(given, progress, training.Result(last, last, 0.5))
+    files = training.make_page(given, progress, training.Result(last, last, done=True))
     rows = training.list_classes(data, draws, last)
     old = None
     if before is not None:
@@ -505,6 +468,11 @@ def invent(case: str, folder: Path) -> Run:
 @pytest.fixture(scope="module", params=NAMES)
 def invented(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> object:
     return invent(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return invent("two", tmp_path_factory.mktemp("alone"))
 
 
 class Parsed(HTMLParser):
@@ -577,7 +545,7 @@ def test_the_page_names_every_class_with_its_numbers(invented):
     said = " ".join(Parsed(text).said)
     for name in ("balanced_accuracy", "as_trained_balanced_accuracy"):
         assert f"{100 * last.measures[name]:.1f}\u00a0%" in said
-    facts = training.list_facts(given, invented.progress, training.Result(last, last, 0.5))
+    facts = training.list_facts(given, invented.progress, training.Result(last, last, done=True))
     assert facts.keys() >= {"network", "images", "judged by", "training", "draws", "calibration"}
     assert all(training.printable(fact) in said for fact in facts.values())
     rarest = min(invented.classes, key=lambda row: row["train_images"])
@@ -649,17 +617,13 @@ def test_the_page_shows_the_surest_mistakes(invented, monkeypatch):
 
 def test_the_end_of_any_run_fits_one_screen(invented, capsys):
     given, progress, last = invented.given, invented.progress, invented.last
-    training.print_end(given, progress, training.Result(last, last, 0.5))
+    training.print_end(given, progress, training.Result(last, last, done=True))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 24 and any(line.startswith("untouched test") for line in lines)
     first = lines.index("lowest recall:") + 1
     recalls = [row["recall"] for row in invented.classes if not math.isnan(row["recall"])]
     shown = [line.split()[0] for line in lines[first : first + 3]]
     assert shown[: len(recalls)] == [f"{recall:.1%}" for recall in sorted(recalls)[:3]]
-    kept = (
-        "kept              {}% of what training changed after the head, chosen on the images that"
-    )
-    assert f"{kept.format(50)} judge" in lines
     low = [row for row in invented.classes if row["precision_in_use"] < 0.5]
     notes = [line for line in lines if "classes are as frequent as in training, " in line]
     assert len(notes) == bool(low)
@@ -668,9 +632,6 @@ def test_the_end_of_any_run_fits_one_screen(invented, capsys):
         name = training.printable(worst["class"])
         assert f"{100 * worst['precision_in_use']:.0f} of 100 images called {name} are" in note
         assert note.endswith("; predict with --natural there")
-    training.print_end(given, progress, training.Result(last, None, 0.0))
-    said = f"{kept.format(0)} judge; --frozen-epochs 10 is as good and faster"
-    assert said in capsys.readouterr().out
 
 
 KNOWN = {"class": "a", "train_images": 5, "val_images": 4, "effective_images": 4}
@@ -678,17 +639,13 @@ KNOWN |= {"recall": 0.0, "low": 0.0, "high": 0.5}
 UNKNOWN = {**KNOWN, "val_images": 0, **dict.fromkeys(("recall", "low", "high"), math.nan)}
 
 
-def test_a_recall_of_0_has_a_dot_and_what_is_unknown_none():
+def test_a_recall_of_0_has_a_dot_and_what_is_unknown_none_and_no_part_in_a_mean():
+    keys, other = training.NEW, {**KNOWN, "recall": 1.0}
     assert 'cx="0.00%"' in training.recall_chart([KNOWN])
     unknown = training.recall_chart([UNKNOWN])
     assert "circle" not in unknown and "nan" not in unknown and "–" in unknown
-
-
-def test_a_group_of_classes_has_the_mean_of_those_that_are_known():
-    keys = training.NEW
     assert training.mean_recall([KNOWN, UNKNOWN], keys) == (0.0, 0.0, 0.5)
     assert all(map(math.isnan, training.mean_recall([UNKNOWN, UNKNOWN], keys)))
-    other = {**KNOWN, "recall": 1.0}
     mean, low, high = training.mean_recall([KNOWN, other, UNKNOWN], keys)
     assert mean == 0.5 and low == pytest.approx(1 - high) and 0.15 < low < 0.3
 
