@@ -788,7 +788,7 @@ def judge(given: Given, logits_of_folds: Mapping[int, Tensor]) -> Evaluation:
     """Evaluate the logits of one or more folds by the images that judge these.
 
     Calibration is cross-fitted: no image influences its own numbers. They are fitted on the images
-    of the other folds, or, with one fold, on the other half of its images.
+    of the other folds, or, with one fold, on the other half of its images; families stay together.
     """
     settings, data = given.settings, given.data
     places = torch.cat([data.judges(fold) for fold in logits_of_folds])
@@ -796,8 +796,10 @@ def judge(given: Given, logits_of_folds: Mapping[int, Tensor]) -> Evaluation:
     targets = data.labels[places]
     if not (settings.epochs and settings.calibrate):
         return assess(given, places, logits, Calibration())
-    folds = [torch.full((len(part),), fold) for fold, part in logits_of_folds.items()]
-    parts = torch.cat(folds) if len(folds) > 1 else pick_half(targets).long()
+    parts = pick_half(targets, data.families[places]).long()
+    if len(logits_of_folds) > 1:
+        folds = [torch.full((len(part),), fold) for fold, part in logits_of_folds.items()]
+        parts = torch.cat(folds)
     log_share = data.log_share()
     left = LEFT + 1 - settings.power
     calibrated = torch.empty(logits.shape)
@@ -858,13 +860,15 @@ def natural_shift(given: Given) -> Tensor:
     return given.recorded.get("natural", shift)
 
 
-def pick_half(targets: Tensor) -> Tensor:
-    """Choose half of M images at random, of every class half: (M,) bool."""
-    order = torch.randperm(len(targets), generator=seeded("half", 0, 0))
-    order = order[targets[order].argsort(stable=True)]
-    half = torch.zeros(len(targets), dtype=torch.bool)
+def pick_half(targets: Tensor, families: Tensor) -> Tensor:
+    """Choose half of M images at random, of every class half of the families: (M,) bool."""
+    unique, family = families.unique(return_inverse=True)
+    labels = torch.zeros_like(unique).scatter(0, family, targets)  # the class of each family
+    order = torch.randperm(len(unique), generator=seeded("half", 0, 0))
+    order = order[labels[order].argsort(stable=True)]
+    half = torch.zeros(len(unique), dtype=torch.bool)
     half[order[::2]] = True
-    return half
+    return half[family]
 
 
 def class_weights(targets: Tensor) -> Tensor:
@@ -1613,7 +1617,7 @@ def share_out(counts: Mapping[int, int], shares: Sequence[float]) -> list[dict[i
 # up for most of it by images up to so much larger (Touvron et al. 2019, arXiv:1906.06423).
 EVAL_SCALE = 8 / 7
 STRIDE = 32  # pixels a cell of a ResNet's last feature map
-COPIES = "data_training-"  # begins the name of a temporary folder, which goes on with its process
+COPIES = "data_training-"  # begins the name of a temporary folder; its process's number follows
 
 
 APART = 8  # largest values of images of over 8 bits that lie further apart get a warning
@@ -1786,8 +1790,8 @@ def to_8_bits(picture: Image.Image, values: np.ndarray[Any, Any], white: float) 
 def shrink(image: Tensor, least: int) -> Tensor:
     """An image of over twice the pixels with its shorter side brought to `least`; others as given.
 
-    Training, evaluation and `--predict` all see it so. It lies in memory as decoders leave it, with
-    the three colours of a pixel side by side, which `RandomResizedCrop` is faster on.
+    Training, evaluation and `--predict` all see it so. The colours of a pixel stay side by side in
+    memory, as decoders leave them: crops are taken faster from that.
     """
     if min(image.shape[1:]) ** 2 <= 2 * least**2:
         return image
@@ -1795,9 +1799,9 @@ def shrink(image: Tensor, least: int) -> Tensor:
 
 
 class Copies(NamedTuple):
-    """Shrunk images in a temporary folder, a file each, which all workers and processes share.
+    """Shrunk images in a temporary folder, a file each; all workers and processes share them.
 
-    Whether there is a copy changes no pixel: where none can be kept, the original is read again.
+    A copy changes no pixel. Where none can be kept, the original is read and shrunk again.
     """
 
     folder: str
@@ -1811,7 +1815,7 @@ class Copies(NamedTuple):
             return None
 
     def keep(self, index: int, image: Tensor) -> None:
-        """Write a copy, if there is room; others see all of the file, or none."""
+        """Write a copy if there is room; others see the whole file or none."""
         unfinished = f"{self.folder}/unfinished-{os.getpid()}.npy"
         with contextlib.suppress(OSError):  # a full disk, or a run that is just ending
             if shutil.disk_usage(self.folder).free - image.nbytes > self.reserve:
@@ -1819,16 +1823,16 @@ class Copies(NamedTuple):
                 os.replace(unfinished, f"{self.folder}/{index}.npy")
 
     def describe(self) -> str:
-        """In words, how many copies there are; "" if none."""
+        """A line that says how many copies there are; "" if none."""
         sizes = [file.stat().st_size for file in Path(self.folder).glob("[0-9]*.npy")]
         text = f"copies of {len(sizes):,} images, {sum(sizes) / 1e9:.1f} GB, in {self.folder}"
         return text if sizes else ""
 
 
 def make_copies() -> Copies:
-    """No copies yet, and a quarter of the free disk for them; killed runs' are removed."""
+    """An empty folder for copies, at most a quarter of the free disk; those of killed runs go."""
     try:
-        if os.name == "posix":  # elsewhere a question for a process may end it
+        if os.name == "posix":  # on Windows `os.kill` would end the process that it asks for
             remove_leftovers(Path(tempfile.gettempdir()))
         folder = tempfile.mkdtemp(prefix=f"{COPIES}{os.getpid()}-")
         return Copies(folder, shutil.disk_usage(folder).free * 3 // 4)
@@ -1837,9 +1841,9 @@ def make_copies() -> Copies:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove the copies of processes that are no more."""
+    """Remove the copies of processes that have ended."""
     for folder in root.glob(f"{COPIES}[0-9]*-*"):
-        with contextlib.suppress(PermissionError, ValueError):  # somebody else's
+        with contextlib.suppress(PermissionError, ValueError):  # not this user's, or no number
             try:
                 os.kill(int(folder.name.removeprefix(COPIES).partition("-")[0]), 0)
             except ProcessLookupError:
@@ -1847,7 +1851,7 @@ def remove_leftovers(root: Path) -> None:
 
 
 def remove_copies(folder: str) -> None:
-    """Remove the folder; without its name, workers that are still at it can add nothing."""
+    """Remove the folder; it is renamed first, so that workers cannot add to it meanwhile."""
     with contextlib.suppress(OSError):
         os.rename(folder, f"{folder}-")
     shutil.rmtree(f"{folder}-", ignore_errors=True)
@@ -1872,7 +1876,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         return transform(image).permute(1, 2, 0), int(self.data.labels[index])
 
     def read(self, index: int) -> Tensor:
-        """The image, shrunk: (3, height, width) uint8."""
+        """The image, shrunk, from its copy if there is one: (3, height, width) uint8."""
         copied = self.copies.load(index)
         if copied is not None:
             return copied
@@ -1899,9 +1903,9 @@ class Reader:
         settings, data = given.settings, given.data
         self.compute = given.compute
         self.copies, self.described = first_makes(make_copies, given.compute), ""
-        if self.compute.rank == 0:  # when the reader goes, and at the latest when the program ends
+        if self.compute.rank == 0:  # removed with the reader, or at the end of the program
             weakref.finalize(self, remove_copies, self.copies.folder)
-        self.batches: list[Any] = []  # of the next pass: the loader begins each with a look at it
+        self.batches: list[Any] = []  # of a pass; the loader walks through them anew in each
         training, evaluation = transforms(settings)
         self.loader = DataLoader(
             Images(data, training, evaluation, least_side(settings), self.copies),

@@ -160,10 +160,14 @@ def test_a_part_of_very_many_logits_is_enough_and_misses_no_class(monkeypatch):
 
 def test_each_class_is_halved_at_random():
     targets = torch.tensor([0] * 100 + [1] * 7 + [2] + [0] * 100)
-    half = training.pick_half(targets)
+    alone = torch.arange(len(targets))
+    half = training.pick_half(targets, alone)
     assert half[targets == 0].sum() == 100 and half[targets == 1].sum() in (3, 4)
-    assert torch.equal(half, training.pick_half(targets))
+    assert torch.equal(half, training.pick_half(targets, alone))
     assert 30 < half[:100].sum() < 70 and len(set(half[:10].tolist())) == 2
+    half = training.pick_half(torch.tensor([0] * 40 + [1] * 20), torch.arange(60) // 10)
+    assert all(len(set(family)) == 1 for family in half.reshape(6, 10).tolist())
+    assert half[:40].sum() == 20 and half[40:].sum() == 10
 
 
 def answers_of(data: training.Data) -> dict[int, Tensor]:
@@ -183,7 +187,7 @@ def test_no_image_is_judged_by_numbers_that_were_fitted_on_it(flags, animals, tm
     answers = answers_of(data)
     judged = training.judge(given, answers)
     logits, targets = torch.cat([*answers.values()]), data.labels[data.judged()]
-    part = training.pick_half(targets).long()
+    part = training.pick_half(targets, data.families[data.judged()]).long()
     if flags:
         part = data.held[data.judged()]
     for each in part.unique():

@@ -218,26 +218,26 @@ def test_images_that_the_network_has_learnt_are_trained_on_and_judge_nothing(
     assert capsys.readouterr().err == f"{said} these do not judge\n"
 
 
-@pytest.mark.parametrize("flags", [[], ["--folds", "3"]])
-@pytest.mark.parametrize("flag", ["--val", "--source", "--split"])
+@pytest.mark.parametrize(
+    "flags", ["--val", "--source", "--split", "--folds 3 --val", "--folds 3 --source"]
+)
 def test_images_named_to_judge_are_left_out_where_the_network_has_learnt_their_family(
-    flag, flags, patients, capsys
+    flags, patients, capsys
 ):
     """P5 was learnt, of whom another folder, or the table, names all images to judge."""
     other, table = patients.parent / "other", patients.parent / "split.csv"
+    by_table = flags == "--split"
     rows = {path.relative_to(patients).as_posix(): "train" for path in patients.rglob("*.jpg")}
     for path in sorted(patients.rglob("P[4567]_*.jpg")):
         (other / path.parent.name).mkdir(parents=True, exist_ok=True)
         rows[path.relative_to(patients).as_posix()] = "val"
-        if flag != "--split":
+        if not by_table:
             path.rename(other / path.parent.name / path.name)
-    known = digests_of(next((patients if flag == "--split" else other).rglob("P5_02.jpg")))
+    known = digests_of(next((patients if by_table else other).rglob("P5_02.jpg")))
     write_parts(table, rows)
-    if flag == "--split" and flags:
-        return  # folds choose for themselves
-    where = str(table if flag == "--split" else other)
-    data = load(patients, flag, where, "--group", "^(P[0-9])", *flags, known=known)
-    judged = names_of(data, data.judges(training.TEST if flags else 0))
+    where = str(table if by_table else other)
+    data = load(patients, *flags.split(), where, "--group", "^(P[0-9])", known=known)
+    judged = names_of(data, data.judges(training.TEST if data.folds > 1 else 0))
     tested = {name.partition("/")[2][:2] for name in judged} - {"P0", "P1", "P2", "P3"}
     assert tested == {"P4", "P6", "P7"} and data.related == 8
     assert not [name for name in data.names if "/P5" in name]

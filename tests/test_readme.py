@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import rows_of
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -74,8 +75,14 @@ def test_the_block_that_predicts_answers_for_every_image(tried):
         assert (tried / row["path"]).is_file() and 0 < float(row["probability"]) <= 1
 
 
-def test_the_lines_for_a_program_of_ones_own_say_what_predict_says(tried):
+@pytest.mark.parametrize("factor", [1, 5])
+def test_the_lines_for_a_program_of_ones_own_say_what_predict_says(factor, tried):
+    """Of a large photograph, too."""
     lines = block("in a program")
+    small = re.search(r'Image.open\("(.+?)"\)', lines)[1]
+    with Image.open(tried / small) as image:
+        image.resize([factor * side for side in image.size]).save(tried / f"{factor}.jpg")
+    lines = lines.replace(small, f"{factor}.jpg")
     answer = subprocess.run(
         [sys.executable, "-c", lines], cwd=tried, capture_output=True, text=True, check=True
     ).stdout
