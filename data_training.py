@@ -2866,7 +2866,9 @@ def describe_draws(given: Given, progress: Progress) -> str:
     if settings.rebalance == "sampler":
         text = "by a WeightedRandomSampler, weights 1 / (images of the class) ** "
         text += f"{settings.power:g}; an epoch draws as many images as there are"
-    passes = next(plan(given, progress, 0)).passes
+    passes = 1
+    if settings.head_epochs():  # else the first stage is one that all processes agree on
+        passes = next(plan(given, progress, 0)).passes
     return text + (f", an epoch of the last layer alone {passes} times" if passes > 1 else "")
 
 

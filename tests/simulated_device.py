@@ -1,7 +1,5 @@
 """An accelerator that is none, to run `data_training.py` on: devices "sim", done by the CPU.
 
-    python tests/simulated_device.py DATA --device sim ...    # also behind torchrun
-
 What a GPU would refuse is an error here too (tensors on two devices), and what it would do behind
 the host's back is counted: when the host waits for it, what is sent to it, what it holds. It does
 not show speed, streams, pinned memory or the rounding of other kernels.
@@ -88,12 +86,3 @@ def load() -> None:
     module.manual_seed_all = lambda _: None
     module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
     torch._register_device_module("sim", module)
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(SOURCE.parents[1]))
-    import data_training as training
-
-    load()
-    training.pick_backend = lambda _: "gloo"
-    sys.exit(training.main())

@@ -171,7 +171,8 @@ def test_no_step_waits_for_the_gpu(epoch, pinned, settings, tmp_path):
         given = dataclasses.replace(given, compute=given.compute._replace(amp=amp))
         for watched in (False, True):
             begun.trainer.scheduler.last_epoch = 0  # the schedule may not end
-            training.train_epoch(given, begun.trainer, batches, Loaded(loaded, watched))
+            source = Loaded(loaded, watched)
+            training.train_epoch(given, begun.trainer, drawn, epoch, source)
 
 
 @cuda
@@ -207,7 +208,8 @@ def test_a_full_gpu_gets_one_line_of_advice(frozen, settings, folder, tmp_path, 
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "--batch-size: out of memory; try half of it or a smaller --image-size" in line
+    advice = "try --batch-size 32 or a smaller --image-size, in a new run"
+    assert line.endswith(f"out of memory on --device cuda; {advice}")
 
 
 @cuda

@@ -122,7 +122,7 @@ def test_two_processes_train_all_layers_as_a_loop_that_is_written_by_hand(
     ("flags", "said", "most"),
     [
         ("--batch-size 9", "--batch-size 9: cannot be divided among 2 processes", 1),
-        ("--image-size 20000000", "--batch-size: out of memory; try half of it or a smaller", 2),
+        ("--image-size 20000000", "out of memory on --device cpu; try a smaller --batch-size", 2),
     ],
 )
 def test_bad_input_is_told_by_one_process_and_where_memory_is_out_by_each(
@@ -376,27 +376,24 @@ def test_where_float16_fails_the_error_names_the_flag(
 
 
 @pytest.mark.parametrize(
-    ("system", "cores", "processes", "workers"),
+    ("system", "device", "cores", "processes", "workers"),
     [
-        ("linux", 1, 1, 1),
-        ("linux", 2, 1, 2),
-        ("linux", 4, 1, 3),
-        ("linux", 64, 1, 63),
-        ("linux", 256, 2, 64),
-        ("linux", 64, 8, 7),
-        ("linux", 2, 4, 1),
-        ("darwin", 64, 1, 8),
-        ("win32", 16, 1, 4),
-        ("win32", 16, 2, 2),
+        *(("linux", "cuda", 1, 1, 1), ("linux", "cuda", 2, 1, 2), ("linux", "cuda", 4, 1, 3)),
+        *(("linux", "cuda", 64, 1, 63), ("linux", "cuda", 256, 2, 64), ("linux", "cuda", 64, 8, 7)),
+        *(("linux", "cuda", 2, 4, 1), ("darwin", "mps", 64, 1, 8)),
+        *(("win32", "cuda", 16, 1, 4), ("win32", "cuda", 16, 2, 2)),
+        *(("linux", "cpu", 1, 1, 0), ("linux", "cpu", 2, 1, 1), ("linux", "cpu", 64, 1, 4)),
+        *(("linux", "cpu", 12, 2, 3), ("linux", "cpu", 2, 2, 0), ("win32", "cpu", 16, 2, 2)),
     ],
 )
 def test_images_are_read_by_as_many_workers_as_there_are_cores_to_spare(
-    system, cores, processes, workers, monkeypatch
+    system, device, cores, processes, workers, monkeypatch
 ):
+    """Beside a CPU that trains by half of its cores."""
     monkeypatch.setattr(os, "process_cpu_count", lambda: cores, raising=False)
     monkeypatch.setattr(training, "get_start_method", lambda: "spawn")
     monkeypatch.setattr(sys, "platform", system)
-    assert training.pick_workers(processes) == workers
+    assert training.pick_workers(device, processes) == workers
 
 
 @pytest.mark.parametrize(
@@ -407,8 +404,8 @@ def test_workers_leave_room_in_shared_memory_for_nccl(free, processes, workers, 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     monkeypatch.setattr(Path, "is_dir", lambda _: True)
-    settings = SimpleNamespace(workers=8, device="cuda", image_size=224, batch_size=64)
-    assert training.count_workers(settings) == workers
+    settings = SimpleNamespace(device="cuda", image_size=224, batch_size=64)
+    assert training.count_workers(settings, 8) == workers
 
 
 def test_of_several_processes_each_starts_its_workers_before_they_talk(animals, tmp_path):

@@ -22,7 +22,6 @@ from test_resume import Kept, assert_same_run, copy_run, record
 import data_training as training
 
 pytestmark = pytest.mark.skipif(not simulated_device.COMPILER, reason="needs g++ on Linux")
-averaged = pytest.mark.xfail(strict=True, reason="AveragedModel waits at each step")
 Simulate = Callable[..., SimpleNamespace]
 SMALL = ["--arch", "resnet18", "--workers", "0"]  # as is the default on a CPU alone
 TRIAL = {"TRIAL_STEPS": 3, "HEAD_STEPS": 100}  # the trial is one epoch
@@ -101,11 +100,8 @@ def upper_on_cpu(upper_command: list[str], tmp_path_factory: pytest.TempPathFact
 # ------------------------------------------------------------------------------- the same results
 
 
-def test_a_default_run_ends_with_the_bytes_of_the_cpu(default, default_run):
+def test_a_run_ends_with_the_bytes_of_the_cpu(default, default_run, upper, upper_on_cpu):
     assert_same_run(default_run.path, default.result["end"])
-
-
-def test_the_upper_half_ends_with_the_bytes_of_the_cpu(upper, upper_on_cpu):
     assert_same_run(upper_on_cpu["end"], upper.result.path)
 
 
@@ -164,31 +160,26 @@ def epochs_of(done: SimpleNamespace) -> list[list[Counts]]:
     return [done.steps[:start], *later]
 
 
-@pytest.mark.parametrize("kind", ["default", pytest.param("upper", marks=averaged)])
-def test_no_step_waits_for_the_device(kind, request):
-    """It sends images and targets, and nothing more."""
-    for steps in epochs_of(request.getfixturevalue(kind)):
+@pytest.mark.parametrize("kind", ["default", "upper"])
+def test_no_step_waits_for_the_device_and_nothing_on_it_grows_or_stays(kind, request):
+    """A step sends images and targets, and nothing more.
+
+    An epoch waits three times: for its loss, for what evaluation says, and for what is written,
+    here after each. Of a run that is done, mean and deviation of images stay: six numbers a device.
+    """
+    done = request.getfixturevalue(kind)
+    epochs = epochs_of(done)
+    for steps in epochs:
         assert len(steps) >= STEPS
         for before, after in pairwise(steps):
             assert after.waits == before.waits and after.sent <= before.sent + 2
-
-
-@pytest.mark.xfail(strict=True, reason="the feature pass waits after each of its four batches")
-def test_the_feature_pass_waits_at_most_twice(default):
-    assert default.steps[0].waits - default.before.waits <= 2
-
-
-@pytest.mark.parametrize("kind", ["default", pytest.param("upper", marks=averaged)])
-def test_an_epoch_waits_three_times_at_most(kind, request):
-    """For its loss, for what evaluation says, and for what is written, here after each."""
-    for one, other in pairwise(epochs_of(request.getfixturevalue(kind))):
+    for one, other in pairwise(epochs):
         assert other[0].waits - one[0].waits <= 3
-
-
-@pytest.mark.parametrize("kind", ["default", "upper"])
-def test_nothing_on_the_device_grows_or_stays(kind, request):
-    """Of a run that is done, mean and deviation of images at most: six numbers a device."""
-    done = request.getfixturevalue(kind)
-    epochs = epochs_of(done)[2 if kind == "upper" else 1 :]  # of a stage, in which all are alike
-    assert len({tuple(step.live for step in steps) for steps in epochs}) == 1
+    stage = epochs[2 if kind == "upper" else 1 :]  # in which all epochs are alike
+    assert len({tuple(step.live for step in steps) for steps in stage}) == 1
     assert done.after.live <= 2 * 24
+
+
+def test_the_feature_pass_waits_once_for_all_its_batches(default):
+    """And once more before the head's first step at most."""
+    assert default.steps[0].waits - default.before.waits <= 2

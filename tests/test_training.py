@@ -353,13 +353,6 @@ def test_the_stages_are_those_of_the_head_and_of_all_layers(flags):
     assert ", ".join(named) == STAGES[flags] and not any(stage.fold for stage in stages)
 
 
-@pytest.mark.parametrize(("flags", "kept"), [("", {2, 3}), ("--frozen-epochs 1", set())])
-def test_images_to_judge_by_are_kept_where_all_layers_are_trained(flags, kept):
-    given = SimpleNamespace(settings=resolve(f"--epochs 1 {flags}"), compute=CPU)
-    given.data = images([0, 1, 0, 1], [EVERY, EVERY, 0, 0])
-    assert training.evaluated_again(given) == kept
-
-
 def test_each_fold_has_stages_of_its_own_as_long_as_its_images_ask_for():
     data = images([0, 1] * 20, [0] * 5 + [1] * 15 + [2] * 20, folds=3)
     stages = [stages_of("--epochs 1 --folds 3", data, fold) for fold in range(3)]
@@ -562,12 +555,12 @@ def test_a_run_folder_has_one_network_and_what_is_said_of_it(default_run, animal
     content = network_of(default_run.path)
     assert set(content) == {
         *("arch", "classes", "train_images", "weights", "train_size", "eval_size", "least_side"),
-        *("natural", "white", "networks"),
+        *("natural", "white", "learnt", "networks"),
     }
     assert content["arch"] == "resnet18" and content["classes"] == ["ape", "bee", "cat"]
     assert content["train_images"] == [16, 10, 5] and content["weights"] == str(pretrained)
     assert (content["train_size"], content["eval_size"]) == (32, 32) and content["white"] == {}
-    assert len(content["networks"]) == 1
+    assert len(content["networks"]) == 1 and len(content["learnt"]) == 31
     models.resnet18(num_classes=3).load_state_dict(content["networks"][0])
     history = rows_of(default_run.path / "history.csv")
     told = [(row["fold"], row["epoch"], row["phase"]) for row in history]
