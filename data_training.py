@@ -2147,21 +2147,17 @@ def measure(confusion: Tensor, train_counts: Tensor, effective: Tensor) -> dict[
 
 def measure_all(judged: Evaluation, data: Data) -> dict[str, float]:
     """Return what the history holds of an evaluation: its measures, calibrated and as trained."""
-    targets, families = judged.targets, data.families[judged.places]
-    calibrated, trained, train_counts = judged.calibrated, judged.as_trained, data.train_counts()
-    right = calibrated.predicted == targets
-    effective, _ = effective_counts(right, targets, families, len(train_counts))
-    before = measure(trained.confusion, train_counts, trained.confusion.sum(1))
-    error, floor = calibration_error(targets, calibrated)
-    error_before, _ = calibration_error(targets, trained)
+    trained, train_counts = judged.as_trained.confusion, data.train_counts()
+    right = judged.calibrated.predicted == judged.targets
+    families = data.families[judged.places]
+    effective, _ = effective_counts(right, judged.targets, families, len(train_counts))
+    before = measure(trained, train_counts, trained.sum(1))
     return {
         "val_loss": judged.loss,
-        **measure(calibrated.confusion, train_counts, effective),
+        **measure(judged.calibrated.confusion, train_counts, effective),
         **{f"as_trained_{name}": before[name] for name in MEASURES},
         "natural_accuracy": natural_accuracy(judged.natural.confusion, train_counts),
-        "calibration_error": error,
-        "calibration_floor": floor,
-        "as_trained_calibration_error": error_before,
+        "calibration_error": calibration_error(judged.targets, judged.calibrated),
         "logit_scale": judged.calibration.scale,
         "logit_shift": judged.calibration.shift,
     }
@@ -2177,20 +2173,15 @@ def natural_accuracy(confusion: Tensor, train_counts: Tensor) -> float:
     return (recall.nan_to_num() @ weights.double() / weights.sum()).item()
 
 
-def calibration_error(targets: Tensor, answer: Answer) -> tuple[float, float]:
-    """The gap between probability and being right in `BINS` bins, each class counting the same.
+def calibration_error(targets: Tensor, answer: Answer) -> float:
+    """Return the gap between probability and being right, each class counting the same.
 
-    The expected calibration error of Guo et al. 2017 (arXiv:1706.04599), and its floor: what it
-    would be, on average, were every probability exactly right. The sum of w * (p - right) in a bin
-    is then about normal with the variance sum of w^2 * p * (1 - p).
+    The expected calibration error of Guo et al. 2017 (arXiv:1706.04599), in `BINS` bins.
     """
-    weights = class_weights(targets)
     p = answer.probability.double()
-    right = (answer.predicted == targets).double()
+    gaps = class_weights(targets) * (p - (answer.predicted == targets))
     bins = (p * BINS).long().clamp(max=BINS - 1)
-    gaps = torch.bincount(bins, weights * (p - right), BINS)
-    variance = torch.bincount(bins, weights**2 * p * (1 - p), BINS)
-    return gaps.abs().sum().item(), (variance * 2 / math.pi).sqrt().sum().item()
+    return torch.bincount(bins, gaps, BINS).abs().sum().item()
 
 
 def compare(
@@ -2479,20 +2470,23 @@ def list_predictions(data: Data, judged: Evaluation) -> Rows:
 
 
 def list_classes(data: Data, draws: Tensor, judged: Evaluation) -> Rows:
-    """A row for each class; NaN where nothing is known.
+    """Return a row for each class; NaN where nothing is known.
 
     "in use" classes are as frequent as in training, "natural" are the answers for that. The last
     two columns are the interval of the recall, were there twice as many images.
     """
     confusion, train_counts = judged.calibrated.confusion, data.train_counts()
-    natural = judged.natural.confusion
-    recall, low, high = find_recall(data, judged, judged.calibrated.predicted)
-    _, twice_low, twice_high = find_recall(data, judged, judged.calibrated.predicted, 2)
-    effective, families = judge_counts(data, judged, judged.calibrated.predicted)
+    natural, recall = judged.natural.confusion, judged.recall
+    right = judged.calibrated.predicted == judged.targets
+    kin = data.families[judged.places]
+    effective, families = effective_counts(right, judged.targets, kin, len(data.classes))
+    now = wilson_interval(recall * effective, effective)
+    twice = wilson_interval(2 * recall * effective, 2 * effective)
+    low, high, twice_low, twice_high = (end.where(effective > 0, math.nan) for end in now + twice)
     return to_rows({
         "class": data.classes,
         "train_images": train_counts,
-        "val_images": confusion.sum(1),
+        "val_images": judged.val_counts,
         "draws": draws,
         "recall": recall,
         "low": low,
@@ -2508,27 +2502,6 @@ def list_classes(data: Data, draws: Tensor, judged: Evaluation) -> Rows:
         "low_if_twice": twice_low,
         "high_if_twice": twice_high,
     })  # fmt: skip
-
-
-def judge_counts(data: Data, judged: Evaluation, predicted: Tensor) -> tuple[Tensor, Tensor]:
-    """The `effective_counts` of the images of an evaluation, of what was predicted for them."""
-    families = data.families[judged.places]
-    right = predicted == judged.targets
-    return effective_counts(right, judged.targets, families, len(data.classes))
-
-
-def find_recall(
-    data: Data, judged: Evaluation, predicted: Tensor, times: int = 1
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The recall of each class and the ends of its interval, of `times` as many images: (C,) each.
-
-    NaN for a class without images.
-    """
-    recall = recall_by_class(confusion_matrix(judged.targets, predicted, len(data.classes)))
-    counts = times * judge_counts(data, judged, predicted)[0]
-    low, high = wilson_interval(recall * counts, counts)
-    known = counts > 0
-    return recall, low.where(known, math.nan), high.where(known, math.nan)
 
 
 def list_changes(given: Given, judged: Evaluation) -> Rows:
@@ -2734,46 +2707,47 @@ class Result(NamedTuple):
 
 
 def list_facts(given: Given, progress: Progress, result: Result | None = None) -> dict[str, str]:
-    """What is known of a run, by name: all that the console, the page and config.json say of it.
+    """Return what is known of a run, by name; what does not apply is left out.
 
-    A fact is a phrase in words; what does not apply is left out.
+    The console, the page and config.json say of a run what is here.
     """
     last, tested, done = result or (None, None, False)
+    data, settings = given.data, given.settings
+    tests, related = len(data.judges(TEST)), ""
+    if data.related:
+        related = f", {data.related} copies or relatives of others"
     facts = {
         "unfinished": "" if done else describe_place(given, progress),
         "network": describe_network(given, progress),
         "images": describe_images(given),
         "judged by": describe_judges(given, last),
-        "not judged": list_unjudged(given.data, last),
-        "test": describe_test(given),
-        "not tested": list_unjudged(given.data, tested),
-        "left out": describe_left_out(given.data),
-        "training": describe_training(given, progress),
-        "draws": describe_draws(given, progress),
-        "trial": describe_trial(progress),
+        "not judged": list_unjudged(data, last),
+        "test": f"all together by {tests} images of {settings.val or settings.source} that none "
+        "has seen"
+        if tests
+        else "",
+        "not tested": list_unjudged(data, tested),
+        "left out": f"{len(data.unreadable)} unreadable images{related}",
+        **(describe_training(given, progress) if settings.epochs else {}),
         "calibration": describe_calibration(given, last),
         "intervals": "95 %: Wilson's for a class, score intervals for a mean; they say how far "
-        "other images could move a figure, not how far another training could",
-        "families": "images of one family count together in the intervals, as the variance "
-        "between families tells"
-        if has_families(given.data)
-        else "",
+        "other images could move a figure, not how far another training could. Images of one "
+        "family count together, as the variance between families tells",
     }
     return {name: fact for name, fact in facts.items() if fact}
 
 
 def describe_place(given: Given, progress: Progress) -> str:
-    """How far a run has come that is not done."""
-    settings = given.settings
+    """Return how far a run has come that is not done."""
     if not progress.history:
         return "before the first epoch"
-    row = progress.history[-1]
-    fold = f"fold {row['fold']} of {settings.folds}, " if settings.folds > 1 else ""
-    return f"{fold}epoch {row['epoch']} of {settings.epochs}"
+    row, settings = progress.history[-1], given.settings
+    place = f"epoch {row['epoch']} of {settings.epochs}"
+    return f"fold {row['fold']} of {settings.folds}, {place}" if settings.folds > 1 else place
 
 
 def describe_network(given: Given, progress: Progress) -> str:
-    """The architecture, how many of them vote, and where their weights are from."""
+    """Return the architecture, how many of them vote, and where their weights are from."""
     settings = given.settings
     networks = len(progress.model.networks) if isinstance(progress.model, Vote) else settings.folds
     kind = settings.arch if networks == 1 else f"{networks} {settings.arch} that vote"
@@ -2785,19 +2759,19 @@ def describe_network(given: Given, progress: Progress) -> str:
 
 
 def describe_images(given: Given) -> str:
-    """How many images were learnt, in how many classes of which sizes."""
+    """Return how many images were learnt, in how many classes of which sizes."""
     counts = given.data.train_counts()
     if not given.settings.epochs and given.data.learnt is None:
         return f"{len(counts)} classes; what was learnt is not recorded"
-    ratio = counts.max() / counts.min()
+    most, fewest = int(counts.max()), int(counts.min())
     return (
-        f"{int(counts.sum())} training images in {len(counts)} classes of {counts.max()} to "
-        f"{counts.min()}, imbalance ratio {ratio:.1f}"
+        f"{int(counts.sum())} training images in {len(counts)} classes of {most} to {fewest}, "
+        f"imbalance ratio {most / fewest:.1f}"
     )
 
 
 def describe_judges(given: Given, last: Evaluation | None) -> str:
-    """How many images the network is judged by, and where they are from."""
+    """Return how many images the network is judged by, and where they are from."""
     settings, data = given.settings, given.data
     places = last.places if last else data.judged()
     if data.folds > 1:
@@ -2816,33 +2790,18 @@ def describe_judges(given: Given, last: Evaluation | None) -> str:
     return text + (f", of {families} families" if families < len(places) else "")
 
 
-def describe_test(given: Given) -> str:
-    """What tests the vote of the folds."""
-    settings, tests = given.settings, len(given.data.judges(TEST))
-    where = settings.val or settings.source
-    return f"all together by {tests} images of {where} that none has seen" if tests else ""
-
-
 def list_unjudged(data: Data, judged: Evaluation | None) -> str:
-    """Which classes have no image among those of an evaluation."""
+    """Return the classes that have no image among those of an evaluation, in words."""
     if judged is None:
         return ""
-    bare = (judged.calibrated.confusion.sum(1) == 0).nonzero().flatten().tolist()
+    bare = (judged.val_counts == 0).nonzero().flatten().tolist()
     names = ", ".join(data.classes[label] for label in bare[:3]) + (", ..." if bare[3:] else "")
     return f"{len(bare)} of {len(data.classes)} classes: no image of {names}" if bare else ""
 
 
-def describe_left_out(data: Data) -> str:
-    """How many images were left out, and why."""
-    text = f"{len(data.unreadable)} unreadable images"
-    return text + (f", {data.related} copies or relatives of others" if data.related else "")
-
-
-def describe_training(given: Given, progress: Progress) -> str:
-    """What was trained, in which order and how."""
+def describe_training(given: Given, progress: Progress) -> dict[str, str]:
+    """Return what was trained in which order, how an epoch chooses images, how the trial ended."""
     settings = given.settings
-    if not settings.epochs:
-        return ""
     layers = {
         "head": "the last layer alone (SGD)",
         "trial": f"all layers for a trial (AdamW, {settings.lr:g})",
@@ -2851,56 +2810,38 @@ def describe_training(given: Given, progress: Progress) -> str:
     }
     phases = {row["phase"] for row in progress.history}
     order = " and then ".join(text for phase, text in layers.items() if phase in phases)
-    return (
-        f"{settings.epochs} epochs of images of {settings.image_size} pixels, in batches of "
-        f"{settings.batch_size}, seed {settings.seed}" + (f": {order}" if order else "")
-    )
-
-
-def describe_draws(given: Given, progress: Progress) -> str:
-    """How an epoch chooses its images."""
-    settings = given.settings
-    if not settings.epochs:
-        return ""
-    text = "each image once an epoch"
+    draws = "each image once an epoch"
     if settings.rebalance == "sampler":
-        text = "by a WeightedRandomSampler, weights 1 / (images of the class) ** "
-        text += f"{settings.power:g}; an epoch draws as many images as there are"
+        draws = "by a WeightedRandomSampler, weights 1 / (images of the class) ** "
+        draws += f"{settings.power:g}; an epoch draws as many images as there are"
     passes = 1
     if settings.head_epochs():  # else the first stage is one that all processes agree on
         passes = next(plan(given, progress, 0)).passes
-    return text + (f", an epoch of the last layer alone {passes} times" if passes > 1 else "")
-
-
-def describe_trial(progress: Progress) -> str:
-    """Whether training all layers did harm, where that was tried."""
-    phases = {row["phase"] for row in progress.history}
+    if passes > 1:
+        draws += f", an epoch of the last layer alone {passes} times"
+    trial = "passed, by the loss of the images that judge" if phases >= {"trial", "whole"} else ""
     if "upper" in phases:
-        text = f"failed: all layers had over {TRIAL_FAILS:g} times the loss of the last one alone"
-        return f"{text}, on the images that judge; the upper half is trained instead"
-    passed = "passed, by the loss of the images that judge"
-    return passed if phases >= {"trial", "whole"} else ""
+        trial = f"failed: all layers had over {TRIAL_FAILS:g} times the loss of the last one alone"
+        trial += ", on the images that judge; the upper half is trained instead"
+    training = f"{settings.epochs} epochs of images of {settings.image_size} pixels, in batches of "
+    training += f"{settings.batch_size}, seed {settings.seed}" + (f": {order}" if order else "")
+    return {"training": training, "draws": draws, "trial": trial}
 
 
 def describe_calibration(given: Given, last: Evaluation | None) -> str:
-    """What was done to the logits."""
+    """Return what was done to the logits."""
     if last is None or not is_calibrated(given):
         return ""
+    scale, shift = last.calibration
     return (
-        f"logits times {last.calibration.scale:.3f}, less {last.calibration.shift:.3f} times the "
-        "log share of the class; each part of the images is judged with numbers fitted on the "
-        "others"
+        f"logits times {scale:.3f}, less {shift:.3f} times the log share of the class; each part "
+        "of the images is judged with numbers fitted on the others"
     )
 
 
 def is_calibrated(given: Given) -> bool:
-    """Whether the run itself calibrates."""
+    """Return whether the run itself calibrates."""
     return given.settings.epochs > 0 and given.settings.calibrate
-
-
-def has_families(data: Data) -> bool:
-    """Whether some images belong together."""
-    return len(data.families.unique()) < len(data.families)
 
 
 def start_run(given: Given, progress: Progress) -> None:
@@ -2923,7 +2864,7 @@ def start_run(given: Given, progress: Progress) -> None:
 
 
 def format_epoch(row: dict[str, Any], settings: Settings) -> str:
-    """The line of an epoch, as wide as `HEADER`, with the time left if all take as long."""
+    """Return the line of an epoch, as wide as `HEADER`, with the time left if all take as long."""
     numbers = {key: value for key, value in row.items() if isinstance(value, float)}
     cells = {key: "-" if math.isnan(x) else f"{x:.1%}" for key, x in numbers.items()}
     epochs = settings.epochs * (settings.folds - row["fold"] + 1) - row["epoch"]
@@ -2941,104 +2882,88 @@ def format_epoch(row: dict[str, Any], settings: Settings) -> str:
 
 
 def format_range(measures: Mapping[str, float]) -> str:
-    """A balanced accuracy with its interval."""
+    """Return a balanced accuracy with its interval, in per cent."""
     ends = f"{100 * measures['low']:.1f}, {100 * measures['high']:.1f}"
     return f"{measures['balanced_accuracy']:.1%} [{ends}]"
 
 
 def print_end(given: Given, progress: Progress, result: Result) -> None:
     """Print, in one screen, the result, what is recognised least, and where the rest is."""
-    settings, data, last = given.settings, given.data, result.last
+    settings, last = given.settings, result.last
     facts = list_facts(given, progress, result)
+    classes = list_classes(given.data, progress.draws, last)
     judges = "validation"
-    if data.folds > 1:
-        judges = f"{data.folds} networks, each on images it has not seen"
+    if settings.folds > 1:
+        judges = f"{settings.folds} networks, each on images it has not seen"
     print(f"\nbalanced accuracy {format_range(last.measures)}  ({judges})")
     if "not judged" in facts:
         print(f"warning: not in it are {printable(facts['not judged'])}")
     if is_calibrated(given):
         print(f"as trained        {last.measures['as_trained_balanced_accuracy']:.1%}")
-    if data.folds > 1:
-        folds = measure_folds(data, last)
-        print(f"of single folds   {min(folds):.1%} to {max(folds):.1%}")
     if result.tested:
         print(f"untouched test    {format_range(result.tested.measures)}, by vote")
     if "not tested" in facts:
         print(f"warning: not in the test are {printable(facts['not tested'])}")
-    print_lowest(data, last)
+    print_lowest(given.data, last)
     for change in show_changes(list_changes(given, last)):
         name, before, now, points, ends, sure = change.values()
         since = f"{before:.1%} in {printable(str(settings.baseline))}, now {now:.1%}"
         print(f"{name:17} {since}: {points} points, {ends}; more than chance? {sure}")
-    print_precision(data, last)
-    print_advice(given, last)
+    print_precision(classes)
+    print_advice(given, classes)
     print(f"everything else is in {printable(str(settings.output / 'report.html'))}")
-
-
-def measure_folds(data: Data, last: Evaluation) -> list[float]:
-    """The balanced accuracy of the network of each fold that is judged."""
-    folds, accuracies = data.held[last.places], []
-    for fold in folds.unique():
-        ours = folds == fold
-        predicted = last.calibrated.predicted[ours]
-        confusion = confusion_matrix(last.targets[ours], predicted, len(data.classes))
-        accuracies.append(recall_by_class(confusion).nanmean().item())
-    return accuracies
 
 
 def print_lowest(data: Data, last: Evaluation) -> None:
     """Print the classes that are recognised least, and what they are taken for most often."""
     print("lowest recall:")
-    confusion = last.calibrated.confusion
-    recall, counts = recall_by_class(confusion), confusion.sum(1)
-    wrong = confusion - confusion.diag().diag()
-    known = [label for label in recall.argsort(stable=True).tolist() if counts[label]]
+    known = [label for label in last.recall.argsort(stable=True) if last.val_counts[label]]
     for label in known[:3]:
         text = printable(data.classes[label])
-        if wrong[label].any():
-            text += f"; most often taken for {printable(data.classes[int(wrong[label].argmax())])}"
-        print(f"{recall[label]:8.1%} of {counts[label]:4}  {text}")
+        wrong = last.calibrated.confusion[label].clone()
+        wrong[label] = 0
+        if wrong.any():
+            text += f"; most often taken for {printable(data.classes[wrong.argmax()])}"
+        print(f"{last.recall[label]:8.1%} of {last.val_counts[label]:4}  {text}")
 
 
-def print_precision(data: Data, last: Evaluation) -> None:
-    """Say so where most of what is called a class would not be of it in use."""
-    precision = precision_in_use(last.calibrated.confusion, data.train_counts())
-    low = int((precision < 0.5).sum())
-    if not low:
-        return
-    worst = int(precision.nan_to_num(1.0).argmin())
-    text = f"{100 * precision[worst]:.0f} of 100 images called {data.classes[worst]} are"
-    text += f", and {low - 1} more classes have under 50" if low > 1 else ""
-    if not torch.equal(last.natural.predicted, last.calibrated.predicted):
-        text += "; predict with --natural there"
-    print(printable(f"note: where classes are as frequent as in training, {text}"))
+def print_precision(classes: Rows) -> None:
+    """Print it where most of what is called a class would not be of it in use."""
+    low = [row for row in classes if row["precision_in_use"] < 0.5]
+    if low:
+        worst = min(low, key=lambda row: row["precision_in_use"])
+        text = f"{100 * worst['precision_in_use']:.0f} of 100 images called {worst['class']} are"
+        if len(low) > 1:
+            text += f", and {len(low) - 1} more classes have under 50"
+        if worst["natural_precision_in_use"] != worst["precision_in_use"]:
+            text += "; predict with --natural there"
+        print(printable(f"note: where classes are as frequent as in training, {text}"))
 
 
-def print_advice(given: Given, last: Evaluation) -> None:
-    """Say so where the recall of the rarest class is known from few images or families alone."""
-    data, settings = given.data, given.settings
-    rarest = int(data.train_counts().argmin())
-    images = int(last.calibrated.confusion[rarest].sum())
-    judged = int(judge_counts(data, last, last.calibrated.predicted)[1][rarest])
+def print_advice(given: Given, classes: Rows) -> None:
+    """Print it where the recall of the rarest class is known from few images or families alone."""
+    settings, rarest = given.settings, min(classes, key=lambda row: row["train_images"])
+    judged = rarest["families"]
     if judged >= FEW_JUDGED or settings.folds > 1 or not settings.epochs:
         return
-    one, many = ("image", "images") if judged == images else ("family", "families")
-    text = f"known from {judged} {one if judged == 1 else many} alone"
+    kind = "images" if judged == rarest["val_images"] else "families"
+    kind = {"images": "image", "families": "family"}[kind] if judged == 1 else kind
+    text = f"known from {judged} {kind} alone"
     if judged:
-        _, low, high = find_recall(data, last, last.calibrated.predicted)
-        text += f" [{low[rarest]:.0%}, {high[rarest]:.0%}]"
-    if not (settings.val or settings.split) and folds_tell_more(data, rarest, judged):
+        text += f" [{rarest['low']:.0%}, {rarest['high']:.0%}]"
+    if not (settings.val or settings.split) and folds_tell_more(given.data, rarest):
         text += f"; --folds {ADVISED} would tell it from all of its images in DATA, and takes "
         text += "five times as long"
-    print(printable(f"note: the recall of {data.classes[rarest]} is {text}"))
+    print(printable(f"note: the recall of {rarest['class']} is {text}"))
 
 
-def folds_tell_more(data: Data, rarest: int, judged: int) -> bool:
-    """Whether `--folds` fits every class, and judges the rarest by more than `judged` families."""
+def folds_tell_more(data: Data, rarest: Mapping[str, Any]) -> bool:
+    """Return whether `--folds` fits every class, and judges the rarest by more families."""
     ours = torch.tensor([part != "source" for part in data.parts])
     pairs = torch.stack([data.labels[ours], data.families[ours]]).unique(dim=1)
     families = torch.bincount(pairs[0], minlength=len(data.classes))
-    return bool(families.min() >= ADVISED and families[rarest] > judged)
+    more = families[data.classes.index(rarest["class"])] > rarest["families"]
+    return bool(more and families.min() >= ADVISED)
 
 
 def show_changes(changes: Rows) -> Rows:
@@ -3060,13 +2985,9 @@ def show_changes(changes: Rows) -> Rows:
 # -------------------------------------------------------------------------------------------- page
 
 
-MOST_CLASSES, GROUPS = 30, 10  # that the page shows one by one; groups of more
+MOST_CLASSES = 30  # with a matrix of confusions
 MISTAKES, THUMBNAIL = 24, 160  # how many are shown, and pixels a side
-
-
 PLOT = 'class="open" x="41%" width="41%"'  # beside names, before values
-NEW = ("recall", "low", "high", "effective_images")
-OLD = ("before", "before_low", "before_high", "before_effective")
 IN_USE = (
     "In use: where classes are as frequent as in training. “Precision in use” is the part of what "
     "is called a class that is of it, by the answers for equally frequent classes; “natural” are "
@@ -3099,83 +3020,59 @@ details::details-content{block-size:auto;content-visibility:visible}}"""
 
 
 def show(value: Any) -> str:
-    """A fraction in per cent, NaN as a dash, all else as text that HTML and SVG do not obey."""
+    """Return a fraction in per cent, NaN as a dash, all else as text that HTML does not obey."""
     if isinstance(value, float):
         return "–" if math.isnan(value) else f"{100 * value:.1f}\u00a0%"
     return html.escape(printable(str(value)))
 
 
 def svg(body: str, height: int) -> str:
-    """A chart for a page or a file: widths in parts of the whole, text readable on a phone."""
+    """Return a chart for a page or a file: widths in parts of the whole, to be read on a phone."""
     start = f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" width="760" height="{height}">'
     return f"{start}<style>{STYLE}</style>{body}</svg>"
 
 
 def write(text: str, x: float, y: float, kind: str = "") -> str:
-    """Text at a part of the width, in per cent, and a pixel of the height."""
+    """Return text at a part of the width, in per cent, and a pixel of the height."""
     return f'<text class="{kind}" x="{x:g}%" y="{y:g}">{text}</text>'
 
 
 def write_title(title: str, *names: str) -> str:
-    """The title of a chart, and below it what is orange and what is blue."""
+    """Return the title of a chart, and below it what is orange and what is blue."""
     kinds = zip(("old", "new"), names, strict=False)
     spots = (f'<tspan class="{kind}">●</tspan> {show(name)}' for kind, name in kinds)
     return write(title, 0, 14, "head") + write(" &#160; ".join(spots), 0, 34, "soft")
 
 
-def mean_recall(rows: Rows, keys: tuple[str, ...]) -> tuple[float, ...]:
-    """The mean recall of classes and the ends of its interval; NaN if none is known.
-
-    `keys` name the columns of the recall, its ends, and the images that it is known from.
-    """
-    known = [row for row in rows if row["val_images"] and keys[0] in row]
-    if len(known) < 2:
-        return tuple(known[0][key] if known else math.nan for key in keys[:3])
-    pairs = [(row[keys[0]], row[keys[3]]) for row in known]
-    recall, counts = torch.tensor(pairs, dtype=torch.float64).T
-    weights = torch.full((1, len(known)), 1 / len(known), dtype=torch.float64)
-    return tuple(end.item() for end in mean_interval(recall, counts, weights))
-
-
-def draw_row(rows: Rows, y: int) -> str:
-    """The row of a class, or of several as a group; a recall of 0 has a dot like others."""
-    new, old = mean_recall(rows, NEW), mean_recall(rows, OLD)
-    half, marks = 0 if math.isnan(old[0]) else 8, ""
-    name, images = show(rows[0]["class"]), str(rows[0]["train_images"])
-    if len(rows) > 1:
-        name, images = f"{len(rows)} classes", f"{images} to {rows[-1]['train_images']}"
-        for recall in (row["recall"] for row in rows if row["val_images"]):
-            marks += f'<circle class="new bar" cx="{recall:.2%}" cy="{20 + half}" r="3"/>'
-    for age, cy, (mean, low, high) in (("old", 20 - half, old), ("new", 20 + half, new)):
-        if not math.isnan(mean):
-            marks += f'<line class="{age} bar" x1="{low:.2%}" x2="{high:.2%}" y1="{cy}" y2="{cy}"/>'
-            marks += f'<circle class="{age}" cx="{mean:.2%}" cy="{cy}" r="5.5"/>'
-    texts = write(name, 38, 14, "end") + write(f"{images} training", 38, 29, "soft end")
-    judged = sum(row["val_images"] for row in rows)
-    texts += write(f"{judged} validation images", 38, 43, "soft end")
-    texts += write(show(new[0]), 100, 25 + half, "end")
-    return f'<svg y="{y}" height="54">{texts}<svg {PLOT}>{marks}</svg></svg>'
+def draw_row(row: Mapping[str, Any], y: int) -> str:
+    """Draw the recall of a class, its interval, and above it the recall before, if known."""
+    marks = ""
+    if not math.isnan(row.get("before", math.nan)):
+        marks += f'<circle class="old" cx="{row["before"]:.2%}" cy="9" r="5.5"/>'
+    if row["val_images"]:
+        marks += f'<line class="new bar" x1="{row["low"]:.2%}" x2="{row["high"]:.2%}" y1="21" '
+        marks += f'y2="21"/><circle class="new" cx="{row["recall"]:.2%}" cy="21" r="5.5"/>'
+    texts = write(show(row["class"]), 38, 14, "end") + write(show(row["recall"]), 100, 26, "end")
+    images = f"{row['train_images']} / {row['val_images']} images"
+    texts += write(images, 38, 29, "soft end")
+    return f'<svg y="{y}" height="40">{texts}<svg {PLOT}>{marks}</svg></svg>'
 
 
 def recall_chart(classes: Rows, before_name: str = "") -> str:
-    """The recall of each class, or of groups if many, most training images first: SVG."""
+    """Return a chart of the recall of each class, most training images first: SVG."""
     order = sorted(classes, key=lambda row: -row["train_images"])
     names = [f"before: {before_name}", "now"] if before_name else []
-    cuts, title = len(order), "Recall, 95 % interval"
-    if cuts > MOST_CLASSES:
-        cuts, title = GROUPS, "Mean recall, 95 % interval (dots: classes)"
-    body, height, grid = write_title(title, *names), 62 + 56 * cuts, ""
-    for cut in range(cuts):
-        first, end = len(order) * cut // cuts, len(order) * (cut + 1) // cuts
-        body += draw_row(order[first:end], 60 + 56 * cut)
+    title, height = "Recall, 95 % interval (training / validation images)", 62 + 40 * len(order)
+    body = write_title(title, *names) + f"<svg {PLOT}>"
     for x in range(0, 101, 25):
-        grid += f'<line class="grid" x1="{x}%" x2="{x}%" y1="58" y2="{height}"/>'
-        grid += write(str(x), x, 52, "soft middle")
-    return svg(f"{body}<svg {PLOT}>{grid}</svg>", height)
+        body += f'<line class="grid" x1="{x}%" x2="{x}%" y1="58" y2="{height}"/>'
+        body += write(str(x), x, 52, "soft middle")
+    rows = (draw_row(row, 60 + 40 * place) for place, row in enumerate(order))
+    return svg(f"{body}</svg>{''.join(rows)}", height)
 
 
 def draw_panel(history: Rows, keys: Sequence[str], scale: int) -> str:
-    """Columns by epoch, a line for each fold; what is far above most values is cut off."""
+    """Draw columns by epoch, a line for each fold; what is far above most values is cut off."""
     values = sorted(row[key] for row in history for key in keys if math.isfinite(row[key])) or [0]
     top = min(values[-1], 2 * values[len(values) * 9 // 10])
     low = math.floor(2 * values[0]) / 2
@@ -3198,20 +3095,18 @@ def draw_panel(history: Rows, keys: Sequence[str], scale: int) -> str:
 
 
 def curve_chart(history: Rows, calibrated: bool) -> str:
-    """Loss and balanced accuracy by epoch, also as it was before it was `calibrated`: SVG."""
+    """Return a chart of loss and balanced accuracy by epoch, before and after calibration: SVG."""
+    names = ["as trained", "calibrated"] if calibrated else ["as trained"]
     body = write_title("Loss by epoch", "training", "validation")
     body += draw_panel(history, ("train_loss", "val_loss"), 1) + '<svg y="270">'
-    names, keys = ["as trained"], ["as_trained_balanced_accuracy"]
-    if calibrated:
-        names.append("calibrated")
-        keys.append("balanced_accuracy")
     body += write_title("Balanced accuracy in % by epoch", *names)
-    body += draw_panel(history, keys, 100)
+    keys = ("as_trained_balanced_accuracy", "balanced_accuracy")
+    body += draw_panel(history, keys[: len(names)], 100)
     return svg(f"{body}</svg>", 530)
 
 
 def make_table(rows: Iterable[Iterable[str]]) -> str:
-    """Rows of safe text, the first of names, in a box that scrolls where it is too wide."""
+    """Return a table of safe text, its first column of names; it scrolls where it is too wide."""
     body = ""
     for name, *cells in rows:
         body += f"<tr><th>{name}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
@@ -3219,24 +3114,18 @@ def make_table(rows: Iterable[Iterable[str]]) -> str:
 
 
 def show_rows(rows: Rows) -> str:
-    """A table of rows with the same columns."""
+    """Return a table of rows with the same columns."""
     names = [name.replace("_", " ") for name in rows[0]]
     return make_table(map(show, row) for row in (names, *(row.values() for row in rows)))
 
 
-def show_facts(facts: Mapping[str, str]) -> str:
-    """A table of facts by name, one below the other."""
-    text = "".join(f"<dt>{show(name)}</dt><dd>{show(fact)}</dd>" for name, fact in facts.items())
-    return f"<dl>{text}</dl>"
-
-
 def show_confusions(data: Data, last: Evaluation) -> str:
-    """What is taken for what: a coloured matrix, or of many classes the commonest mistakes."""
+    """Return a coloured matrix of what is taken for what; of many classes the commonest mistakes."""
     names, confusion = [show(name) for name in data.classes], last.calibrated.confusion.tolist()
     order = data.train_counts().argsort(descending=True, stable=True).tolist()
     if len(names) > MOST_CLASSES:
-        rows = [["confusion", "images"]]
         pairs = ((confusion[true][taken], true, taken) for true, taken in permutations(order, 2))
+        rows = [["confusion", "images"]]
         for images, true, taken in heapq.nlargest(20, pairs):
             if images:
                 name = f"{names[true]} taken for {names[taken]}"
@@ -3254,8 +3143,11 @@ def show_confusions(data: Data, last: Evaluation) -> str:
 
 
 def show_mistakes(given: Given, last: Evaluation) -> str:
-    """The images that are wrong with the most confidence, each beside one of the class it was
-    taken for: of those that the network has learnt, the one in the middle of their names."""
+    """Return the images that are wrong with the most confidence, each beside one of the other class.
+
+    Of those images of the class it was taken for that the network has learnt, it is the one in the
+    middle of their names.
+    """
     data, (predicted, probability, _) = given.data, last.calibrated
     wrong = (predicted != last.targets).nonzero().flatten()
     order = probability[wrong].argsort(descending=True, stable=True)
@@ -3279,7 +3171,7 @@ def show_mistakes(given: Given, last: Evaluation) -> str:
 
 
 def show_image(data: Data, place: int, relation: str, label: int) -> str:
-    """The image at a place of `data`, and below it its relation to a class and the class."""
+    """Return the image at a place of `data`, below it its relation to a class, and the class."""
     pixels = central_square(THUMBNAIL)(read_image(data.paths[place], data.white))
     content = io.BytesIO()
     v2.functional.to_pil_image(pixels).save(content, "JPEG", quality=80)
@@ -3291,23 +3183,23 @@ def show_image(data: Data, place: int, relation: str, label: int) -> str:
 
 
 def show_result(given: Given, last: Evaluation, classes: Rows) -> str:
-    """The result in large type, the rarest, the most frequent and the worst class."""
-    measures, counts = last.measures, given.data.train_counts()
-    usual, rarest = classes[int(counts.argmax())], classes[int(counts.argmin())]
-    worst = int(recall_by_class(last.calibrated.confusion).argsort(stable=True)[0])  # NaN is last
-    wrong = last.calibrated.confusion[worst].clone()
-    wrong[worst] = 0
-    lowest = classes[worst]["class"]
-    if wrong.any():
-        lowest += f", {int(wrong.max())} taken for {classes[int(wrong.argmax())]['class']}"
-    ends = format_range(measures).split(maxsplit=1)[1]
-    tiles = {"balanced accuracy": (measures["balanced_accuracy"], ends)}
+    """Return tiles: the result, the most frequent, the rarest and the worst class."""
+    measures = last.measures
+    usual = max(classes, key=lambda row: row["train_images"])
+    rarest = min(classes, key=lambda row: row["train_images"])
+    worst = classes[int(last.recall.argsort(stable=True)[0])]  # NaN is last
+    tiles = {
+        "balanced accuracy": (
+            measures["balanced_accuracy"],
+            format_range(measures).split(maxsplit=1)[1],
+        )
+    }
     if is_calibrated(given):
         before = measures["as_trained_balanced_accuracy"]
         tiles["as trained"] = (before, "balanced accuracy before calibration")
     tiles["most frequent class"] = (usual["recall"], f"recall of {usual['class']}")
     tiles["rarest class"] = (rarest["recall"], f"recall of {rarest['class']}{foresee(rarest)}")
-    tiles["lowest recall"] = (classes[worst]["recall"], lowest)
+    tiles["lowest recall"] = (worst["recall"], worst["class"])
     text = ""
     for name, (part, note) in tiles.items():
         text += f"<div>{name}<b>{show(part)}</b><small>{show(note)}</small></div>"
@@ -3315,83 +3207,79 @@ def show_result(given: Given, last: Evaluation, classes: Rows) -> str:
 
 
 def foresee(row: Mapping[str, Any]) -> str:
-    """The interval of a class's recall, and how wide it would be with twice as many images."""
-    images = row["val_images"]
-    if not images:
+    """Return the interval of a class's recall, and what it would be with twice as many images."""
+    if not row["val_images"]:
         return ""
     low, high, least, most = (
         f"{100 * row[key]:.0f}" for key in ("low", "high", "low_if_twice", "high_if_twice")
     )
-    known = "1 image" if images == 1 else f"{images} images"
-    return f" [{low}, {high}] from {known}; it would be [{least}, {most}] from twice as many"
+    return f" [{low}, {high}]; it would be [{least}, {most}] from twice as many"
 
 
 def make_page(given: Given, progress: Progress, result: Result) -> dict[str, str]:
-    """By their files' names, the charts and the page: one file without scripts, loading nothing."""
+    """Return, by their files' names, the charts and the page, which is one file without scripts."""
     settings, data, last = given.settings, given.data, result.last
     changes, facts = list_changes(given, last), list_facts(given, progress, result)
     classes = list_classes(data, progress.draws, last)
-    baseline = settings.baseline.name if changes and settings.baseline else ""
+    table, baseline = show_rows(classes), ""
     if changes and given.baseline is not None:
-        effective, _ = judge_counts(data, last, given.baseline)
-        columns = *find_recall(data, last, given.baseline), effective.round().long()
-        for row, *values in zip(classes, *(column.tolist() for column in columns), strict=True):
-            row |= dict(zip(OLD, values, strict=True))
-    title = show(settings.data.name)
-    recall = recall_chart(classes, baseline)
-    curves = ""
+        baseline = settings.baseline.name if settings.baseline else ""
+        before = confusion_matrix(last.targets, given.baseline, len(classes))
+        for row, recall in zip(classes, recall_by_class(before).tolist(), strict=True):
+            row["before"] = recall
+    charts = {"recall.svg": recall_chart(classes, baseline)}
     if progress.history:
-        curves = curve_chart(progress.history, is_calibrated(given))
+        charts["curves.svg"] = curve_chart(progress.history, is_calibrated(given))
+    terms = "".join(f"<dt>{show(name)}</dt><dd>{show(fact)}</dd>" for name, fact in facts.items())
     sections = {
-        f"Compared with {show(baseline)}, on the same images": changes
-        and show_rows(show_changes(changes)),
-        "Recall": f"{recall}<details><summary>Images, draws, measures of each class</summary>"
-        f"{show_rows(classes)}<p>{IN_USE}</p></details>",
+        f"Compared with {show(baseline)}": changes and show_rows(show_changes(changes)),
+        "Recall": f"{charts['recall.svg']}<details><summary>Images, draws, measures of each class"
+        f"</summary>{table}<p>{IN_USE}</p></details>",
         "Mistakes": show_mistakes(given, last),
         "Confusions": show_confusions(data, last),
-        "Training": curves if settings.epochs else "",
+        "Training": charts.get("curves.svg"),
         "Make it again": show_command(given),
-        "How this was measured": show_facts(facts),
+        "How this was measured": f"<dl>{terms}</dl>",
     }
+    title = show(settings.data.name)
     body = f"<h1>{title}</h1>{show_lead(facts, result)}{show_result(given, last, classes)}"
     body += "".join(f"<h2>{name}</h2>{text}" for name, text in sections.items() if text)
     page = (
         '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width='
         f'device-width"><title>{title}</title><style>{STYLE}</style>{body}</html>\n'
     )
-    charts = {"recall.svg": recall, "curves.svg": curves}
-    return {name: chart for name, chart in charts.items() if chart} | {"report.html": page}
+    return charts | {"report.html": page}
 
 
 def show_lead(facts: Mapping[str, str], result: Result) -> str:
-    """What the page says first: whether the run is done, what it trained, and what judges it."""
-    text = f"{facts['network']}; {facts['images']}. Judged by {facts['judged by']}."
+    """Return what the page says first: whether the run is done, and what is not in its numbers."""
+    text = ""
+    if "unfinished" in facts:
+        text = f"<p><b>Unfinished: {show(facts['unfinished'])}.</b></p>"
+    text += f"<p>{show(facts['network'])}; {show(facts['images'])}."
     if "not judged" in facts:
-        text += f" Not judged are {facts['not judged']}."
+        text += f" Not judged are {show(facts['not judged'])}."
     if result.tested:
         text += f" Untouched test, by vote: {format_range(result.tested.measures)}."
     if "not tested" in facts:
-        text += f" Not tested are {facts['not tested']}."
-    if "unfinished" in facts:
-        return f"<p><b>Unfinished: {show(facts['unfinished'])}.</b></p><p>{show(text)}</p>"
-    return f"<p>{show(text)}</p>"
+        text += f" Not tested are {show(facts['not tested'])}."
+    return f"{text}</p>"
 
 
 def show_command(given: Given) -> str:
-    """The command that makes the run again, to be pasted, and all it depends on.
+    """Return the command that makes the run again, to be pasted, and the versions it depends on.
 
     It names no run folder, which is there already, and as many processes as there were.
     """
-    settings, words, compute = given.settings, shlex.split(given.settings.command), given.compute
+    words, processes = shlex.split(given.settings.command), given.compute.world_size
     for place in reversed(range(len(words))):
         flag, _, value = words[place].partition("=")
         if len(flag) > 2 and "--output".startswith(flag):  # argparse takes its beginnings, too
             del words[place : place + (1 if value else 2)]
-    if compute.world_size > 1:
-        words[:1] = ["torchrun", f"--nproc-per-node={compute.world_size}"]
-    made_with = {k: v for k, v in vars(settings).items() if k != "command"} | versions()
-    values = " · ".join(f"{show(name)}: {show(str(value))}" for name, value in made_with.items())
-    return f"<pre>{show(shlex.join(words))}</pre><p><small>{values}</small></p>"
+    if processes > 1:
+        words[:1] = ["torchrun", f"--nproc-per-node={processes}"]
+    made_with = " · ".join(f"{name} {version}" for name, version in versions().items())
+    return f"<pre>{show(shlex.join(words))}</pre><p><small>{made_with}</small></p>"
 
 
 # -------------------------------------------------------------------------------------- predicting
