@@ -2151,21 +2151,10 @@ def measure_all(judged: Evaluation, data: Data) -> dict[str, float]:
         "val_loss": judged.loss,
         **measure(judged.calibrated.confusion, train_counts, effective),
         **{f"as_trained_{name}": before[name] for name in MEASURES},
-        "natural_accuracy": natural_accuracy(judged.natural.confusion, train_counts),
         "calibration_error": calibration_error(judged.targets, judged.calibrated),
         "logit_scale": judged.calibration.scale,
         "logit_shift": judged.calibration.shift,
     }
-
-
-def natural_accuracy(confusion: Tensor, train_counts: Tensor) -> float:
-    """The accuracy where classes are as frequent as in training, of the answers for that.
-
-    Recalls weighted by class frequency: the validation images may have another skew.
-    """
-    recall = recall_by_class(confusion)
-    weights = train_counts * ~recall.isnan()
-    return (recall.nan_to_num() @ weights.double() / weights.sum()).item()
 
 
 def calibration_error(targets: Tensor, answer: Answer) -> float:
@@ -2174,7 +2163,8 @@ def calibration_error(targets: Tensor, answer: Answer) -> float:
     The expected calibration error of Guo et al. 2017 (arXiv:1706.04599), in `BINS` bins.
     """
     p = answer.probability.double()
-    gaps = class_weights(targets) * (p - (answer.predicted == targets))
+    right = (answer.predicted == targets).double()
+    gaps = class_weights(targets) * (p - right)
     bins = (p * BINS).long().clamp(max=BINS - 1)
     return torch.bincount(bins, gaps, BINS).abs().sum().item()
 
@@ -2825,10 +2815,9 @@ def describe_calibration(given: Given, last: Evaluation | None) -> str:
     """Return what was done to the logits."""
     if last is None or not is_calibrated(given):
         return ""
-    scale, shift = last.calibration
     return (
-        f"logits times {scale:.3f}, less {shift:.3f} times the log share of the class; each part "
-        "of the images is judged with numbers fitted on the others"
+        "logits times {:.3f}, less {:.3f} times the log share of the class; each part of the "
+        "images is judged with numbers fitted on the others".format(*last.calibration)
     )
 
 
@@ -2889,14 +2878,13 @@ def print_end(given: Given, progress: Progress, result: Result) -> None:
     if settings.folds > 1:
         judges = f"{settings.folds} networks, each on images it has not seen"
     print(f"\nbalanced accuracy {format_range(last.measures)}  ({judges})")
-    if "not judged" in facts:
-        print(f"warning: not in it are {printable(facts['not judged'])}")
     if is_calibrated(given):
         print(f"as trained        {last.measures['as_trained_balanced_accuracy']:.1%}")
     if result.tested:
         print(f"untouched test    {format_range(result.tested.measures)}, by vote")
-    if "not tested" in facts:
-        print(f"warning: not in the test are {printable(facts['not tested'])}")
+    for name in ("not judged", "not tested"):
+        if name in facts:
+            print(printable(f"warning: {name}: {facts[name]}"))
     print_lowest(given.data, last)
     for change in show_changes(list_changes(given, last)):
         name, before, now, points, ends, sure = change.values()
@@ -2935,28 +2923,21 @@ def print_precision(classes: Rows) -> None:
 
 def print_advice(given: Given, classes: Rows) -> None:
     """Print it where the recall of the rarest class is known from few images or families alone."""
-    settings, rarest = given.settings, min(classes, key=lambda row: row["train_images"])
+    data, settings = given.data, given.settings
+    rarest = min(classes, key=lambda row: row["train_images"])
     judged = rarest["families"]
     if judged >= FEW_JUDGED or settings.folds > 1 or not settings.epochs:
         return
-    kind = "images" if judged == rarest["val_images"] else "families"
-    kind = {"images": "image", "families": "family"}[kind] if judged == 1 else kind
-    text = f"known from {judged} {kind} alone"
+    one, many = ("image", "images") if judged == rarest["val_images"] else ("family", "families")
+    text = f"known from {judged} {one if judged == 1 else many} alone"
     if judged:
         text += f" [{rarest['low']:.0%}, {rarest['high']:.0%}]"
-    if not (settings.val or settings.split) and folds_tell_more(given.data, rarest):
+    pairs = torch.stack([data.labels, data.families]).unique(dim=1)
+    enough = pairs[0].bincount().min() >= ADVISED
+    if enough and not (settings.val or settings.split or settings.source):
         text += f"; --folds {ADVISED} would tell it from all of its images in DATA, and takes "
         text += "five times as long"
     print(printable(f"note: the recall of {rarest['class']} is {text}"))
-
-
-def folds_tell_more(data: Data, rarest: Mapping[str, Any]) -> bool:
-    """Return whether `--folds` fits every class, and judges the rarest by more families."""
-    ours = torch.tensor([part != "source" for part in data.parts])
-    pairs = torch.stack([data.labels[ours], data.families[ours]]).unique(dim=1)
-    families = torch.bincount(pairs[0], minlength=len(data.classes))
-    more = families[data.classes.index(rarest["class"])] > rarest["families"]
-    return bool(more and families.min() >= ADVISED)
 
 
 def show_changes(changes: Rows) -> Rows:
@@ -3113,7 +3094,7 @@ def show_rows(rows: Rows) -> str:
 
 
 def show_confusions(data: Data, last: Evaluation) -> str:
-    """Return a coloured matrix of what is taken for what; of many classes the commonest mistakes."""
+    """Return a matrix of what is taken for what, or of many classes the commonest mistakes."""
     names, confusion = [show(name) for name in data.classes], last.calibrated.confusion.tolist()
     order = data.train_counts().argsort(descending=True, stable=True).tolist()
     if len(names) > MOST_CLASSES:
@@ -3136,9 +3117,9 @@ def show_confusions(data: Data, last: Evaluation) -> str:
 
 
 def show_mistakes(given: Given, last: Evaluation) -> str:
-    """Return the images that are wrong with the most confidence, each beside one of the other class.
+    """Return the images that are wrong with the most confidence, each beside one it looks like.
 
-    Of those images of the class it was taken for that the network has learnt, it is the one in the
+    That is an image which the network has learnt, of the class it was taken for: the one in the
     middle of their names.
     """
     data, (predicted, probability, _) = given.data, last.calibrated
@@ -3149,13 +3130,10 @@ def show_mistakes(given: Given, last: Evaluation) -> str:
         place, taken = int(last.places[row]), int(predicted[row])
         learnt = data.learns(int(data.held[place]))
         alike = learnt[data.labels[learnt] == taken]
-        sure = f"taken for ({show(probability[row].item())})"
+        middle = int(alike[len(alike) // 2]) if len(alike) else None
+        relation = f"taken for ({show(probability[row].item())})"
         text += f"<figure>{show_image(data, place, 'is', int(last.targets[row]))}"
-        if len(alike):
-            text += show_image(data, int(alike[len(alike) // 2]), f"{sure}, as here", taken)
-        else:
-            text += f"<div><small>{sure}</small><b>{show(data.classes[taken])}</b></div>"
-        text += "</figure>"
+        text += f"{show_image(data, middle, relation, taken)}</figure>"
     kind = "typical training image" if given.settings.epochs else "image of DATA"
     return text and (
         f"<p>Wrong with the most confidence. Beside each image: a {kind} of the class it was taken "
@@ -3163,32 +3141,31 @@ def show_mistakes(given: Given, last: Evaluation) -> str:
     )
 
 
-def show_image(data: Data, place: int, relation: str, label: int) -> str:
-    """Return the image at a place of `data`, below it its relation to a class, and the class."""
-    pixels = central_square(THUMBNAIL)(read_image(data.paths[place], data.white))
-    content = io.BytesIO()
-    v2.functional.to_pil_image(pixels).save(content, "JPEG", quality=80)
-    encoded = base64.b64encode(content.getvalue()).decode()
-    return (
-        f'<div><img alt="" src="data:image/jpeg;base64,{encoded}">'
-        f"<small>{relation}</small><b>{show(data.classes[label])}</b></div>"
-    )
+def show_image(data: Data, place: int | None, relation: str, label: int) -> str:
+    """Return the image at a place of `data`, if any, its relation to a class, and the class."""
+    image = ""
+    if place is not None:
+        pixels = central_square(THUMBNAIL)(read_image(data.paths[place], data.white))
+        content = io.BytesIO()
+        v2.functional.to_pil_image(pixels).save(content, "JPEG", quality=80)
+        encoded = base64.b64encode(content.getvalue()).decode()
+        image = f'<img alt="" src="data:image/jpeg;base64,{encoded}">'
+    return f"<div>{image}<small>{relation}</small><b>{show(data.classes[label])}</b></div>"
 
 
-def show_result(given: Given, last: Evaluation, classes: Rows) -> str:
+def show_result(given: Given, result: Result, classes: Rows) -> str:
     """Return tiles: the result, the most frequent, the rarest and the worst class."""
-    measures = last.measures
+    last, tested = result.last, result.tested
     usual = max(classes, key=lambda row: row["train_images"])
     rarest = min(classes, key=lambda row: row["train_images"])
     worst = classes[int(last.recall.argsort(stable=True)[0])]  # NaN is last
-    tiles = {
-        "balanced accuracy": (
-            measures["balanced_accuracy"],
-            format_range(measures).split(maxsplit=1)[1],
-        )
-    }
+    tiles = {}
+    for name, judged in (("balanced accuracy", last), ("untouched test", tested)):
+        if judged:
+            _, ends = format_range(judged.measures).split(maxsplit=1)
+            tiles[name] = (judged.measures["balanced_accuracy"], ends)
     if is_calibrated(given):
-        before = measures["as_trained_balanced_accuracy"]
+        before = last.measures["as_trained_balanced_accuracy"]
         tiles["as trained"] = (before, "balanced accuracy before calibration")
     tiles["most frequent class"] = (usual["recall"], f"recall of {usual['class']}")
     tiles["rarest class"] = (rarest["recall"], f"recall of {rarest['class']}{foresee(rarest)}")
@@ -3225,7 +3202,8 @@ def make_page(given: Given, progress: Progress, result: Result) -> dict[str, str
         charts["curves.svg"] = curve_chart(progress.history, is_calibrated(given))
     terms = "".join(f"<dt>{show(name)}</dt><dd>{show(fact)}</dd>" for name, fact in facts.items())
     sections = {
-        f"Compared with {show(baseline)}": changes and show_rows(show_changes(changes)),
+        f"Compared with {show(baseline)}, on the same images": changes
+        and show_rows(show_changes(changes)),
         "Recall": f"{charts['recall.svg']}<details><summary>Images, draws, measures of each class"
         f"</summary>{table}<p>{IN_USE}</p></details>",
         "Mistakes": show_mistakes(given, last),
@@ -3235,28 +3213,17 @@ def make_page(given: Given, progress: Progress, result: Result) -> dict[str, str
         "How this was measured": f"<dl>{terms}</dl>",
     }
     title = show(settings.data.name)
-    body = f"<h1>{title}</h1>{show_lead(facts, result)}{show_result(given, last, classes)}"
+    body = f"<h1>{title}</h1><p>{show(facts['network'])}; {show(facts['images'])}.</p>"
+    for name in ("unfinished", "not judged", "not tested"):
+        if name in facts:
+            body += f"<p><b>{name.capitalize()}: {show(facts[name])}.</b></p>"
+    body += show_result(given, result, classes)
     body += "".join(f"<h2>{name}</h2>{text}" for name, text in sections.items() if text)
     page = (
         '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width='
         f'device-width"><title>{title}</title><style>{STYLE}</style>{body}</html>\n'
     )
     return charts | {"report.html": page}
-
-
-def show_lead(facts: Mapping[str, str], result: Result) -> str:
-    """Return what the page says first: whether the run is done, and what is not in its numbers."""
-    text = ""
-    if "unfinished" in facts:
-        text = f"<p><b>Unfinished: {show(facts['unfinished'])}.</b></p>"
-    text += f"<p>{show(facts['network'])}; {show(facts['images'])}."
-    if "not judged" in facts:
-        text += f" Not judged are {show(facts['not judged'])}."
-    if result.tested:
-        text += f" Untouched test, by vote: {format_range(result.tested.measures)}."
-    if "not tested" in facts:
-        text += f" Not tested are {show(facts['not tested'])}."
-    return f"{text}</p>"
 
 
 def show_command(given: Given) -> str:
