@@ -1997,24 +1997,24 @@ PRIOR_FAMILIES = 2  # for which it counts that images of one family may all be a
 
 
 def confusion_matrix(targets: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """How often each class was taken for each: (C, C) int64, rows true, columns predicted."""
+    """Return how often each class was taken for each: (C, C) int64, rows true, columns predicted."""
     pairs = torch.bincount(targets * classes + predicted, minlength=classes**2)
     return pairs.reshape(classes, classes)
 
 
 def recall_by_class(confusion: Tensor) -> Tensor:
-    """The part of each class that was recognised: (C,) float64, NaN for a class without images."""
+    """Return the recall of each class: (C,) float64, NaN for a class without images."""
     return confusion.diag().double() / confusion.sum(1)
 
 
 def f1_by_class(confusion: Tensor) -> Tensor:
-    """The F1 of each class, 0 if never right: (C,) float64, NaN for a class without images."""
+    """Return the F1 of each class, 0 if never right: (C,) float64, NaN without images."""
     right, val_counts = confusion.diag().double(), confusion.sum(1)
     return torch.where(val_counts > 0, 2 * right / (val_counts + confusion.sum(0)), math.nan)
 
 
 def precision_in_use(confusion: Tensor, frequency: Tensor) -> Tensor:
-    """Of what would be called each class, the part that is of it: (C,) float64.
+    """Return the part of what would be called each class that is of it: (C,) float64.
 
     Where classes are as frequent as `frequency` (C,) says, whatever the skew of the images that
     judge. NaN for a class without images, or that nothing is taken for.
@@ -2026,7 +2026,7 @@ def precision_in_use(confusion: Tensor, frequency: Tensor) -> Tensor:
 
 
 def auc_by_class(probabilities: Tensor, targets: Tensor) -> Tensor:
-    """The area under the ROC curve of each class against the rest: (C,) float64.
+    """Return the area under the ROC curve of each class against the rest: (C,) float64.
 
     That is how often an image of the class has a higher probability of it than an image of another
     class, ties half; each other class counts the same. NaN for a class without images, or alone.
@@ -2048,7 +2048,7 @@ def auc_by_class(probabilities: Tensor, targets: Tensor) -> Tensor:
 def effective_counts(
     values: Tensor, targets: Tensor, families: Tensor, classes: int
 ) -> tuple[Tensor, Tensor]:
-    """What the images of each class tell: as many as independent ones, of how many families.
+    """Return as how many independent images those of each class tell, and of how many families.
 
     (C,) float64 and (C,) int64, of M images with `values` (1 where right, else 0), whose mean in
     the class is asked for. Images of one family (scans of one patient) may be alike: the variance
@@ -2075,7 +2075,7 @@ def effective_counts(
 
 
 def measure_weights(val_counts: Tensor, train_counts: Tensor) -> Tensor:
-    """What each class's recall counts in each of `MEASURES`: (5, C) float64, NaN if nothing."""
+    """Return the weight of each class's recall in each of `MEASURES`: (5, C) float64, or NaN."""
     many, few, known = train_counts > MANY, train_counts < FEW, val_counts > 0
     rows = [val_counts, known, known & many, known & ~many & ~few, known & few]
     weights = torch.stack(rows).double()
@@ -2083,10 +2083,10 @@ def measure_weights(val_counts: Tensor, train_counts: Tensor) -> Tensor:
 
 
 def wilson_interval(right: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Ends of the 95 % interval for the part that is right of `counts` images (Wilson 1927).
+    """Return the ends of the 95 % interval for the part that is right of `counts` images.
 
-    With n - 1 in place of n, as the variance of a sample has it; of one image all is possible, and
-    so of none.
+    Those of Wilson 1927, with n - 1 in place of n, as the variance of a sample has it; of one image
+    all is possible, and so of none.
     """
     part = (right.double() / counts).nan_to_num()
     n = (counts - 1).clamp(min=0)
@@ -2097,7 +2097,7 @@ def wilson_interval(right: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mean_interval(recall: Tensor, counts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Means of C recalls by `weights` (K, C) and the ends of their 95 % intervals: (K,) each.
+    """Return means of C recalls by `weights` (K, C), and the ends of their 95 % intervals: (K,).
 
     Score intervals (Martin Andres et al. 2011, Statistical Methods in Medical Research 20), which
     for one class are Wilson's, with n - 1 in place of n. To add each class's own limits as squares
@@ -2111,7 +2111,7 @@ def mean_interval(recall: Tensor, counts: Tensor, weights: Tensor) -> tuple[Tens
 
 
 def lowest_mean(recall: Tensor, n: Tensor, weights: Tensor) -> Tensor:
-    """How far below the mean that was seen the true one may be: (K,) float64.
+    """Return how far below the mean that was seen the true one may be: (K,) float64.
 
     Of all recalls with a lower mean the likeliest ones are pulled down by r - p = pull * w * p *
     (1 - p) / n. The mean is then `pull` times its own variance lower, and that is Z of its standard
@@ -2129,7 +2129,7 @@ def lowest_mean(recall: Tensor, n: Tensor, weights: Tensor) -> Tensor:
 
 
 def measure(confusion: Tensor, train_counts: Tensor, effective: Tensor) -> dict[str, float]:
-    """The measures of a confusion matrix, the 95 % interval of balanced accuracy, macro F1.
+    """Return the measures of a confusion matrix, the interval of balanced accuracy, macro F1.
 
     `effective` (C,) are the images of each class that the interval counts.
     """
@@ -2172,7 +2172,7 @@ def calibration_error(targets: Tensor, answer: Answer) -> float:
 def compare(
     targets: Tensor, before: Tensor, after: Tensor, train_counts: Tensor, families: Tensor
 ) -> Rows:
-    """What changed between two runs on the same images, by what they predicted: (M,) int64 each.
+    """Return what changed between two runs on the same images, by their answers: (M,) int64 each.
 
     A row for each of `MEASURES`: fractions before and after, their difference and the ends of its
     interval. Within a class an image is lost, as it was or won: -1, 0 or 1. To both the lost and
@@ -2431,7 +2431,7 @@ def to_rows(columns: Mapping[str, Sequence[Any] | Tensor]) -> Rows:
 
 
 def list_split(data: Data) -> Rows:
-    """A row for each image: its class, the part it is in, and 16 digits of its SHA-256."""
+    """Return a row for each image: its class, its part of the data, 16 digits of its SHA-256."""
     parts = list(data.parts)
     for place, fold in enumerate(data.held.tolist() if data.folds > 1 else []):
         if fold >= 0:
@@ -2442,7 +2442,7 @@ def list_split(data: Data) -> Rows:
 
 
 def list_predictions(data: Data, judged: Evaluation) -> Rows:
-    """A row for each image that is judged, the least probable first: their labels may be wrong."""
+    """Return a row for each judged image, the least probable first: their labels may be wrong."""
     predicted, probability, _ = judged.calibrated
     rows = to_rows({
         "path": [data.names[place] for place in judged.places.tolist()],
@@ -2490,7 +2490,7 @@ def list_classes(data: Data, draws: Tensor, judged: Evaluation) -> Rows:
 
 
 def list_changes(given: Given, judged: Evaluation) -> Rows:
-    """What changed since the run `--baseline`, where there is one of the same images."""
+    """Return what changed since the run `--baseline`, where there is one of the same images."""
     data, predicted = given.data, judged.calibrated.predicted
     if given.baseline is None or len(given.baseline) != len(predicted):
         return []
@@ -2684,7 +2684,7 @@ HEADER = (
 
 
 class Result(NamedTuple):
-    """What a run has to say of its network, after an epoch or at its end."""
+    """The evaluations of a run's network, after an epoch or at the end."""
 
     last: Evaluation
     tested: Evaluation | None = None  # by images that no network has learnt or is judged by
@@ -2698,7 +2698,10 @@ def list_facts(given: Given, progress: Progress, result: Result | None = None) -
     """
     last, tested, done = result or (None, None, False)
     data, settings = given.data, given.settings
-    tests, related = len(data.judges(TEST)), ""
+    test = related = ""
+    if tests := len(data.judges(TEST)):
+        where = settings.val or settings.source
+        test = f"all together by {tests} images of {where} that none has seen"
     if data.related:
         related = f", {data.related} copies or relatives of others"
     facts = {
@@ -2707,10 +2710,7 @@ def list_facts(given: Given, progress: Progress, result: Result | None = None) -
         "images": describe_images(given),
         "judged by": describe_judges(given, last),
         "not judged": list_unjudged(data, last),
-        "test": f"all together by {tests} images of {settings.val or settings.source} that none "
-        "has seen"
-        if tests
-        else "",
+        "test": test,
         "not tested": list_unjudged(data, tested),
         "left out": f"{len(data.unreadable)} unreadable images{related}",
         **(describe_training(given, progress) if settings.epochs else {}),
@@ -2941,7 +2941,7 @@ def print_advice(given: Given, classes: Rows) -> None:
 
 
 def show_changes(changes: Rows) -> Rows:
-    """What `list_changes` found, in words; "undecided" where an interval holds 0."""
+    """Return what `list_changes` found, in words; "undecided" where an interval holds 0."""
     return [
         {
             "measure": change["measure"].replace("_", " "),
@@ -3277,7 +3277,7 @@ def predict_photos(settings: Namespace) -> None:
 
 
 def load_network(settings: Namespace) -> dict[str, Any]:
-    """What a run wrote of its network; raises `DataError` where `--predict` names no such run."""
+    """Return what a run wrote of its network; raises `DataError` if `--predict` names no such run."""
     file = settings.predict / NETWORK if settings.predict.is_dir() else settings.predict
     if not file.is_file():
         raise DataError(f"--predict {settings.predict}: no network there; name a run that has one")
@@ -3289,23 +3289,21 @@ def load_network(settings: Namespace) -> dict[str, Any]:
 
 
 def list_photos(place: Path) -> list[str]:
-    """The images at or below `place`, in the order of their names; hidden ones are left out."""
+    """Return the images at or below `place`, sorted by name; hidden ones are left out."""
     if place.is_file():
         return [str(place)]
-    if not place.is_dir():
-        raise DataError(f"DATA {place}: no such folder or image")
     images = make_dataset(str(place), {"": 0}, IMG_EXTENSIONS, allow_empty=True)
     below = sorted(Path(path) for path, _ in images)
     found = [str(path) for path in below if "/." not in f"/{path.relative_to(place).as_posix()}"]
     if not found:
-        raise DataError(f"DATA {place}: no image in it; known are {', '.join(IMG_EXTENSIONS)}")
+        raise DataError(f"DATA {place}: no image there; known are {', '.join(IMG_EXTENSIONS)}")
     return found
 
 
 def read_photos(
     paths: list[str], run: Mapping[str, Any], batch_size: int
 ) -> Iterator[tuple[Tensor, list[str]]]:
-    """Batches of views (B, S, S, 3) uint8 and their paths; what cannot be read is named.
+    """Yield batches of views (B, S, S, 3) uint8 and their paths; what cannot be read is named.
 
     While a batch is used the next one is read.
     """
