@@ -1997,7 +1997,7 @@ PRIOR_FAMILIES = 2  # for which it counts that images of one family may all be a
 
 
 def confusion_matrix(targets: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """Return how often each class was taken for each: (C, C) int64, rows true, columns predicted."""
+    """Return how often each class was taken for each: (C, C) int64, rows true."""
     pairs = torch.bincount(targets * classes + predicted, minlength=classes**2)
     return pairs.reshape(classes, classes)
 
@@ -2727,8 +2727,7 @@ def describe_place(given: Given, progress: Progress) -> str:
     if not progress.history:
         return "before the first epoch"
     row, settings = progress.history[-1], given.settings
-    place = f"epoch {row['epoch']} of {settings.epochs}"
-    return f"fold {row['fold']} of {settings.folds}, {place}" if settings.folds > 1 else place
+    return f"fold {row['fold']} of {settings.folds}, epoch {row['epoch']} of {settings.epochs}"
 
 
 def describe_network(given: Given, progress: Progress) -> str:
@@ -3277,7 +3276,7 @@ def predict_photos(settings: Namespace) -> None:
 
 
 def load_network(settings: Namespace) -> dict[str, Any]:
-    """Return what a run wrote of its network; raises `DataError` if `--predict` names no such run."""
+    """Return what a run wrote of its network; raises `DataError` if there is none."""
     file = settings.predict / NETWORK if settings.predict.is_dir() else settings.predict
     if not file.is_file():
         raise DataError(f"--predict {settings.predict}: no network there; name a run that has one")
