@@ -2019,10 +2019,9 @@ def precision_in_use(confusion: Tensor, frequency: Tensor) -> Tensor:
     Where classes are as frequent as `frequency` (C,) says, whatever the skew of the images that
     judge. NaN for a class without images, or that nothing is taken for.
     """
-    known = confusion.sum(1) > 0
-    rates = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
+    rates = confusion.double() / confusion.sum(1, keepdim=True)
     called = frequency.double()[:, None] * rates
-    return torch.where(known, called.diag() / called.sum(0), math.nan)
+    return called.diag() / called.nansum(0)
 
 
 def auc_by_class(probabilities: Tensor, targets: Tensor) -> Tensor:
@@ -2033,9 +2032,9 @@ def auc_by_class(probabilities: Tensor, targets: Tensor) -> Tensor:
     `probabilities` are (M, C), `targets` (M,) int64.
     """
     counts = torch.bincount(targets, minlength=probabilities.shape[1])
-    known = (counts > 0).nonzero().flatten().tolist()
+    known = counts.nonzero().flatten().tolist()
     areas = torch.full((len(counts),), math.nan, dtype=torch.float64)
-    for label in known if len(known) > 1 else []:
+    for label in known:
         ours = targets == label
         weights = torch.where(ours, 0, 1 / counts[targets].double()) / (len(known) - 1)
         _, rank = probabilities[:, label].unique(return_inverse=True)
@@ -2973,7 +2972,7 @@ STYLE = """:root{color-scheme:light dark;background:Canvas;color:CanvasText;font
 sans-serif}body{max-width:1040px;margin:auto;padding:8px 14px 64px;overflow-wrap:anywhere}h1,h2,b,
 small{line-height:1.3}h2{margin-top:44px;border-top:1px solid #8884;padding-top:18px}p{
 max-width:78ch}small,.soft{opacity:.75;font-size:12.5px}.tiles,.pairs{display:grid;gap:14px;
-margin:20px 0;grid-template-columns:repeat(auto-fit,minmax(150px,1fr))}.tiles div{padding:10px 14px;
+margin:20px 0;grid-template-columns:repeat(auto-fit,minmax(170px,1fr))}.tiles div{padding:10px 14px;
 border-left:4px solid #3987c9;background:#8881}div>b,small{display:block}.tiles b{font-size:30px}
 .pairs{gap:28px;grid-template-columns:repeat(auto-fill,minmax(290px,1fr))}figure{display:grid;
 margin:0;gap:8px;grid-template-columns:1fr 1fr;break-inside:avoid}img{width:100%}.wide{
@@ -3212,7 +3211,8 @@ def make_page(given: Given, progress: Progress, result: Result) -> dict[str, str
         "How this was measured": f"<dl>{terms}</dl>",
     }
     title = show(settings.data.name)
-    body = f"<h1>{title}</h1><p>{show(facts['network'])}; {show(facts['images'])}.</p>"
+    lead = f"{facts['network']}; {facts['images']}. Judged by {facts['judged by']}."
+    body = f"<h1>{title}</h1><p>{show(lead)}</p>"
     for name in ("unfinished", "not judged", "not tested"):
         if name in facts:
             body += f"<p><b>{name.capitalize()}: {show(facts[name])}.</b></p>"
