@@ -3255,7 +3255,7 @@ def predict_photos(settings: Namespace) -> None:
     model: Any = build_model(run["arch"], run["classes"], run)[0].eval()
     model.to(compute.device, memory_format=memory_format(compute.device))
     natural = run["natural"] if settings.natural else 0.0
-    rows, started = [], time.perf_counter()
+    rows: Rows = []
     for views, read in read_photos(paths, run, settings.batch_size or BATCH):
         with torch.no_grad(), compute.autocast():
             logits = model(to_input(views, compute.device)).float().cpu()
@@ -3267,8 +3267,7 @@ def predict_photos(settings: Namespace) -> None:
             rows.append(answer | {"second": run["classes"][two], "second_probability": q})
     if not rows:
         raise DataError(f"{settings.data}: no image that can be read")
-    speed = len(rows) / (time.perf_counter() - started)
-    print(f"{len(rows)} images, {speed:.1f} a second", file=sys.stderr)
+    print(f"{len(rows)} images", file=sys.stderr)
     if out:
         write_file(out, format_table(rows))
     else:

@@ -582,12 +582,13 @@ def test_charts_are_files_of_their_own_that_say_the_same(invented):
         assert "nan" not in invented.files[name]
     assert chart.count(" images</text>") == len(classes)
     # From the most training images to the fewest, before above now.
-    places = [chart.index(f">{training.show(each['class'])}<") for each in classes]
+    order = sorted(range(len(classes)), key=lambda label: -classes[label]["train_images"])
+    places = [chart.index(f">{training.show(classes[label]['class'])}<") for label in order]
     assert places == sorted(places)
     dots = []
-    for at, each in enumerate(classes):
-        dots += [f'"old" cx="{before[at]:.2%}"'] if before else []
-        dots += [f'"new" cx="{each["recall"]:.2%}"']
+    for label in order:
+        dots += [f'"old" cx="{before[label]:.2%}"'] if before else []
+        dots += [f'"new" cx="{classes[label]["recall"]:.2%}"']
     assert re.findall(r'("\w+" cx="\S+") cy="\S+" r="5.5"', chart) == [
         dot for dot in dots if "nan" not in dot
     ]
