@@ -202,10 +202,9 @@ def bare_step(setting: Setting) -> Figure:
 def epoch_loop(setting: Setting) -> Figure:
     """Images per second of the script's own loop, from the files on."""
     given, trainer, reader, drawn = prepare(setting)
-    batches = training.cut_batches(drawn, setting.batch_size, training.seeded("augment", 0, 1))
     trainer.scheduler.last_epoch = 0  # the schedule may not end
     started = time.perf_counter()
-    training.train_epoch(given, trainer, batches, reader)
+    training.train_epoch(given, trainer, drawn, 1, reader)
     synchronise(given.compute.device)
     return len(drawn) / (time.perf_counter() - started), own_peak()
 
@@ -381,20 +380,19 @@ PARTS_OF_JOB = {
 
 
 def follow_job(command: list[str]) -> dict[str, float]:
-    """Seconds of each part of a run, of all, and of those the ones that data were waited for."""
-    seconds = dict.fromkeys([*PARTS_OF_JOB, "waiting for data"], 0.0)
+    """Seconds of each part of a run, of those of training the ones that it waited for images."""
+    seconds = dict.fromkeys([*PARTS_OF_JOB, "training's wait for images"], 0.0)
 
     def follow(part: str, name: str) -> None:
         function = getattr(training, name)
 
-        def followed(*args: Any) -> Any:
-            started, waited = time.perf_counter(), getattr(args[-1], "waited", 0.0)
-            try:
-                return function(*args)
-            finally:
-                seconds[part] += time.perf_counter() - started
-                if part in ("features", "training"):  # the last argument is what they read from
-                    seconds["waiting for data"] += getattr(args[-1], "waited", 0.0) - waited
+        def followed(*args: Any, **named: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*args, **named)
+            seconds[part] += time.perf_counter() - started
+            if isinstance(result, training.Trained):
+                seconds["training's wait for images"] += result.waited
+            return result
 
         setattr(training, name, followed)
 

@@ -93,18 +93,9 @@ def test_the_prior_is_not_felt_with_many_images(classes, left):
     assert ours > best - 0.002
 
 
-@pytest.mark.parametrize("left", [1.0, 2.0])
-def test_few_images_are_told_what_is_usual(left):
-    """Then shift is `left` times the scale: so many log shares are in the logits, times that."""
+def test_without_images_shift_is_what_is_usual():
     logits, targets, log_share = two_kinds()
-    none = training.fit_calibration(logits[:0], targets[:0], log_share, left)
-    assert none == (1.0, left)
-    for seed in range(20):
-        stream = torch.Generator().manual_seed(seed)
-        targets = torch.tensor([0, 0, 0, 1])
-        logits = functional.one_hot(targets) + 2 * torch.randn(4, 2, generator=stream)
-        scale, shift = training.fit_calibration(logits, targets, log_share, left)
-        assert abs(shift - left * scale) < 0.7 and 0 < scale < 1.5
+    assert training.fit_calibration(logits[:0], targets[:0], log_share, 2.0) == (1.0, 2.0)
 
 
 @pytest.mark.parametrize("rare", [0, 1])

@@ -1,6 +1,7 @@
 """What the measures and their intervals promise: by hand, by other formulas, by simulation."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,13 +12,6 @@ import data_training as training
 
 # Ten images of class 0, four of class 1, two of class 2; nobody asks for the last class.
 CONFUSION = torch.tensor([[8, 1, 1, 0], [1, 3, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]])
-
-
-def test_f1_is_0_for_a_class_never_found_and_nan_for_one_without_images():
-    never, unasked = torch.tensor([[3, 0], [2, 0]]), torch.tensor([[1, 1], [0, 0]])
-    assert training.f1_by_class(never).tolist() == pytest.approx([0.75, 0])
-    assert training.f1_by_class(unasked)[0].item() == pytest.approx(2 / 3)
-    assert training.f1_by_class(unasked)[1].isnan()  # though an image was taken for it
 
 
 def test_measures_are_means_of_recalls_and_nan_for_an_empty_group():
@@ -32,6 +26,10 @@ def test_measures_are_means_of_recalls_and_nan_for_an_empty_group():
     two = torch.tensor([[1, 1], [0, 4]])
     few = training.measure(two, torch.tensor([19, 20]), two.sum(1))
     assert math.isnan(few["many"]) and (few["medium"], few["few"]) == (1.0, 0.5)
+    never, unasked = torch.tensor([[3, 0], [2, 0]]), torch.tensor([[1, 1], [0, 0]])
+    assert training.f1_by_class(never).tolist() == pytest.approx([0.75, 0])
+    assert training.f1_by_class(unasked)[0].item() == pytest.approx(2 / 3)
+    assert training.f1_by_class(unasked)[1].isnan()  # though an image was taken for it
 
 
 @pytest.mark.parametrize(
@@ -178,7 +176,7 @@ def test_calibration_error_is_the_gap_between_probability_and_being_right():
 
 def test_loss_counts_classes_alike_and_natural_answers_as_in_training(animals, tmp_path):
     flags = ["--weights", "none", "--no-calibration", "--output", str(tmp_path / "x")]
-    given, _ = prepare(animals, *flags)
+    given, progress = prepare(animals, *flags)
     data = given.data
     assert data.counts(data.judges(0)).tolist() == [4, 2, 1]
     targets = data.labels[data.judges(0)]
@@ -193,6 +191,18 @@ def test_loss_counts_classes_alike_and_natural_answers_as_in_training(animals, t
     )
     # Classes as frequent as in training: bees and cats are taken for apes, log(16 / 5) ahead.
     assert judged.natural.predicted.tolist() == [0] * 7
+    rows = training.list_classes(data, progress.draws, judged)
+    assert [row["natural_recall"] for row in rows] == [1, 0, 0]
+    assert rows[0]["natural_precision_in_use"] == pytest.approx(16 / 31)
+    # Where the images of a class are of one family they tell no more than one would.
+    kin = replace(given, data=data._replace(families=data.labels))
+    alike = training.judge(kin, {0: logits})
+    weights = torch.full((1, 3), 1 / 3).double()
+    _, *ends = map(float, training.mean_interval(judged.recall, torch.ones(3), weights))
+    assert [alike.measures[end] for end in ("low", "high")] == pytest.approx(ends)
+    assert judged.measures["low"] > alike.measures["low"]
+    facts = training.list_facts(kin, progress, training.Result(alike))
+    assert facts["judged by"] == "7 validation images, of 3 families"
 
 
 def test_precision_in_use_is_that_of_classes_as_frequent_as_in_training():
