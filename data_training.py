@@ -2872,10 +2872,8 @@ def print_end(given: Given, progress: Progress, result: Result) -> None:
     settings, last = given.settings, result.last
     facts = list_facts(given, progress, result)
     classes = list_classes(given.data, progress.draws, last)
-    judges = "validation"
-    if settings.folds > 1:
-        judges = f"{settings.folds} networks, each on images it has not seen"
-    print(f"\nbalanced accuracy {format_range(last.measures)}  ({judges})")
+    judges = printable(facts["judged by"])
+    print(f"\nbalanced accuracy {format_range(last.measures)}, by {judges}")
     if is_calibrated(given):
         print(f"as trained        {last.measures['as_trained_balanced_accuracy']:.1%}")
     if result.tested:

@@ -624,8 +624,7 @@ KNOWN |= {"recall": 0.0, "low": 0.0, "high": 0.5}
 UNKNOWN = {**KNOWN, "val_images": 0, **dict.fromkeys(("recall", "low", "high"), math.nan)}
 
 
-def test_a_recall_of_0_has_a_dot_and_what_is_unknown_none_and_no_part_in_a_mean():
-    keys, other = training.NEW, {**KNOWN, "recall": 1.0}
+def test_a_recall_of_0_has_a_dot_and_what_is_unknown_none():
     assert 'cx="0.00%"' in training.recall_chart([KNOWN])
     unknown = training.recall_chart([UNKNOWN])
     assert "circle" not in unknown and "nan" not in unknown and "–" in unknown
