@@ -2002,45 +2002,44 @@ PRIOR_FAMILIES = 2  # for which it counts that images of one family may all be a
 
 
 def confusion_matrix(targets: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """How often each class was taken for each: (C, C) int64, rows true, columns predicted."""
+    """Return how often each class was taken for each: (C, C) int64, rows true."""
     pairs = torch.bincount(targets * classes + predicted, minlength=classes**2)
     return pairs.reshape(classes, classes)
 
 
 def recall_by_class(confusion: Tensor) -> Tensor:
-    """The part of each class that was recognised: (C,) float64, NaN for a class without images."""
+    """Return the recall of each class: (C,) float64, NaN for a class without images."""
     return confusion.diag().double() / confusion.sum(1)
 
 
 def f1_by_class(confusion: Tensor) -> Tensor:
-    """The F1 of each class, 0 if never right: (C,) float64, NaN for a class without images."""
+    """Return the F1 of each class, 0 if never right: (C,) float64, NaN without images."""
     right, val_counts = confusion.diag().double(), confusion.sum(1)
     return torch.where(val_counts > 0, 2 * right / (val_counts + confusion.sum(0)), math.nan)
 
 
 def precision_in_use(confusion: Tensor, frequency: Tensor) -> Tensor:
-    """Of what would be called each class, the part that is of it: (C,) float64.
+    """Return the part of what would be called each class that is of it: (C,) float64.
 
     Where classes are as frequent as `frequency` (C,) says, whatever the skew of the images that
     judge. NaN for a class without images, or that nothing is taken for.
     """
-    known = confusion.sum(1) > 0
-    rates = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
+    rates = confusion.double() / confusion.sum(1, keepdim=True)
     called = frequency.double()[:, None] * rates
-    return torch.where(known, called.diag() / called.sum(0), math.nan)
+    return called.diag() / called.nansum(0)
 
 
 def auc_by_class(probabilities: Tensor, targets: Tensor) -> Tensor:
-    """The area under the ROC curve of each class against the rest: (C,) float64.
+    """Return the area under the ROC curve of each class against the rest: (C,) float64.
 
     That is how often an image of the class has a higher probability of it than an image of another
     class, ties half; each other class counts the same. NaN for a class without images, or alone.
     `probabilities` are (M, C), `targets` (M,) int64.
     """
     counts = torch.bincount(targets, minlength=probabilities.shape[1])
-    known = (counts > 0).nonzero().flatten().tolist()
+    known = counts.nonzero().flatten().tolist()
     areas = torch.full((len(counts),), math.nan, dtype=torch.float64)
-    for label in known if len(known) > 1 else []:
+    for label in known:
         ours = targets == label
         weights = torch.where(ours, 0, 1 / counts[targets].double()) / (len(known) - 1)
         _, rank = probabilities[:, label].unique(return_inverse=True)
@@ -2053,7 +2052,7 @@ def auc_by_class(probabilities: Tensor, targets: Tensor) -> Tensor:
 def effective_counts(
     values: Tensor, targets: Tensor, families: Tensor, classes: int
 ) -> tuple[Tensor, Tensor]:
-    """What the images of each class tell: as many as independent ones, of how many families.
+    """Return as how many independent images those of each class tell, and of how many families.
 
     (C,) float64 and (C,) int64, of M images with `values` (1 where right, else 0), whose mean in
     the class is asked for. Images of one family (scans of one patient) may be alike: the variance
@@ -2080,7 +2079,7 @@ def effective_counts(
 
 
 def measure_weights(val_counts: Tensor, train_counts: Tensor) -> Tensor:
-    """What each class's recall counts in each of `MEASURES`: (5, C) float64, NaN if nothing."""
+    """Return the weight of each class's recall in each of `MEASURES`: (5, C) float64, or NaN."""
     many, few, known = train_counts > MANY, train_counts < FEW, val_counts > 0
     rows = [val_counts, known, known & many, known & ~many & ~few, known & few]
     weights = torch.stack(rows).double()
@@ -2088,10 +2087,10 @@ def measure_weights(val_counts: Tensor, train_counts: Tensor) -> Tensor:
 
 
 def wilson_interval(right: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Ends of the 95 % interval for the part that is right of `counts` images (Wilson 1927).
+    """Return the ends of the 95 % interval for the part that is right of `counts` images.
 
-    With n - 1 in place of n, as the variance of a sample has it; of one image all is possible, and
-    so of none.
+    Those of Wilson 1927, with n - 1 in place of n, as the variance of a sample has it; of one image
+    all is possible, and so of none.
     """
     part = (right.double() / counts).nan_to_num()
     n = (counts - 1).clamp(min=0)
@@ -2102,7 +2101,7 @@ def wilson_interval(right: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mean_interval(recall: Tensor, counts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Means of C recalls by `weights` (K, C) and the ends of their 95 % intervals: (K,) each.
+    """Return means of C recalls by `weights` (K, C), and the ends of their 95 % intervals: (K,).
 
     Score intervals (Martin Andres et al. 2011, Statistical Methods in Medical Research 20), which
     for one class are Wilson's, with n - 1 in place of n. To add each class's own limits as squares
@@ -2116,7 +2115,7 @@ def mean_interval(recall: Tensor, counts: Tensor, weights: Tensor) -> tuple[Tens
 
 
 def lowest_mean(recall: Tensor, n: Tensor, weights: Tensor) -> Tensor:
-    """How far below the mean that was seen the true one may be: (K,) float64.
+    """Return how far below the mean that was seen the true one may be: (K,) float64.
 
     Of all recalls with a lower mean the likeliest ones are pulled down by r - p = pull * w * p *
     (1 - p) / n. The mean is then `pull` times its own variance lower, and that is Z of its standard
@@ -2134,7 +2133,7 @@ def lowest_mean(recall: Tensor, n: Tensor, weights: Tensor) -> Tensor:
 
 
 def measure(confusion: Tensor, train_counts: Tensor, effective: Tensor) -> dict[str, float]:
-    """The measures of a confusion matrix, the 95 % interval of balanced accuracy, macro F1.
+    """Return the measures of a confusion matrix, the interval of balanced accuracy, macro F1.
 
     `effective` (C,) are the images of each class that the interval counts.
     """
@@ -2156,21 +2155,10 @@ def measure_all(judged: Evaluation, data: Data) -> dict[str, float]:
         "val_loss": judged.loss,
         **measure(judged.calibrated.confusion, train_counts, effective),
         **{f"as_trained_{name}": before[name] for name in MEASURES},
-        "natural_accuracy": natural_accuracy(judged.natural.confusion, train_counts),
         "calibration_error": calibration_error(judged.targets, judged.calibrated),
         "logit_scale": judged.calibration.scale,
         "logit_shift": judged.calibration.shift,
     }
-
-
-def natural_accuracy(confusion: Tensor, train_counts: Tensor) -> float:
-    """The accuracy where classes are as frequent as in training, of the answers for that.
-
-    Recalls weighted by class frequency: the validation images may have another skew.
-    """
-    recall = recall_by_class(confusion)
-    weights = train_counts * ~recall.isnan()
-    return (recall.nan_to_num() @ weights.double() / weights.sum()).item()
 
 
 def calibration_error(targets: Tensor, answer: Answer) -> float:
@@ -2179,7 +2167,8 @@ def calibration_error(targets: Tensor, answer: Answer) -> float:
     The expected calibration error of Guo et al. 2017 (arXiv:1706.04599), in `BINS` bins.
     """
     p = answer.probability.double()
-    gaps = class_weights(targets) * (p - (answer.predicted == targets))
+    right = (answer.predicted == targets).double()
+    gaps = class_weights(targets) * (p - right)
     bins = (p * BINS).long().clamp(max=BINS - 1)
     return torch.bincount(bins, gaps, BINS).abs().sum().item()
 
@@ -2187,7 +2176,7 @@ def calibration_error(targets: Tensor, answer: Answer) -> float:
 def compare(
     targets: Tensor, before: Tensor, after: Tensor, train_counts: Tensor, families: Tensor
 ) -> Rows:
-    """What changed between two runs on the same images, by what they predicted: (M,) int64 each.
+    """Return what changed between two runs on the same images, by their answers: (M,) int64 each.
 
     A row for each of `MEASURES`: fractions before and after, their difference and the ends of its
     interval. Within a class an image is lost, as it was or won: -1, 0 or 1. To both the lost and
@@ -2446,7 +2435,7 @@ def to_rows(columns: Mapping[str, Sequence[Any] | Tensor]) -> Rows:
 
 
 def list_split(data: Data) -> Rows:
-    """A row for each image: its class, the part it is in, and 16 digits of its SHA-256."""
+    """Return a row for each image: its class, its part of the data, 16 digits of its SHA-256."""
     parts = list(data.parts)
     for place, fold in enumerate(data.held.tolist() if data.folds > 1 else []):
         if fold >= 0:
@@ -2457,7 +2446,7 @@ def list_split(data: Data) -> Rows:
 
 
 def list_predictions(data: Data, judged: Evaluation) -> Rows:
-    """A row for each image that is judged, the least probable first: their labels may be wrong."""
+    """Return a row for each judged image, the least probable first: their labels may be wrong."""
     predicted, probability, _ = judged.calibrated
     rows = to_rows({
         "path": [data.names[place] for place in judged.places.tolist()],
@@ -2505,7 +2494,7 @@ def list_classes(data: Data, draws: Tensor, judged: Evaluation) -> Rows:
 
 
 def list_changes(given: Given, judged: Evaluation) -> Rows:
-    """What changed since the run `--baseline`, where there is one of the same images."""
+    """Return what changed since the run `--baseline`, where there is one of the same images."""
     data, predicted = given.data, judged.calibrated.predicted
     if given.baseline is None or len(given.baseline) != len(predicted):
         return []
@@ -2699,7 +2688,7 @@ HEADER = (
 
 
 class Result(NamedTuple):
-    """What a run has to say of its network, after an epoch or at its end."""
+    """The evaluations of a run's network, after an epoch or at the end."""
 
     last: Evaluation
     tested: Evaluation | None = None  # by images that no network has learnt or is judged by
@@ -2713,7 +2702,10 @@ def list_facts(given: Given, progress: Progress, result: Result | None = None) -
     """
     last, tested, done = result or (None, None, False)
     data, settings = given.data, given.settings
-    tests, related = len(data.judges(TEST)), ""
+    test = related = ""
+    if tests := len(data.judges(TEST)):
+        where = settings.val or settings.source
+        test = f"all together by {tests} images of {where} that none has seen"
     if data.related:
         related = f", {data.related} copies or relatives of others"
     facts = {
@@ -2722,10 +2714,7 @@ def list_facts(given: Given, progress: Progress, result: Result | None = None) -
         "images": describe_images(given),
         "judged by": describe_judges(given, last),
         "not judged": list_unjudged(data, last),
-        "test": f"all together by {tests} images of {settings.val or settings.source} that none "
-        "has seen"
-        if tests
-        else "",
+        "test": test,
         "not tested": list_unjudged(data, tested),
         "left out": f"{len(data.unreadable)} unreadable images{related}",
         **(describe_training(given, progress) if settings.epochs else {}),
@@ -2742,8 +2731,7 @@ def describe_place(given: Given, progress: Progress) -> str:
     if not progress.history:
         return "before the first epoch"
     row, settings = progress.history[-1], given.settings
-    place = f"epoch {row['epoch']} of {settings.epochs}"
-    return f"fold {row['fold']} of {settings.folds}, {place}" if settings.folds > 1 else place
+    return f"fold {row['fold']} of {settings.folds}, epoch {row['epoch']} of {settings.epochs}"
 
 
 def describe_network(given: Given, progress: Progress) -> str:
@@ -2832,10 +2820,9 @@ def describe_calibration(given: Given, last: Evaluation | None) -> str:
     """Return what was done to the logits."""
     if last is None or not is_calibrated(given):
         return ""
-    scale, shift = last.calibration
     return (
-        f"logits times {scale:.3f}, less {shift:.3f} times the log share of the class; each part "
-        "of the images is judged with numbers fitted on the others"
+        "logits times {:.3f}, less {:.3f} times the log share of the class; each part of the "
+        "images is judged with numbers fitted on the others".format(*last.calibration)
     )
 
 
@@ -2892,18 +2879,15 @@ def print_end(given: Given, progress: Progress, result: Result) -> None:
     settings, last = given.settings, result.last
     facts = list_facts(given, progress, result)
     classes = list_classes(given.data, progress.draws, last)
-    judges = "validation"
-    if settings.folds > 1:
-        judges = f"{settings.folds} networks, each on images it has not seen"
-    print(f"\nbalanced accuracy {format_range(last.measures)}  ({judges})")
-    if "not judged" in facts:
-        print(f"warning: not in it are {printable(facts['not judged'])}")
+    judges = printable(facts["judged by"])
+    print(f"\nbalanced accuracy {format_range(last.measures)}, by {judges}")
     if is_calibrated(given):
         print(f"as trained        {last.measures['as_trained_balanced_accuracy']:.1%}")
     if result.tested:
         print(f"untouched test    {format_range(result.tested.measures)}, by vote")
-    if "not tested" in facts:
-        print(f"warning: not in the test are {printable(facts['not tested'])}")
+    for name in ("not judged", "not tested"):
+        if name in facts:
+            print(printable(f"warning: {name}: {facts[name]}"))
     print_lowest(given.data, last)
     for change in show_changes(list_changes(given, last)):
         name, before, now, points, ends, sure = change.values()
@@ -2942,32 +2926,25 @@ def print_precision(classes: Rows) -> None:
 
 def print_advice(given: Given, classes: Rows) -> None:
     """Print it where the recall of the rarest class is known from few images or families alone."""
-    settings, rarest = given.settings, min(classes, key=lambda row: row["train_images"])
+    data, settings = given.data, given.settings
+    rarest = min(classes, key=lambda row: row["train_images"])
     judged = rarest["families"]
     if judged >= FEW_JUDGED or settings.folds > 1 or not settings.epochs:
         return
-    kind = "images" if judged == rarest["val_images"] else "families"
-    kind = {"images": "image", "families": "family"}[kind] if judged == 1 else kind
-    text = f"known from {judged} {kind} alone"
+    one, many = ("image", "images") if judged == rarest["val_images"] else ("family", "families")
+    text = f"known from {judged} {one if judged == 1 else many} alone"
     if judged:
         text += f" [{rarest['low']:.0%}, {rarest['high']:.0%}]"
-    if not (settings.val or settings.split) and folds_tell_more(given.data, rarest):
+    pairs = torch.stack([data.labels, data.families]).unique(dim=1)
+    enough = pairs[0].bincount().min() >= ADVISED
+    if enough and not (settings.val or settings.split or settings.source):
         text += f"; --folds {ADVISED} would tell it from all of its images in DATA, and takes "
         text += "five times as long"
     print(printable(f"note: the recall of {rarest['class']} is {text}"))
 
 
-def folds_tell_more(data: Data, rarest: Mapping[str, Any]) -> bool:
-    """Return whether `--folds` fits every class, and judges the rarest by more families."""
-    ours = torch.tensor([part != "source" for part in data.parts])
-    pairs = torch.stack([data.labels[ours], data.families[ours]]).unique(dim=1)
-    families = torch.bincount(pairs[0], minlength=len(data.classes))
-    more = families[data.classes.index(rarest["class"])] > rarest["families"]
-    return bool(more and families.min() >= ADVISED)
-
-
 def show_changes(changes: Rows) -> Rows:
-    """What `list_changes` found, in words; "undecided" where an interval holds 0."""
+    """Return what `list_changes` found, in words; "undecided" where an interval holds 0."""
     return [
         {
             "measure": change["measure"].replace("_", " "),
@@ -3000,7 +2977,7 @@ STYLE = """:root{color-scheme:light dark;background:Canvas;color:CanvasText;font
 sans-serif}body{max-width:1040px;margin:auto;padding:8px 14px 64px;overflow-wrap:anywhere}h1,h2,b,
 small{line-height:1.3}h2{margin-top:44px;border-top:1px solid #8884;padding-top:18px}p{
 max-width:78ch}small,.soft{opacity:.75;font-size:12.5px}.tiles,.pairs{display:grid;gap:14px;
-margin:20px 0;grid-template-columns:repeat(auto-fit,minmax(150px,1fr))}.tiles div{padding:10px 14px;
+margin:20px 0;grid-template-columns:repeat(auto-fit,minmax(170px,1fr))}.tiles div{padding:10px 14px;
 border-left:4px solid #3987c9;background:#8881}div>b,small{display:block}.tiles b{font-size:30px}
 .pairs{gap:28px;grid-template-columns:repeat(auto-fill,minmax(290px,1fr))}figure{display:grid;
 margin:0;gap:8px;grid-template-columns:1fr 1fr;break-inside:avoid}img{width:100%}.wide{
@@ -3120,7 +3097,7 @@ def show_rows(rows: Rows) -> str:
 
 
 def show_confusions(data: Data, last: Evaluation) -> str:
-    """Return a coloured matrix of what is taken for what; of many classes the commonest mistakes."""
+    """Return a matrix of what is taken for what, or of many classes the commonest mistakes."""
     names, confusion = [show(name) for name in data.classes], last.calibrated.confusion.tolist()
     order = data.train_counts().argsort(descending=True, stable=True).tolist()
     if len(names) > MOST_CLASSES:
@@ -3143,9 +3120,9 @@ def show_confusions(data: Data, last: Evaluation) -> str:
 
 
 def show_mistakes(given: Given, last: Evaluation) -> str:
-    """Return the images that are wrong with the most confidence, each beside one of the other class.
+    """Return the images that are wrong with the most confidence, each beside one it looks like.
 
-    Of those images of the class it was taken for that the network has learnt, it is the one in the
+    That is an image which the network has learnt, of the class it was taken for: the one in the
     middle of their names.
     """
     data, (predicted, probability, _) = given.data, last.calibrated
@@ -3156,13 +3133,10 @@ def show_mistakes(given: Given, last: Evaluation) -> str:
         place, taken = int(last.places[row]), int(predicted[row])
         learnt = data.learns(int(data.held[place]))
         alike = learnt[data.labels[learnt] == taken]
-        sure = f"taken for ({show(probability[row].item())})"
+        middle = int(alike[len(alike) // 2]) if len(alike) else None
+        relation = f"taken for ({show(probability[row].item())})"
         text += f"<figure>{show_image(data, place, 'is', int(last.targets[row]))}"
-        if len(alike):
-            text += show_image(data, int(alike[len(alike) // 2]), f"{sure}, as here", taken)
-        else:
-            text += f"<div><small>{sure}</small><b>{show(data.classes[taken])}</b></div>"
-        text += "</figure>"
+        text += f"{show_image(data, middle, relation, taken)}</figure>"
     kind = "typical training image" if given.settings.epochs else "image of DATA"
     return text and (
         f"<p>Wrong with the most confidence. Beside each image: a {kind} of the class it was taken "
@@ -3170,32 +3144,31 @@ def show_mistakes(given: Given, last: Evaluation) -> str:
     )
 
 
-def show_image(data: Data, place: int, relation: str, label: int) -> str:
-    """Return the image at a place of `data`, below it its relation to a class, and the class."""
-    pixels = central_square(THUMBNAIL)(read_image(data.paths[place], data.white))
-    content = io.BytesIO()
-    v2.functional.to_pil_image(pixels).save(content, "JPEG", quality=80)
-    encoded = base64.b64encode(content.getvalue()).decode()
-    return (
-        f'<div><img alt="" src="data:image/jpeg;base64,{encoded}">'
-        f"<small>{relation}</small><b>{show(data.classes[label])}</b></div>"
-    )
+def show_image(data: Data, place: int | None, relation: str, label: int) -> str:
+    """Return the image at a place of `data`, if any, its relation to a class, and the class."""
+    image = ""
+    if place is not None:
+        pixels = central_square(THUMBNAIL)(read_image(data.paths[place], data.white))
+        content = io.BytesIO()
+        v2.functional.to_pil_image(pixels).save(content, "JPEG", quality=80)
+        encoded = base64.b64encode(content.getvalue()).decode()
+        image = f'<img alt="" src="data:image/jpeg;base64,{encoded}">'
+    return f"<div>{image}<small>{relation}</small><b>{show(data.classes[label])}</b></div>"
 
 
-def show_result(given: Given, last: Evaluation, classes: Rows) -> str:
+def show_result(given: Given, result: Result, classes: Rows) -> str:
     """Return tiles: the result, the most frequent, the rarest and the worst class."""
-    measures = last.measures
+    last, tested = result.last, result.tested
     usual = max(classes, key=lambda row: row["train_images"])
     rarest = min(classes, key=lambda row: row["train_images"])
     worst = classes[int(last.recall.argsort(stable=True)[0])]  # NaN is last
-    tiles = {
-        "balanced accuracy": (
-            measures["balanced_accuracy"],
-            format_range(measures).split(maxsplit=1)[1],
-        )
-    }
+    tiles = {}
+    for name, judged in (("balanced accuracy", last), ("untouched test", tested)):
+        if judged:
+            _, ends = format_range(judged.measures).split(maxsplit=1)
+            tiles[name] = (judged.measures["balanced_accuracy"], ends)
     if is_calibrated(given):
-        before = measures["as_trained_balanced_accuracy"]
+        before = last.measures["as_trained_balanced_accuracy"]
         tiles["as trained"] = (before, "balanced accuracy before calibration")
     tiles["most frequent class"] = (usual["recall"], f"recall of {usual['class']}")
     tiles["rarest class"] = (rarest["recall"], f"recall of {rarest['class']}{foresee(rarest)}")
@@ -3232,7 +3205,8 @@ def make_page(given: Given, progress: Progress, result: Result) -> dict[str, str
         charts["curves.svg"] = curve_chart(progress.history, is_calibrated(given))
     terms = "".join(f"<dt>{show(name)}</dt><dd>{show(fact)}</dd>" for name, fact in facts.items())
     sections = {
-        f"Compared with {show(baseline)}": changes and show_rows(show_changes(changes)),
+        f"Compared with {show(baseline)}, on the same images": changes
+        and show_rows(show_changes(changes)),
         "Recall": f"{charts['recall.svg']}<details><summary>Images, draws, measures of each class"
         f"</summary>{table}<p>{IN_USE}</p></details>",
         "Mistakes": show_mistakes(given, last),
@@ -3242,28 +3216,18 @@ def make_page(given: Given, progress: Progress, result: Result) -> dict[str, str
         "How this was measured": f"<dl>{terms}</dl>",
     }
     title = show(settings.data.name)
-    body = f"<h1>{title}</h1>{show_lead(facts, result)}{show_result(given, last, classes)}"
+    lead = f"{facts['network']}; {facts['images']}. Judged by {facts['judged by']}."
+    body = f"<h1>{title}</h1><p>{show(lead)}</p>"
+    for name in ("unfinished", "not judged", "not tested"):
+        if name in facts:
+            body += f"<p><b>{name.capitalize()}: {show(facts[name])}.</b></p>"
+    body += show_result(given, result, classes)
     body += "".join(f"<h2>{name}</h2>{text}" for name, text in sections.items() if text)
     page = (
         '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width='
         f'device-width"><title>{title}</title><style>{STYLE}</style>{body}</html>\n'
     )
     return charts | {"report.html": page}
-
-
-def show_lead(facts: Mapping[str, str], result: Result) -> str:
-    """Return what the page says first: whether the run is done, and what is not in its numbers."""
-    text = ""
-    if "unfinished" in facts:
-        text = f"<p><b>Unfinished: {show(facts['unfinished'])}.</b></p>"
-    text += f"<p>{show(facts['network'])}; {show(facts['images'])}."
-    if "not judged" in facts:
-        text += f" Not judged are {show(facts['not judged'])}."
-    if result.tested:
-        text += f" Untouched test, by vote: {format_range(result.tested.measures)}."
-    if "not tested" in facts:
-        text += f" Not tested are {show(facts['not tested'])}."
-    return f"{text}</p>"
 
 
 def show_command(given: Given) -> str:
@@ -3296,7 +3260,7 @@ def predict_photos(settings: Namespace) -> None:
     model: Any = build_model(run["arch"], run["classes"], run)[0].eval()
     model.to(compute.device, memory_format=memory_format(compute.device))
     natural = run["natural"] if settings.natural else 0.0
-    rows, started = [], time.perf_counter()
+    rows: Rows = []
     for views, read in read_photos(paths, run, settings.batch_size or BATCH):
         with torch.no_grad(), compute.autocast():
             logits = model(to_input(views, compute.device)).float().cpu()
@@ -3308,8 +3272,7 @@ def predict_photos(settings: Namespace) -> None:
             rows.append(answer | {"second": run["classes"][two], "second_probability": q})
     if not rows:
         raise DataError(f"{settings.data}: no image that can be read")
-    speed = len(rows) / (time.perf_counter() - started)
-    print(f"{len(rows)} images, {speed:.1f} a second", file=sys.stderr)
+    print(f"{len(rows)} images", file=sys.stderr)
     if out:
         write_file(out, format_table(rows))
     else:
@@ -3317,7 +3280,7 @@ def predict_photos(settings: Namespace) -> None:
 
 
 def load_network(settings: Namespace) -> dict[str, Any]:
-    """What a run wrote of its network; raises `DataError` where `--predict` names no such run."""
+    """Return what a run wrote of its network; raises `DataError` if there is none."""
     file = settings.predict / NETWORK if settings.predict.is_dir() else settings.predict
     if not file.is_file():
         raise DataError(f"--predict {settings.predict}: no network there; name a run that has one")
@@ -3329,23 +3292,21 @@ def load_network(settings: Namespace) -> dict[str, Any]:
 
 
 def list_photos(place: Path) -> list[str]:
-    """The images at or below `place`, in the order of their names; hidden ones are left out."""
+    """Return the images at or below `place`, sorted by name; hidden ones are left out."""
     if place.is_file():
         return [str(place)]
-    if not place.is_dir():
-        raise DataError(f"DATA {place}: no such folder or image")
     images = make_dataset(str(place), {"": 0}, IMG_EXTENSIONS, allow_empty=True)
     below = sorted(Path(path) for path, _ in images)
     found = [str(path) for path in below if "/." not in f"/{path.relative_to(place).as_posix()}"]
     if not found:
-        raise DataError(f"DATA {place}: no image in it; known are {', '.join(IMG_EXTENSIONS)}")
+        raise DataError(f"DATA {place}: no image there; known are {', '.join(IMG_EXTENSIONS)}")
     return found
 
 
 def read_photos(
     paths: list[str], run: Mapping[str, Any], batch_size: int
 ) -> Iterator[tuple[Tensor, list[str]]]:
-    """Batches of views (B, S, S, 3) uint8 and their paths; what cannot be read is named.
+    """Yield batches of views (B, S, S, 3) uint8 and their paths; what cannot be read is named.
 
     While a batch is used the next one is read.
     """

@@ -386,9 +386,9 @@ def follow_job(command: list[str]) -> dict[str, float]:
     def follow(part: str, name: str) -> None:
         function = getattr(training, name)
 
-        def followed(*args: Any) -> Any:
+        def followed(*args: Any, **named: Any) -> Any:
             started = time.perf_counter()
-            result = function(*args)
+            result = function(*args, **named)
             seconds[part] += time.perf_counter() - started
             if isinstance(result, training.Trained):
                 seconds["training's wait for images"] += result.waited

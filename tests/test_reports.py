@@ -248,27 +248,26 @@ def test_who_knows_a_recall_from_few_images_is_told_so(any_run):
 
 
 @pytest.mark.parametrize(
-    ("classes", "source", "families", "advised"),
+    ("classes", "flags", "families", "advised"),
     [
-        ([6, 5], (), {}, True),
-        ([6, 5], (), {8: 7}, False),  # a copy: 4 different images, which 5 folds cannot share
-        ([30, 5], [10], {}, True),
-        ([30, 11], range(35, 41), {}, False),  # known from 6 by SRC, from 5 without it
-        ([6, 8], (), {at: at // 2 for at in range(6, 14)}, False),  # 8 frames of four films
-        ([12, 12], (), {at: at // 2 for at in range(24)}, True),
+        ([6, 5], "", {}, True),
+        ([6, 5], "", {8: 7}, False),  # a copy: 4 different images, which 5 folds cannot share
+        ([30, 5], "--source y", {}, False),  # whose images may tell more than five folds would
+        ([6, 8], "", {at: at // 2 for at in range(6, 14)}, False),  # 8 frames of four films
+        ([12, 12], "", {at: at // 2 for at in range(24)}, True),
     ],
 )
-def test_folds_are_advised_where_they_fit_and_tell_more(classes, source, families, advised, capsys):
+def test_folds_are_advised_where_they_fit_and_tell_more(classes, flags, families, advised, capsys):
     labels = [label for label, count in enumerate(classes) for _ in range(count)]
-    held = [0 if at in (0, len(labels) - 1, *source) else -1 for at in range(len(labels))]
-    parts = ["source" if at in source else "train" for at in range(len(labels))]
+    held = [0 if at in (0, len(labels) - 1) else -1 for at in range(len(labels))]
     kin = torch.tensor([families.get(at, at) for at in range(len(labels))])
-    data = images(labels, held, parts=parts, families=kin)
+    data = images(labels, held, families=kin)
     given = SimpleNamespace(data=data, settings=resolve(""), recorded={})
-    logits = torch.zeros(held.count(0), 2)
-    training.print_advice(given, training.judge(given, {0: logits}))
+    judged = training.judge(given, {0: torch.zeros(2, 2)})
+    given.settings = dataclasses.replace(given.settings, source=flags or None)
+    training.print_advice(given, training.list_classes(data, torch.zeros(2), judged))
     [line] = capsys.readouterr().out.splitlines()
-    assert line.startswith("note: the recall of ") and " is known from " in line
+    assert line.startswith("note: the recall of ") and " is known from 1 image alone" in line
     assert ("--folds 5 would tell it from all of its images in DATA" in line) is advised
 
 
@@ -279,12 +278,12 @@ def test_classes_that_no_image_judges_or_tests_are_named(animals, tmp_path):
     flags = ["--val", tmp_path / "val", "--weights", "none", "--epochs", 1, *TINY]
     bare = "2 of 3 classes: no image of bee, cat"
     done = run(animals, *flags, "--output", tmp_path / "run")
-    assert f"\nwarning: not in it are {bare}\n" in done.out
+    assert f"\nwarning: not judged: {bare}\n" in done.out
     assert "--folds 5" not in done.out  # which would not judge that folder
-    assert f"Not judged are {bare}." in (done.path / "report.html").read_text()
+    assert f"Not judged: {bare}." in (done.path / "report.html").read_text()
     done = run(animals, *flags, "--folds", 3, "--output", tmp_path / "folds")
-    assert f"\nwarning: not in the test are {bare}\n" in done.out and "not in it" not in done.out
-    assert f"Not tested are {bare}." in (done.path / "report.html").read_text()
+    assert f"\nwarning: not tested: {bare}\n" in done.out and "not judged" not in done.out
+    assert f"Not tested: {bare}." in (done.path / "report.html").read_text()
 
 
 def facts_of(run: Path) -> dict[str, str]:
@@ -302,23 +301,10 @@ def test_an_unfinished_run_says_so(animals, pretrained, tmp_path):
     assert "unfinished" not in facts and "Unfinished" not in page and "so far" not in page
 
 
-def test_single_folds_are_those_of_what_is_kept(folds_run):
-    parts = {row["path"]: row["part"] for row in rows_of(folds_run.path / "split.csv")}
-    accuracies = []
-    for fold in ("fold 1", "fold 2", "fold 3"):
-        rows = [row for row in rows_of(folds_run.path / "predictions.csv")
-                if parts[row["path"]] == fold]  # fmt: skip
-        asked = Counter(row["class"] for row in rows)
-        right = Counter(row["class"] for row in rows if row["class"] == row["predicted"])
-        accuracies.append(sum(right[name] / asked[name] for name in asked) / len(asked))
-    assert f"of single folds   {min(accuracies):.1%} to {max(accuracies):.1%}\n" in folds_run.out
-
-
 @pytest.mark.parametrize(("kind", "calibrated"), [("default_run", True), ("folds_run", False)])
 def test_the_page_tells_of_calibration_only_where_there_is_one(kind, calibrated, request):
     page = (request.getfixturevalue(kind).path / "report.html").read_text()
-    for flag in ("calibrate: ", "--no-calibration"):
-        page = page.replace(flag, "")
+    page = page.replace("--no-calibration", "")
     assert ("before calibration" in page) is ("calibrat" in page) is calibrated
 
 
@@ -538,10 +524,9 @@ def cells_of(text: str) -> list[list[str]]:
 def test_the_page_names_every_class_with_its_numbers(invented):
     text, given, last = invented.files["report.html"], invented.given, invented.last
     columns = len(invented.classes[0])
-    known = {tuple(row[:columns]): row[columns:] for row in cells_of(text)}
-    for label, row in enumerate(invented.classes):
-        before = known[tuple(as_shown(x) for x in row.values())]
-        assert before[:1] == ([as_shown(invented.before[label])] if invented.before else [])
+    known = [row for row in cells_of(text) if len(row) == columns]
+    for row in invented.classes:
+        assert [as_shown(x) for x in row.values()] in known
     said = " ".join(Parsed(text).said)
     for name in ("balanced_accuracy", "as_trained_balanced_accuracy"):
         assert f"{100 * last.measures[name]:.1f}\u00a0%" in said
@@ -579,18 +564,18 @@ def test_charts_are_files_of_their_own_that_say_the_same(invented):
         assert ElementTree.fromstring(invented.files[name]).tag.endswith("svg")
         assert invented.files[name] in invented.files["report.html"]
         assert "nan" not in invented.files[name]
-    lines = min(len(classes), 10 if len(classes) > 30 else 30)
-    assert chart.count(" validation images") == lines
-    if lines != 10:  # from the most training images to the fewest, before above now
-        places = [chart.index(f">{training.show(each['class'])}<") for each in classes]
-        assert places == sorted(places)
-        dots = []
-        for at, each in enumerate(classes):
-            dots += [f'"old" cx="{before[at]:.2%}"'] if before else []
-            dots += [f'"new" cx="{each["recall"]:.2%}"']
-        assert re.findall(r'("\w+" cx="\S+") cy="\S+" r="5.5"', chart) == [
-            dot for dot in dots if "nan" not in dot
-        ]
+    assert chart.count(" images</text>") == len(classes)
+    # From the most training images to the fewest, before above now.
+    order = sorted(range(len(classes)), key=lambda label: -classes[label]["train_images"])
+    places = [chart.index(f">{training.show(classes[label]['class'])}<") for label in order]
+    assert places == sorted(places)
+    dots = []
+    for label in order:
+        dots += [f'"old" cx="{before[label]:.2%}"'] if before else []
+        dots += [f'"new" cx="{classes[label]["recall"]:.2%}"']
+    assert re.findall(r'("\w+" cx="\S+") cy="\S+" r="5.5"', chart) == [
+        dot for dot in dots if "nan" not in dot
+    ]
 
 
 def test_the_page_shows_the_surest_mistakes(invented, monkeypatch):
@@ -608,7 +593,7 @@ def test_the_page_shows_the_surest_mistakes(invented, monkeypatch):
     pairs = zip(places[::2], places[1::2], strict=True)
     for row, figure, shown in zip(order, figures, pairs, strict=True):
         true, taken = (data.classes[labels[row]] for labels in (last.targets, predicted))
-        sure = f"taken for ({as_shown(probability[row].item())}), as here"
+        sure = f"taken for ({as_shown(probability[row].item())})"
         said = [text for text in Parsed(figure).said if text]
         assert said == ["is", training.printable(true), sure, training.printable(taken)]
         assert shown[0] == last.places[row] and data.labels[shown[1]] == predicted[row]
@@ -634,20 +619,15 @@ def test_the_end_of_any_run_fits_one_screen(invented, capsys):
         assert note.endswith("; predict with --natural there")
 
 
-KNOWN = {"class": "a", "train_images": 5, "val_images": 4, "effective_images": 4}
+KNOWN = {"class": "a", "train_images": 5, "val_images": 4}
 KNOWN |= {"recall": 0.0, "low": 0.0, "high": 0.5}
 UNKNOWN = {**KNOWN, "val_images": 0, **dict.fromkeys(("recall", "low", "high"), math.nan)}
 
 
-def test_a_recall_of_0_has_a_dot_and_what_is_unknown_none_and_no_part_in_a_mean():
-    keys, other = training.NEW, {**KNOWN, "recall": 1.0}
+def test_a_recall_of_0_has_a_dot_and_what_is_unknown_none():
     assert 'cx="0.00%"' in training.recall_chart([KNOWN])
     unknown = training.recall_chart([UNKNOWN])
     assert "circle" not in unknown and "nan" not in unknown and "–" in unknown
-    assert training.mean_recall([KNOWN, UNKNOWN], keys) == (0.0, 0.0, 0.5)
-    assert all(map(math.isnan, training.mean_recall([UNKNOWN, UNKNOWN], keys)))
-    mean, low, high = training.mean_recall([KNOWN, other, UNKNOWN], keys)
-    assert mean == 0.5 and low == pytest.approx(1 - high) and 0.15 < low < 0.3
 
 
 def test_curves_skip_what_is_not_finite_and_cut_off_what_is_far_above():
