@@ -214,13 +214,6 @@ def test_batchnorm_is_synchronised_where_a_gpu_has_fewer_than_eight_images(
     assert synchronised == isinstance(network[1], nn.SyncBatchNorm)
 
 
-def test_a_device_that_serves_one_process_is_refused_under_torchrun(monkeypatch):
-    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("LOCAL_RANK", "1")):
-        monkeypatch.setenv(name, value)
-    with pytest.raises(training.DataError, match="--device meta: .* without torchrun"):
-        training.join_processes("meta", None)
-
-
 @pytest.mark.parametrize(
     ("kind", "gpus", "built", "backend"),
     [
@@ -231,6 +224,7 @@ def test_a_device_that_serves_one_process_is_refused_under_torchrun(monkeypatch)
         ("xpu", 2, True, "cpu:gloo,xpu:xccl"),
         ("xpu", 2, False, None),  # gloo serves no GPU of Intel's
         ("xpu", 1, True, None),
+        ("mps", 1, True, None),  # serves one process
     ],
 )
 def test_processes_talk_by_gloo_where_nccl_is_not_there_or_would_refuse(
@@ -240,7 +234,8 @@ def test_processes_talk_by_gloo_where_nccl_is_not_there_or_would_refuse(
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: gpus)
     for name in ("is_nccl_available", "is_xccl_available"):
         monkeypatch.setattr(torch.distributed, name, lambda: built, raising=False)
-    refused = pytest.raises(training.DataError, match="--device xpu: .* start without torchrun")
+    said = f"--device {kind}: .* start without torchrun"
+    refused = pytest.raises(training.DataError, match=said)
     with contextlib.nullcontext() if backend else refused:
         assert training.pick_backend(kind) == backend
 

@@ -131,7 +131,7 @@ def test_a_run_goes_on_from_any_moment_to_the_same_bytes(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": 1}, raising=False)
     monkeypatch.chdir(tmp_path)
     printed = run("--resume", "moved").out
-    assert "as it was stopped; cpu, torch.float32\n" in printed  # as --no-amp had said
+    assert "(as it was stopped); cpu, torch.float32\n" in printed  # as --no-amp had said
     assert printed.count("\n 1/1 ") == 3  # what was there before is shown as well
     assert_same_run(default_run.path, copy)
 
