@@ -2788,16 +2788,19 @@ def list_unjudged(data: Data, judged: Evaluation | None) -> str:
 
 
 def describe_training(given: Given, progress: Progress) -> dict[str, str]:
-    """Return what was trained in which order, how an epoch chooses images, how the trial ended."""
+    """Return what was trained, in which order, and how an epoch chooses its images."""
     settings = given.settings
     layers = {
         "head": "the last layer alone (SGD)",
-        "trial": f"all layers for a trial (AdamW, {settings.lr:g})",
+        "trial": f"all layers for a trial (AdamW, {settings.lr:g}), whose loss on the images that "
+        f"judge, against {TRIAL_FAILS:g} times that of the last layer alone, chooses the rest",
         "whole": f"all layers (AdamW, {settings.lr:g})",
         "upper": f"from the last layer on, the upper half (AdamW, {settings.lr * UPPER_FACTOR:g})",
     }
     phases = {row["phase"] for row in progress.history}
-    order = " and then ".join(text for phase, text in layers.items() if phase in phases)
+    training = f"{settings.epochs} epochs of images of {settings.image_size} pixels, in batches of "
+    training += f"{settings.batch_size}, seed {settings.seed}: "
+    training += " and then ".join(text for phase, text in layers.items() if phase in phases)
     draws = "each image once an epoch"
     if settings.rebalance == "sampler":
         draws = "by a WeightedRandomSampler, weights 1 / (images of the class) ** "
@@ -2807,13 +2810,7 @@ def describe_training(given: Given, progress: Progress) -> dict[str, str]:
         passes = next(plan(given, progress, 0)).passes
     if passes > 1:
         draws += f", an epoch of the last layer alone {passes} times"
-    trial = "passed, by the loss of the images that judge" if phases >= {"trial", "whole"} else ""
-    if "upper" in phases:
-        trial = f"failed: all layers had over {TRIAL_FAILS:g} times the loss of the last one alone"
-        trial += ", on the images that judge; the upper half is trained instead"
-    training = f"{settings.epochs} epochs of images of {settings.image_size} pixels, in batches of "
-    training += f"{settings.batch_size}, seed {settings.seed}" + (f": {order}" if order else "")
-    return {"training": training, "draws": draws, "trial": trial}
+    return {"training": training.removesuffix(": "), "draws": draws}
 
 
 def describe_calibration(given: Given, last: Evaluation | None) -> str:
@@ -2880,7 +2877,7 @@ def print_end(given: Given, progress: Progress, result: Result) -> None:
     facts = list_facts(given, progress, result)
     classes = list_classes(given.data, progress.draws, last)
     judges = printable(facts["judged by"])
-    print(f"\nbalanced accuracy {format_range(last.measures)}, by {judges}")
+    print(f"\nbalanced accuracy {format_range(last.measures)}  ({judges})")
     if is_calibrated(given):
         print(f"as trained        {last.measures['as_trained_balanced_accuracy']:.1%}")
     if result.tested:
