@@ -199,7 +199,7 @@ def test_a_baseline_knows_images_whatever_their_names(scratch_run, animals, tmp_
 
 
 def remove_images(output: Path) -> None:
-    """Those that judge the network, which are read once."""
+    """Those that judge the network, which the page shows where it is wrong."""
     for row in rows_of(output / "split.csv"):
         if row["part"] == "val":
             (output.parent / "animals" / row["path"]).unlink()
@@ -217,12 +217,12 @@ def test_reports_that_cannot_be_written_are_a_warning_and_the_run_goes_on(
     monkeypatch.setattr(training, "write_reports", lambda *all: done.append(write(*all)))
     folder, output = shutil.copytree(animals, tmp_path / "animals"), tmp_path / "run"
     command = [str(folder), "--weights", "none", "--epochs", "2", *TINY, "--output", str(output)]
-    printed = Trigger("   1/2 ", lambda: harm(output))
+    printed = Trigger("   2/2 ", lambda: harm(output))
     with contextlib.redirect_stdout(printed):
         assert training.main(command) == 0
     [*_, line] = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: ") and "not all reports could be written" in line
-    assert "report.html: " in line or ".jpg: no regular file" in line
+    assert "report.html'" in line or ".jpg: no regular file" in line
     there = {path.name for path in output.iterdir()}  # to go on from, too
     assert there >= {"network.pt", "resume.pt"} and not list(output.glob(".*"))
     assert [row["epoch"] for row in rows_of(output / "history.csv")] == ["1", "2"]
@@ -308,9 +308,9 @@ def test_the_page_tells_of_calibration_only_where_there_is_one(kind, calibrated,
     assert ("before calibration" in page) is ("calibrat" in page) is calibrated
 
 
-def test_a_network_that_is_only_judged_keeps_what_it_knew(folds_run, animals, others, tmp_path):
+def test_a_network_that_is_only_judged_keeps_what_it_knew(folds_run, others, tmp_path):
     """How frequent classes were in its training, and that three vote; nothing was trained."""
-    judge = ["--weights", folds_run.path, "--epochs", 0, "--val", animals, *TINY]
+    judge = ["--weights", folds_run.path, "--epochs", 0, *TINY]
     judged = run(others, *judge, "--output", tmp_path / "run")
     facts, before = facts_of(judged.path), network_of(folds_run.path)
     for name in ("natural", "train_images", "least_side"):
