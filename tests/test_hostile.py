@@ -207,7 +207,8 @@ SAID: list[tuple[Exception, str | None]] = [
     (OSError(errno.EIO, "Input/output error"), "error: Input/output error; mend that"),
     (OSError(errno.EBADF, "Bad file descriptor"), OURS),
     (OSError("no number"), OURS),
-    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "--batch-size 64: out of memory on "),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "out of memory on --device cpu; try "),
+    (RuntimeError("not enough memory"), "try --batch-size 4 or a smaller --image-size, in a new"),
     (RuntimeError("CUDNN_STATUS_BAD_PARAM"), OURS),
 ]
 
@@ -224,7 +225,7 @@ def test_what_the_world_does_is_one_line_and_a_mistake_of_the_script_a_traceback
         with pytest.raises(type(problem)):
             main(src, *TINY)
     else:
-        assert line in refused([src, *TINY], capsys, src)[-1]
+        assert line in refused([src, *TINY, "--batch-size", 9], capsys, src)[-1]
 
 
 @pytest.mark.parametrize("times", [3, 99])
