@@ -552,8 +552,8 @@ ERRORS = {
     "veiled": "veiled: fewer than two classes",  # a hidden folder is none
     "broken": "broken: bee: no image of this class to train on that can be read",
     "single": "single: no image differs from those trained on; nothing to validate on",
-    "good --source more": "--source more: not classes of DATA: cat, dog; rename or remove",
-    "good --val more": "--val more: not classes of DATA: cat, dog; rename or remove",
+    "good --source more": "/more: not classes of DATA: cat, dog; rename or remove",
+    "good --val more": "/more: not classes of DATA: cat, dog; rename or remove",
     "good --val good": "good: no image differs from those trained on; nothing to validate on",
     "good --split none.csv": "none.csv: No such file or directory; needed is a CSV file of path",
     "good --group jpg": "--group jpg: makes all images one family; name what differs",
