@@ -976,9 +976,13 @@ def finish(given: Given, progress: Progress, reader: Reader) -> None:
     if compute.rank == 0:
         result = Result(evaluation, test, done=True)
         write_network(given, networks, evaluation.calibration)
-        if write_reports(given, progress, result):
-            remove_state(settings.output)
+        complete = write_reports(given, progress, result)
         print_end(given, progress, result)
+        if complete:
+            remove_state(settings.output)
+        elif settings.epochs:
+            text = f"mend that, then --resume {printable(str(settings.output))} writes all reports"
+            print(f"warning: {text}", file=sys.stderr)
 
 
 def remove_state(output: Path) -> None:
