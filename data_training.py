@@ -200,7 +200,7 @@ class Progress:
     written: float = 0.0  # when the files were written last, by `time.perf_counter`
 
     def has_done(self, fold: int, epoch: int) -> bool:
-        """Whether this epoch of this fold, or a later one, is behind us."""
+        """Return whether this epoch of this fold, or a later one, is done."""
         last = self.history[-1] if self.history else {"fold": 0, "epoch": 0}
         return (fold + 1, epoch) <= (last["fold"], last["epoch"])
 
@@ -1526,7 +1526,7 @@ def cut_folds(
 def columns(
     settings: Settings, rows: list[Row], families: Sequence[int], indices: list[int]
 ) -> tuple[list[int], list[int], list[bytes]]:
-    """What `deal` takes of the rows at `indices`: their labels, families and random keys.
+    """Return labels, families and random keys of the rows at `indices`, as `deal` takes them.
 
     The key of an image depends on its name and the seed alone, so that other images do not move it.
     """
@@ -1634,7 +1634,7 @@ CONVERT = (  # 16 bits stay 16 bits
 
 
 class Checked(NamedTuple):
-    """What is known of a file that can be decoded."""
+    """A file that can be decoded."""
 
     digest: int
     kind: str  # as of `deep_pixels`
@@ -1669,7 +1669,7 @@ def check_images(paths: list[str]) -> dict[str, Checked]:
 
 
 def check_image(path: str) -> Checked | str:
-    """What is known of a file, or why it cannot be decoded."""
+    """Decode a file and return what is known of it, or else why it cannot be decoded."""
     try:
         content = read_bytes(path)
         with Image.open(io.BytesIO(content)) as image:
@@ -1937,7 +1937,7 @@ class Reader:
 
 
 class Features(NamedTuple):
-    """What the backbone makes of every image, in a reader's place."""
+    """A reader of features: what the backbone computed from every image."""
 
     table: Tensor  # (N, D) float16
     labels: Tensor
@@ -2359,7 +2359,7 @@ def read_table(path: Path, *columns: str) -> list[dict[str, str]]:
 
 
 def load_baseline(run: Path, data: Data) -> Tensor:
-    """What the run in the folder `run` predicted for the validation images: (M,) int64.
+    """Return what an earlier run predicted for the validation images: (M,) int64.
 
     Images are compared by their digests, whatever their names; copies come in the order of these.
     """
