@@ -214,14 +214,17 @@ def test_reports_that_cannot_be_written_are_a_warning_and_the_run_goes_on(
 ):
     """`write_reports` says that it did not succeed."""
     write, done = training.write_reports, []
-    monkeypatch.setattr(training, "write_reports", lambda *all: done.append(write(*all)))
+    monkeypatch.setattr(
+        training, "write_reports", lambda *all: done.append(write(*all)) or done[-1]
+    )
     folder, output = shutil.copytree(animals, tmp_path / "animals"), tmp_path / "run"
     command = [str(folder), "--weights", "none", "--epochs", "2", *TINY, "--output", str(output)]
     printed = Trigger("   2/2 ", lambda: harm(output))
     with contextlib.redirect_stdout(printed):
         assert training.main(command) == 0
-    [*_, line] = capsys.readouterr().err.splitlines()
+    [*_, line, advice] = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: ") and "not all reports could be written" in line
+    assert advice == f"warning: mend that, then --resume {output} writes all reports"
     assert "report.html'" in line or ".jpg: no regular file" in line
     there = {path.name for path in output.iterdir()}  # to go on from, too
     assert there >= {"network.pt", "resume.pt"} and not list(output.glob(".*"))
