@@ -90,7 +90,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 from torchvision import models
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -3296,9 +3296,8 @@ def list_photos(place: Path) -> list[str]:
     """Return the images at or below `place`, sorted by name; hidden ones are left out."""
     if place.is_file():
         return [str(place)]
-    images = make_dataset(str(place), {"": 0}, IMG_EXTENSIONS, allow_empty=True)
-    below = sorted(Path(path) for path, _ in images)
-    found = [str(path) for path in below if "/." not in f"/{path.relative_to(place).as_posix()}"]
+    files = walk_files(str(place)) if place.is_dir() else iter(())
+    found = sorted((file for file in files if file.lower().endswith(IMG_EXTENSIONS)), key=Path)
     if not found:
         raise DataError(f"DATA {place}: no image there; known are {', '.join(IMG_EXTENSIONS)}")
     return found
