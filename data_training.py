@@ -1630,7 +1630,7 @@ def share_out(counts: Mapping[int, int], shares: Sequence[float]) -> list[dict[i
 # up for most of it by images up to so much larger (Touvron et al. 2019, arXiv:1906.06423).
 EVAL_SCALE = 8 / 7
 STRIDE = 32  # pixels a cell of a ResNet's last feature map
-COPIES = "data_training-"  # begins the name of a temporary folder; its process's number follows
+COPIES = "data_training-copies-"  # begins the name of a temporary folder
 
 
 APART = 8  # largest values of images of over 8 bits that lie further apart get a warning
@@ -1818,7 +1818,8 @@ class Copies(NamedTuple):
     """
 
     folder: str
-    reserve: int  # bytes of the disk that stay free
+    reserve: int = 0  # bytes of the disk that stay free
+    lock: int | None = None  # of process 0, while it reads; None where there is no folder
 
     def load(self, index: int) -> Tensor | None:
         """The copy of an image, if there is one: (3, height, width) uint8."""
@@ -1835,39 +1836,42 @@ class Copies(NamedTuple):
                 np.save(unfinished, image.permute(1, 2, 0).numpy())
                 os.replace(unfinished, f"{self.folder}/{index}.npy")
 
-    def describe(self) -> str:
-        """A line that says how many copies there are; "" if none."""
+    def describe(self) -> bool:
+        """Print how many copies there are, if any, and return whether there are."""
         sizes = [file.stat().st_size for file in Path(self.folder).glob("[0-9]*.npy")]
-        text = f"copies of {len(sizes):,} images, {sum(sizes) / 1e9:.1f} GB, in {self.folder}"
-        return text if sizes else ""
+        if sizes:
+            text = f"copies of {len(sizes):,} images, {sum(sizes) / 1e9:.1f} GB, in {self.folder}"
+            print(text, file=sys.stderr)
+        return bool(sizes)
 
 
 def make_copies() -> Copies:
     """An empty folder for copies, at most a quarter of the free disk; those of killed runs go."""
     try:
-        if os.name == "posix":  # on Windows `os.kill` would end the process that it asks for
-            remove_leftovers(Path(tempfile.gettempdir()))
-        folder = tempfile.mkdtemp(prefix=f"{COPIES}{os.getpid()}-")
-        return Copies(folder, shutil.disk_usage(folder).free * 3 // 4)
-    except OSError:  # nothing can be written
-        return Copies("nowhere", 0)
+        remove_leftovers(tempfile.gettempdir())
+        home = Path(tempfile.mkdtemp(prefix=COPIES))
+        lock = lock_file(home / LOCK)
+        (home / "kept").mkdir()
+        return Copies(f"{home}/kept", shutil.disk_usage(home).free * 3 // 4, lock)
+    except (OSError, DataError):  # nothing can be written
+        return Copies(os.devnull)  # below which there is no file
 
 
-def remove_leftovers(root: Path) -> None:
+@cache  # a process is not kept out by locks of its own
+def remove_leftovers(root: str) -> None:
     """Remove the copies of processes that have ended."""
-    for folder in root.glob(f"{COPIES}[0-9]*-*"):
-        with contextlib.suppress(PermissionError, ValueError, OverflowError):  # of no run, or alive
-            try:
-                os.kill(int(folder.name.removeprefix(COPIES).partition("-")[0]), 0)
-            except ProcessLookupError:
-                shutil.rmtree(folder, ignore_errors=True)
+    for lock in Path(root).glob(f"{COPIES}*/{LOCK}"):
+        with contextlib.suppress(OSError, DataError):  # of another user, or in use
+            remove_copies(lock.parent, lock_file(lock))
 
 
-def remove_copies(folder: str) -> None:
-    """Remove the folder; it is renamed first, so that workers cannot add to it meanwhile."""
-    with contextlib.suppress(OSError):
-        os.rename(folder, f"{folder}-")
-    shutil.rmtree(f"{folder}-", ignore_errors=True)
+def remove_copies(home: Path, lock: int) -> None:
+    """Remove the copies and their lock, which goes last: until then they are leftovers."""
+    with contextlib.suppress(OSError):  # renamed first, so that workers cannot add to it meanwhile
+        (home / "kept").rename(home / "removed")
+    shutil.rmtree(home / "removed", ignore_errors=True)
+    os.close(lock)
+    shutil.rmtree(home, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -1917,9 +1921,10 @@ class Reader:
         settings, data = given.settings, given.data
         self.compute = given.compute
         self.copies = first_makes(make_copies, given.compute)
-        self.described = ""
-        if self.compute.rank == 0:  # removed with the reader, or at the end of the program
-            weakref.finalize(self, remove_copies, self.copies.folder)
+        self.described = self.compute.rank > 0
+        if self.compute.rank == 0 and self.copies.lock is not None:
+            # Removed with the reader, or at the end of the program.
+            weakref.finalize(self, remove_copies, Path(self.copies.folder).parent, self.copies.lock)
         self.batches: list[Any] = []  # of a pass; the loader walks through them anew in each
         training, evaluation = transforms(settings)
         self.loader = DataLoader(
@@ -1936,10 +1941,7 @@ class Reader:
 
     def read(self, batches: Sequence[Tensor], title: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (B, S, S, 3) uint8 and labels (B,) of `batches`, behind a progress bar."""
-        if not self.described and self.compute.rank == 0:
-            self.described = self.copies.describe()
-            if self.described:
-                print(self.described, file=sys.stderr)
+        self.described = self.described or self.copies.describe()
         self.batches[:] = [batch.numpy() for batch in batches]
         loaded = iter(self.loader)
         for _ in show_progress(batches, title, self.compute):
@@ -3391,6 +3393,9 @@ MOST_FORKED = 64  # workers of one process
 MOST_SPAWNED = 8  # they take 2 GB
 MOST_ON_WINDOWS = 4  # of one machine: each reserves gigabytes of the page file (pytorch 53695)
 NCCL_SHARE = 2**25  # bytes of /dev/shm for each process: NCCL takes segments of 9.6 MB there
+# Sockets of workers lie in the folder for temporary files, by names of up to 34 bytes more; macOS
+# allows 103 bytes, Linux 107.
+LONGEST_TMPDIR = 69
 
 
 class Compute(NamedTuple):
@@ -3589,6 +3594,10 @@ def count_workers(settings: Settings, asked: int | None) -> int:
     if workers is None:
         workers = pick_workers(settings.device, processes)
     shared = Path("/dev/shm")  # through which, where there is one, workers hand their batches over
+    if workers and not has_room_for_sockets():
+        text = f"with a path of at most {LONGEST_TMPDIR} bytes; set TMPDIR. Until then none reads"
+        print(f"warning: workers need a folder for temporary files {text}", file=sys.stderr)
+        return 0
     if workers and shared.is_dir():  # a worker that writes beyond its end is killed
         nccl = NCCL_SHARE * processes if processes > 1 and settings.device == "cuda" else 0
         batch = 3 * eval_size(settings.image_size) ** 2 * settings.batch_size
@@ -3599,6 +3608,14 @@ def count_workers(settings: Settings, asked: int | None) -> int:
             print(f"warning: {shared}: {text}", file=sys.stderr)
             return room
     return workers
+
+
+def has_room_for_sockets() -> bool:
+    """Return whether workers can make sockets: without them one would wait for batches for ever."""
+    try:
+        return os.name != "posix" or len(os.fsencode(tempfile.gettempdir())) <= LONGEST_TMPDIR
+    except OSError:  # no folder can be written
+        return False
 
 
 def pick_workers(device: str, processes: int) -> int:

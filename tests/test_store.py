@@ -4,7 +4,6 @@ Training crops of 24 pixels need 40 pixels a side: an image of over twice the pi
 shrunk, from 57 pixels a side on.
 """
 
-import os
 import re
 import shutil
 import signal
@@ -148,7 +147,7 @@ def test_a_run_says_how_many_copies_it_reads_and_ends_alike_without_room(
     monkeypatch.setattr(training, "HEAD_STEPS", 1)
     command = [large, *SMALL, "--weights", pretrained, "--epochs", 1, "--output"]
     usual = run(*command, tmp_path / "usual")
-    start = f"copies of 12 images, 0.0 GB, in {temporary}/data_training-{os.getpid()}-"
+    start = f"copies of 12 images, 0.0 GB, in {temporary}/data_training-copies-"
     assert usual.err.count("copies of") == usual.err.count(start) == 1
     fill_disk(monkeypatch, temporary, 0)
     full = run(*command, tmp_path / "full")
@@ -168,21 +167,24 @@ def test_two_processes_share_copies(large, temporary, tmp_path):
 def test_copies_go_with_the_run_and_after_kill_at_the_next_start(
     number, large, temporary, tmp_path
 ):
-    """Also while workers are writing them."""
+    """Also while workers are writing or the run is removing them; those of a live run stay."""
     workers = "0" if number == signal.SIGKILL else "3"
     flags = ["--workers", workers, "--output", str(tmp_path / "run")]
     process = start(str(large), *SMALL, *flags)
     while process.poll() is None and not kept(temporary):
         time.sleep(0.01)
+    (temporary / "data_training-copies-").mkdir()  # of no run
+    training.make_copies()
+    assert len(list(temporary.iterdir())) == 3
     process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
     assert bool(kept(temporary)) is (number == signal.SIGKILL)
-    names = [f"data_training-{os.getppid()}-x", "data_training-9z-x", f"data_training-{10**30}-x"]
-    for name in names:  # of a process that is alive, or of no process
-        (temporary / name).mkdir()
-    folder = Path(training.make_copies().folder)
-    assert {path.name for path in temporary.iterdir()} == {*names, folder.name}
+    for folder in temporary.glob("*/kept"):
+        folder.rename(folder.with_name("removed"))
+    training.remove_leftovers.cache_clear()
+    training.remove_leftovers(str(temporary))
+    assert [path.name for path in temporary.iterdir()] == ["data_training-copies-"]
 
 
 def test_where_no_folder_can_be_made_originals_are_read(large, tmp_path, monkeypatch):
