@@ -74,7 +74,6 @@ from itertools import permutations
 from multiprocessing import get_start_method
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from pickle import UnpicklingError
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
@@ -1022,20 +1021,14 @@ def load_pretrained(settings: Settings) -> dict[str, Any]:
 
 def read_weights(path: str) -> dict[str, Any]:
     """Read a network file of this script, or another state_dict as one of "networks"."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if "networks" in content and "classes" in content:
-            return content
-        state = content.get("state_dict", content.get("model", content))
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-        if not state or not all(isinstance(value, Tensor) for value in state.values()):
-            raise ValueError("no state_dict in it")
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file raises nearly anything
-        reason = "more than weights in it" if isinstance(error, UnpicklingError) else "no weights"
-        raise DataError(f"--weights {path}: {reason}; torch.save a state_dict there") from None
-    return {"networks": [state]}
+    content = load_tensors(Path(path), "--weights", "torch.save a state_dict there")
+    state: Any = content if isinstance(content, dict) else {}
+    if "networks" in state and "classes" in state:
+        return state
+    state = state.get("state_dict", state.get("model", state))
+    if not (state and all(isinstance(value, Tensor) for value in state.values())):
+        raise DataError(f"--weights {path}: no weights in it; torch.save a state_dict there")
+    return {"networks": [{key.removeprefix("module."): value for key, value in state.items()}]}
 
 
 def download(weights: models.WeightsEnum, name: str) -> dict[str, Tensor]:
@@ -2601,14 +2594,17 @@ def save_state(given: Given, progress: Progress) -> None:
     save_tensors(given.settings.output / STATE, state)
 
 
-def load_tensors(path: Path) -> Any:
-    """Return what `save_tensors` wrote; raises `DataError` if it is damaged."""
+def load_tensors(path: Path, flag: str, cure: str) -> Any:
+    """Read tensors and plain values that `torch.save` wrote.
+
+    Raises `DataError`, which names the flag and the cure, if the file is damaged or would run code.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception:  # a damaged file raises nearly anything
-        raise DataError(f"--resume: {path}: damaged; start a new run") from None
+        raise DataError(f"{flag} {path}: damaged, or not of tensors alone; {cure}") from None
 
 
 def load_run(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
@@ -2620,7 +2616,7 @@ def load_run(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
             reason = "complete, or judged by --epochs 0; nothing is left to do"
         raise DataError(f"--resume {output}: {reason}")
     HELD.enter_context(hold_folder(output))
-    state = load_tensors(output / STATE)
+    state = load_tensors(output / STATE, "--resume", "start a new run")
     if state.get("format") != STATE_FORMAT:
         text = "stopped by another version of this script; go on with that, or start a new run"
         raise DataError(f"--resume {output}: {text}")
@@ -2633,7 +2629,7 @@ def load_run(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
     check_batches(settings, data, compute.world_size)
     given = Given(settings, data, state["baseline"], "as it was stopped", compute)
     progress = Progress(
-        start=load_tensors(output / START),
+        start=load_tensors(output / START, "--resume", "start a new run"),
         model=build_model(settings.arch, data.classes, {"networks": [state["model"]]})[0],
         history=state["history"],
         draws=state["draws"],
@@ -2643,7 +2639,7 @@ def load_run(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
     )
     for fold in range(settings.folds):
         if progress.has_done(fold, settings.epochs):
-            finished = load_tensors(output / f"fold-{fold + 1}.pt")
+            finished = load_tensors(output / f"fold-{fold + 1}.pt", "--resume", "start a new run")
             progress.finished.append(Fold(**finished))
     return given, progress
 
