@@ -1752,15 +1752,16 @@ def pick_white(kind: str, peak: float) -> float:
 def read_image(path: str, white: Mapping[str, float], least: int = 0) -> Tensor:
     """The image upright and in RGB, what is transparent over white: (3, height, width) uint8.
 
-    With `least` a large JPEG is decoded to a half, quarter or eighth of its size, no side shorter
-    than `least` pixels. Raises `DataError` if the file cannot be decoded.
+    With `least` an image of over twice the pixels of `least` x `least` is shrunk, for training,
+    evaluation and `--predict` alike. Raises `DataError` if the file cannot be decoded.
     """
     content = read_bytes(path)
     try:
         # Reads the header alone, and raises if it claims too many pixels.
         picture: Image.Image = Image.open(io.BytesIO(content))
         size = picture.size
-        if least:
+        large = 0 < 2 * least**2 < min(size) ** 2
+        if large:  # a JPEG is decoded to a half, quarter or eighth, no side shorter than `least`
             picture.draft(None, (least, least))
         kind, values = deep_pixels(picture, content)
         plain = picture.size == size and not picture.has_transparency_data
@@ -1769,12 +1770,14 @@ def read_image(path: str, white: Mapping[str, float], least: int = 0) -> Tensor:
         elif plain and picture.format in ("JPEG", "PNG"):
             with contextlib.suppress(RuntimeError):  # some rare files only Pillow reads
                 encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-                return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+                image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+                return shrink(image, least) if large else image
         picture = ImageOps.exif_transpose(picture)
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return v2.functional.pil_to_tensor(picture.convert("RGB"))
+        image = v2.functional.pil_to_tensor(picture.convert("RGB"))
+        return shrink(image, least) if large else image
     except Exception as error:  # Pillow raises nearly anything on a broken file
         known = str(error) if isinstance(error, ValueError) else type(error).__name__
         reason = f"cannot be decoded ({known}); remove it"
@@ -1794,13 +1797,11 @@ def to_8_bits(picture: Image.Image, values: np.ndarray[Any, Any], white: float) 
 
 
 def shrink(image: Tensor, least: int) -> Tensor:
-    """An image of over twice the pixels with its shorter side brought to `least`; others as given.
+    """The image with its shorter side brought to `least` pixels, by the mean of what it covers.
 
-    Training, evaluation and `--predict` all see it so. The colours of a pixel stay side by side in
-    memory, as decoders leave them: crops are taken faster from that.
+    The colours of a pixel stay side by side in memory, as decoders leave them: crops are taken
+    faster from that.
     """
-    if min(image.shape[1:]) ** 2 <= 2 * least**2:
-        return image
     return v2.functional.resize(image, [least]).permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
@@ -1890,11 +1891,10 @@ class Images(Dataset[tuple[Tensor, int]]):
         copied = self.copies.load(index)
         if copied is not None:
             return copied
-        image = read_image(self.data.paths[index], self.data.white, 2 * self.least)
-        shrunk = shrink(image, self.least)
-        if shrunk is not image:
-            self.copies.keep(index, shrunk)
-        return shrunk
+        image = read_image(self.data.paths[index], self.data.white, self.least)
+        if min(image.shape[1:]) == self.least:  # shrunk
+            self.copies.keep(index, image)
+        return image
 
 
 def leave_interrupts(_: int) -> None:
@@ -2566,7 +2566,7 @@ def write_network(given: Given, states: list[dict[str, Tensor]], fitted: Calibra
         "weights": settings.weights,
         "train_size": settings.image_size,
         "eval_size": eval_size(settings.image_size),
-        "least_side": least_side(settings),  # large images were decoded to no less
+        "least_side": least_side(settings),  # what large images are shrunk to
         "white": data.white,
         "learnt": torch.cat([data.known, learnt]).unique(),  # digests of images, see `digest`
         "networks": networks,
@@ -3348,8 +3348,7 @@ def read_photos(
 
     def read(path: str) -> Tensor | str:
         try:
-            image = read_image(path, run["white"], 2 * least)
-            return view(shrink(image, least)).permute(1, 2, 0)
+            return view(read_image(path, run["white"], least)).permute(1, 2, 0)
         except DataError as error:
             return str(error)
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -137,6 +138,7 @@ def test_bad_input_is_told_by_one_process_and_where_memory_is_out_by_each(
 
 BARE = """
 import sys
+import tempfile
 import torch.distributed as dist
 for name in [name for name in vars(dist) if name.startswith("is_")]:
     delattr(dist, name)
@@ -401,6 +403,15 @@ def test_workers_leave_room_in_shared_memory_for_nccl(free, processes, workers, 
     monkeypatch.setattr(Path, "is_dir", lambda _: True)
     settings = SimpleNamespace(device="cuda", image_size=224, batch_size=64)
     assert training.count_workers(settings, 8) == workers
+
+
+@pytest.mark.parametrize(("length", "workers"), [(69, 1), (70, 0)])
+def test_workers_need_room_for_the_names_of_their_sockets(length, workers, monkeypatch, capsys):
+    """Of 107 characters 34 are theirs; where a worker cannot make one, a run would never end."""
+    monkeypatch.setattr(tempfile, "tempdir", "/".ljust(length, "x"))
+    settings = SimpleNamespace(device="cpu", image_size=24, batch_size=1)
+    assert training.count_workers(settings, 1) == workers
+    assert capsys.readouterr().err.startswith("warning: workers need") is (workers == 0)
 
 
 def test_of_several_processes_each_starts_its_workers_before_they_talk(animals, tmp_path):
