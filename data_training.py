@@ -10,9 +10,9 @@
 
 DATA holds one folder per class; a part of each is kept for validation. Training images are drawn by
 a `WeightedRandomSampler` with weights 1 / (training images of the class), so that every class is
-seen about equally often. The head, which is the last layer, is trained first; then all layers, or
-only the upper half, if a short trial shows that training all layers does harm. Two numbers, fitted
-on the validation images, remove the remaining bias towards frequent classes. What is reported and
+seen about equally often. All layers are trained; on large data sets only the upper half, after its
+last layer alone, if a short trial shows that training all layers does harm. Two numbers, fitted on
+the validation images, remove the remaining bias towards frequent classes. What is reported and
 saved is calibrated so. With `--folds K` each of K networks is trained on all but one part of the
 images and judged by that part; together they vote. A run folder holds the network, the settings,
 the history, the recall of each class with its interval, the predictions, and a page that shows all
