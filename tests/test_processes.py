@@ -36,7 +36,7 @@ import data_training as training
 def spread(*command: object, status: int = 0, script: Path = SCRIPT) -> tuple[str, str]:
     """What two processes under torchrun print: stdout and stderr."""
     process = start(*map(str, command), processes=2, script=script)
-    printed, error = process.communicate(timeout=240)
+    printed, error = process.communicate(timeout=480)
     assert (process.returncode == 0) == (status == 0), error
     return printed, error
 
