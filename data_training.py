@@ -3465,8 +3465,10 @@ def find_device(name: str) -> torch.device:
         if device.type != "cpu" and dist.is_torchelastic_launched():
             index = int(os.environ["LOCAL_RANK"]) % max(1, torch.accelerator.device_count())
             device = torch.device(device.type, index)
-        return torch.ones(1, device=device).device  # by a kernel, which old GPUs may not have
-    except (RuntimeError, AssertionError):  # the latter from builds without that device
+        probe = torch.ones(1, device=device)
+        probe.item()  # waits for a kernel: torch may have none for an old GPU
+        return probe.device
+    except (RuntimeError, AssertionError, ImportError):  # from builds without that device
         text = "not on this machine, or too old for this torch"
         cure = "cpu" if name in ("auto", best.type) else f"auto, or {best}"
         raise DataError(f"--device {name}: {text}; try {cure}") from None
@@ -3886,6 +3888,7 @@ NO_MEMORY = (
     *("out of memory", "allocate memory", "not enough memory"),
     *("ALLOC_FAILED", "ALLOCATION_FAILED", "OUT_OF_DEVICE_MEMORY"),
 )
+LOST = "pair.cc"  # where gloo, by which processes talk, finds that another one is gone
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What the world does to any program: disks, rights, other programs. With another number and no
 # file's name an `OSError` is taken for a mistake in this one.
@@ -3917,9 +3920,12 @@ def main(argv: list[str] | None = None) -> int:
             raise
         message = describe_os_error(error, args)
     except RuntimeError as error:
-        if not any(text in str(error) for text in NO_MEMORY):
+        if any(text in str(error) for text in NO_MEMORY):
+            message = describe_full_memory(args)
+        elif LOST in str(error):
+            message = describe_lost(args)
+        else:
             raise
-        message = describe_full_memory(args)
     except KeyboardInterrupt as error:
         if int(os.environ.get("RANK", 0)) == 0:
             text = printable(describe_interrupt(args))
@@ -3959,6 +3965,12 @@ def describe_full_memory(args: Namespace) -> str:
         cures.append("a smaller --image-size, in a new run")
     text = f"out of memory on --device {args.device}"
     return f"{text}; try {' or '.join(cures) or '--device cpu'}"
+
+
+def describe_lost(args: Namespace) -> str:
+    """Return in one line that another process of the run is gone, and how to go on."""
+    text = "another process of this run has ended; see what it says"
+    return f"{text}, then {resume_flag(args)}" if can_go_on(args) else text
 
 
 def describe_interrupt(args: Namespace) -> str:

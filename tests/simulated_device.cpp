@@ -254,6 +254,7 @@ Tensor transfer(const Tensor& from, const Tensor& to, bool non_blocking) {
     const std::lock_guard guard(pinning);
     Block* block = non_blocking ? find(from.const_data_ptr()) : nullptr;
     if (block) {
+      check(*block);  // it may be sent again, but as it was
       block->sent.assign(static_cast<char*>(block->memory.get()), block->size);
       busy = true;
     } else {

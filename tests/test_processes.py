@@ -240,6 +240,15 @@ def test_processes_talk_by_gloo_where_nccl_is_not_there_or_would_refuse(
         assert training.pick_backend(kind) == backend
 
 
+def test_a_device_that_cannot_be_used_is_told_with_one_that_can(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("hpu"))
+    cures = {"auto": "cpu", "hpu": "cpu", "gpu": "auto, or hpu", "meta": "auto, or hpu"}
+    for name, cure in cures.items():
+        with pytest.raises(training.DataError, match=f"^--device {name}: .*; try {cure}$"):
+            training.find_device(name)
+
+
 # ----------------------------------------------------------------- one run, one process at a time
 
 

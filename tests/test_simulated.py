@@ -132,6 +132,7 @@ training.pick_backend = lambda kind: "simulated" if kind == "sim" else pick_back
 folder, *commands = json.loads(sys.argv[1])
 rank, restarted = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 assert training.pick_compute("auto", None).device == training.torch.device("sim", rank)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of torchrun, as soon as the other one is killed
 if restarted:
     commands = [["--resume", commands[-1][-1], "--device", "sim", "--workers", "0"]]
 for number, command in enumerate(commands, 10 * restarted):
@@ -140,7 +141,8 @@ for number, command in enumerate(commands, 10 * restarted):
     if command is commands[-1] and not restarted:
         training.WRITE_EVERY = 0.0
         training.evaluate = stop_at_third if rank else training.evaluate
-    assert training.main(command) == 0
+    if training.main(command):
+        sys.exit(2)
 """
 
 
@@ -163,7 +165,9 @@ def two(command: list[str], others: Path, tmp_path_factory: pytest.TempPathFacto
         patch.setenv("PET_MAX_RESTARTS", "1")
         given = json.dumps([str(folder), *commands])
         printed, error = spread(given, script=folder / "several.py")
-    assert "exitcode: -9" in error and "(as it was stopped); sim:0" in printed
+    assert "exitcode: -9" in error and "Traceback" not in error
+    assert f"has ended; see what it says, then --resume {folder / 'default_on_sim'}" in error
+    assert "(as it was stopped); sim:0" in printed
     return folder
 
 
