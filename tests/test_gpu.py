@@ -197,7 +197,7 @@ def test_a_full_gpu_gets_one_line_of_advice(frozen, settings, folder, tmp_path, 
     epochs = ["--epochs", "1", "--frozen-epochs", frozen]
     if frozen == "none":
         given = weights_file(tmp_path / "given.pth", sum(1 for _ in folder.iterdir()))
-        epochs = ["--weights", str(given), "--epochs", "0", "--frozen-epochs", "0"]
+        epochs = ["--weights", str(given), "--epochs", "0"]
     command = [*settings, "cuda", *epochs, "--image-size", "1024", "--batch-size", "64"]
     gc.collect()
     torch.cuda.empty_cache()
@@ -215,7 +215,7 @@ def test_a_full_gpu_gets_one_line_of_advice(frozen, settings, folder, tmp_path, 
 @cuda
 @pytest.mark.parametrize("weights", ["given", "none"])
 def test_two_processes_share_a_gpu_or_have_one_each(weights, settings, on_cpu, tmp_path):
-    scratch = ["--weights", "none", "--frozen-epochs", "0", "--epochs", "1"]
+    scratch = ["--weights", "none", "--epochs", "1"]
     command = [*settings, "cuda", "--no-amp", *(scratch if weights == "none" else [])]
     process = start(*command, "--output", str(tmp_path / "run"), processes=2)
     _, error = process.communicate(timeout=300)

@@ -84,7 +84,7 @@ def test_two_processes_train_all_layers_as_a_loop_that_is_written_by_hand(
     animals, pretrained, tmp_path
 ):
     """Each takes every other image of a batch, and the gradient is the mean over all images."""
-    command = ["--weights", str(pretrained), "--epochs", "1", "--frozen-epochs", "0", *TINY]
+    command = ["--weights", str(pretrained), "--epochs", "1", *TINY]
     command += ["--no-calibration", "--output"]
     spread(animals, *command, tmp_path / "two")
     given, progress = prepare(animals, *command, str(tmp_path / "other"))
@@ -257,7 +257,7 @@ def test_nobody_touches_a_run_that_is_alive(animals, pretrained, default_run, tm
     command = [animals, "--weights", pretrained, *TINY, "--output", tmp_path / "run"]
     process = start(*map(str, command), "--epochs", "2")
     for printed in process.stdout or ():
-        if printed.startswith(" 1/1    0/2 "):
+        if printed.startswith(" 1/1    1/2 "):
             break
     process.send_signal(signal.SIGSTOP)
     try:
@@ -371,7 +371,7 @@ def test_where_float16_fails_the_error_names_the_flag(
 ):
     monkeypatch.setattr(training, "pick_precision", lambda *_: torch.float16)
     monkeypatch.setattr(training.Compute, "autocast", lambda _: contextlib.nullcontext())  # slow
-    flags = ["--lr", "1e30", "--epochs", "1", "--frozen-epochs", "0", *TINY]
+    flags = ["--lr", "1e30", "--epochs", "1", *TINY]
     command = [animals, "--weights", pretrained, *flags, "--output", tmp_path / "run"]
     assert "--no-amp, " in refused(command, capsys)[-1]
 
