@@ -27,6 +27,7 @@ pytestmark = pytest.mark.skipif(not simulated_device.COMPILER, reason="needs g++
 Simulate = Callable[..., SimpleNamespace]
 TRIAL = {"TRIAL_STEPS": 3, "HEAD_STEPS": 100}  # the trial is one epoch
 PINNED = {"PINNED": ("cuda", "sim"), "HEAD_STEPS": 100}
+STAGES = ["--epochs", "3", "--frozen-epochs", "1"]  # the head, and two epochs of all layers
 STEPS = 3  # an epoch of all layers: 31 images in batches of 12
 MOMENTS = {"history.csv 2": "an epoch of all layers is stored"}
 UPPER_MOMENTS = {"history.csv 2": "the trial is stored", "history.csv 3": "so is an epoch of upper"}
@@ -84,14 +85,14 @@ def command(animals: Path, root: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def default_on_cpu(command: list[str], root: Path) -> Path:
     """The head, and two epochs of all layers."""
-    return call(run, *command, "--epochs", "2", "--output", root / "on_cpu", **PINNED).path
+    return call(run, *command, *STAGES, "--output", root / "on_cpu", **PINNED).path
 
 
 @pytest.fixture(scope="module")
 def default(simulate: Simulate, command: list[str], root: Path) -> SimpleNamespace:
     """The same on the device that is found, at its moments, its images from pinned memory."""
-    flags = ["--epochs", "2", "--device", "auto"]
-    return simulate(record, [*command, *flags], root / "default", MOMENTS, **PINNED)
+    given = [*command, *STAGES, "--device", "auto"]
+    return simulate(record, given, root / "default", MOMENTS, **PINNED)
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +120,9 @@ SEVERAL = """
 import functools, json, os, signal, sys
 import simulated_device, data_training as training
 
-def stop_at_third(*arguments, evaluate=training.evaluate, calls=[]):
+def stop_at_second(*arguments, evaluate=training.evaluate, calls=[]):
     calls.append(0)
-    if len(calls) == 3:  # of the second epoch of all layers; the first one is stored
+    if len(calls) == 2:  # of the second epoch; the first one is stored
         os.kill(os.getpid(), signal.SIGKILL)
     return evaluate(*arguments)
 
@@ -140,7 +141,7 @@ for number, command in enumerate(commands, 10 * restarted):
     training.dist.init_process_group = functools.partial(meet, **place)
     if command is commands[-1] and not restarted:
         training.WRITE_EVERY = 0.0
-        training.evaluate = stop_at_third if rank else training.evaluate
+        training.evaluate = stop_at_second if rank else training.evaluate
     if training.main(command):
         sys.exit(2)
 """
@@ -151,7 +152,7 @@ def two(command: list[str], others: Path, tmp_path_factory: pytest.TempPathFacto
     """Runs of two processes, each with a device of its own, and of two on the CPU."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "several.py").write_text(SEVERAL)
-    kinds = {"folds": ["--epochs", "1", "--folds", "3", "--val", str(others)]}
+    kinds = {"folds": [*STAGES, "--folds", "3", "--val", str(others)]}
     kinds["default"] = ["--epochs", "2"]
     commands = [
         # Batches of 12 would be too small for BatchNorm, which is synchronised on a GPU alone.
@@ -211,12 +212,13 @@ def test_a_run_goes_on_from_the_cpu_to_the_device_in_the_middle_of_a_stage(
 
 
 def test_bfloat16_is_near_float32(simulate, command, default_on_cpu, tmp_path):
-    flags = ["--epochs", "2", "--device", "sim", "--amp", "--output", tmp_path / "run"]
-    simulate(run, *command, *flags, **PINNED)
+    flags = ["--device", "sim", "--amp", "--output", tmp_path / "run"]
+    simulate(run, *command, *STAGES, *flags, **PINNED)
     tables = [rows_of(path / "history.csv") for path in (default_on_cpu, tmp_path / "run")]
     for exact, rounded in list(zip(*tables, strict=True))[:2]:  # rounding adds up from step to step
         for key in ("train_loss", "val_loss"):
-            assert float(exact[key]) == pytest.approx(float(rounded[key]), abs=2e-2), key
+            near = pytest.approx(float(rounded[key]), rel=5e-2, abs=2e-2)
+            assert float(exact[key]) == near, key
             assert exact[key] != rounded[key]
 
 
