@@ -2163,8 +2163,7 @@ def compare(
 # ---------------------------------------------------------------------------- records and going on
 
 
-SMALL_BATCH = 32  # images of a step, where an epoch would have fewer steps than `STEPS`
-STEPS = 32
+SMALL_FOLDER = 2500  # files; of fewer images, batches are smaller
 RECORDED = ("train_images", "natural", "least_side")  # what a network that is only judged keeps
 STATE_FORMAT = 1  # of the state of a stopped run, to be raised where another one cannot be read
 RATE = 3e-4  # of AdamW, for pretrained weights
@@ -2182,9 +2181,6 @@ def prepare(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
     classes, rows = list_rows(settings)  # in no time, before weights may be downloaded
     content = content or load_pretrained(settings)
     data = load_data(settings, classes, rows, content.get("learnt"))
-    if not settings.batch_size:
-        settings = replace(settings, batch_size=pick_batch_size(data, compute.world_size))
-    settings = replace(settings, workers=count_workers(settings, args.workers))
     check_batches(settings, data, compute.world_size)
     baseline = load_baseline(settings.baseline, data) if settings.baseline else None
     torch.manual_seed(settings.seed)
@@ -2211,7 +2207,7 @@ def prepare(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
 def resolve_settings(
     args: Namespace, compute: Compute, weights: str, content: Mapping[str, Any]
 ) -> Settings:
-    """Resolve what is "auto", but for what the images decide: the batch size and the workers.
+    """Resolve what is "auto".
 
     The file of `--weights` may name the architecture and the image size; flags override it. Raises
     `DataError` where settings do not go together.
@@ -2227,7 +2223,7 @@ def resolve_settings(
         "image_size": image_size,
         "weights": os.path.abspath(weights) if content else weights,
         "power": 0.0 if args.rebalance == "none" else args.power,
-        "batch_size": args.batch_size or 0,
+        "batch_size": args.batch_size or pick_batch_size(args.data, compute.world_size),
         "lr": args.lr or (RATE if known else SCRATCH_RATE),
         "calibrate": not args.no_calibration,
         "device": compute.device.type,
@@ -2238,7 +2234,8 @@ def resolve_settings(
         path = getattr(args, name)
         chosen[name] = path and path.resolve()
     same = {name: value for name, value in vars(args).items() if name in Settings.__annotations__}
-    return Settings(**same | chosen)
+    settings = Settings(**same | chosen)
+    return replace(settings, workers=count_workers(settings, args.workers))
 
 
 def check_weights(
@@ -2272,9 +2269,13 @@ def check_given(settings: Settings, origin: str) -> None:
         raise DataError(f"--epochs 0: the weights {settings.weights} {text}")
 
 
-def pick_batch_size(data: Data, processes: int) -> int:
-    """Choose the images of a step: fewer on small data sets, so that enough steps are taken."""
-    size = BATCH if len(data.learns(0)) >= STEPS * BATCH else SMALL_BATCH
+def pick_batch_size(folder: Path, processes: int) -> int:
+    """Choose the images of a step: half as many in a small folder, so that enough steps are taken.
+
+    Each process gets at least as many as BatchNorm needs.
+    """
+    files = sum(1 for _ in walk_files(str(folder)))
+    size = BATCH if files >= SMALL_FOLDER else BATCH // 2
     share = max(SYNCHRONISED, math.ceil(size / processes))
     if processes > 1:
         text = f"{share} for each of {processes} processes; more may train faster"
@@ -3718,7 +3719,7 @@ def make_parser() -> OneLineParser:
         help="sampler (default): draw every class equally often; none: every image once")
     add("--power", "P", zero_to_ten, 1.0, "the sampler weighs by 1 / count ** P; 0.5: square root")
     add("--batch-size", "N", at_least_one, "auto", "images per step, over all processes; auto: 64, "
-        "or 32 where an epoch would have under 32 steps, and at least 8 for each process")
+        f"or 32 where DATA has under {SMALL_FOLDER:,} files, and at least 8 for each process")
     add("--lr", "X", positive, "auto", "highest learning rate of all layers but the head, for "
         f"AdamW; auto: {RATE:g}, with --weights none {SCRATCH_RATE:g}")
     group.add_argument("--no-calibration", action="store_true",

@@ -82,7 +82,8 @@ def test_both_stages_and_evaluation_agree_with_the_cpu(amp, tolerance, settings,
 @pytest.mark.parametrize("folds", [1, 3])
 def test_a_default_run_and_folds_pass_through_all_stages_on_any_gpu(folds, settings, tmp_path):
     """What all layers learn may differ from the CPU's by rounding, what the head learns not."""
-    command = [*settings[:5], "--epochs", "1", "--image-size", "32", "--batch-size", "24"]
+    command = [*settings[:5], "--epochs", "2", "--frozen-epochs", "1", "--image-size", "32"]
+    command += ["--batch-size", "24"]
     command += ["--folds", str(folds)] if folds > 1 else []
     tables = []
     for device in ("cpu", FOUND.type):

@@ -234,12 +234,13 @@ def test_batches_differ_by_one_image_at_most(images, batch_size, sizes):
 
 
 @pytest.mark.parametrize(
-    ("count", "processes", "size"),
-    [(2048, 1, 64), (2047, 1, 32), (10, 1, 32), (5000, 3, 66), (10, 3, 33), (10, 8, 64)],
+    ("files", "processes", "size"),
+    [(4, 1, 64), (3, 1, 32), (9, 3, 66), (1, 3, 33), (1, 8, 64)],
 )
-def test_batches_are_halved_where_an_epoch_would_have_under_32_steps(count, processes, size):
-    data = images([0] * count + [1], [EVERY] * count + [0])
-    assert training.pick_batch_size(data, processes) == size
+def test_batches_are_halved_in_a_small_folder(files, processes, size, make_folder, monkeypatch):
+    monkeypatch.setattr(training, "SMALL_FOLDER", 4)
+    folder = make_folder({"ape": files})
+    assert training.pick_batch_size(folder, processes) == size
 
 
 def test_weights_are_found_in_whatever_people_save(tmp_path):
