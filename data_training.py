@@ -1866,7 +1866,7 @@ class Reader:
             num_workers=settings.workers,
             persistent_workers=settings.workers > 0,
             worker_init_fn=leave_interrupts,
-            pin_memory=settings.device == "cuda",
+            pin_memory=settings.device in PINNED,
             multiprocessing_context=start_method() if settings.workers else None,
         )
         if settings.workers and given.compute.world_size > 1:
@@ -3326,6 +3326,7 @@ TIME_WORTH_TELLING = 2.0  # minutes
 # Tensor cores came with this compute capability; float16 gains nothing on GPUs before it.
 TENSOR_CORES = (7, 0)
 WITHOUT_TENSOR_CORES = "GTX 16"  # Turing all the same, and float16 turns into NaN on them
+PINNED = ("cuda",)  # devices to which pinned memory is copied while the host goes on
 MOST_BESIDE = 4  # workers beside a CPU that trains
 MOST_FORKED = 64  # workers of one process
 MOST_SPAWNED = 8  # they take 2 GB
@@ -3369,15 +3370,15 @@ def pick_backend(kind: str) -> str:
 
     Raises `DataError` where there is none.
     """
-    backends = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
-    if kind not in backends:
+    if kind == "cpu":
+        return "gloo"
+    backend = {"cuda": "nccl", "xpu": "xccl"}.get(kind)
+    if backend is None:
         raise DataError(f"--device {kind}: serves one process alone; start without torchrun")
-    nccl = dist.is_nccl_available()  # not on Windows
-    xccl = getattr(dist, "is_xccl_available", lambda: False)()  # not in all builds of torch
-    available = {"cpu": True, "cuda": nccl, "xpu": xccl}[kind]
-    shared = int(os.environ["LOCAL_WORLD_SIZE"]) > torch.accelerator.device_count()
-    if available and not shared:  # nccl and xccl refuse to share a GPU
-        return backends[kind]
+    # There is no nccl on Windows, and no xccl in some builds of torch; both refuse to share a GPU.
+    available = getattr(dist, f"is_{backend}_available", lambda: False)()
+    if available and int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.accelerator.device_count():
+        return f"cpu:gloo,{kind}:{backend}"
     if kind == "xpu":  # which gloo does not serve: github.com/intel/torch-xpu-ops/issues/5387
         text = "several processes need a GPU each, and a torch with xccl; start without torchrun"
         raise DataError(f"--device xpu: {text}")
@@ -3408,9 +3409,13 @@ def find_device(name: str) -> torch.device:
         if device.type != "cpu" and dist.is_torchelastic_launched():
             index = int(os.environ["LOCAL_RANK"]) % max(1, torch.accelerator.device_count())
             device = torch.device(device.type, index)
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError):  # the latter from builds without that device
-        raise DataError(f"--device {name}: not on this machine; try auto, or {best}") from None
+        probe = torch.ones(1, device=device)
+        probe.item()  # waits for a kernel: torch may have none for an old GPU
+        return probe.device
+    except (RuntimeError, AssertionError, ImportError):  # from builds without that device
+        text = "not on this machine, or too old for this torch"
+        cure = "cpu" if name in ("auto", best.type) else f"auto, or {best}"
+        raise DataError(f"--device {name}: {text}; try {cure}") from None
 
 
 def pick_precision(device: torch.device, amp: bool | None) -> torch.dtype | None:
@@ -3447,8 +3452,8 @@ def agree_precision(precision: torch.dtype | None) -> torch.dtype | None:
 
 
 def to_device(batch: Tensor, device: torch.device) -> Tensor:
-    """Return `batch` on `device`, without waiting where that is safe: pinned memory to CUDA."""
-    if device.type != "cuda":
+    """Return `batch` on `device`, without waiting where copies from pinned memory are safe."""
+    if device.type not in PINNED:
         return batch.to(device)
     return batch.pin_memory().to(device, non_blocking=True)
 
@@ -3826,6 +3831,7 @@ NO_MEMORY = (
     *("out of memory", "allocate memory", "not enough memory"),
     *("ALLOC_FAILED", "ALLOCATION_FAILED", "OUT_OF_DEVICE_MEMORY"),
 )
+LOST = "pair.cc"  # where gloo, by which processes talk, finds that another one is gone
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What the world does to any program: disks, rights, other programs. With another number and no
 # file's name an `OSError` is taken for a mistake in this one.
@@ -3857,9 +3863,12 @@ def main(argv: list[str] | None = None) -> int:
             raise
         message = describe_os_error(error, args)
     except RuntimeError as error:
-        if not any(text in str(error) for text in NO_MEMORY):
+        if any(text in str(error) for text in NO_MEMORY):
+            message = describe_full_memory(args)
+        elif LOST in str(error):
+            message = describe_lost(args)
+        else:
             raise
-        message = describe_full_memory(args)
     except KeyboardInterrupt as error:
         if int(os.environ.get("RANK", 0)) == 0:
             text = printable(describe_interrupt(args))
@@ -3899,6 +3908,12 @@ def describe_full_memory(args: Namespace) -> str:
         cures.append("a smaller --image-size, in a new run")
     text = f"out of memory on --device {args.device}"
     return f"{text}; try {' or '.join(cures) or '--device cpu'}"
+
+
+def describe_lost(args: Namespace) -> str:
+    """Return in one line that another process of the run is gone, and how to go on."""
+    text = "another process of this run has ended; see what it says"
+    return f"{text}, then {resume_flag(args)}" if can_go_on(args) else text
 
 
 def describe_interrupt(args: Namespace) -> str:

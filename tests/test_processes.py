@@ -36,7 +36,7 @@ import data_training as training
 def spread(*command: object, status: int = 0, script: Path = SCRIPT) -> tuple[str, str]:
     """What two processes under torchrun print: stdout and stderr."""
     process = start(*map(str, command), processes=2, script=script)
-    printed, error = process.communicate(timeout=240)
+    printed, error = process.communicate(timeout=480)
     assert (process.returncode == 0) == (status == 0), error
     return printed, error
 
@@ -238,6 +238,15 @@ def test_processes_talk_by_gloo_where_nccl_is_not_there_or_would_refuse(
     refused = pytest.raises(training.DataError, match=said)
     with contextlib.nullcontext() if backend else refused:
         assert training.pick_backend(kind) == backend
+
+
+def test_a_device_that_cannot_be_used_is_told_with_one_that_can(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("hpu"))
+    cures = {"auto": "cpu", "hpu": "cpu", "gpu": "auto, or hpu", "meta": "auto, or hpu"}
+    for name, cure in cures.items():
+        with pytest.raises(training.DataError, match=f"^--device {name}: .*; try {cure}$"):
+            training.find_device(name)
 
 
 # ----------------------------------------------------------------- one run, one process at a time
