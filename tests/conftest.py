@@ -298,7 +298,7 @@ def pretrained(animals: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def default_run(animals: Path, pretrained: Path) -> SimpleNamespace:
-    """A run with the defaults but for TINY: the head, and two epochs of all layers."""
+    """A run with the defaults but for TINY: two epochs of all layers."""
     output = animals.parent / "default"
     return run(animals, "--weights", pretrained, "--epochs", 2, *TINY, "--output", output)
 

@@ -37,7 +37,7 @@ import data_training as training
 def spread(*command: object, status: int = 0, script: Path = SCRIPT) -> tuple[str, str]:
     """What two processes under torchrun print: stdout and stderr."""
     process = start(*map(str, command), processes=2, script=script)
-    printed, error = process.communicate(timeout=240)
+    printed, error = process.communicate(timeout=480)
     assert (process.returncode == 0) == (status == 0), error
     return printed, error
 
@@ -85,7 +85,7 @@ def test_two_processes_train_all_layers_as_a_loop_that_is_written_by_hand(
     animals, pretrained, tmp_path
 ):
     """Each takes every other image of a batch, and the gradient is the mean over all images."""
-    command = ["--weights", str(pretrained), "--epochs", "1", "--frozen-epochs", "0", *TINY]
+    command = ["--weights", str(pretrained), "--epochs", "1", *TINY]
     command += ["--no-calibration", "--output"]
     spread(animals, *command, tmp_path / "two")
     given, progress = prepare(animals, *command, str(tmp_path / "other"))
@@ -242,6 +242,15 @@ def test_processes_talk_by_gloo_where_nccl_is_not_there_or_would_refuse(
         assert training.pick_backend(kind) == backend
 
 
+def test_a_device_that_cannot_be_used_is_told_with_one_that_can(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("hpu"))
+    cures = {"auto": "cpu", "hpu": "cpu", "gpu": "auto, or hpu", "meta": "auto, or hpu"}
+    for name, cure in cures.items():
+        with pytest.raises(training.DataError, match=f"^--device {name}: .*; try {cure}$"):
+            training.find_device(name)
+
+
 # ----------------------------------------------------------------- one run, one process at a time
 
 
@@ -250,7 +259,7 @@ def test_nobody_touches_a_run_that_is_alive(animals, pretrained, default_run, tm
     command = [animals, "--weights", pretrained, *TINY, "--output", tmp_path / "run"]
     process = start(*map(str, command), "--epochs", "2")
     for printed in process.stdout or ():
-        if printed.startswith(" 1/1    0/2 "):
+        if printed.startswith(" 1/1    1/2 "):
             break
     process.send_signal(signal.SIGSTOP)
     try:
@@ -364,7 +373,7 @@ def test_where_float16_fails_the_error_names_the_flag(
 ):
     monkeypatch.setattr(training, "pick_precision", lambda *_: torch.float16)
     monkeypatch.setattr(training.Compute, "autocast", lambda _: contextlib.nullcontext())  # slow
-    flags = ["--lr", "1e30", "--epochs", "1", "--frozen-epochs", "0", *TINY]
+    flags = ["--lr", "1e30", "--epochs", "1", *TINY]
     command = [animals, "--weights", pretrained, *flags, "--output", tmp_path / "run"]
     assert "--no-amp, " in refused(command, capsys)[-1]
 
