@@ -341,9 +341,6 @@ TRIAL_FAILS = 1.2
 UPPER_FACTOR = 1 / 15  # times `--lr` for the upper half of a network that failed the trial
 LOWER = ("conv1.", "bn1.", "layer1.", "layer2.")  # the half below
 COPIED_TOGETHER = 100  # batches of features
-# With fewer images than this per process and step, BatchNorm takes its statistics over all
-# processes. That waits for the GPU 159 times a step of a ResNet-50 (torch's _functions.py).
-SYNCHRONISED = 8
 
 
 class Stage(NamedTuple):
@@ -573,20 +570,6 @@ class Trainer:
             for name, value in moments.items():  # kernels read both as they lie in memory
                 if isinstance(value, Tensor) and value.shape == weight.shape:
                     moments[name] = torch.empty_like(weight).copy_(value)
-
-
-def wrap_ddp(network: nn.Module, given: Given) -> nn.Module:
-    """Return `network`, under torchrun with its gradients averaged over the processes."""
-    compute = given.compute
-    if compute.world_size == 1:
-        return network
-    small = given.settings.batch_size // compute.world_size < SYNCHRONISED
-    if small and compute.device.type != "cpu":  # PyTorch has no synchronised BatchNorm for CPUs
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    # The statistics of BatchNorm matter in evaluation alone, which sends them round. The option has
-    # another name from torch 2.13 on, which torch 2.6 does not know.
-    warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)
-    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 
 class Trained(NamedTuple):
@@ -3324,6 +3307,9 @@ REPLACE_TRIES = 11  # attempts to replace a file
 REPLACE_PAUSE = 0.1  # seconds between them
 TIME_TOLD_AFTER = 10.0  # seconds of training that tell how long all of it takes
 TIME_WORTH_TELLING = 2.0  # minutes
+# With fewer images than this per process and step, BatchNorm takes its statistics over all
+# processes. That waits for the GPU 159 times a step of a ResNet-50 (torch's _functions.py).
+SYNCHRONISED = 8
 # Tensor cores came with this compute capability; float16 gains nothing on GPUs before it.
 TENSOR_CORES = (7, 0)
 WITHOUT_TENSOR_CORES = "GTX 16"  # Turing all the same, and float16 turns into NaN on them
@@ -3486,6 +3472,20 @@ def to_input(batch: Tensor, device: torch.device) -> Tensor:
     images = batch.permute(0, 3, 1, 2).to(torch.float32, memory_format=memory_format(device))
     mean, std = normalisation(device)
     return images.sub_(mean).div_(std)
+
+
+def wrap_ddp(network: nn.Module, given: Given) -> nn.Module:
+    """Return `network`, under torchrun with its gradients averaged over the processes."""
+    compute = given.compute
+    if compute.world_size == 1:
+        return network
+    small = given.settings.batch_size // compute.world_size < SYNCHRONISED
+    if small and compute.device.type != "cpu":  # PyTorch has no synchronised BatchNorm for CPUs
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    # The statistics of BatchNorm matter in evaluation alone, which sends them round. The option has
+    # another name from torch 2.13 on, which torch 2.6 does not know.
+    warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)
+    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 
 def first_makes(make: Callable[[], Any], compute: Compute) -> Any:
