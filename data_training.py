@@ -1762,8 +1762,8 @@ class Copies(NamedTuple):
         """Print how many copies there are, if any, and return whether there are."""
         sizes = [file.stat().st_size for file in Path(self.folder).glob("[0-9]*.npy")]
         if sizes:
-            text = f"copies of {len(sizes):,} images, {sum(sizes) / 1e9:.1f} GB, in {self.folder}"
-            print(text, file=sys.stderr)
+            text = f"copies of {len(sizes):,} images so far, {sum(sizes) / 1e9:.1f} GB"
+            print(f"{text}, in {self.folder}", file=sys.stderr)
         return bool(sizes)
 
 

@@ -146,9 +146,9 @@ def test_copies_take_a_quarter_of_the_free_disk_at_most(large, temporary, tmp_pa
 def test_a_run_says_how_many_copies_it_reads_and_ends_alike_without_room(
     large, pretrained, temporary, tmp_path, monkeypatch
 ):
-    command = [large, *SMALL, "--weights", pretrained, "--epochs", 1, "--output"]
+    command = [large, *SMALL, "--weights", pretrained, "--frozen-epochs", 1, "--output"]
     usual = run(*command, tmp_path / "usual")
-    start = f"copies of 12 images, 0.0 GB, in {temporary}/data_training-copies-"
+    start = f"copies of 12 images so far, 0.0 GB, in {temporary}/data_training-copies-"
     assert usual.err.count("copies of") == usual.err.count(start) == 1
     fill_disk(monkeypatch, temporary, 0)
     full = run(*command, tmp_path / "full")
@@ -160,7 +160,7 @@ def test_a_run_says_how_many_copies_it_reads_and_ends_alike_without_room(
 def test_two_processes_share_copies(large, temporary, tmp_path):
     flags = ["--epochs", 1, "--workers", 1, "--output", tmp_path / "run"]
     _, error = spread(large, *SMALL, *flags)
-    assert len(re.findall(r"copies of \d+ images, 0.0 GB, in ", error)) == 1
+    assert len(re.findall(r"copies of \d+ images so far, 0.0 GB, in ", error)) == 1
     assert not list(temporary.glob("data_training*"))
 
 
