@@ -340,7 +340,6 @@ TRIAL_STEPS = 150
 TRIAL_FAILS = 1.2
 UPPER_FACTOR = 1 / 15  # times `--lr` for the upper half of a network that failed the trial
 LOWER = ("conv1.", "bn1.", "layer1.", "layer2.")  # the half below
-COPIED_TOGETHER = 100  # batches of features
 
 
 class Stage(NamedTuple):
@@ -442,29 +441,6 @@ def begin(given: Given, progress: Progress, stage: Stage, reader: Reader) -> Inp
         progress.trainer.load_state_dict(progress.stored)
     progress.stored = {}
     return inputs
-
-
-@torch.no_grad()
-def extract_features(given: Given, model: models.ResNet, reader: Reader) -> Tensor:
-    """Compute what the backbone makes of each image, BatchNorm as in evaluation: (N, D) float16.
-
-    Half precision is enough for the head, and each process holds the features of all images.
-    """
-    compute = given.compute
-    backbone = copy.deepcopy(model).eval()
-    backbone.fc = nn.Identity()
-    ours = torch.arange(compute.rank, len(given.data.labels), compute.world_size)
-    batches = cut_batches(ours, math.ceil(given.settings.batch_size / compute.world_size))
-    rows: list[Tensor] = []
-    on_device: list[Tensor] = []  # of the last batches: to copy each at once would wait for it
-    for images, _ in reader.read(batches, "features"):
-        with compute.autocast():
-            on_device.append(backbone(to_input(images, compute.device)).half())
-        if len(on_device) == COPIED_TOGETHER:
-            rows.append(torch.cat(on_device).cpu())
-            on_device.clear()
-    rows += [features.cpu() for features in on_device]
-    return gather(torch.cat(rows), compute)
 
 
 def head_optimizer(given: Given, progress: Progress, fold: int) -> Optimizer:
@@ -1561,6 +1537,7 @@ CONVERT = (  # 16 bits stay 16 bits
     "import cv2, pathlib; [cv2.imwrite(f'{p}.png', cv2.imread(str(p), -1)) "
     "for p in pathlib.Path('DATA').rglob('*') if p.suffix.lower() in ('.tif', '.tiff')]"
 )
+COPIED_TOGETHER = 100  # batches of features
 
 
 class Checked(NamedTuple):
@@ -1883,6 +1860,29 @@ class Features(NamedTuple):
 
 
 Inputs = Reader | Features
+
+
+@torch.no_grad()
+def extract_features(given: Given, model: models.ResNet, reader: Reader) -> Tensor:
+    """Compute what the backbone makes of each image, BatchNorm as in evaluation: (N, D) float16.
+
+    Half precision is enough for the head, and each process holds the features of all images.
+    """
+    compute = given.compute
+    backbone = copy.deepcopy(model).eval()
+    backbone.fc = nn.Identity()
+    ours = torch.arange(compute.rank, len(given.data.labels), compute.world_size)
+    batches = cut_batches(ours, math.ceil(given.settings.batch_size / compute.world_size))
+    rows: list[Tensor] = []
+    on_device: list[Tensor] = []  # of the last batches: to copy each at once would wait for it
+    for images, _ in reader.read(batches, "features"):
+        with compute.autocast():
+            on_device.append(backbone(to_input(images, compute.device)).half())
+        if len(on_device) == COPIED_TOGETHER:
+            rows.append(torch.cat(on_device).cpu())
+            on_device.clear()
+    rows += [features.cpu() for features in on_device]
+    return gather(torch.cat(rows), compute)
 
 
 def show_progress(batches: Sequence[Tensor], title: str, compute: Compute) -> Iterable[Tensor]:
