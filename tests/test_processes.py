@@ -7,25 +7,26 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import (
+    CODE,
     CPU,
     SCRIPT,
     TINY,
+    Process,
     assert_moved_alike,
     network_of,
     prepare,
     refused,
     rows_of,
     run,
-    start,
 )
 from test_resume import assert_same_run
 from torch import Tensor, nn
@@ -33,16 +34,8 @@ from torch import Tensor, nn
 import data_training as training
 
 
-def spread(*command: object, status: int = 0, script: Path = SCRIPT) -> tuple[str, str]:
-    """What two processes under torchrun print: stdout and stderr."""
-    process = start(*map(str, command), processes=2, script=script)
-    printed, error = process.communicate(timeout=240)
-    assert (process.returncode == 0) == (status == 0), error
-    return printed, error
-
-
 def test_two_processes_train_the_heads_of_folds_as_one_does_on_one_backbone(
-    animals, others, pretrained, tmp_path, monkeypatch
+    animals, others, pretrained, tmp_path
 ):
     """To within rounding: of all layers they do not, as BatchNorm sees half of each batch.
 
@@ -50,12 +43,9 @@ def test_two_processes_train_the_heads_of_folds_as_one_does_on_one_backbone(
     """
     (tmp_path / "one/bee").mkdir(parents=True)
     shutil.copy(next((others / "bee").iterdir()), tmp_path / "one/bee")
-    script, code = tmp_path / "data_training.py", SCRIPT.read_text(encoding="utf-8")
-    script.write_text(code.replace("HEAD_STEPS = 1000", "HEAD_STEPS = 100"), encoding="utf-8")
-    monkeypatch.setattr(training, "HEAD_STEPS", 100)
     command = [animals, "--weights", pretrained, "--epochs", 1, "--frozen-epochs", 1, *TINY]
     command += ["--folds", 3, "--val", tmp_path / "one"]
-    printed, _ = spread(*command, "--output", tmp_path / "two", script=script)
+    printed, _ = Process(*command, "--output", tmp_path / "two", processes=2).end()
     one, two = run(*command, "--output", tmp_path / "alone").path, tmp_path / "two"
     assert printed.count("training images in 3 classes") == 1  # only one of them prints
     assert (one / "split.csv").read_bytes() == (two / "split.csv").read_bytes()
@@ -86,7 +76,7 @@ def test_two_processes_train_all_layers_as_a_loop_that_is_written_by_hand(
     """Each takes every other image of a batch, and the gradient is the mean over all images."""
     command = ["--weights", str(pretrained), "--epochs", "1", "--frozen-epochs", "0", *TINY]
     command += ["--no-calibration", "--output"]
-    spread(animals, *command, tmp_path / "two")
+    Process(animals, *command, tmp_path / "two", processes=2).end()
     given, progress = prepare(animals, *command, str(tmp_path / "other"))
     [stage] = training.plan(given, progress, 0)
     model, reader = progress.model.train(), training.Reader(given)
@@ -129,28 +119,18 @@ def test_bad_input_is_told_by_one_process_and_where_memory_is_out_by_each(
     flags, said, most, animals, tmp_path
 ):
     command = [animals, "--weights", "none", *flags.split(), "--device", "cpu"]
-    _, error = spread(*command, "--output", tmp_path / "run", status=2)
+    _, error = Process(*command, "--output", tmp_path / "run", processes=2).end(2)
     lines = [each for each in error.splitlines() if each.startswith("data_training.py: error: ")]
     assert 1 <= len(lines) <= most and all(said in line for line in lines)
     assert f'File "{SCRIPT}"' not in error and (tmp_path / "run").exists() == (most == 2)
 
 
-BARE = """
-import sys
-import torch.distributed as dist
-for name in [name for name in vars(dist) if name.startswith("is_")]:
-    delattr(dist, name)
-dist.is_available = lambda: False
-import data_training
-sys.exit(data_training.main(sys.argv[1:]))
-"""
-
-
-def test_a_torch_built_without_distributed_trains(animals, pretrained, tmp_path):
-    command = [sys.executable, "-c", BARE, str(animals), "--weights", str(pretrained), *TINY]
-    command += ["--epochs", "1", "--output", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=SCRIPT.parent, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_a_torch_built_without_distributed_trains(animals, pretrained, tmp_path, monkeypatch):
+    for name in [name for name in vars(dist) if name.startswith("is_")]:
+        monkeypatch.delattr(dist, name)
+    monkeypatch.setattr(dist, "is_available", lambda: False, raising=False)
+    command = [animals, "--weights", pretrained, *TINY, "--epochs", 1]
+    Process(*command, "--output", tmp_path / "run").end()
     assert len(rows_of(tmp_path / "run/history.csv")) == 2
 
 
@@ -167,7 +147,7 @@ def test_the_processes_share_the_images_that_are_judged_and_the_batches(
 
         def answer(batches: list[Tensor], _: str, read: list[Tensor] = read):  # noqa: ANN202
             read += batches
-            return ((torch.zeros(len(batch), 512), batch[:, 0]) for batch in batches)
+            return ((torch.zeros(len(batch), 64), batch[:, 0]) for batch in batches)
 
         ours = training.replace(given, compute=CPU._replace(rank=rank, world_size=world_size))
         source = SimpleNamespace(read=answer)
@@ -246,11 +226,9 @@ def test_processes_talk_by_gloo_where_nccl_is_not_there_or_would_refuse(
 def test_nobody_touches_a_run_that_is_alive(animals, pretrained, default_run, tmp_path, capsys):
     """Neither who would go on with it nor who would begin there; after its end it is as alone."""
     command = [animals, "--weights", pretrained, *TINY, "--output", tmp_path / "run"]
-    process = start(*map(str, command), "--epochs", "2")
-    for printed in process.stdout or ():
-        if printed.startswith(" 1/1    0/2 "):
-            break
-    process.send_signal(signal.SIGSTOP)
+    process = Process(*command, "--epochs", 2)
+    process.wait_for(lambda: "\n 1/1    0/2 " in process.printed()[0])
+    process.kill(signal.SIGSTOP)
     try:
         [error] = refused(["--resume", tmp_path / "run"], capsys, tmp_path)
         assert f"{tmp_path / 'run'}: another process is at work there" in error
@@ -258,9 +236,8 @@ def test_nobody_touches_a_run_that_is_alive(animals, pretrained, default_run, tm
         with pytest.raises(training.DataError, match="at work"):
             training.hold_folder(tmp_path / "run").__enter__()
     finally:
-        process.send_signal(signal.SIGCONT)
-    _, error = process.communicate(timeout=240)
-    assert process.returncode == 0, error
+        process.kill(signal.SIGCONT)
+    process.end()
     assert_same_run(default_run.path, tmp_path / "run")
 
 
@@ -287,21 +264,17 @@ def test_where_the_file_system_has_no_locks_a_run_does_without(tmp_path, monkeyp
 
 
 UNLIKE = """
-import os, sys, torch
-import data_training
 picked = [torch.bfloat16, torch.float16][int(os.environ["RANK"])]
-data_training.pick_precision = lambda *_: picked
-sys.exit(data_training.main(sys.argv[1:]))
-"""
+pick_precision = lambda *_: picked
+if __name__"""
 
 
-def test_unlike_gpus_agree_on_one_precision(animals, default_run, tmp_path, monkeypatch):
+def test_unlike_gpus_agree_on_one_precision(animals, default_run, tmp_path):
     """Process 0 has picked bfloat16 and prints what is used; the answers are those of one."""
-    (tmp_path / "unlike.py").write_text(UNLIKE)
-    monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parent))
+    code = CODE.replace("\nif __name__", UNLIKE)
     command = [animals, "--weights", default_run.path / "network.pt", "--epochs", 0]
     command += ["--batch-size", 12, "--device", "cpu", "--output"]
-    printed, _ = spread(*command, tmp_path / "two", script=tmp_path / "unlike.py")
+    printed, _ = Process(*command, tmp_path / "two", processes=2, code=code).end()
     assert "; cpu, torch.float16\n" in printed
     one = run(*command, tmp_path / "one", "--no-amp").path
     answers = [

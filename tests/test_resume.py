@@ -18,6 +18,7 @@ import torch
 from conftest import (
     CPU,
     TINY,
+    Process,
     Run,
     Trigger,
     begin,
@@ -28,7 +29,6 @@ from conftest import (
     refused,
     rows_of,
     run,
-    start,
     write_folder,
 )
 
@@ -163,15 +163,12 @@ def test_a_process_that_is_stopped_leaves_a_run_that_goes_on(
     command += ["--epochs", "2"] if kind == "default_run" else ["--epochs", "1", "--folds", "3"]
     if kind == "folds_run":  # a worker lives on for a while, and does not hold the folder
         command += ["--val", str(others), "--no-calibration", "--workers", "1"]
-    process = start(*command, "--output", str(output))
-    for printed in process.stdout or ():
-        if printed.startswith(line):
-            break
-    process.send_signal(number)
+    process = Process(*command, "--output", output)
+    process.wait_for(lambda: f"\n{line}" in process.printed()[0])
+    process.kill(number)
     sent = time.monotonic()
-    _, error = process.communicate(timeout=30)
-    assert process.returncode == status and time.monotonic() - sent < 20
-    assert "Traceback" not in error
+    _, error = process.end(status)
+    assert "Traceback" not in error and time.monotonic() - sent < 20
     if number != signal.SIGKILL:
         last = error.splitlines()[-1]
         assert last == f"data_training.py: interrupted; go on with --resume {output}"

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from conftest import (
     CPU,
     FILES,
+    HEAD_STEPS,
     TINY,
+    Process,
     Run,
     Trigger,
     assert_moved_alike,
@@ -29,7 +31,6 @@ from conftest import (
     resolve,
     rows_of,
     run,
-    start,
     weights_file,
 )
 from torch import Tensor, nn
@@ -263,7 +264,7 @@ def test_a_head_stays_where_size_and_known_classes_agree_and_else_is_zero(size, 
     state = models.resnet18(num_classes=size).state_dict()
     content = {"networks": [state]} | ({"classes": classes} if classes else {})
     model, said = training.build_model("resnet18", ["no", "yes"], content)
-    expected = state["fc.weight"] if kept else torch.zeros(2, 512)
+    expected = state["fc.weight"] if kept else torch.zeros(2, 64)
     assert torch.equal(model.fc.weight, expected)
     assert torch.equal(model.conv1.weight, state["conv1.weight"])
     assert said == ("head kept" if kept else f"head of {size} classes dropped for a new one")
@@ -272,7 +273,7 @@ def test_a_head_stays_where_size_and_known_classes_agree_and_else_is_zero(size, 
 def test_the_head_answers_in_float32_also_under_mixed_precision():
     model, _ = training.build_model("resnet18", ["no", "yes"], {})
     nn.init.normal_(model.fc.weight)
-    features = torch.randn(4, 512).bfloat16()
+    features = torch.randn(4, 64).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         logits = model.fc(features)
         assert model.eval()(torch.randn(1, 3, 32, 32)).dtype is torch.float32
@@ -339,7 +340,8 @@ STAGES = {  # flags, and of each stage its name, epochs, passes and steps
 
 
 @pytest.mark.parametrize("flags", STAGES)
-def test_the_stages_are_those_of_the_head_and_of_all_layers(flags):
+def test_the_stages_are_those_of_the_head_and_of_all_layers(flags, monkeypatch):
+    monkeypatch.setattr(training, "HEAD_STEPS", HEAD_STEPS)
     stages = stages_of(flags, images([0, 1] * 25, [EVERY] * 40 + [0] * 10))
     named = [f"{x.name} {x.epochs[0]}-{x.epochs[-1]} {x.passes} {x.steps}" for x in stages]
     assert ", ".join(named) == STAGES[flags] and not any(stage.fold for stage in stages)
@@ -471,7 +473,7 @@ def test_a_run_of_the_head_ends_as_a_loop_that_is_written_by_hand(
     with torch.no_grad():
         features = backbone(normalised(given, views))
     square = (features[given.data.learns(0)] ** 2).sum(1).mean().item() / 512
-    weight, bias = torch.zeros(3, 512, requires_grad=True), torch.zeros(3, requires_grad=True)
+    weight, bias = torch.zeros(3, 64, requires_grad=True), torch.zeros(3, requires_grad=True)
     pace = [[weight, 0.02 / square, 0.002 * square, 0.0], [bias, 0.02, 0.002, 0.0]]
     batches = batches_of(given, *training.plan(given, progress, 0), 1)
     assert len(batches) == 6
@@ -505,8 +507,8 @@ def test_after_a_trial_training_goes_on_or_with_the_upper_half_from_before_it(
     monkeypatch.setattr(training, "TRIAL_STEPS", 3)  # an epoch
     flags = ["--weights", str(pretrained), "--folds", "3", *TINY]
     given, progress = prepare(animals, *flags, "--output", str(tmp_path / "run"))
-    progress.head = {"weight": torch.full((3, 512), 5.0), "bias": torch.full((3,), 6.0)}
-    progress.features = torch.ones(38, 512).half()
+    progress.head = {"weight": torch.full((3, 64), 5.0), "bias": torch.full((3,), 6.0)}
+    progress.features = torch.ones(38, 64).half()
     head, trial = ({"fold": 1, "epoch": at, "phase": ("head", "trial")[at]} for at in (0, 1))
 
     def changed() -> dict[str, set[float]]:
@@ -568,7 +570,7 @@ def test_a_run_folder_has_one_network_and_what_is_said_of_it(default_run, animal
     held = {row["path"] for row in split if row["part"] == "val"}
     assert {row["path"] for row in rows_of(default_run.path / "predictions.csv")} == held
     draws = sum(int(row["draws"]) for row in rows_of(default_run.path / "classes.csv"))
-    assert draws == (math.ceil(1000 * 12 / 31) + 2) * 31  # passes of the head, and two epochs
+    assert draws == (math.ceil(100 * 12 / 31) + 2) * 31  # passes of the head, and two epochs
 
 
 def test_the_first_lines_say_what_runs_where_on_what_images(default_run):
@@ -654,10 +656,10 @@ def test_of_two_runs_at_once_with_one_output_the_second_gets_an_error(
     animals, default_run, tmp_path
 ):
     command = judging(animals, default_run)
-    pair = [start(*command, "--output", str(tmp_path / "run")) for _ in range(2)]
-    errors = [process.communicate(timeout=120)[1] for process in pair]
-    assert sorted(process.returncode for process in pair) == [0, 2]
-    [error] = [e for e, process in zip(errors, pair, strict=True) if process.returncode == 2]
+    pair = [Process(*command, "--output", tmp_path / "run") for _ in range(2)]
+    errors = [process.end(0, 2)[1] for process in pair]
+    assert sorted(process.status for process in pair) == [0, 2], errors
+    [error] = [e for e, process in zip(errors, pair, strict=True) if process.status == 2]
     assert error.count("\n") == 1
     assert "another process is at work there" in error or "not empty" in error
     assert (tmp_path / "run/network.pt").exists()
