@@ -353,7 +353,7 @@ def test_the_command_on_the_page_makes_the_run_again(default_run, two):
         ("whole", "--weights none", "network", "resnet18, trained from random weights"),
         ("whole", "", "network", "resnet18, fine-tuned from IMAGENET1K_V1"),
         ("head", "", "draws", "WeightedRandomSampler, weights 1 / (images of the class) ** 1; an"),
-        ("head", "", "draws", ", an epoch of the last layer alone 1000 times"),
+        ("head", "", "draws", ", an epoch of the last layer alone 100 times"),
         ("head", "--rebalance none", "draws", "each image once an epoch, an epoch of the last l"),
         ("head trial upper", "", "training", "and then from the last layer on, the upper half"),
         ("head trial upper", "", "training", " trial (AdamW, 0.0003), whose loss on the images"),

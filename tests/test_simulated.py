@@ -5,7 +5,6 @@ It lives in a process of its own, as torch would find it in the other tests as w
 
 import gc
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 import simulated_device
-from conftest import TINY, rows_of, run
+from conftest import TINY, make_quick, rows_of, run
 from simulated_device import Counts
 from test_resume import Kept, assert_same_run, copy_run, record
 
@@ -24,15 +23,14 @@ import data_training as training
 pytestmark = pytest.mark.skipif(not simulated_device.COMPILER, reason="needs g++ on Linux")
 Simulate = Callable[..., SimpleNamespace]
 SMALL = ["--arch", "resnet18", "--workers", "0"]  # as is the default on a CPU alone
-TRIAL = {"TRIAL_STEPS": 3, "HEAD_STEPS": 100}  # the trial is one epoch
+TRIAL = {"TRIAL_STEPS": 3}  # the trial is one epoch
 STEPS = 3  # an epoch of all layers: 31 images in batches of 12
 MOMENTS = {"history.csv 1": "the head is stored", "history.csv 2": "an epoch of all layers is"}
 UPPER_MOMENTS = {"history.csv 2": "the trial is stored", "history.csv 3": "so is an epoch of upper"}
 
 
 def load_device() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.fsync = lambda _: None
+    make_quick(pytest.MonkeyPatch())
     simulated_device.load()
 
 
