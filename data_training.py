@@ -74,7 +74,6 @@ from itertools import permutations
 from multiprocessing import get_start_method
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from pickle import UnpicklingError
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
@@ -100,8 +99,11 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-EVERY, TEST = -1, -2  # in a fold's place: an image that every network learns, or none ever sees
-NETWORK, STATE, START = "network.pt", "resume.pt", "start.pt"  # in a run folder
+EVERY = -1  # in a fold's place: an image that every network learns
+TEST = -2  # and one that none ever sees
+NETWORK = "network.pt"  # in a run folder
+STATE = "resume.pt"  # of a stopped run, beside it
+START = "start.pt"  # the networks before their first step
 # The part of the images that is right, and the mean recall of all classes and of those with many,
 # in between and with few training images; NaN where nothing was asked.
 MEASURES = ("accuracy", "balanced_accuracy", "many", "medium", "few")
@@ -246,7 +248,8 @@ def run(args: Namespace) -> None:
 
 def add_epoch(given: Given, progress: Progress, stage: Stage, epoch: int, trained: Trained) -> None:
     """Add an epoch to the progress of a run: its row of the history, its draws, its network."""
-    data, logits = given.data, progress.logits
+    data = given.data
+    logits = progress.logits
     progress.history.append({
         "fold": stage.fold + 1,
         "epoch": epoch,
@@ -382,7 +385,8 @@ def plan(given: Given, progress: Progress, fold: int) -> Iterator[Stage]:
     settings = given.settings
     images = len(given.data.learns(fold))
     steps = math.ceil(images / settings.batch_size)  # in an epoch
-    head, whole = settings.head_epochs(), settings.whole_epochs()
+    head = settings.head_epochs()
+    whole = settings.whole_epochs()
     prepare = start_over
     if head:
         # Few images make few steps: they are drawn several times an epoch.
@@ -392,7 +396,8 @@ def plan(given: Given, progress: Progress, fold: int) -> Iterator[Stage]:
         prepare = soften_head
     tried = math.ceil(TRIAL_STEPS / steps)
     if head and fold == 0 and tried <= len(whole) // 5:
-        epochs, whole = whole[:tried], whole[tried:]
+        epochs = whole[:tried]
+        whole = whole[tried:]
         yield TRIAL._replace(fold=fold, epochs=epochs, steps=tried * steps, prepare=prepare)
         prepare = keep_network
     if not whole:
@@ -940,7 +945,8 @@ def store_epoch(given: Given, progress: Progress, stage_ends: bool) -> None:
     """Write the files of a run after an epoch: where a stage ends, or the last time is long ago."""
     if not stage_ends and time.perf_counter() - progress.written < WRITE_EVERY:
         return
-    output, finished = given.settings.output, progress.finished
+    output = given.settings.output
+    finished = progress.finished
     fold = progress.history[-1]["fold"] - 1
     if len(finished) > fold:  # the network of this fold is trained to the end
         save_tensors(output / f"fold-{fold + 1}.pt", finished[fold]._asdict())
@@ -1015,20 +1021,14 @@ def load_pretrained(settings: Settings) -> dict[str, Any]:
 
 def read_weights(path: str) -> dict[str, Any]:
     """Read a network file of this script, or another state_dict as one of "networks"."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if "networks" in content and "classes" in content:
-            return content
-        state = content.get("state_dict", content.get("model", content))
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-        if not state or not all(isinstance(value, Tensor) for value in state.values()):
-            raise ValueError("no state_dict in it")
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file raises nearly anything
-        reason = "more than weights in it" if isinstance(error, UnpicklingError) else "no weights"
-        raise DataError(f"--weights {path}: {reason}; torch.save a state_dict there") from None
-    return {"networks": [state]}
+    content = load_tensors(Path(path), "--weights", "torch.save a state_dict there")
+    state: Any = content if isinstance(content, dict) else {}
+    if "networks" in state and "classes" in state:
+        return state
+    state = state.get("state_dict", state.get("model", state))
+    if not (state and all(isinstance(value, Tensor) for value in state.values())):
+        raise DataError(f"--weights {path}: no weights in it; torch.save a state_dict there")
+    return {"networks": [{key.removeprefix("module."): value for key, value in state.items()}]}
 
 
 def download(weights: models.WeightsEnum, name: str) -> dict[str, Tensor]:
@@ -1335,7 +1335,8 @@ def take_split(table: Path, rows: list[Row]) -> list[Row]:
     parts: dict[str, str] = {}
     wrong = []
     for line in read_table(table, "path", "part"):
-        name, part = line["path"], line["part"]
+        name = line["path"]
+        part = line["part"]
         if part not in ("train", "val", "source"):
             wrong.append(f"{name}: no part {part!r}; write train, val or source")
         elif added.get(name) is not (part == "source"):
@@ -1391,7 +1392,8 @@ def make_rows(root: Path, classes: list[str], part: str) -> tuple[list[Row], lis
     lists them.
     """
     labels = {name: label for label, name in enumerate(classes)}
-    rows, others = [], []
+    rows = []
+    others = []
     for path in walk_files(str(root)):
         name = path.removeprefix(str(root)).replace(os.sep, "/").lstrip("/")
         top, _, file = name.partition("/")
@@ -1907,7 +1909,8 @@ class Reader:
         """A reader of the images of a run."""
         settings, data = given.settings, given.data
         self.compute = given.compute
-        self.copies, self.described = first_makes(make_copies, given.compute), ""
+        self.copies = first_makes(make_copies, given.compute)
+        self.described = ""
         if self.compute.rank == 0:  # removed with the reader, or at the end of the program
             weakref.finalize(self, remove_copies, self.copies.folder)
         self.batches: list[Any] = []  # of a pass; the loader walks through them anew in each
@@ -1968,7 +1971,8 @@ class RandomQuarterTurn(nn.Module):
 
 def transforms(settings: Settings) -> tuple[nn.Module, nn.Module]:
     """For training a random crop, at random mirrored; for evaluation the central square, larger."""
-    size, larger = settings.image_size, eval_size(settings.image_size)
+    size = settings.image_size
+    larger = eval_size(settings.image_size)
     crop = v2.RandomResizedCrop(size, (settings.crop_scale, 1.0))
     flips = [v2.RandomHorizontalFlip(0.0 if settings.flip == "none" else 0.5)]
     turns = [RandomQuarterTurn()] if settings.flip == "all" else []
@@ -1999,7 +2003,8 @@ def eval_size(size: int) -> int:
 # ---------------------------------------------------------------------------------------- measures
 
 
-MANY, FEW = 100, 20  # "many": more training images than that, "few": fewer
+MANY = 100  # "many": more training images than that
+FEW = 20  # "few": fewer
 BINS = 15  # of probability, to measure calibration by
 ONE_TELLS = 0.3  # in place of n - 1 for a class of one image, among many
 PRIOR_FAMILIES = 2  # for which it counts that images of one family may all be alike
@@ -2018,7 +2023,8 @@ def recall_by_class(confusion: Tensor) -> Tensor:
 
 def f1_by_class(confusion: Tensor) -> Tensor:
     """Return the F1 of each class, 0 if never right: (C,) float64, NaN without images."""
-    right, val_counts = confusion.diag().double(), confusion.sum(1)
+    right = confusion.diag().double()
+    val_counts = confusion.sum(1)
     return torch.where(val_counts > 0, 2 * right / (val_counts + confusion.sum(0)), math.nan)
 
 
@@ -2066,7 +2072,8 @@ def effective_counts(
     """
     width = int(families.max()) + 1
     pairs, member = (targets * width + families).unique(return_inverse=True)
-    label, values = pairs // width, values.double()
+    label = pairs // width
+    values = values.double()
     counts = torch.bincount(targets, minlength=classes).double()
     mean = torch.bincount(targets, values, classes) / counts
     square = torch.bincount(targets, values**2, classes) / counts - mean**2
@@ -2084,7 +2091,9 @@ def effective_counts(
 
 def measure_weights(val_counts: Tensor, train_counts: Tensor) -> Tensor:
     """Return the weight of each class's recall in each of `MEASURES`: (5, C) float64, or NaN."""
-    many, few, known = train_counts > MANY, train_counts < FEW, val_counts > 0
+    many = train_counts > MANY
+    few = train_counts < FEW
+    known = val_counts > 0
     rows = [val_counts, known, known & many, known & ~many & ~few, known & few]
     weights = torch.stack(rows).double()
     return weights / weights.sum(1, keepdim=True)
@@ -2150,7 +2159,8 @@ def measure(confusion: Tensor, train_counts: Tensor, effective: Tensor) -> dict[
 
 def measure_all(judged: Evaluation, data: Data) -> dict[str, float]:
     """Return what the history holds of an evaluation: its measures, calibrated and as trained."""
-    trained, train_counts = judged.as_trained.confusion, data.train_counts()
+    trained = judged.as_trained.confusion
+    train_counts = data.train_counts()
     right = judged.calibrated.predicted == judged.targets
     families = data.families[judged.places]
     effective, _ = effective_counts(right, judged.targets, families, len(train_counts))
@@ -2468,8 +2478,10 @@ def list_classes(data: Data, draws: Tensor, judged: Evaluation) -> Rows:
     "in use" classes are as frequent as in training, "natural" are the answers for that. The last
     two columns are the interval of the recall, were there twice as many images.
     """
-    confusion, train_counts = judged.calibrated.confusion, data.train_counts()
-    natural, recall = judged.natural.confusion, judged.recall
+    confusion = judged.calibrated.confusion
+    train_counts = data.train_counts()
+    natural = judged.natural.confusion
+    recall = judged.recall
     right = judged.calibrated.predicted == judged.targets
     kin = data.families[judged.places]
     effective, families = effective_counts(right, judged.targets, kin, len(data.classes))
@@ -2499,7 +2511,8 @@ def list_classes(data: Data, draws: Tensor, judged: Evaluation) -> Rows:
 
 def list_changes(given: Given, judged: Evaluation) -> Rows:
     """Return what changed since the run `--baseline`, where there is one of the same images."""
-    data, predicted = given.data, judged.calibrated.predicted
+    data = given.data
+    predicted = judged.calibrated.predicted
     if given.baseline is None or len(given.baseline) != len(predicted):
         return []
     families = data.families[judged.places]
@@ -2579,14 +2592,17 @@ def save_state(given: Given, progress: Progress) -> None:
     save_tensors(given.settings.output / STATE, state)
 
 
-def load_tensors(path: Path) -> Any:
-    """Return what `save_tensors` wrote; raises `DataError` if it is damaged."""
+def load_tensors(path: Path, flag: str, cure: str) -> Any:
+    """Read tensors and plain values that `torch.save` wrote.
+
+    Raises `DataError`, which names the flag and the cure, if the file is damaged or would run code.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception:  # a damaged file raises nearly anything
-        raise DataError(f"--resume: {path}: damaged; start a new run") from None
+        raise DataError(f"{flag} {path}: damaged, or not of tensors alone; {cure}") from None
 
 
 def load_run(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
@@ -2598,7 +2614,7 @@ def load_run(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
             reason = "complete, or judged by --epochs 0; nothing is left to do"
         raise DataError(f"--resume {output}: {reason}")
     HELD.enter_context(hold_folder(output))
-    state = load_tensors(output / STATE)
+    state = load_tensors(output / STATE, "--resume", "start a new run")
     if state.get("format") != STATE_FORMAT:
         text = "stopped by another version of this script; go on with that, or start a new run"
         raise DataError(f"--resume {output}: {text}")
@@ -2611,7 +2627,7 @@ def load_run(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
     check_batches(settings, data, compute.world_size)
     given = Given(settings, data, state["baseline"], "as it was stopped", compute)
     progress = Progress(
-        start=load_tensors(output / START),
+        start=load_tensors(output / START, "--resume", "start a new run"),
         model=build_model(settings.arch, data.classes, {"networks": [state["model"]]})[0],
         history=state["history"],
         draws=state["draws"],
@@ -2621,7 +2637,7 @@ def load_run(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
     )
     for fold in range(settings.folds):
         if progress.has_done(fold, settings.epochs):
-            finished = load_tensors(output / f"fold-{fold + 1}.pt")
+            finished = load_tensors(output / f"fold-{fold + 1}.pt", "--resume", "start a new run")
             progress.finished.append(Fold(**finished))
     return given, progress
 
@@ -2734,7 +2750,8 @@ def describe_place(given: Given, progress: Progress) -> str:
     """Return how far a run has come that is not done."""
     if not progress.history:
         return "before the first epoch"
-    row, settings = progress.history[-1], given.settings
+    row = progress.history[-1]
+    settings = given.settings
     return f"fold {row['fold']} of {settings.folds}, epoch {row['epoch']} of {settings.epochs}"
 
 
@@ -2755,7 +2772,8 @@ def describe_images(given: Given) -> str:
     counts = given.data.train_counts()
     if not given.settings.epochs and given.data.learnt is None:
         return f"{len(counts)} classes; what was learnt is not recorded"
-    most, fewest = int(counts.max()), int(counts.min())
+    most = int(counts.max())
+    fewest = int(counts.min())
     return (
         f"{int(counts.sum())} training images in {len(counts)} classes of {most} to {fewest}, "
         f"imbalance ratio {most / fewest:.1f}"
@@ -2877,7 +2895,8 @@ def format_range(measures: Mapping[str, float]) -> str:
 
 def print_end(given: Given, progress: Progress, result: Result) -> None:
     """Print, in one screen, the result, what is recognised least, and where the rest is."""
-    settings, last = given.settings, result.last
+    settings = given.settings
+    last = result.last
     facts = list_facts(given, progress, result)
     classes = list_classes(given.data, progress.draws, last)
     judges = printable(facts["judged by"])
@@ -2964,7 +2983,8 @@ def show_changes(changes: Rows) -> Rows:
 
 
 MOST_CLASSES = 30  # with a matrix of confusions
-MISTAKES, THUMBNAIL = 24, 160  # how many are shown, and pixels a side
+MISTAKES = 24  # how many are shown
+THUMBNAIL = 160  # pixels a side
 PLOT = 'class="open" x="41%" width="41%"'  # beside names, before values
 IN_USE = (
     "In use: where classes are as frequent as in training. “Precision in use” is the part of what "
@@ -3040,7 +3060,8 @@ def recall_chart(classes: Rows, before_name: str = "") -> str:
     """Return a chart of the recall of each class, most training images first: SVG."""
     order = sorted(classes, key=lambda row: -row["train_images"])
     names = [f"before: {before_name}", "now"] if before_name else []
-    title, height = "Recall, 95 % interval (training / validation images)", 62 + 40 * len(order)
+    title = "Recall, 95 % interval (training / validation images)"
+    height = 62 + 40 * len(order)
     body = write_title(title, *names) + f"<svg {PLOT}>"
     for x in range(0, 101, 25):
         body += f'<line class="grid" x1="{x}%" x2="{x}%" y1="58" y2="{height}"/>'
@@ -3056,7 +3077,8 @@ def draw_panel(history: Rows, keys: Sequence[str], scale: int) -> str:
     low = math.floor(2 * values[0]) / 2
     height = max(1, math.ceil(2 * (top - low))) / 2  # often from 50 to 100 %
     epochs = [row["epoch"] for row in history]
-    first, width = min(epochs), max(1, max(epochs) - min(epochs))
+    first = min(epochs)
+    width = max(1, max(epochs) - min(epochs))
     body = ""
     for y in range(0, 101, 20):
         body += f'<line class="grid" x2="100%" y1="{y}%" y2="{y}%"/><text class="soft end" x="-8" '
@@ -3099,7 +3121,8 @@ def show_rows(rows: Rows) -> str:
 
 def show_confusions(data: Data, last: Evaluation) -> str:
     """Return a matrix of what is taken for what, or of many classes the commonest mistakes."""
-    names, confusion = [show(name) for name in data.classes], last.calibrated.confusion.tolist()
+    names = [show(name) for name in data.classes]
+    confusion = last.calibrated.confusion.tolist()
     order = data.train_counts().argsort(descending=True, stable=True).tolist()
     if len(names) > MOST_CLASSES:
         pairs = ((confusion[true][taken], true, taken) for true, taken in permutations(order, 2))
@@ -3126,12 +3149,14 @@ def show_mistakes(given: Given, last: Evaluation) -> str:
     That is an image which the network has learnt, of the class it was taken for: the one in the
     middle of their names.
     """
-    data, (predicted, probability, _) = given.data, last.calibrated
+    data = given.data
+    predicted, probability, _ = last.calibrated
     wrong = (predicted != last.targets).nonzero().flatten()
     order = probability[wrong].argsort(descending=True, stable=True)
     text = ""
     for row in wrong[order][:MISTAKES].tolist():
-        place, taken = int(last.places[row]), int(predicted[row])
+        place = int(last.places[row])
+        taken = int(predicted[row])
         learnt = data.learns(int(data.held[place]))
         alike = learnt[data.labels[learnt] == taken]
         middle = int(alike[len(alike) // 2]) if len(alike) else None
@@ -3159,7 +3184,8 @@ def show_image(data: Data, place: int | None, relation: str, label: int) -> str:
 
 def show_result(given: Given, result: Result, classes: Rows) -> str:
     """Return tiles: the result, the most frequent, the rarest and the worst class."""
-    last, tested = result.last, result.tested
+    last = result.last
+    tested = result.tested
     usual = max(classes, key=lambda row: row["train_images"])
     rarest = min(classes, key=lambda row: row["train_images"])
     worst = classes[int(last.recall.argsort(stable=True)[0])]  # NaN is last
@@ -3193,9 +3219,11 @@ def foresee(row: Mapping[str, Any]) -> str:
 def make_page(given: Given, progress: Progress, result: Result) -> dict[str, str]:
     """Return, by their files' names, the charts and the page, which is one file without scripts."""
     settings, data, last = given.settings, given.data, result.last
-    changes, facts = list_changes(given, last), list_facts(given, progress, result)
+    changes = list_changes(given, last)
+    facts = list_facts(given, progress, result)
     classes = list_classes(data, progress.draws, last)
-    table, baseline = show_rows(classes), ""
+    table = show_rows(classes)
+    baseline = ""
     if changes and given.baseline is not None:
         baseline = settings.baseline.name if settings.baseline else ""
         before = confusion_matrix(last.targets, given.baseline, len(classes))
@@ -3236,7 +3264,8 @@ def show_command(given: Given) -> str:
 
     It names no run folder, which is there already, and as many processes as there were.
     """
-    words, processes = shlex.split(given.settings.command), given.compute.world_size
+    words = shlex.split(given.settings.command)
+    processes = given.compute.world_size
     for place in reversed(range(len(words))):
         flag, _, value = words[place].partition("=")
         if len(flag) > 2 and "--output".startswith(flag):  # argparse takes its beginnings, too
@@ -3252,12 +3281,14 @@ def show_command(given: Given) -> str:
 
 def predict_photos(settings: Namespace) -> None:
     """Write what the network of a run says of each image below DATA, as CSV."""
-    run, out = load_network(settings), settings.output
+    run = load_network(settings)
+    out = settings.output
     if out and out.exists():
         raise DataError(f"--output {out}: there already; name a new file")
     if out and not out.parent.is_dir():
         raise DataError(f"--output {out}: no folder to write it in; make that first")
-    compute, paths = pick_compute(settings.device, settings.amp), list_photos(settings.data)
+    compute = pick_compute(settings.device, settings.amp)
+    paths = list_photos(settings.data)
     model: Any = build_model(run["arch"], run["classes"], run)[0].eval()
     model.to(compute.device, memory_format=memory_format(compute.device))
     natural = run["natural"] if settings.natural else 0.0
@@ -3310,7 +3341,8 @@ def read_photos(
 
     While a batch is used the next one is read.
     """
-    view, least = central_square(run["eval_size"]), run["least_side"]
+    view = central_square(run["eval_size"])
+    least = run["least_side"]
 
     def read(path: str) -> Tensor | str:
         try:

@@ -247,7 +247,7 @@ def test_a_damaged_state_is_named_and_one_that_would_run_code_is_never_run(name,
     content = (begun / name).read_bytes()
     (begun / name).write_bytes(content[: len(content) // 2])
     [error] = refused(["--resume", begun], capsys, begun)
-    assert f"{name}: damaged; start a new run" in error
+    assert f"{name}: damaged, or not of tensors alone; start a new run" in error
 
     class Trap:
         def __reduce__(self) -> tuple[Any, ...]:

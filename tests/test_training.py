@@ -86,8 +86,8 @@ ERRORS = {
     # weights and images
     "DATA --arch resnt18": "--arch resnt18: unknown; choose from resnet101",
     "DATA --weights NOWHERE": "--weights NOWHERE: no such file; pass one, or IMAGENET1K_V1",
-    "DATA --weights FILE": "--weights FILE: no weights",
-    "DATA --weights TRAP": "--weights TRAP: more than weights in it",
+    "DATA --weights FILE": "--weights FILE: damaged",
+    "DATA --weights TRAP": "--weights TRAP: damaged, or not of tensors alone",
     "DATA --weights NUMBERS": "--weights NUMBERS: no weights",
     "DATA --weights NAN --epochs 0": "--weights: of a training that failed: not finite",
     "DATA --weights PRETRAINED --arch resnet50": "--weights: not of a resnet50",
