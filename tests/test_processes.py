@@ -330,16 +330,6 @@ def test_a_gpu_of_intel_takes_bfloat16_where_it_has_it(able, monkeypatch):
     assert picked is (torch.bfloat16 if able else None)
 
 
-def test_where_float16_fails_the_error_names_the_flag(
-    animals, pretrained, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(training, "pick_precision", lambda *_: torch.float16)
-    monkeypatch.setattr(training.Compute, "autocast", lambda _: contextlib.nullcontext())  # slow
-    flags = ["--lr", "1e30", "--epochs", "1", "--frozen-epochs", "0", *TINY]
-    command = [animals, "--weights", pretrained, *flags, "--output", tmp_path / "run"]
-    assert "--no-amp, " in refused(command, capsys)[-1]
-
-
 # ---------------------------------------------------------------------------------------- workers
 
 
