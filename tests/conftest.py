@@ -203,38 +203,32 @@ class Process:
     They are forked from this one, which has torch loaded already, and run `code` as Python would.
     """
 
-    def __init__(self, *command: object, processes: int = 0, code: str = CODE, **others: Any):
+    def __init__(self, *command: object, processes: int = 0, code: str = CODE, **where: Any):
+        script = where.get("script", SCRIPT)
         self.files = [tempfile.TemporaryFile() for _ in "oe"]  # noqa: SIM115
         with socket.socket() as free:
             free.bind(("localhost", 0))
             alike = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
         alike |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
-        self.all = []
-        for rank in map(str, range(processes or 1)):
-            own = alike | {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": "none"}
-            given = ([*map(str, command)], code, own if processes else {})
-            self.all.append(get_context("fork").Process(None, self.execute, None, given, others))
-            self.all[-1].start()
+        alike["TORCHELASTIC_RUN_ID"] = "none"
 
-    def execute(
-        self,
-        command: list[str],
-        code: str,
-        environment: dict[str, str],
-        script: Path = SCRIPT,
-        folder: Path = Path(),
-    ) -> None:
-        """Be Python that runs this script in this folder."""
-        for number, file in enumerate(self.files, 1):
-            os.dup2(file.fileno(), number)
-        sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, errors="backslashreplace") for n in (1, 2))
-        # Tests run in the background may have been told to ignore SIGINT, and would pass it on.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.environ |= environment
-        os.chdir(folder)
-        sys.argv = [str(script), *command]
-        main = sys.modules["__main__"] = ModuleType("__main__")
-        exec(compile(code, script, "exec"), vars(main))
+        def execute(rank: str) -> None:
+            for number, file in enumerate(self.files, 1):
+                os.dup2(file.fileno(), number)
+            outputs = (os.fdopen(n, "w", 1, errors="backslashreplace") for n in (1, 2))
+            sys.stdout, sys.stderr = outputs
+            # Tests run in the background may have been told to ignore SIGINT, and would pass it on.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.environ |= alike | {"RANK": rank, "LOCAL_RANK": rank} if processes else {}
+            os.chdir(where.get("folder", "."))
+            sys.argv = [*map(str, (script, *command))]
+            main = sys.modules["__main__"] = ModuleType("__main__")
+            exec(compile(code, script, "exec"), vars(main))
+
+        fork = get_context("fork").Process
+        self.all = [fork(target=execute, args=str(rank)) for rank in range(processes or 1)]
+        for each in self.all:
+            each.start()
 
     def printed(self) -> list[str]:
         """What is on stdout and on stderr so far."""

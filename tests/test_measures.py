@@ -53,38 +53,24 @@ def test_the_interval_of_a_recall_is_wilson_s_at_one_image_less(right, count, lo
         assert [mean, *ends] == pytest.approx([right, low, high], abs=5e-5)
 
 
-def farthest(recall: list[float], counts: list[int], weights: list[float]) -> float:
-    """The lowest mean of a grid from which what was seen is at most Z standard deviations away.
-
-    Those of the likeliest pair of true recalls with that mean.
-    """
-    p, q = (each.ravel() for each in np.meshgrid(*[np.linspace(5e-4, 1 - 5e-4, 1000)] * 2))
-    likelihood, variance = np.zeros(p.shape), np.zeros(p.shape)
-    for part, r, n, w in zip((p, q), recall, (c - 1 for c in counts), weights, strict=True):
-        likelihood += n * (r * np.log(part) + (1 - r) * np.log(1 - part))
-        variance += w**2 * part * (1 - part) / n
-    order, of_likeliest = likelihood.argsort(), np.zeros(1001)
-    steps = (1000 * (weights[0] * p + weights[1] * q)).round().astype(int)
-    of_likeliest[steps[order]] = variance[order]  # the last one stays
-    distance = np.dot(recall, weights) - np.arange(1001) / 1000
-    return float((distance <= training.Z * of_likeliest**0.5).argmax() / 1000)
-
-
 @pytest.mark.parametrize(
-    ("recall", "counts", "weights"),
+    ("recall", "counts", "weights", "ends"),
     [
-        ([0.9, 0.7], [300, 10], [0.5, 0.5]),
-        ([0.95, 2 / 3], [40, 3], [0.5, 0.5]),
-        ([0.5, 0.25], [8, 12], [0.2, 0.8]),
+        ([0.9, 0.7], [300, 10], [0.5, 0.5], (0.641, 0.900)),
+        ([0.95, 2 / 3], [40, 3], [0.5, 0.5], (0.551, 0.957)),
+        ([0.5, 0.25], [8, 12], [0.2, 0.8], (0.145, 0.546)),
     ],
 )
-def test_the_ends_of_a_mean_are_those_of_a_search_over_all_recalls(recall, counts, weights):
+def test_the_ends_of_a_mean_are_those_of_a_search_over_all_recalls(recall, counts, weights, ends):
+    """Over 1,000 x 1,000 pairs of true recalls, the likeliest pair of each mean.
+
+    The ends are the farthest means from which what was seen is Z standard deviations away, the
+    variance of a recall p being p * (1 - p) / (count - 1).
+    """
     given = (torch.tensor(x).double() for x in (recall, counts, [weights]))
-    mean, low, high = (x.item() for x in training.mean_interval(*given))
+    mean, *found = (x.item() for x in training.mean_interval(*given))
     assert mean == pytest.approx(np.dot(recall, weights))
-    assert low == pytest.approx(farthest(recall, counts, weights), abs=2e-3)
-    below = farthest([1 - r for r in recall], counts, weights)
-    assert high == pytest.approx(1 - below, abs=2e-3)
+    assert found == pytest.approx(ends, abs=2e-3)
 
 
 def test_intervals_of_means_of_nothing_and_of_sure_things():

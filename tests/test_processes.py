@@ -263,42 +263,24 @@ def test_where_the_file_system_has_no_locks_a_run_does_without(tmp_path, monkeyp
 # -------------------------------------------------------------------------------------- precision
 
 
-UNLIKE = """
-picked = [torch.bfloat16, torch.float16][int(os.environ["RANK"])]
-pick_precision = lambda *_: picked
-if __name__"""
-
-
-def test_unlike_gpus_agree_on_one_precision(animals, default_run, tmp_path):
-    """Process 0 has picked bfloat16 and prints what is used; the answers are those of one."""
-    code = CODE.replace("\nif __name__", UNLIKE)
+@pytest.mark.parametrize(
+    ("picked", "agreed"),
+    [("bfloat16 bfloat16", "bfloat16"), ("bfloat16 float16", "float16"), ("float16 None", "None")],
+)
+def test_unlike_gpus_agree_on_one_precision(picked, agreed, animals, default_run, tmp_path):
+    """Process 0 prints what is used; the answers are those of one process."""
+    names = f"getattr(torch, {picked.split()}[int(os.environ['RANK'])], None)"
+    code = CODE.replace("\nif __name__", f"\npick_precision = lambda *_: {names}\nif __name__")
     command = [animals, "--weights", default_run.path / "network.pt", "--epochs", 0]
     command += ["--batch-size", 12, "--device", "cpu", "--output"]
     printed, _ = Process(*command, tmp_path / "two", processes=2, code=code).end()
-    assert "; cpu, torch.float16\n" in printed
+    assert f"; cpu, torch.{agreed.replace('None', 'float32')}\n" in printed
     one = run(*command, tmp_path / "one", "--no-amp").path
     answers = [
         {row["path"]: float(row["true_probability"]) for row in rows_of(path / "predictions.csv")}
         for path in (one, tmp_path / "two")
     ]
     assert answers[0] == pytest.approx(answers[1], abs=0.02)
-
-
-@pytest.mark.parametrize(
-    ("picked", "agreed"),
-    [
-        ([torch.bfloat16, torch.bfloat16], torch.bfloat16),
-        ([torch.bfloat16, torch.float16], torch.float16),
-        ([torch.bfloat16, torch.float16, None], None),
-    ],
-)
-def test_the_precision_of_all_is_one_that_each_has(picked, agreed, monkeypatch):
-    monkeypatch.setattr(training.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(training.dist, "get_world_size", lambda: len(picked))
-    monkeypatch.setattr(
-        training.dist, "all_gather_object", lambda found, _: found.__setitem__(slice(None), picked)
-    )
-    assert training.agree_precision(picked[0]) is agreed
 
 
 @pytest.mark.parametrize(
@@ -320,14 +302,10 @@ def test_mixed_precision_is_for_gpus_that_gain_from_it(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: gpu)
     assert training.pick_precision(torch.device("cuda", 0), amp) is precision
-
-
-@pytest.mark.parametrize("able", [True, False])
-def test_a_gpu_of_intel_takes_bfloat16_where_it_has_it(able, monkeypatch):
-    properties = SimpleNamespace(has_bfloat16_conversions=able)
+    properties = SimpleNamespace(has_bfloat16_conversions=bfloat16)  # of a GPU of Intel's
     monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _: properties)
     picked = training.pick_precision(torch.device("xpu", 0), None)
-    assert picked is (torch.bfloat16 if able else None)
+    assert picked is (torch.bfloat16 if bfloat16 else None)
 
 
 # ---------------------------------------------------------------------------------------- workers
@@ -381,15 +359,9 @@ def test_of_several_processes_each_starts_its_workers_before_they_talk(animals, 
 # ------------------------------------------------------------------------------------- what is said
 
 
-@pytest.mark.parametrize(
-    ("seconds", "part", "line"),
-    [
-        (9, 0.5, None),  # too soon
-        (50, 0.05, None),
-        (10, 0.5, ""),  # 10 epochs of 20 s, less 10 s: three minutes and ten seconds
-        (10, 0.9, "nothing"),  # under two minutes
-    ],
-)
-def test_the_time_that_is_left_is_told_once_it_is_known_and_worth_it(seconds, part, line, capsys):
-    assert training.tell_time_left(seconds, part, 10) is (line is not None)
-    assert capsys.readouterr().err == ("about 4 min to go\n" if line == "" else "")
+def test_the_time_that_is_left_is_told_once_it_is_known_and_worth_it(capsys):
+    assert not training.tell_time_left(9, 0.5, 10) and not training.tell_time_left(50, 0.05, 10)
+    assert training.tell_time_left(10, 0.9, 10)  # under two minutes
+    assert capsys.readouterr().err == ""
+    assert training.tell_time_left(10, 0.5, 10)  # 10 epochs of 20 s, less 10 s: 190 seconds
+    assert capsys.readouterr().err == "about 4 min to go\n"

@@ -209,14 +209,6 @@ def test_a_trial_that_failed_is_remembered(animals, pretrained, tmp_path, monkey
     assert_same_run(whole, tmp_path / "run")
 
 
-def test_scratch_training_goes_on_as_well(scratch_run, animals, tmp_path):
-    command = [str(animals), "--weights", "none", "--epochs", "2", *TINY]
-    interrupt_after(1, command, tmp_path / "run")
-    assert [row["epoch"] for row in rows_of(tmp_path / "run/history.csv")] == ["1"]
-    run("--resume", tmp_path / "run")
-    assert_same_run(scratch_run.path, tmp_path / "run")
-
-
 @pytest.fixture
 def begun(animals: Path, tmp_path: Path) -> Path:
     """A run that has just begun, on images that may be changed."""

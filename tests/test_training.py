@@ -659,4 +659,3 @@ def test_a_diverging_run_says_so_in_one_line_and_names_the_flag_where_float16_ma
     error = refused(command, capsys)[-1]
     assert "--lr: the loss became" in error or "the network's outputs are no numbers" in error
     assert ("--no-amp, " in error) is (precision is not None)
-
