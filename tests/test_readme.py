@@ -12,7 +12,8 @@ from torchvision import models
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHORT = re.compile(r"--epochs \d+")  # a few of the epochs show that a command works
+# A few of the epochs, on small images, show that a command works.
+SHORT = {r"--epochs \d+": "--epochs 2", r"--image-size \d+": "--image-size 32"}
 PYTEST = "import sys, pytest\nsys.exit(pytest.main(sys.argv[1:]))"
 
 
@@ -44,12 +45,14 @@ def execute(command: str, folder: Path = ROOT) -> str:
 
 @pytest.fixture(scope="module")
 def tried(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which "Try it" ran, for 3 epochs at most, with networks of full width."""
+    """A folder in which "Try it" ran, shortened, with networks of full width."""
     folder = tmp_path_factory.mktemp("clone")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models.resnet, "ResNet", models.ResNet)
         for command in commands_after_installation("try it"):
-            execute(SHORT.sub("--epochs 3", command), folder)
+            for usual, short in SHORT.items():
+                command = re.sub(usual, short, command)
+            execute(command, folder)
         yield folder
 
 
