@@ -143,8 +143,7 @@ class Settings:
     arch: str
     weights: str
     epochs: int
-    first_epoch: int  # 0: the epoch of the head comes before all others; else 1
-    frozen_epochs: int  # of the head alone, from the first epoch on
+    frozen_epochs: int  # of the head alone, the first ones
     rebalance: str  # "sampler" or "none"
     power: float  # 0 without balancing
     batch_size: int  # images a step, over all processes
@@ -156,14 +155,6 @@ class Settings:
     device: str
     amp: bool  # mixed precision
     command: str  # that started the run
-
-    def head_epochs(self) -> range:
-        """The epochs in which the head alone is trained."""
-        return range(self.first_epoch, self.first_epoch + self.frozen_epochs)
-
-    def whole_epochs(self) -> range:
-        """The epochs after those, in which the backbone is trained too."""
-        return range(self.head_epochs().stop, self.epochs + 1)
 
 
 @dataclass(frozen=True)
@@ -199,7 +190,7 @@ class Progress:
     stored: dict[str, Any] = field(default_factory=dict)  # a trainer's state, to go on from once
     trainer: Any = None  # a `Trainer`, from the first stage on
     features: Tensor | None = None  # what the backbone at the start makes of all images
-    written: float = 0.0  # when the files were written last, by `time.perf_counter`
+    written: float = -math.inf  # when the files were written last, by `time.perf_counter`
 
     def has_done(self, fold: int, epoch: int) -> bool:
         """Return whether this epoch of this fold, or a later one, is done."""
@@ -338,11 +329,10 @@ def cut_batches(
 # ---------------------------------------------------------------------------------------- training
 
 
-WARM_UP = 0.1  # part of the steps in which the learning rate rises, where it does so slowly
+WARM_UP = 0.1  # part of the steps in which the learning rate rises
 HEAD_STEPS = 1000  # at least, of training the head alone: on features they cost next to nothing
 HEAD_RATE = 0.02  # of SGD, for features of squared length 512, as those of a ResNet-18
-HEAD_DECAY = 0.002  # weight decay, of the head alone and in the whole network
-HEAD_FACTOR = 3.0  # times the rate of the other layers for the head of a pretrained network
+HEAD_DECAY = 0.002  # its weight decay
 # On images like those that the weights were trained on, training all layers does more harm than
 # good. A trial of this many steps shows it, if that is at most a fifth of all. It has failed if its
 # loss is this many times that of the head alone: with more steps the rest would be won back.
@@ -351,8 +341,6 @@ TRIAL_FAILS = 1.2
 UPPER_FACTOR = 1 / 15  # times `--lr` for the upper half of a network that failed the trial
 LOWER = ("conv1.", "bn1.", "layer1.", "layer2.")  # the half below
 COPIED_TOGETHER = 100  # batches of features
-SOFTENED = 0.1  # what is left of the head's logits when the training of all layers begins
-CLIP_NORM = 1.0  # longest gradient followed; tiny BatchNorm variances can make it explode
 # With fewer images than this per process and step, BatchNorm takes its statistics over all
 # processes. That waits for the GPU 159 times a step of a ResNet-50 (torch's _functions.py).
 SYNCHRONISED = 8
@@ -363,12 +351,10 @@ class Stage(NamedTuple):
 
     name: str
     make_optimizer: Callable[[Given, Progress, int], Optimizer]  # of the fold
-    prepare: Callable[[Progress], None]  # brings the network to where the stage begins
     on_features: bool  # trains the head on stored features, not the network on images
-    warm_up: float  # part of the steps in which the learning rate rises
-    clips: bool  # long gradients are shortened
-    averages: bool  # ends as the mean of the weights after each step
     updates_batch_norm: bool
+    averages: bool = False  # ends as the mean of the weights after each step
+    prepare: Callable[[Progress], None] | None = None  # brings the network to where it begins
     fold: int = 0
     epochs: range = range(0)
     passes: int = 1  # times that as many images are drawn as there are, in an epoch
@@ -376,39 +362,47 @@ class Stage(NamedTuple):
 
 
 def plan(given: Given, progress: Progress, fold: int) -> Iterator[Stage]:
-    """Yield the stages of a fold in order: the head alone, then all layers.
+    """Yield the stages of a fold in order: all layers are trained together, and that is all.
 
-    On large data sets the first epochs of all layers are a trial. If it fails, the network goes
-    back to where the trial began, and only its upper half is trained. The other folds do as the
-    first one did.
+    `--frozen-epochs` train the head alone first. So does an epoch of its own on large data sets,
+    where the first epochs of all layers are a trial: if it does harm, the network goes back to its
+    head, and only its upper half is trained. The other folds do as the first one did.
     """
     settings = given.settings
     images = len(given.data.learns(fold))
     steps = math.ceil(images / settings.batch_size)  # in an epoch
-    head = settings.head_epochs()
-    whole = settings.whole_epochs()
-    prepare = start_over
+    epochs = range(1, settings.epochs + 1)
+    head = epochs[: settings.frozen_epochs]
+    others = epochs[settings.frozen_epochs :]
+    tried = count_trial(given)
+    if tried and not head:
+        head = range(0, 1)  # before all others
+    prepare: Callable[[Progress], None] | None = start_over
     if head:
         # Few images make few steps: they are drawn several times an epoch.
         passes = math.ceil(HEAD_STEPS * settings.batch_size / (len(head) * images))
-        head_steps = len(head) * math.ceil(passes * images / settings.batch_size)
-        yield HEAD._replace(fold=fold, epochs=head, passes=passes, steps=head_steps)
-        prepare = soften_head
-    tried = math.ceil(TRIAL_STEPS / steps)
-    if head and fold == 0 and tried <= len(whole) // 5:
-        epochs = whole[:tried]
-        whole = whole[tried:]
-        yield TRIAL._replace(fold=fold, epochs=epochs, steps=tried * steps, prepare=prepare)
-        prepare = keep_network
-    if not whole:
-        return
+        in_all = len(head) * math.ceil(passes * images / settings.batch_size)
+        yield HEAD._replace(fold=fold, epochs=head, passes=passes, steps=in_all, prepare=prepare)
+        prepare = None
+    if tried and fold == 0:
+        trial = others[:tried]
+        others = others[tried:]
+        yield TRIAL._replace(fold=fold, epochs=trial, steps=tried * steps, prepare=remember_head)
     stage = WHOLE
-    if first_makes(partial(trial_failed, progress), given.compute):
+    if tried and first_makes(partial(trial_failed, progress), given.compute):
         stage = UPPER
-        prepare = return_to_head if fold == 0 else keep_network
-    if settings.weights == "none":
-        stage = WHOLE._replace(warm_up=WARM_UP)
-    yield stage._replace(fold=fold, epochs=whole, steps=len(whole) * steps, prepare=prepare)
+        prepare = return_to_head if fold == 0 else None
+    if others:
+        yield stage._replace(fold=fold, epochs=others, steps=len(others) * steps, prepare=prepare)
+
+
+def count_trial(given: Given) -> int:
+    """Return the number of epochs that a trial takes; 0 if none is made."""
+    settings = given.settings
+    steps = math.ceil(len(given.data.learns(0)) / settings.batch_size)
+    epochs = math.ceil(TRIAL_STEPS / steps)
+    is_short = 5 * epochs <= settings.epochs - settings.frozen_epochs
+    return epochs if is_short and settings.weights != "none" else 0
 
 
 def trial_failed(progress: Progress) -> bool:
@@ -422,15 +416,9 @@ def start_over(progress: Progress) -> None:
     progress.model.load_state_dict(progress.start)
 
 
-def soften_head(progress: Progress) -> None:
-    """Make the logits of the head small, and remember how it was.
-
-    A confident head holds the backbone to its old features; a new one pulls it anywhere.
-    """
-    head = progress.model.fc
-    progress.head = copy_state(head)
-    for weight in head.parameters():
-        weight.data.mul_(SOFTENED)
+def remember_head(progress: Progress) -> None:
+    """Keep a copy of the head as it is."""
+    progress.head = copy_state(progress.model.fc)
 
 
 def return_to_head(progress: Progress) -> None:
@@ -439,16 +427,12 @@ def return_to_head(progress: Progress) -> None:
     progress.model.load_state_dict(progress.start | head)
 
 
-def keep_network(progress: Progress) -> None:
-    """Leave the network as the stage before has left it."""
-
-
 def begin(given: Given, progress: Progress, stage: Stage, reader: Reader) -> Inputs:
     """Set up the trainer of a stage, or go on with a stored one; return where its inputs are."""
     model = progress.model
     progress.trainer = None  # and with it what DistributedDataParallel holds of the network
     is_new = not progress.has_done(stage.fold, stage.epochs[0])
-    if is_new:
+    if is_new and stage.prepare:
         stage.prepare(progress)
     inputs: Inputs = reader
     if stage.on_features:
@@ -504,60 +488,24 @@ def head_optimizer(given: Given, progress: Progress, fold: int) -> Optimizer:
 
 def whole_optimizer(given: Given, progress: Progress, _: int) -> Optimizer:
     """Make AdamW for all layers."""
-    return adamw(progress.model, given.settings, given.settings.lr)
+    progress.model.requires_grad_(True)
+    return torch.optim.AdamW(progress.model.parameters(), given.settings.lr, fused=True)
 
 
 def upper_optimizer(given: Given, progress: Progress, _: int) -> Optimizer:
     """Make AdamW for the upper half of the layers, in small steps."""
-    return adamw(progress.model, given.settings, given.settings.lr * UPPER_FACTOR, frozen=LOWER)
-
-
-def adamw(
-    model: nn.Module, settings: Settings, rate: float, frozen: tuple[str, ...] = ()
-) -> Optimizer:
-    """Make AdamW for all weights but the `frozen` ones; the head of known weights learns faster."""
-    head: list[Tensor] = []
-    others: list[Tensor] = []
-    for name, weight in model.named_parameters():
-        weight.requires_grad = not name.startswith(frozen)
+    upper = []
+    for name, weight in progress.model.named_parameters():
+        weight.requires_grad = not name.startswith(LOWER)
         if weight.requires_grad:
-            (head if name.startswith("fc.") else others).append(weight)
-    factor = 1.0 if settings.weights == "none" else HEAD_FACTOR
-    groups = [
-        {"params": head, "lr": rate * factor},
-        {"params": others, "lr": rate, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, weight_decay=HEAD_DECAY, fused=True)
+            upper.append(weight)
+    return torch.optim.AdamW(upper, given.settings.lr * UPPER_FACTOR, fused=True)
 
 
-HEAD = Stage(
-    "head",
-    make_optimizer=head_optimizer,
-    prepare=start_over,
-    on_features=True,
-    warm_up=WARM_UP,
-    clips=False,  # a convex problem
-    averages=False,
-    updates_batch_norm=False,
-)
-WHOLE = Stage(
-    "whole",
-    make_optimizer=whole_optimizer,
-    prepare=keep_network,
-    on_features=False,
-    warm_up=0.0,
-    clips=True,
-    averages=False,
-    updates_batch_norm=True,
-)
+HEAD = Stage("head", head_optimizer, on_features=True, updates_batch_norm=False)
+WHOLE = Stage("whole", whole_optimizer, on_features=False, updates_batch_norm=True)
 TRIAL = WHOLE._replace(name="trial")
-UPPER = WHOLE._replace(
-    name="upper",
-    make_optimizer=upper_optimizer,
-    warm_up=WARM_UP,
-    averages=True,
-    updates_batch_norm=False,
-)
+UPPER = Stage("upper", upper_optimizer, on_features=False, updates_batch_norm=False, averages=True)
 
 
 class Trainer:
@@ -574,7 +522,7 @@ class Trainer:
         peaks = [group["lr"] for group in optimizer.param_groups]
         # OneCycleLR divides by zero where either part of the cycle has a single step.
         steps = max(4, stage.steps)
-        rising = max(stage.warm_up, 2 / steps)
+        rising = max(WARM_UP, 2 / steps)
         self.scheduler = OneCycleLR(optimizer, peaks, steps, pct_start=rising, cycle_momentum=False)
         scales = given.compute.amp is torch.float16
         self.scaler = torch.amp.GradScaler(given.compute.device.type, enabled=scales)
@@ -588,9 +536,6 @@ class Trainer:
         """Take a step against the gradient of `loss`."""
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
-        if self.stage.clips:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.weights, CLIP_NORM)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
@@ -2218,8 +2163,7 @@ def compare(
 # ---------------------------------------------------------------------------- records and going on
 
 
-SMALL_BATCH = 32  # images of a step, where an epoch would have fewer steps than `STEPS`
-STEPS = 32
+SMALL_FOLDER = 2500  # files; of fewer images, batches are smaller
 RECORDED = ("train_images", "natural", "least_side")  # what a network that is only judged keeps
 STATE_FORMAT = 1  # of the state of a stopped run, to be raised where another one cannot be read
 RATE = 3e-4  # of AdamW, for pretrained weights
@@ -2237,9 +2181,6 @@ def prepare(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
     classes, rows = list_rows(settings)  # in no time, before weights may be downloaded
     content = content or load_pretrained(settings)
     data = load_data(settings, classes, rows, content.get("learnt"))
-    if not settings.batch_size:
-        settings = replace(settings, batch_size=pick_batch_size(data, compute.world_size))
-    settings = replace(settings, workers=count_workers(settings, args.workers))
     check_batches(settings, data, compute.world_size)
     baseline = load_baseline(settings.baseline, data) if settings.baseline else None
     torch.manual_seed(settings.seed)
@@ -2266,7 +2207,7 @@ def prepare(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
 def resolve_settings(
     args: Namespace, compute: Compute, weights: str, content: Mapping[str, Any]
 ) -> Settings:
-    """Resolve what is "auto", but for what the images decide: the batch size and the workers.
+    """Resolve what is "auto".
 
     The file of `--weights` may name the architecture and the image size; flags override it. Raises
     `DataError` where settings do not go together.
@@ -2277,15 +2218,12 @@ def resolve_settings(
     image_size = args.image_size or content.get("train_size") or 224
     weights = check_weights(weights, content, arch, image_size, bool(args.epochs))
     known = weights != "none"
-    head_is_extra = args.frozen_epochs is None and known  # an epoch of its own, before the others
     chosen = {
         "arch": arch,
         "image_size": image_size,
         "weights": os.path.abspath(weights) if content else weights,
-        "first_epoch": 0 if head_is_extra else 1,
-        "frozen_epochs": 1 if head_is_extra else args.frozen_epochs or 0,
         "power": 0.0 if args.rebalance == "none" else args.power,
-        "batch_size": args.batch_size or 0,
+        "batch_size": args.batch_size or pick_batch_size(args.data, compute.world_size),
         "lr": args.lr or (RATE if known else SCRATCH_RATE),
         "calibrate": not args.no_calibration,
         "device": compute.device.type,
@@ -2296,7 +2234,8 @@ def resolve_settings(
         path = getattr(args, name)
         chosen[name] = path and path.resolve()
     same = {name: value for name, value in vars(args).items() if name in Settings.__annotations__}
-    return Settings(**same | chosen)
+    settings = Settings(**same | chosen)
+    return replace(settings, workers=count_workers(settings, args.workers))
 
 
 def check_weights(
@@ -2330,9 +2269,13 @@ def check_given(settings: Settings, origin: str) -> None:
         raise DataError(f"--epochs 0: the weights {settings.weights} {text}")
 
 
-def pick_batch_size(data: Data, processes: int) -> int:
-    """Choose the images of a step: fewer on small data sets, so that enough steps are taken."""
-    size = BATCH if len(data.learns(0)) >= STEPS * BATCH else SMALL_BATCH
+def pick_batch_size(folder: Path, processes: int) -> int:
+    """Choose the images of a step: half as many in a small folder, so that enough steps are taken.
+
+    Each process gets at least as many as BatchNorm needs.
+    """
+    files = sum(1 for _ in walk_files(str(folder)))
+    size = BATCH if files >= SMALL_FOLDER else BATCH // 2
     share = max(SYNCHRONISED, math.ceil(size / processes))
     if processes > 1:
         text = f"{share} for each of {processes} processes; more may train faster"
@@ -2347,7 +2290,11 @@ def check_batches(settings: Settings, data: Data, processes: int) -> None:
     text = ""
     if settings.batch_size % processes or smallest < processes:
         text = f"cannot be divided among {processes} processes; take a multiple, or fewer processes"
-    elif settings.whole_epochs() and smallest // processes == 1 and settings.image_size <= STRIDE:
+    elif (
+        settings.frozen_epochs < settings.epochs
+        and smallest // processes == 1
+        and settings.image_size <= STRIDE
+    ):
         size = settings.image_size
         text = f"one image of --image-size {size} is no batch for BatchNorm; take more"
     if text:
@@ -2827,11 +2774,8 @@ def describe_training(given: Given, progress: Progress) -> dict[str, str]:
     if settings.rebalance == "sampler":
         draws = "by a WeightedRandomSampler, weights 1 / (images of the class) ** "
         draws += f"{settings.power:g}; an epoch draws as many images as there are"
-    passes = 1
-    if settings.head_epochs():  # else the first stage is one that all processes agree on
-        passes = next(plan(given, progress, 0)).passes
-    if passes > 1:
-        draws += f", an epoch of the last layer alone {passes} times"
+    if HEAD.name in phases:
+        draws += f", for the last layer alone as often as it takes for {HEAD_STEPS:,} steps in all"
     return {"training": training.removesuffix(": "), "draws": draws}
 
 
@@ -3764,13 +3708,13 @@ def make_parser() -> OneLineParser:
     group = parser.add_argument_group("training")
     add("--epochs", "N", not_negative, 10, "passes over the training images; with 0 the given "
         "weights are evaluated")
-    add("--frozen-epochs", "N", not_negative, "auto", "first epochs, which train the last layer "
-        "(the head) alone; auto: one epoch before all others, none with --weights none")
+    add("--frozen-epochs", "N", not_negative, 0, "first epochs, which train the last layer (the "
+        "head) alone")
     group.add_argument("--rebalance", choices=("sampler", "none"), default="sampler",
         help="sampler (default): draw every class equally often; none: every image once")
     add("--power", "P", zero_to_ten, 1.0, "the sampler weighs by 1 / count ** P; 0.5: square root")
     add("--batch-size", "N", at_least_one, "auto", "images per step, over all processes; auto: 64, "
-        "or 32 where an epoch would have under 32 steps, and at least 8 for each process")
+        f"or 32 where DATA has under {SMALL_FOLDER:,} files, and at least 8 for each process")
     add("--lr", "X", positive, "auto", "highest learning rate of all layers but the head, for "
         f"AdamW; auto: {RATE:g}, with --weights none {SCRATCH_RATE:g}")
     group.add_argument("--no-calibration", action="store_true",
@@ -3836,9 +3780,8 @@ def number(kind: type, accepts: Callable[[Any], bool], wanted: str) -> Callable[
 
 def check_settings(args: Namespace) -> None:
     """Raise `DataError` where settings do not go together."""
-    frozen = args.frozen_epochs or 0
-    if frozen > args.epochs:
-        raise DataError(f"--frozen-epochs {frozen}: more than --epochs {args.epochs}")
+    if args.frozen_epochs > args.epochs:
+        raise DataError(f"--frozen-epochs {args.frozen_epochs}: more than --epochs {args.epochs}")
     if args.folds > 1 and not args.epochs:
         raise DataError("--folds: nothing is trained with --epochs 0; drop one of them")
     try:

@@ -51,6 +51,8 @@ class Narrow(models.ResNet):
 
 HEAD_STEPS = training.HEAD_STEPS  # of the script as it is
 CODE = SCRIPT.read_text(encoding="utf-8").replace(f"STEPS = {HEAD_STEPS} ", "STEPS = 100 ")
+# It rests where an epoch is told of, so that there is time to stop it.
+RESTING = CODE.replace("settings), flush=True)", "settings), flush=True), time.sleep(0.5)")
 
 
 def make_quick(patch: pytest.MonkeyPatch) -> None:
@@ -370,7 +372,7 @@ def pretrained(animals: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def default_run(animals: Path, pretrained: Path) -> SimpleNamespace:
-    """A run with the defaults but for TINY: the head, and two epochs of all layers."""
+    """A run with the defaults but for TINY: two epochs of all layers."""
     output = animals.parent / "default"
     return run(animals, "--weights", pretrained, "--epochs", 2, *TINY, "--output", output)
 

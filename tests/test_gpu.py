@@ -84,7 +84,8 @@ def test_both_stages_and_evaluation_agree_with_the_cpu(amp, tolerance, settings,
 @pytest.mark.parametrize("folds", [1, 3])
 def test_a_default_run_and_folds_pass_through_all_stages_on_any_gpu(folds, settings, tmp_path):
     """What all layers learn may differ from the CPU's by rounding, what the head learns not."""
-    command = [*settings[:5], "--epochs", "1", "--image-size", "32", "--batch-size", "24"]
+    command = [*settings[:5], "--epochs", "2", "--frozen-epochs", "1", "--image-size", "32"]
+    command += ["--batch-size", "24"]
     command += ["--folds", str(folds)] if folds > 1 else []
     tables = []
     for device in ("cpu", FOUND.type):
@@ -199,7 +200,7 @@ def test_a_full_gpu_gets_one_line_of_advice(frozen, settings, folder, tmp_path, 
     epochs = ["--epochs", "1", "--frozen-epochs", frozen]
     if frozen == "none":
         given = weights_file(tmp_path / "given.pth", sum(1 for _ in folder.iterdir()))
-        epochs = ["--weights", str(given), "--epochs", "0", "--frozen-epochs", "0"]
+        epochs = ["--weights", str(given), "--epochs", "0"]
     command = [*settings, "cuda", *epochs, "--image-size", "1024", "--batch-size", "64"]
     gc.collect()
     torch.cuda.empty_cache()
@@ -217,7 +218,7 @@ def test_a_full_gpu_gets_one_line_of_advice(frozen, settings, folder, tmp_path, 
 @cuda
 @pytest.mark.parametrize("weights", ["given", "none"])
 def test_two_processes_share_a_gpu_or_have_one_each(weights, settings, on_cpu, tmp_path):
-    scratch = ["--weights", "none", "--frozen-epochs", "0", "--epochs", "1"]
+    scratch = ["--weights", "none", "--epochs", "1"]
     command = [*settings, "cuda", "--no-amp", *(scratch if weights == "none" else [])]
     done = torchrun(*command, "--output", tmp_path / "run")
     assert done.returncode == 0, done.stderr

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from conftest import (
     CODE,
     CPU,
+    RESTING,
     SCRIPT,
     TINY,
     Process,
@@ -74,7 +75,7 @@ def test_two_processes_train_all_layers_as_a_loop_that_is_written_by_hand(
     animals, pretrained, tmp_path
 ):
     """Each takes every other image of a batch, and the gradient is the mean over all images."""
-    command = ["--weights", str(pretrained), "--epochs", "1", "--frozen-epochs", "0", *TINY]
+    command = ["--weights", str(pretrained), "--epochs", "1", *TINY]
     command += ["--no-calibration", "--output"]
     Process(animals, *command, tmp_path / "two", processes=2).end()
     given, progress = prepare(animals, *command, str(tmp_path / "other"))
@@ -226,8 +227,8 @@ def test_processes_talk_by_gloo_where_nccl_is_not_there_or_would_refuse(
 def test_nobody_touches_a_run_that_is_alive(animals, pretrained, default_run, tmp_path, capsys):
     """Neither who would go on with it nor who would begin there; after its end it is as alone."""
     command = [animals, "--weights", pretrained, *TINY, "--output", tmp_path / "run"]
-    process = Process(*command, "--epochs", 2)
-    process.wait_for(lambda: "\n 1/1    0/2 " in process.printed()[0])
+    process = Process(*command, "--epochs", 2, code=RESTING)
+    process.wait_for(lambda: "\n 1/1    1/2 " in process.printed()[0])
     process.kill(signal.SIGSTOP)
     try:
         [error] = refused(["--resume", tmp_path / "run"], capsys, tmp_path)

@@ -22,7 +22,6 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def test_all_ways_are_judged_once_and_a_second_call_finds_them(command, monkeypatch, capsys):
     monkeypatch.setattr(protocol, "LEAST", 6)
-    monkeypatch.setattr(protocol.training, "HEAD_STEPS", 1)
     ways = ["--ways", "default", "none", "folds", "loop-1e-4", "weighted-loss"]
     protocol.main([*command, "--rotations", "1", *ways])
     table = capsys.readouterr().out

@@ -143,7 +143,6 @@ def test_copies_take_a_quarter_of_the_free_disk_at_most(large, temporary, tmp_pa
 def test_a_run_says_how_many_copies_it_reads_and_ends_alike_without_room(
     large, pretrained, temporary, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(training, "HEAD_STEPS", 1)
     command = [large, *SMALL, "--weights", pretrained, "--epochs", 1, "--output"]
     usual = run(*command, tmp_path / "usual")
     start = f"copies of 12 images, 0.0 GB, in {temporary}/data_training-{os.getpid()}-"

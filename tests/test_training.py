@@ -28,7 +28,6 @@ from conftest import (
     resolve,
     rows_of,
     run,
-    weights_file,
 )
 from torch import Tensor, nn
 from torchvision import models
@@ -158,19 +157,18 @@ def test_a_new_run_asks_for_data_alone_and_one_that_goes_on_or_predicts_for_its_
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ("", "resnet18 224 IMAGENET1K_V1 0 1 1.0 0.0003 True"),
-        ("--weights none --no-calibration", "resnet18 224 none 1 0 1.0 0.001 False"),
-        ("--weights none --frozen-epochs 2 --lr 1", "resnet18 224 none 1 2 1.0 1.0 True"),
-        ("--frozen-epochs 0 --power 0.5", "resnet18 224 IMAGENET1K_V1 1 0 0.5 0.0003 True"),
-        ("--rebalance none --image-size 64", "resnet18 64 IMAGENET1K_V1 0 1 0.0 0.0003 True"),
-        ("--weights FILE", "resnet34 96 FILE 0 1 1.0 0.0003 True"),
+        ("", "resnet18 224 IMAGENET1K_V1 1.0 0.0003 True"),
+        ("--weights none --no-calibration", "resnet18 224 none 1.0 0.001 False"),
+        ("--weights none --lr 1 --power 0.5", "resnet18 224 none 0.5 1.0 True"),
+        ("--rebalance none --image-size 64", "resnet18 64 IMAGENET1K_V1 0.0 0.0003 True"),
+        ("--weights FILE", "resnet34 96 FILE 1.0 0.0003 True"),
     ],
 )
 def test_what_is_auto_is_settled_once_by_the_weights_and_the_device(flags, expected):
     content = {"arch": "resnet34", "train_size": 96, "networks": [{}]} if "FILE" in flags else {}
-    used, names = resolve(flags, content), "first_epoch frozen_epochs power lr calibrate"
+    used = resolve(flags, content)
     found = [used.arch, used.image_size, Path(used.weights).name]
-    found += [getattr(used, name) for name in names.split()]
+    found += [used.power, used.lr, used.calibrate]
     assert " ".join(map(str, found)) == expected
     assert used.data.is_absolute() and used.output.is_absolute()
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -228,12 +226,13 @@ def test_batches_differ_by_one_image_at_most(images, batch_size, sizes):
 
 
 @pytest.mark.parametrize(
-    ("count", "processes", "size"),
-    [(2048, 1, 64), (2047, 1, 32), (10, 1, 32), (5000, 3, 66), (10, 3, 33), (10, 8, 64)],
+    ("files", "processes", "size"),
+    [(4, 1, 64), (3, 1, 32), (9, 3, 66), (1, 3, 33), (1, 8, 64)],
 )
-def test_batches_are_halved_where_an_epoch_would_have_under_32_steps(count, processes, size):
-    data = images([0] * count + [1], [EVERY] * count + [0])
-    assert training.pick_batch_size(data, processes) == size
+def test_batches_are_halved_in_a_small_folder(files, processes, size, make_folder, monkeypatch):
+    monkeypatch.setattr(training, "SMALL_FOLDER", 4)
+    folder = make_folder({"ape": files})
+    assert training.pick_batch_size(folder, processes) == size
 
 
 def test_weights_are_found_in_whatever_people_save(tmp_path):
@@ -317,21 +316,22 @@ def stages_of(
 
 
 STAGES = {  # flags, and of each stage its name, epochs, passes and steps
+    "--epochs 3": "whole 1-3 1 12",
     # 1,000 steps of 10 images, by 40 images, make 250 passes of 4 steps
-    "--epochs 3": "head 0-0 250 1000, whole 1-3 1 12",
-    "--epochs 3 --frozen-epochs 0": "whole 1-3 1 12",
-    "--epochs 3 --weights none": "whole 1-3 1 12",
     "--epochs 3 --frozen-epochs 2": "head 1-2 125 1000, whole 3-3 1 4",
     "--epochs 3 --frozen-epochs 3": "head 1-3 84 1008",
     # 150 steps are 38 epochs, and a fifth of 190
-    "--epochs 189": "head 0-0 250 1000, whole 1-189 1 756",
+    "--epochs 189": "whole 1-189 1 756",
     "--epochs 190 --weights none": "whole 1-190 1 760",
     "--epochs 190": "head 0-0 250 1000, trial 1-38 1 152, whole 39-190 1 608",
+    "--epochs 191 --frozen-epochs 1": "head 1-1 250 1000, trial 2-39 1 152, whole 40-191 1 608",
 }
 
 
 @pytest.mark.parametrize("flags", STAGES)
-def test_the_stages_are_those_of_the_head_and_of_all_layers(flags, monkeypatch):
+def test_all_layers_are_trained_at_once_unless_a_head_is_asked_for_or_a_trial_is_worth_it(
+    flags, monkeypatch
+):
     monkeypatch.setattr(training, "HEAD_STEPS", HEAD_STEPS)
     stages = stages_of(flags, images([0, 1] * 25, [EVERY] * 40 + [0] * 10))
     named = [f"{x.name} {x.epochs[0]}-{x.epochs[-1]} {x.passes} {x.steps}" for x in stages]
@@ -341,9 +341,9 @@ def test_the_stages_are_those_of_the_head_and_of_all_layers(flags, monkeypatch):
 def test_each_fold_has_stages_of_its_own_as_long_as_its_images_ask_for():
     data = images([0, 1] * 20, [0] * 5 + [1] * 15 + [2] * 20, folds=3)
     stages = [stages_of("--epochs 1 --folds 3", data, fold) for fold in range(3)]
-    assert [(head.name, whole.name) for head, whole in stages] == [("head", "whole")] * 3
-    assert [[stage.fold for stage in pair] for pair in stages] == [[0, 0], [1, 1], [2, 2]]
-    assert [whole.steps for _, whole in stages] == [4, 3, 2]
+    assert [(whole.name, whole.fold, whole.steps) for [whole] in stages] == [
+        ("whole", fold, steps) for fold, steps in enumerate((4, 3, 2))
+    ]
 
 
 @pytest.mark.parametrize(("loss", "last"), [(2.4, "whole"), (2.5, "upper")])
@@ -366,30 +366,25 @@ def rate_by_hand(step: int, steps: int, rising: int) -> float:
     return 4e-6 + (1 - 4e-6) * (1 + math.cos(math.pi * part)) / 2
 
 
+@pytest.mark.parametrize("stage", [training.WHOLE, training.UPPER])
 @pytest.mark.parametrize(
-    ("name", "steps", "rising"),
-    [
-        ("whole", 100, 1),  # of given weights the second step is at the peak
-        *(("random", 100, 9), ("head", 100, 9), ("upper", 100, 9)),  # others warm up for a tenth
-        *(("random", 6, 1), *(("whole", steps, 1) for steps in (1, 2, 3, 4))),
-    ],
+    ("steps", "rising"), [(100, 9), (30, 2), (6, 1), *((steps, 1) for steps in (1, 2, 3, 4))]
 )
-def test_the_learning_rate_rises_and_falls_in_any_number_of_steps(name, steps, rising):
+def test_the_rate_rises_for_a_tenth_and_then_falls_in_any_number_of_steps(steps, rising, stage):
     model = nn.Module()
     model.fc = nn.Linear(1, 1)
-    stages = {"head": training.HEAD, "whole": training.WHOLE, "upper": training.UPPER}
-    stages["random"] = stages_of("--weights none", images([0, 1], [EVERY, 0]))[0]
     optimizer = torch.optim.SGD(model.parameters(), 3.0)
-    given = SimpleNamespace(compute=CPU)
-    trainer = training.Trainer(model, stages[name]._replace(steps=steps), optimizer, given)
+    trainer = training.Trainer(
+        model, stage._replace(steps=steps), optimizer, SimpleNamespace(compute=CPU)
+    )
     rates, biases = [], [model.fc.bias.item()]
     for _ in range(steps):
         rates.append(trainer.rate())
-        biases.append(biases[-1] - rates[-1] * (1 if name == "head" else 0.5**0.5))  # clipped
+        biases.append(biases[-1] - rates[-1])
         trainer.step(model.fc(torch.ones(1, 1)).sum())
     expected = [3 * rate_by_hand(step, max(4, steps), rising) for step in range(steps)]
     assert rates == pytest.approx(expected, abs=1e-9)
-    end = sum(biases[1:]) / steps if name == "upper" else biases[-1]  # the mean of all steps
+    end = sum(biases[1:]) / steps if stage.averages else biases[-1]  # the mean of all steps
     assert model.fc.bias.item() == pytest.approx(end, rel=1e-4)
 
 
@@ -416,26 +411,21 @@ def network_with(state: dict[str, Tensor]) -> models.ResNet:
 
 
 def test_a_run_of_all_layers_ends_as_a_loop_that_is_written_by_hand(animals, pretrained, tmp_path):
-    command = ["--weights", pretrained, "--epochs", 2, "--frozen-epochs", 0, *TINY]
+    command = ["--weights", pretrained, "--epochs", 2, *TINY]
     command = [*map(str, command), "--no-calibration", "--output"]
     done = run(animals, *command, str(tmp_path / "run"))
     given, progress = prepare(animals, *command, str(tmp_path / "other"))
     [stage] = training.plan(given, progress, 0)
     model, step = network_with(progress.start), 0
-    head = [model.fc.weight, model.fc.bias]
-    rest = [weight for name, weight in model.named_parameters() if "fc" not in name]
-    groups = [{"params": head, "weight_decay": 0.002}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = torch.optim.AdamW(model.parameters())
     losses: list[float] = []
     for epoch in (1, 2):
         total = 0.0
         for batch in batches_of(given, stage, epoch):  # 31 images: three steps
-            for group, peak in zip(optimizer.param_groups, (9e-4, 3e-4), strict=True):
-                group["lr"] = peak * rate_by_hand(step, 6, 1)
+            optimizer.param_groups[0]["lr"] = 3e-4 * rate_by_hand(step, 6, 1)
             loss = F.cross_entropy(model(normalised(given, batch)), given.data.labels[batch[:, 0]])
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             total, step = total + loss.item() * len(batch), step + 1
         losses.append(total / 31)
@@ -480,18 +470,6 @@ def test_a_run_of_the_head_ends_as_a_loop_that_is_written_by_hand(
     assert all(torch.equal(v, progress.start[k]) for k, v in state.items() if "fc" not in k)
 
 
-def test_the_head_is_less_sure_where_all_layers_begin_to_move_after_it(animals, tmp_path):
-    weights = weights_file(tmp_path / "weights.pth", 3)  # whose head stays
-    for frozen, factor in ((1, 0.1), (0, 1.0)):
-        flags = ["--weights", str(weights), "--frozen-epochs", str(frozen), *TINY, "--output"]
-        given, progress = prepare(animals, *flags, str(tmp_path / str(frozen)))
-        head = {"fold": 1, "epoch": 1, "phase": "head", "val_loss": 1.0}
-        progress.history = [head] * frozen
-        begin(given, progress, frozen + 1)
-        for name, value in progress.model.fc.state_dict().items():
-            torch.testing.assert_close(value, factor * progress.start[f"fc.{name}"])
-
-
 def test_after_a_trial_training_goes_on_or_with_the_upper_half_from_before_it(
     animals, pretrained, tmp_path, monkeypatch
 ):
@@ -516,11 +494,10 @@ def test_after_a_trial_training_goes_on_or_with_the_upper_half_from_before_it(
             assert changed().keys() == progress.start.keys()
             assert {7.0} == set().union(*changed().values())
     assert changed() == {"fc.weight": {5.0}, "fc.bias": {6.0}}
-    assert [group["max_lr"] for group in trainer.optimizer.param_groups] == pytest.approx(
-        [6e-5, 2e-5]
-    )
+    [group] = trainer.optimizer.param_groups
+    assert group["max_lr"] == pytest.approx(2e-5)
     named = {id(weight): name for name, weight in progress.model.named_parameters()}
-    trained = {named[id(weight)].split(".")[0] for weight in trainer.weights}
+    trained = {named[id(weight)].split(".")[0] for weight in group["params"]}
     assert trained == {"layer3", "layer4", "fc"}
     assert not progress.model.training  # so BatchNorm keeps its statistics
     # The next fold begins where the first one did, and does as that one, with the head as it is.
@@ -549,7 +526,7 @@ def test_a_run_folder_has_one_network_and_what_is_said_of_it(default_run, animal
     models.resnet18(num_classes=3).load_state_dict(content["networks"][0])
     history = rows_of(default_run.path / "history.csv")
     told = [(row["fold"], row["epoch"], row["phase"]) for row in history]
-    assert told == [("1", "0", "head"), ("1", "1", "whole"), ("1", "2", "whole")]
+    assert told == [("1", "1", "whole"), ("1", "2", "whole")]
     for row in history:
         assert 0 <= float(row["data_wait"]) <= 1 and float(row["images_per_second"]) > 0
         assert int(row["fewest_draws"]) <= int(row["most_draws"])
@@ -561,7 +538,7 @@ def test_a_run_folder_has_one_network_and_what_is_said_of_it(default_run, animal
     held = {row["path"] for row in split if row["part"] == "val"}
     assert {row["path"] for row in rows_of(default_run.path / "predictions.csv")} == held
     draws = sum(int(row["draws"]) for row in rows_of(default_run.path / "classes.csv"))
-    assert draws == (math.ceil(100 * 12 / 31) + 2) * 31  # passes of the head, and two epochs
+    assert draws == 2 * 31  # two epochs
 
 
 def test_the_first_lines_say_what_runs_where_on_what_images(default_run):
@@ -588,8 +565,7 @@ def test_each_image_is_judged_once_by_the_network_of_its_fold(folds_run, animals
         assert said == pytest.approx(probability.tolist(), abs=1e-3)
     heads = [state["fc.weight"] for state in network["networks"]]
     assert not torch.equal(heads[0], heads[1]) and not torch.equal(heads[1], heads[2])
-    assert folds_run.err.count("features:   0%") == 1  # computed once, for all heads
-    assert folds_run.err.count("training, head:   0%") == 3
+    assert folds_run.err.count("training, whole:   0%") == 3
 
 
 def test_the_network_of_a_fold_has_not_seen_the_images_that_judge_it(
@@ -654,7 +630,7 @@ def test_a_diverging_run_says_so_in_one_line_and_names_the_flag_where_float16_ma
 ):
     monkeypatch.setattr(training, "pick_precision", lambda *_: precision)
     monkeypatch.setattr(training.Compute, "autocast", lambda _: contextlib.nullcontext())  # slow
-    flags = ["--lr", "1e30", "--epochs", "2", "--frozen-epochs", "0", *TINY]
+    flags = ["--lr", "1e30", "--epochs", "2", *TINY]
     command = [animals, "--weights", pretrained, *flags, "--output", tmp_path / "run"]
     error = refused(command, capsys)[-1]
     assert "--lr: the loss became" in error or "the network's outputs are no numbers" in error
