@@ -358,7 +358,7 @@ def test_a_trial_fails_where_it_ends_with_a_fifth_more_loss_than_the_head(loss, 
 # ------------------------------------------------------------------- training, by hand
 
 
-def rate_by_hand(step: int, steps: int, rising: int) -> float:
+def rate_by_hand(step: int, steps: int, rising: float) -> float:
     """Part of the peak: by half a cosine from 1 / 25 up in `rising` steps, and down to nothing."""
     if step <= rising:
         return 1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * step / rising)) / 2
@@ -442,7 +442,7 @@ def test_a_run_of_all_layers_ends_as_a_loop_that_is_written_by_hand(animals, pre
 def test_a_run_of_the_head_ends_as_a_loop_that_is_written_by_hand(
     animals, pretrained, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(training, "HEAD_STEPS", 5)  # of 12 images each: two passes over 31
+    monkeypatch.setattr(training, "HEAD_STEPS", 60)  # of 12 images each: 24 passes over 31
     command = ["--weights", pretrained, "--epochs", 1, "--frozen-epochs", 1, *TINY]
     command = [*map(str, command), "--no-calibration", "--output"]
     done = run(animals, *command, str(tmp_path / "run"))
@@ -457,16 +457,16 @@ def test_a_run_of_the_head_ends_as_a_loop_that_is_written_by_hand(
     weight, bias = torch.zeros(3, 64, requires_grad=True), torch.zeros(3, requires_grad=True)
     pace = [[weight, 0.02 / square, 0.002 * square, 0.0], [bias, 0.02, 0.002, 0.0]]
     batches = batches_of(given, *training.plan(given, progress, 0), 1)
-    assert len(batches) == 6
+    assert len(batches) == 62
     for step, batch in enumerate(batches):
         indices = batch[:, 0]
         loss = F.cross_entropy(features[indices] @ weight.T + bias, given.data.labels[indices])
         for each, slope in zip(pace, torch.autograd.grad(loss, [weight, bias]), strict=True):
             each[3] = 0.9 * each[3] + slope + each[2] * each[0].detach()  # momentum
-            each[0].data -= each[1] * rate_by_hand(step, 6, 1) * each[3]
+            each[0].data -= each[1] * rate_by_hand(step, 62, 5.2) * each[3]
     state = network_of(done.path)["networks"][0]
-    torch.testing.assert_close(state["fc.weight"], weight.detach(), rtol=0.01, atol=1e-4)
-    torch.testing.assert_close(state["fc.bias"], bias.detach(), rtol=0.01, atol=1e-4)
+    torch.testing.assert_close(state["fc.weight"], weight.detach(), rtol=0.01, atol=2e-3)
+    torch.testing.assert_close(state["fc.bias"], bias.detach(), rtol=0.01, atol=2e-3)
     assert all(torch.equal(v, progress.start[k]) for k, v in state.items() if "fc" not in k)
 
 
