@@ -10,9 +10,9 @@
 
 DATA holds one folder per class; a part of each is kept for validation. Training images are drawn by
 a `WeightedRandomSampler` with weights 1 / (training images of the class), so that every class is
-seen about equally often. The head, which is the last layer, is trained first; then all layers, or
-only the upper half, if a short trial shows that training all layers does harm. Two numbers, fitted
-on the validation images, remove the remaining bias towards frequent classes. What is reported and
+seen about equally often. All layers are trained; on large data sets only the upper half, after its
+last layer alone, if a short trial shows that training all layers does harm. Two numbers, fitted on
+the validation images, remove the remaining bias towards frequent classes. What is reported and
 saved is calibrated so. With `--folds K` each of K networks is trained on all but one part of the
 images and judged by that part; together they vote. A run folder holds the network, the settings,
 the history, the recall of each class with its interval, the predictions, and a page that shows all
@@ -341,9 +341,6 @@ TRIAL_FAILS = 1.2
 UPPER_FACTOR = 1 / 15  # times `--lr` for the upper half of a network that failed the trial
 LOWER = ("conv1.", "bn1.", "layer1.", "layer2.")  # the half below
 COPIED_TOGETHER = 100  # batches of features
-# With fewer images than this per process and step, BatchNorm takes its statistics over all
-# processes. That waits for the GPU 159 times a step of a ResNet-50 (torch's _functions.py).
-SYNCHRONISED = 8
 
 
 class Stage(NamedTuple):
@@ -573,20 +570,6 @@ class Trainer:
             for name, value in moments.items():  # kernels read both as they lie in memory
                 if isinstance(value, Tensor) and value.shape == weight.shape:
                     moments[name] = torch.empty_like(weight).copy_(value)
-
-
-def wrap_ddp(network: nn.Module, given: Given) -> nn.Module:
-    """Return `network`, under torchrun with its gradients averaged over the processes."""
-    compute = given.compute
-    if compute.world_size == 1:
-        return network
-    small = given.settings.batch_size // compute.world_size < SYNCHRONISED
-    if small and compute.device.type != "cpu":  # PyTorch has no synchronised BatchNorm for CPUs
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    # The statistics of BatchNorm matter in evaluation alone, which sends them round. The option has
-    # another name from torch 2.13 on, which torch 2.6 does not know.
-    warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)
-    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 
 class Trained(NamedTuple):
@@ -1866,7 +1849,7 @@ class Reader:
             num_workers=settings.workers,
             persistent_workers=settings.workers > 0,
             worker_init_fn=leave_interrupts,
-            pin_memory=settings.device == "cuda",
+            pin_memory=settings.device in PINNED,
             multiprocessing_context=start_method() if settings.workers else None,
         )
         if settings.workers and given.compute.world_size > 1:
@@ -3323,9 +3306,13 @@ REPLACE_TRIES = 11  # attempts to replace a file
 REPLACE_PAUSE = 0.1  # seconds between them
 TIME_TOLD_AFTER = 10.0  # seconds of training that tell how long all of it takes
 TIME_WORTH_TELLING = 2.0  # minutes
+# With fewer images than this per process and step, BatchNorm takes its statistics over all
+# processes. That waits for the GPU 159 times a step of a ResNet-50 (torch's _functions.py).
+SYNCHRONISED = 8
 # Tensor cores came with this compute capability; float16 gains nothing on GPUs before it.
 TENSOR_CORES = (7, 0)
 WITHOUT_TENSOR_CORES = "GTX 16"  # Turing all the same, and float16 turns into NaN on them
+PINNED = ("cuda",)  # devices to which pinned memory is copied while the host goes on
 MOST_BESIDE = 4  # workers beside a CPU that trains
 MOST_FORKED = 64  # workers of one process
 MOST_SPAWNED = 8  # they take 2 GB
@@ -3369,15 +3356,15 @@ def pick_backend(kind: str) -> str:
 
     Raises `DataError` where there is none.
     """
-    backends = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
-    if kind not in backends:
+    if kind == "cpu":
+        return "gloo"
+    backend = {"cuda": "nccl", "xpu": "xccl"}.get(kind)
+    if backend is None:
         raise DataError(f"--device {kind}: serves one process alone; start without torchrun")
-    nccl = dist.is_nccl_available()  # not on Windows
-    xccl = getattr(dist, "is_xccl_available", lambda: False)()  # not in all builds of torch
-    available = {"cpu": True, "cuda": nccl, "xpu": xccl}[kind]
-    shared = int(os.environ["LOCAL_WORLD_SIZE"]) > torch.accelerator.device_count()
-    if available and not shared:  # nccl and xccl refuse to share a GPU
-        return backends[kind]
+    # There is no nccl on Windows, and no xccl in some builds of torch; both refuse to share a GPU.
+    available = getattr(dist, f"is_{backend}_available", lambda: False)()
+    if available and int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.accelerator.device_count():
+        return f"cpu:gloo,{kind}:{backend}"
     if kind == "xpu":  # which gloo does not serve: github.com/intel/torch-xpu-ops/issues/5387
         text = "several processes need a GPU each, and a torch with xccl; start without torchrun"
         raise DataError(f"--device xpu: {text}")
@@ -3408,9 +3395,13 @@ def find_device(name: str) -> torch.device:
         if device.type != "cpu" and dist.is_torchelastic_launched():
             index = int(os.environ["LOCAL_RANK"]) % max(1, torch.accelerator.device_count())
             device = torch.device(device.type, index)
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError):  # the latter from builds without that device
-        raise DataError(f"--device {name}: not on this machine; try auto, or {best}") from None
+        probe = torch.ones(1, device=device)
+        probe.item()  # waits for a kernel: torch may have none for an old GPU
+        return probe.device
+    except (RuntimeError, AssertionError, ImportError):  # from builds without that device
+        text = "not on this machine, or too old for this torch"
+        cure = "cpu" if name in ("auto", best.type) else f"auto, or {best}"
+        raise DataError(f"--device {name}: {text}; try {cure}") from None
 
 
 def pick_precision(device: torch.device, amp: bool | None) -> torch.dtype | None:
@@ -3447,8 +3438,8 @@ def agree_precision(precision: torch.dtype | None) -> torch.dtype | None:
 
 
 def to_device(batch: Tensor, device: torch.device) -> Tensor:
-    """Return `batch` on `device`, without waiting where that is safe: pinned memory to CUDA."""
-    if device.type != "cuda":
+    """Return `batch` on `device`, without waiting where copies from pinned memory are safe."""
+    if device.type not in PINNED:
         return batch.to(device)
     return batch.pin_memory().to(device, non_blocking=True)
 
@@ -3477,6 +3468,20 @@ def to_input(batch: Tensor, device: torch.device) -> Tensor:
     images = batch.permute(0, 3, 1, 2).to(torch.float32, memory_format=memory_format(device))
     mean, std = normalisation(device)
     return images.sub_(mean).div_(std)
+
+
+def wrap_ddp(network: nn.Module, given: Given) -> nn.Module:
+    """Return `network`, under torchrun with its gradients averaged over the processes."""
+    compute = given.compute
+    if compute.world_size == 1:
+        return network
+    small = given.settings.batch_size // compute.world_size < SYNCHRONISED
+    if small and compute.device.type != "cpu":  # PyTorch has no synchronised BatchNorm for CPUs
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    # The statistics of BatchNorm matter in evaluation alone, which sends them round. The option has
+    # another name from torch 2.13 on, which torch 2.6 does not know.
+    warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)
+    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 
 def first_makes(make: Callable[[], Any], compute: Compute) -> Any:
@@ -3826,6 +3831,7 @@ NO_MEMORY = (
     *("out of memory", "allocate memory", "not enough memory"),
     *("ALLOC_FAILED", "ALLOCATION_FAILED", "OUT_OF_DEVICE_MEMORY"),
 )
+LOST = "pair.cc"  # where gloo, by which processes talk, finds that another one is gone
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What the world does to any program: disks, rights, other programs. With another number and no
 # file's name an `OSError` is taken for a mistake in this one.
@@ -3857,9 +3863,12 @@ def main(argv: list[str] | None = None) -> int:
             raise
         message = describe_os_error(error, args)
     except RuntimeError as error:
-        if not any(text in str(error) for text in NO_MEMORY):
+        if any(text in str(error) for text in NO_MEMORY):
+            message = describe_full_memory(args)
+        elif LOST in str(error):
+            message = describe_lost(args)
+        else:
             raise
-        message = describe_full_memory(args)
     except KeyboardInterrupt as error:
         if int(os.environ.get("RANK", 0)) == 0:
             text = printable(describe_interrupt(args))
@@ -3899,6 +3908,12 @@ def describe_full_memory(args: Namespace) -> str:
         cures.append("a smaller --image-size, in a new run")
     text = f"out of memory on --device {args.device}"
     return f"{text}; try {' or '.join(cures) or '--device cpu'}"
+
+
+def describe_lost(args: Namespace) -> str:
+    """Return in one line that another process of the run is gone, and how to go on."""
+    text = "another process of this run has ended; see what it says"
+    return f"{text}, then {resume_flag(args)}" if can_go_on(args) else text
 
 
 def describe_interrupt(args: Namespace) -> str:

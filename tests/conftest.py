@@ -255,11 +255,13 @@ class Process:
         return self.printed()
 
 
-def torchrun(*command: object) -> subprocess.CompletedProcess[str]:
-    """The script in two processes under torchrun."""
+def torchrun(*command: object, script: Path = SCRIPT) -> subprocess.CompletedProcess[str]:
+    """The script in two processes under torchrun, which must end well."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = (*start, str(SCRIPT), *map(str, command))
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    command = (*start, str(script), *map(str, command))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=480)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 class Trigger(io.StringIO):

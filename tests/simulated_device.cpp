@@ -2,7 +2,6 @@
 // memory. Each operation is done by the CPU, on tensors that share the memory of those on "sim".
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty_strided.h>
-#include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/ops/as_strided_native.h>
@@ -15,7 +14,14 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <set>
+
+namespace at::autocast {  // of ATen/autocast_mode.h, which takes half as long again to compile
+TORCH_API ScalarType get_autocast_dtype(c10::DeviceType);
+TORCH_API Tensor cached_cast(ScalarType, const Tensor&, c10::DeviceType);
+}  // namespace at::autocast
 
 namespace {
 
@@ -33,8 +39,55 @@ std::atomic<bool> busy{false};
 std::atomic<int64_t> waits{0};  // of the host for a busy device
 std::atomic<int64_t> sent{0};   // blocking copies to the device
 std::atomic<int64_t> live{0};   // bytes that tensors hold there
+std::atomic<int64_t> torn{0};   // copies whose source was changed before they were done
 
-void wait() { waits += busy.exchange(false); }
+// ------------------------------------------------------------------ pinned memory, and waiting
+
+// A real device copies from pinned memory while the host goes on. Here the copy is made at once,
+// and compared with what it was made from when the host waits, or gives the memory back.
+struct Block {
+  size_t size;
+  c10::DataPtr memory;
+  std::string sent;  // all of it, as it was when a part of it was sent
+};
+auto& pinned = *new std::map<const char*, Block>;  // for as long as there may be tensors
+std::mutex pinning;                                // by a thread of the loader, too
+
+Block* find(const void* place) {
+  auto block = pinned.upper_bound(static_cast<const char*>(place));
+  if (block == pinned.begin() || place >= (--block)->first + block->second.size) return nullptr;
+  return &block->second;
+}
+
+void check(Block& block) {
+  torn += !block.sent.empty() && std::memcmp(block.memory.get(), block.sent.data(), block.size);
+  block.sent.clear();
+}
+
+struct PinnedMemory final : c10::Allocator {
+  c10::DataPtr allocate(size_t size) override {
+    const std::lock_guard guard(pinning);
+    c10::DataPtr memory = c10::GetAllocator(at::kCPU)->allocate(size + 1);
+    void* start = memory.get();
+    pinned[static_cast<char*>(start)] = {size + 1, std::move(memory)};
+    return {start, start, &release, at::kCPU};
+  }
+  void copy_data(void* to, const void* from, size_t size) const override {
+    std::memcpy(to, from, size);
+  }
+  static void release(void* start) {
+    const std::lock_guard guard(pinning);
+    check(*find(start));
+    pinned.erase(static_cast<char*>(start));
+  }
+};
+PinnedMemory pinned_memory;
+
+void wait() {
+  const std::lock_guard guard(pinning);
+  for (auto& [start, block] : pinned) check(block);
+  waits += busy.exchange(false);
+}
 
 // ------------------------------------------------------------------------- device and its memory
 
@@ -74,7 +127,11 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   void setCurrentDevice(DeviceIndex index) const override { exchange(index); }
   DeviceIndex exchangeDevice(DeviceIndex index) const override { return exchange(index); }
   DeviceIndex maybeExchangeDevice(DeviceIndex index) const override { return exchange(index); }
-  c10::Allocator* getPinnedMemoryAllocator() const override { return c10::GetAllocator(at::kCPU); }
+  c10::Allocator* getPinnedMemoryAllocator() const override { return &pinned_memory; }
+  bool isPinnedPtr(const void* place) const override {
+    const std::lock_guard guard(pinning);
+    return find(place);
+  }
 };
 
 struct Memory final : c10::Allocator {
@@ -194,7 +251,15 @@ Tensor transfer(const Tensor& from, const Tensor& to, bool non_blocking) {
   if (to.is_cpu()) {
     if (!non_blocking) wait();
   } else if (from.is_cpu()) {
-    sent += !non_blocking;
+    const std::lock_guard guard(pinning);
+    Block* block = non_blocking ? find(from.const_data_ptr()) : nullptr;
+    if (block) {
+      check(*block);  // it may be sent again, but as it was
+      block->sent.assign(static_cast<char*>(block->memory.get()), block->size);
+      busy = true;
+    } else {
+      sent++;
+    }
   } else {
     busy = true;
   }
@@ -215,17 +280,17 @@ at::Scalar item(const Tensor& tensor) {
 using Kind = std::optional<at::ScalarType>;
 using Layout = std::optional<at::Layout>;
 using Place = std::optional<Device>;
-using Pinned = std::optional<bool>;
+using IsPinned = std::optional<bool>;
 using Format = std::optional<at::MemoryFormat>;
 constexpr c10::DispatchKeySet KEYS(c10::DispatchKey::PrivateUse1);
 
-Tensor empty(at::IntArrayRef size, Kind kind, Layout, Place place, Pinned, Format format) {
+Tensor empty(at::IntArrayRef size, Kind kind, Layout, Place place, IsPinned, Format format) {
   const c10::DeviceGuard guard(place.value_or(Device(SIM)));
   return at::detail::empty_generic(size, &memory, KEYS, c10::dtype_or_default(kind), format);
 }
 
 Tensor empty_strided(
-    at::IntArrayRef size, at::IntArrayRef stride, Kind kind, Layout, Place place, Pinned) {
+    at::IntArrayRef size, at::IntArrayRef stride, Kind kind, Layout, Place place, IsPinned) {
   const c10::DeviceGuard guard(place.value_or(Device(SIM)));
   const auto type = c10::dtype_or_default(kind);
   return at::detail::empty_strided_generic(size, stride, &memory, KEYS, type);
@@ -252,10 +317,19 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {
 }
 
 // Mixed precision is left to each device: these two are all that a ResNet has.
+void compute_lower(const c10::OperatorHandle& op, Stack* stack) {
+  const c10::impl::ExcludeDispatchKeyGuard once(c10::DispatchKey::AutocastPrivateUse1);
+  const auto type = at::autocast::get_autocast_dtype(SIM);
+  change_tensors(stack, op.schema().arguments().size(), [&](auto& each) {
+    return at::autocast::cached_cast(type, each, SIM);
+  });
+  op.callBoxed(stack);
+}
+
 TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::makeFallthrough()); }
 TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
-  KERNEL_PRIVATEUSEONE(conv2d, lower_precision_fp)
-  KERNEL_PRIVATEUSEONE(linear, lower_precision_fp)
+  m.impl("conv2d", torch::CppFunction::makeFromBoxedFunction<&compute_lower>());
+  m.impl("linear", torch::CppFunction::makeFromBoxedFunction<&compute_lower>());
 }
 
 TORCH_LIBRARY(sim, m) {
@@ -263,6 +337,8 @@ TORCH_LIBRARY(sim, m) {
   m.def("waits() -> int", []() -> int64_t { return waits; });
   m.def("sent() -> int", []() -> int64_t { return sent; });
   m.def("live() -> int", []() -> int64_t { return live; });
+  m.def("torn() -> int", []() -> int64_t { return torn; });
+  m.def("share(Tensor tensor) -> Tensor", share);
 }
 
 }  // namespace

@@ -132,7 +132,7 @@ def test_a_torch_built_without_distributed_trains(animals, pretrained, tmp_path,
     monkeypatch.setattr(dist, "is_available", lambda: False, raising=False)
     command = [animals, "--weights", pretrained, *TINY, "--epochs", 1]
     Process(*command, "--output", tmp_path / "run").end()
-    assert len(rows_of(tmp_path / "run/history.csv")) == 2
+    assert len(rows_of(tmp_path / "run/history.csv")) == 1
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -219,6 +219,15 @@ def test_processes_talk_by_gloo_where_nccl_is_not_there_or_would_refuse(
     refused = pytest.raises(training.DataError, match=said)
     with contextlib.nullcontext() if backend else refused:
         assert training.pick_backend(kind) == backend
+
+
+def test_a_device_that_cannot_be_used_is_told_with_one_that_can(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("hpu"))
+    cures = {"auto": "cpu", "hpu": "cpu", "gpu": "auto, or hpu", "meta": "auto, or hpu"}
+    for name, cure in cures.items():
+        with pytest.raises(training.DataError, match=f"^--device {name}: .*; try {cure}$"):
+            training.find_device(name)
 
 
 # ----------------------------------------------------------------- one run, one process at a time

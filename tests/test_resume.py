@@ -258,14 +258,14 @@ def test_a_state_of_another_version_is_named_as_one(begun, capsys):
 
 
 def test_what_is_said_beside_resume_holds(recorded, tmp_path):
-    copy = copy_run(recorded["network.pt 4"], tmp_path)
+    copy = copy_run(recorded["network.pt 3"], tmp_path)
     done = run("--resume", copy, "--device", "cpu", "--workers", "1", "--amp")
     assert "cpu, torch.bfloat16" in done.out.splitlines()[0]
 
 
 def test_a_run_goes_on_where_weights_are_laid_out_in_another_way(recorded, tmp_path):
     """The optimizer's kernels read weights and moments in the order of memory."""
-    copy = str(copy_run(recorded["history.csv 2"], tmp_path))
+    copy = str(copy_run(recorded["history.csv 1"], tmp_path))
     command = ["--resume", copy, "--workers", "0", "--device", "cpu"]
     with training.HELD:
         given, progress = training.prepare(training.parse_args(command), CPU)
