@@ -6,12 +6,15 @@ import io
 import os
 import random
 import signal
+import socket
 import struct
 import subprocess
 import sys
+import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -22,6 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 from PIL import Image, ImageOps
+from torch import nn
 from torchvision import models
 from torchvision.transforms import v2
 
@@ -34,12 +38,35 @@ SCRIPT = Path(training.__file__)
 COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan", "white", "black")
 
 
+class Narrow(models.ResNet):
+    """A ResNet of an eighth of the width, which takes little time and little room on a disk."""
+
+    def __init__(self, *layers: Any, num_classes: int = 1000, **others: Any):
+        super().__init__(*layers, **others)
+        self.fc = nn.Linear(self.fc.in_features // 8, num_classes)
+
+    def _make_layer(self, block: Any, planes: int, *others: Any, **more: Any) -> nn.Sequential:
+        return super()._make_layer(block, planes // 8, *others, **more)
+
+
+HEAD_STEPS = training.HEAD_STEPS  # of the script as it is
+CODE = SCRIPT.read_text(encoding="utf-8").replace(f"STEPS = {HEAD_STEPS} ", "STEPS = 100 ")
+# It rests where an epoch is told of, so that there is time to stop it.
+RESTING = CODE.replace("settings), flush=True)", "settings), flush=True), time.sleep(0.5)")
+
+
+def make_quick(patch: pytest.MonkeyPatch) -> None:
+    """Nothing waits for the disk, networks are narrow, and heads are trained for 100 steps."""
+    patch.setattr(os, "fsync", lambda _: None)
+    patch.setattr(os, "sync", lambda: None, raising=False)
+    patch.setattr(models.resnet, "ResNet", Narrow)  # what `models.resnet18` makes
+    patch.setattr(training, "HEAD_STEPS", 100)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def no_waiting_for_the_disk() -> Iterator[None]:
-    """Flushing hundreds of megabytes to a busy disk would take most of the time of the tests."""
+def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: None)
-        patch.setattr(os, "sync", lambda: None, raising=False)
+        make_quick(patch)
         yield
 
 
@@ -172,20 +199,69 @@ def weights_file(path: Path, size: int = 7) -> Path:
     return path
 
 
-def start(*arguments: str, processes: int = 0, script: Path = SCRIPT) -> subprocess.Popen[str]:
-    """The script in a process of its own, or in several under torchrun."""
-    command = [sys.executable, str(script)]
-    if processes:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command = [*torchrun, f"--nproc-per-node={processes}", str(script)]
-    return subprocess.Popen(
-        [*command, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # Tests run in the background may have been told to ignore SIGINT, and would pass it on.
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-    )
+class Process:
+    """The script in a process of its own, or in several as under torchrun.
+
+    They are forked from this one, which has torch loaded already, and run `code` as Python would.
+    """
+
+    def __init__(self, *command: object, processes: int = 0, code: str = CODE, **where: Any):
+        script = where.get("script", SCRIPT)
+        self.files = [tempfile.TemporaryFile() for _ in "oe"]  # noqa: SIM115
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            alike = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        alike |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+        alike["TORCHELASTIC_RUN_ID"] = "none"
+
+        def execute(rank: str) -> None:
+            for number, file in enumerate(self.files, 1):
+                os.dup2(file.fileno(), number)
+            outputs = (os.fdopen(n, "w", 1, errors="backslashreplace") for n in (1, 2))
+            sys.stdout, sys.stderr = outputs
+            # Tests run in the background may have been told to ignore SIGINT, and would pass it on.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.environ |= alike | {"RANK": rank, "LOCAL_RANK": rank} if processes else {}
+            os.chdir(where.get("folder", "."))
+            sys.argv = [*map(str, (script, *command))]
+            main = sys.modules["__main__"] = ModuleType("__main__")
+            exec(compile(code, script, "exec"), vars(main))
+
+        fork = get_context("fork").Process
+        self.all = [fork(target=execute, args=str(rank)) for rank in range(processes or 1)]
+        for each in self.all:
+            each.start()
+
+    def printed(self) -> list[str]:
+        """What is on stdout and on stderr so far."""
+        return [os.pread(file.fileno(), 10**6, 0).decode() for file in self.files]
+
+    def wait_for(self, seen: Callable[[], object]) -> None:
+        """Wait until something is seen, or the process has ended."""
+        while self.all[0].is_alive() and not seen():
+            time.sleep(0.005)
+
+    def kill(self, number: int) -> None:
+        """Send the signal of this number."""
+        os.kill(self.all[0].pid or 0, number)
+
+    def end(self, *status: int) -> list[str]:
+        """All that was printed, once the processes have ended with one of these statuses, or 0."""
+        for each in self.all:
+            each.join(120)
+        alive = [each.kill() for each in self.all if each.is_alive()]
+        self.status = next((each.exitcode for each in self.all if each.exitcode), 0)
+        assert not alive and self.status in (status or (0,)), self.printed()
+        return self.printed()
+
+
+def torchrun(*command: object, script: Path = SCRIPT) -> subprocess.CompletedProcess[str]:
+    """The script in two processes under torchrun, which must end well."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = (*start, str(script), *map(str, command))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=480)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 class Trigger(io.StringIO):

@@ -107,9 +107,7 @@ def test_each_fold_gets_its_share_of_each_class(folds):
         share = {part[label] for part in parts}
         assert share <= {count // folds, math.ceil(count / folds)}, label
     _, parts = deal(labels_of([folds + 1] * folds), [1 / folds] * folds)
-    assert [part.total() for part in parts] == [
-        folds + 1
-    ] * folds  # what is left over goes to a different fold of each class
+    assert {part.total() for part in parts} == {folds + 1}  # each class leaves one to another fold
 
 
 @pytest.mark.parametrize("shares", [[0.8, 0.2], [0.5, 0.5], [1 / 3] * 3, [0.2] * 5])
@@ -128,14 +126,6 @@ def test_random_families_stay_together_and_no_part_lacks_a_class(shares):
             for label in range(4):
                 wanted = share * labels.count(label)
                 assert part[label] and abs(part[label] - wanted) <= 6, (seed, label)
-
-
-def test_over_many_seeds_every_image_is_held_as_often():
-    times = Counter()
-    for seed in range(400):
-        parts, _ = deal([0] * 20, [0.8, 0.2], seed)
-        times.update(at for at, part in enumerate(parts) if part)
-    assert times.total() == 400 * 4 and all(50 < times[at] < 115 for at in range(20))
 
 
 def test_a_split_hangs_on_seed_and_names_of_a_class_alone(folder, make_folder):
@@ -460,11 +450,8 @@ def test_a_split_from_a_file_takes_from_the_source_what_it_names_and_nothing_els
     file = write_parts(out.parent / "parts.csv", parts | added)
     data = load(out, "--split", str(file), "--source", str(source))
     assert data.parts == ["train", "val", "train", "source", "source"]
-    assert names_of(data, data.judges(0)) == [
-        "ape/ape_001.jpg",
-        "ape/ape_010.jpg",
-        "bee/bee_019.jpg",
-    ]
+    judges = ["ape/ape_001.jpg", "ape/ape_010.jpg", "bee/bee_019.jpg"]
+    assert names_of(data, data.judges(0)) == judges
     assert [Path(path).parents[1] for path in data.paths] == [out] * 3 + [source] * 2
     assert f"{file}: 35 images are not named there" in capsys.readouterr().err
     for name, part in (("ape/ape_001.jpg", "source"), ("ape/ape_019.jpg", "val")):
@@ -478,9 +465,8 @@ def test_a_split_from_a_file_takes_from_the_source_what_it_names_and_nothing_els
 LAYOUTS = {  # folders of images, and what is said of them, if they are no classes
     "cat dog": "",
     "cat cat/2019 dog/2019 dog/2020": "",
-    "cat/m cat/f dog/m dog/f emu/m emu/f": "",
     "bus/left bus/right car/left car/right train/left train/right": "",
-    "strain_a/1 strain_a/2 strain_b/1 strain_b/2 strain_c/1 strain_c/2": "",
+    "strain_a/1 strain_b/1 strain_b/2": "",
     "train/left car/left bus/right": "",
     "train test car": "",  # toys
     "train test": "",
@@ -489,7 +475,6 @@ LAYOUTS = {  # folders of images, and what is said of them, if they are no class
     "trainer/a tester/a": "",
     "test/a val/a": "",
     "fold1 fold2": "",
-    "fold1 fold2/a": "",
     "fold1/a fold2/a cat/a": "",
     "train/cat train/dog test/cat test/dog": "train --val test",
     "test/cat train/cat valid/dog val/dog": "train --val val",
@@ -498,7 +483,6 @@ LAYOUTS = {  # folders of images, and what is said of them, if they are no class
     "train/cat train/dog valid/cat valid/dog other": "train --val valid",
     "train2017/cat train2017/dog validation": "train2017",  # without labels
     "extra/cat train/cat train/dog test": "train",
-    "train/x/cat train/x/dog test/x/cat test/x/dog": "train --val test",
     "Fold1/cat Fold1/dog Fold2/cat": "Fold1 --val Fold2",
     "part_a/cat part_b/cat split3/dog": "part_a --val part_b",
 }
@@ -531,21 +515,17 @@ SPLITS = [  # the rows of a table, and what is said of it
     (GOOD.replace("part", "fold"), "no rows with these columns"),
     (GOOD.replace(",", ";"), "no rows with these columns"),
     (GOOD + ' "' + 200_000 * "x", "field larger than field limit"),
-    (
-        GOOD.replace("val", "Val") + " ape/ape_002.jpg,test",
-        "ape/ape_001.jpg: no part 'Val'; write train, val or source; such rows: 2",
-    ),
+    (GOOD.replace("val", "Val") + " ape/ape_002.jpg,test",
+        "ape/ape_001.jpg: no part 'Val'; write train, val or source; such rows: 2"),
     (GOOD + " ape/ape_002.jpg", "ape/ape_002.jpg: no part None"),
     (GOOD + UNKNOWN, "ape/none.jpg: not in DATA; write class/file as there; such rows: 3"),
     ("path,part ape\\ape_000.jpg,train", "ape\\ape_000.jpg: not in DATA;"),
     (GOOD + " ape/ape_002.jpg,source", "ape_002.jpg: not among what --source SRC adds to DATA;"),
     (GOOD + " ape/ape_000.jpg,train", "ape_000.jpg: named before; leave one row of it; such rows"),
-    (
-        GOOD.replace("bee_000.jpg,train", "bee_000.jpg,val"),
-        "bee: all images of this class validate; leave some of them to train on; such classes: 1",
-    ),
+    (GOOD.replace("bee_000.jpg,train", "bee_000.jpg,val"),
+        "bee: all images of this class validate; leave some of them to train on; such classes: 1"),
     (GOOD.replace("val", "train"), "names no image to validate on, as part val"),
-]
+]  # fmt: skip
 ERRORS = {
     "one": "one: fewer than two classes",
     "hollow": "hollow/bee: no image in it, of .jpg, .jpeg, ",
@@ -707,9 +687,8 @@ def test_a_tiff_of_16_bit_colours_is_left_out_with_the_reason(make_folder, capsy
     """Of which Pillow reads the upper half alone: 12 bits would be black."""
     root = make_folder({"ape": 5, "bee": 5})
     tags = [(256, 4), (257, 4), (258, 122), (259, 1), (262, 2), (273, 128), (277, 3), (278, 4)]
-    rows = [
-        struct.pack("<HHII", tag, 3, 3 if tag == 258 else 1, x) for tag, x in [*tags, (279, 96)]
-    ]
+    tags.append((279, 96))
+    rows = [struct.pack("<HHII", tag, 3, 3 if tag == 258 else 1, x) for tag, x in tags]
     content = struct.pack("<2sHIH", b"II", 42, 8, 9) + b"".join(rows) + struct.pack("<I", 0)
     content += struct.pack("<HHH", 16, 16, 16) + struct.pack("<48H", *[4000] * 48)
     (root / "ape/deep.tif").write_bytes(content)
@@ -746,11 +725,9 @@ def test_images_far_darker_than_others_of_over_8_bits_are_counted(make_folder, c
 
 
 DEEP = [  # kind, columns of the brightest image, white, what is seen of them
-    ("grey16", [0, 1024, 2048, 4095], 4095, [0, 64, 128, 255]),
     ("grey16", [0, 100, 200, 255], 255, [0, 100, 200, 255]),
     ("grey16", [0, 100, 256, 512], 1023, [0, 25, 64, 128]),
     ("grey16", [0, 257, 32896, 65535], 65535, [0, 1, 128, 255]),
-    ("grey16", [0, 256, 512, 1023], 1023, [0, 64, 128, 255]),
     ("grey16", [0, 4096, 8192, 16383], 16383, [0, 64, 128, 255]),
     ("rgb16", [0, 1024, 2048, 4095], 4095, [0, 64, 128, 255]),
     ("rgb16", [0, 257, 32896, 65535], 65535, [0, 1, 128, 255]),
@@ -786,9 +763,8 @@ def test_values_that_are_no_brightness_are_refused_in_one_line(value, make_folde
     root = make_folder({"ape": 3, "bee": 3})
     path = write_deep(root / "ape/x", "float", [0, value, 0.5, 1])
     [error] = refused([root, "--output", root.parent / "run", *SMALL], capsys, root.parent)
-    assert error.endswith(
-        f"error: {path}: values below 0 or not finite; shift them, or remove the image"
-    )
+    cure = "shift them, or remove the image"
+    assert error.endswith(f"error: {path}: values below 0 or not finite; {cure}")
 
 
 # ----------------------------------------------------------------------------- views of images

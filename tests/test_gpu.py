@@ -19,8 +19,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import begin, interrupt_after, rows_of, start, weights_file
+from conftest import begin, interrupt_after, rows_of, torchrun, weights_file
 from test_resume import assert_same_run
+from torchvision import models
 
 import data_training as training
 
@@ -31,9 +32,10 @@ PHASES = ["head", "head", "whole", "whole"]
 
 @pytest.fixture(scope="module", autouse=True)
 def every_epoch_is_written() -> Iterator[None]:
-    """And float32 is float32: convolutions would take TF32."""
+    """And networks are of full width, and float32 is float32: convolutions would take TF32."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "WRITE_EVERY", 0.0)
+        patch.setattr(models.resnet, "ResNet", models.ResNet)
         patch.setattr(torch.backends.cudnn, "allow_tf32", False)
         yield
 
@@ -218,8 +220,6 @@ def test_a_full_gpu_gets_one_line_of_advice(frozen, settings, folder, tmp_path, 
 def test_two_processes_share_a_gpu_or_have_one_each(weights, settings, on_cpu, tmp_path):
     scratch = ["--weights", "none", "--epochs", "1"]
     command = [*settings, "cuda", "--no-amp", *(scratch if weights == "none" else [])]
-    process = start(*command, "--output", str(tmp_path / "run"), processes=2)
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error
+    torchrun(*command, "--output", tmp_path / "run")
     if weights == "given":
         assert_near(on_cpu, tmp_path / "run", 2e-2)  # convolutions by TF32

@@ -145,7 +145,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 @linux
 def test_a_disk_that_fills_up_during_training_leaves_whole_files(small_disk, src, capsys):
-    disk = small_disk("size=150m")  # the start, the first state and one network fit
+    disk = small_disk("size=2300k")  # the start, the first state and one network fit
     *_, error = refused([src, *TINY, "--output", disk / "run"], capsys)
     assert "No space left on device" in error and ".pt: " in error and "--resume" in error
     assert not list((disk / "run").glob(".*"))

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -15,18 +14,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import (
+    CODE,
     CPU,
+    RESTING,
     SCRIPT,
     TINY,
+    Process,
     assert_moved_alike,
     network_of,
     prepare,
     refused,
     rows_of,
     run,
-    start,
 )
 from test_resume import assert_same_run
 from torch import Tensor, nn
@@ -34,16 +36,8 @@ from torch import Tensor, nn
 import data_training as training
 
 
-def spread(*command: object, status: int = 0, script: Path = SCRIPT) -> tuple[str, str]:
-    """What two processes under torchrun print: stdout and stderr."""
-    process = start(*map(str, command), processes=2, script=script)
-    printed, error = process.communicate(timeout=480)
-    assert (process.returncode == 0) == (status == 0), error
-    return printed, error
-
-
 def test_two_processes_train_the_heads_of_folds_as_one_does_on_one_backbone(
-    animals, others, pretrained, tmp_path, monkeypatch
+    animals, others, pretrained, tmp_path
 ):
     """To within rounding: of all layers they do not, as BatchNorm sees half of each batch.
 
@@ -51,12 +45,9 @@ def test_two_processes_train_the_heads_of_folds_as_one_does_on_one_backbone(
     """
     (tmp_path / "one/bee").mkdir(parents=True)
     shutil.copy(next((others / "bee").iterdir()), tmp_path / "one/bee")
-    script, code = tmp_path / "data_training.py", SCRIPT.read_text(encoding="utf-8")
-    script.write_text(code.replace("HEAD_STEPS = 1000", "HEAD_STEPS = 100"), encoding="utf-8")
-    monkeypatch.setattr(training, "HEAD_STEPS", 100)
     command = [animals, "--weights", pretrained, "--epochs", 1, "--frozen-epochs", 1, *TINY]
     command += ["--folds", 3, "--val", tmp_path / "one"]
-    printed, _ = spread(*command, "--output", tmp_path / "two", script=script)
+    printed, _ = Process(*command, "--output", tmp_path / "two", processes=2).end()
     one, two = run(*command, "--output", tmp_path / "alone").path, tmp_path / "two"
     assert printed.count("training images in 3 classes") == 1  # only one of them prints
     assert (one / "split.csv").read_bytes() == (two / "split.csv").read_bytes()
@@ -87,7 +78,7 @@ def test_two_processes_train_all_layers_as_a_loop_that_is_written_by_hand(
     """Each takes every other image of a batch, and the gradient is the mean over all images."""
     command = ["--weights", str(pretrained), "--epochs", "1", *TINY]
     command += ["--no-calibration", "--output"]
-    spread(animals, *command, tmp_path / "two")
+    Process(animals, *command, tmp_path / "two", processes=2).end()
     given, progress = prepare(animals, *command, str(tmp_path / "other"))
     [stage] = training.plan(given, progress, 0)
     model, reader = progress.model.train(), training.Reader(given)
@@ -130,30 +121,19 @@ def test_bad_input_is_told_by_one_process_and_where_memory_is_out_by_each(
     flags, said, most, animals, tmp_path
 ):
     command = [animals, "--weights", "none", *flags.split(), "--device", "cpu"]
-    _, error = spread(*command, "--output", tmp_path / "run", status=2)
+    _, error = Process(*command, "--output", tmp_path / "run", processes=2).end(2)
     lines = [each for each in error.splitlines() if each.startswith("data_training.py: error: ")]
     assert 1 <= len(lines) <= most and all(said in line for line in lines)
     assert f'File "{SCRIPT}"' not in error and (tmp_path / "run").exists() == (most == 2)
 
 
-BARE = """
-import sys
-import tempfile
-import torch.distributed as dist
-for name in [name for name in vars(dist) if name.startswith("is_")]:
-    delattr(dist, name)
-dist.is_available = lambda: False
-import data_training
-sys.exit(data_training.main(sys.argv[1:]))
-"""
-
-
-def test_a_torch_built_without_distributed_trains(animals, pretrained, tmp_path):
-    command = [sys.executable, "-c", BARE, str(animals), "--weights", str(pretrained), *TINY]
-    command += ["--epochs", "1", "--output", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=SCRIPT.parent, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert len(rows_of(tmp_path / "run/history.csv")) == 2
+def test_a_torch_built_without_distributed_trains(animals, pretrained, tmp_path, monkeypatch):
+    for name in [name for name in vars(dist) if name.startswith("is_")]:
+        monkeypatch.delattr(dist, name)
+    monkeypatch.setattr(dist, "is_available", lambda: False, raising=False)
+    command = [animals, "--weights", pretrained, *TINY, "--epochs", 1]
+    Process(*command, "--output", tmp_path / "run").end()
+    assert len(rows_of(tmp_path / "run/history.csv")) == 1
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -169,7 +149,7 @@ def test_the_processes_share_the_images_that_are_judged_and_the_batches(
 
         def answer(batches: list[Tensor], _: str, read: list[Tensor] = read):  # noqa: ANN202
             read += batches
-            return ((torch.zeros(len(batch), 512), batch[:, 0]) for batch in batches)
+            return ((torch.zeros(len(batch), 64), batch[:, 0]) for batch in batches)
 
         ours = training.replace(given, compute=CPU._replace(rank=rank, world_size=world_size))
         source = SimpleNamespace(read=answer)
@@ -257,11 +237,9 @@ def test_a_device_that_cannot_be_used_is_told_with_one_that_can(monkeypatch):
 def test_nobody_touches_a_run_that_is_alive(animals, pretrained, default_run, tmp_path, capsys):
     """Neither who would go on with it nor who would begin there; after its end it is as alone."""
     command = [animals, "--weights", pretrained, *TINY, "--output", tmp_path / "run"]
-    process = start(*map(str, command), "--epochs", "2")
-    for printed in process.stdout or ():
-        if printed.startswith(" 1/1    1/2 "):
-            break
-    process.send_signal(signal.SIGSTOP)
+    process = Process(*command, "--epochs", 2, code=RESTING)
+    process.wait_for(lambda: "\n 1/1    1/2 " in process.printed()[0])
+    process.kill(signal.SIGSTOP)
     try:
         [error] = refused(["--resume", tmp_path / "run"], capsys, tmp_path)
         assert f"{tmp_path / 'run'}: another process is at work there" in error
@@ -269,9 +247,8 @@ def test_nobody_touches_a_run_that_is_alive(animals, pretrained, default_run, tm
         with pytest.raises(training.DataError, match="at work"):
             training.hold_folder(tmp_path / "run").__enter__()
     finally:
-        process.send_signal(signal.SIGCONT)
-    _, error = process.communicate(timeout=240)
-    assert process.returncode == 0, error
+        process.kill(signal.SIGCONT)
+    process.end()
     assert_same_run(default_run.path, tmp_path / "run")
 
 
@@ -297,46 +274,24 @@ def test_where_the_file_system_has_no_locks_a_run_does_without(tmp_path, monkeyp
 # -------------------------------------------------------------------------------------- precision
 
 
-UNLIKE = """
-import os, sys, torch
-import data_training
-picked = [torch.bfloat16, torch.float16][int(os.environ["RANK"])]
-data_training.pick_precision = lambda *_: picked
-sys.exit(data_training.main(sys.argv[1:]))
-"""
-
-
-def test_unlike_gpus_agree_on_one_precision(animals, default_run, tmp_path, monkeypatch):
-    """Process 0 has picked bfloat16 and prints what is used; the answers are those of one."""
-    (tmp_path / "unlike.py").write_text(UNLIKE)
-    monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parent))
+@pytest.mark.parametrize(
+    ("picked", "agreed"),
+    [("bfloat16 bfloat16", "bfloat16"), ("bfloat16 float16", "float16"), ("float16 None", "None")],
+)
+def test_unlike_gpus_agree_on_one_precision(picked, agreed, animals, default_run, tmp_path):
+    """Process 0 prints what is used; the answers are those of one process."""
+    names = f"getattr(torch, {picked.split()}[int(os.environ['RANK'])], None)"
+    code = CODE.replace("\nif __name__", f"\npick_precision = lambda *_: {names}\nif __name__")
     command = [animals, "--weights", default_run.path / "network.pt", "--epochs", 0]
     command += ["--batch-size", 12, "--device", "cpu", "--output"]
-    printed, _ = spread(*command, tmp_path / "two", script=tmp_path / "unlike.py")
-    assert "; cpu, torch.float16\n" in printed
+    printed, _ = Process(*command, tmp_path / "two", processes=2, code=code).end()
+    assert f"; cpu, torch.{agreed.replace('None', 'float32')}\n" in printed
     one = run(*command, tmp_path / "one", "--no-amp").path
     answers = [
         {row["path"]: float(row["true_probability"]) for row in rows_of(path / "predictions.csv")}
         for path in (one, tmp_path / "two")
     ]
     assert answers[0] == pytest.approx(answers[1], abs=0.02)
-
-
-@pytest.mark.parametrize(
-    ("picked", "agreed"),
-    [
-        ([torch.bfloat16, torch.bfloat16], torch.bfloat16),
-        ([torch.bfloat16, torch.float16], torch.float16),
-        ([torch.bfloat16, torch.float16, None], None),
-    ],
-)
-def test_the_precision_of_all_is_one_that_each_has(picked, agreed, monkeypatch):
-    monkeypatch.setattr(training.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(training.dist, "get_world_size", lambda: len(picked))
-    monkeypatch.setattr(
-        training.dist, "all_gather_object", lambda found, _: found.__setitem__(slice(None), picked)
-    )
-    assert training.agree_precision(picked[0]) is agreed
 
 
 @pytest.mark.parametrize(
@@ -358,24 +313,10 @@ def test_mixed_precision_is_for_gpus_that_gain_from_it(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: gpu)
     assert training.pick_precision(torch.device("cuda", 0), amp) is precision
-
-
-@pytest.mark.parametrize("able", [True, False])
-def test_a_gpu_of_intel_takes_bfloat16_where_it_has_it(able, monkeypatch):
-    properties = SimpleNamespace(has_bfloat16_conversions=able)
+    properties = SimpleNamespace(has_bfloat16_conversions=bfloat16)  # of a GPU of Intel's
     monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _: properties)
     picked = training.pick_precision(torch.device("xpu", 0), None)
-    assert picked is (torch.bfloat16 if able else None)
-
-
-def test_where_float16_fails_the_error_names_the_flag(
-    animals, pretrained, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(training, "pick_precision", lambda *_: torch.float16)
-    monkeypatch.setattr(training.Compute, "autocast", lambda _: contextlib.nullcontext())  # slow
-    flags = ["--lr", "1e30", "--epochs", "1", *TINY]
-    command = [animals, "--weights", pretrained, *flags, "--output", tmp_path / "run"]
-    assert "--no-amp, " in refused(command, capsys)[-1]
+    assert picked is (torch.bfloat16 if bfloat16 else None)
 
 
 # ---------------------------------------------------------------------------------------- workers
@@ -438,15 +379,9 @@ def test_of_several_processes_each_starts_its_workers_before_they_talk(animals, 
 # ------------------------------------------------------------------------------------- what is said
 
 
-@pytest.mark.parametrize(
-    ("seconds", "part", "line"),
-    [
-        (9, 0.5, None),  # too soon
-        (50, 0.05, None),
-        (10, 0.5, ""),  # 10 epochs of 20 s, less 10 s: three minutes and ten seconds
-        (10, 0.9, "nothing"),  # under two minutes
-    ],
-)
-def test_the_time_that_is_left_is_told_once_it_is_known_and_worth_it(seconds, part, line, capsys):
-    assert training.tell_time_left(seconds, part, 10) is (line is not None)
-    assert capsys.readouterr().err == ("about 4 min to go\n" if line == "" else "")
+def test_the_time_that_is_left_is_told_once_it_is_known_and_worth_it(capsys):
+    assert not training.tell_time_left(9, 0.5, 10) and not training.tell_time_left(50, 0.05, 10)
+    assert training.tell_time_left(10, 0.9, 10)  # under two minutes
+    assert capsys.readouterr().err == ""
+    assert training.tell_time_left(10, 0.5, 10)  # 10 epochs of 20 s, less 10 s: 190 seconds
+    assert capsys.readouterr().err == "about 4 min to go\n"

@@ -83,18 +83,14 @@ def test_tables_agree_with_each_other(any_run):
         assert float(row["f1"]) == near(2 * right[name] / (asked[name] + taken[name]))
         assert 0 <= float(row["low"]) <= float(row["recall"]) <= float(row["high"]) <= 1
         # Each class as frequent as in training, whatever there is to validate on.
-        called = sum(
-            int(other["train_images"]) * taken_for[other["class"], name] / asked[other["class"]]
-            for other in classes
-        )
-        ours = int(row["train_images"]) * recalls[-1]
+        often = {other["class"]: int(other["train_images"]) for other in classes}
+        called = sum(often[other] * taken_for[other, name] / asked[other] for other in often)
+        ours = often[name] * recalls[-1]
         assert float(row["precision_in_use"]) == near(ours / called if called else math.nan)
         assert int(row["families"]) == int(row["effective_images"]) == asked[name]
         assert 0 <= float(row["auc"]) <= 1
-        width, twice = (
-            float(row[f"high{more}"]) - float(row[f"low{more}"]) for more in ("", "_if_twice")
-        )
-        assert twice < width
+        twice = float(row["high_if_twice"]) - float(row["low_if_twice"])
+        assert twice < float(row["high"]) - float(row["low"])
     assert result["balanced_accuracy"] == near(sum(recalls) / 3)
     assert result["accuracy"] == near(right.total() / len(predictions))
     assert result["macro_f1"] == near(sum(float(row["f1"]) for row in classes) / 3)
@@ -214,9 +210,8 @@ def test_reports_that_cannot_be_written_are_a_warning_and_the_run_goes_on(
 ):
     """`write_reports` says that it did not succeed."""
     write, done = training.write_reports, []
-    monkeypatch.setattr(
-        training, "write_reports", lambda *all: done.append(write(*all)) or done[-1]
-    )
+    record = lambda *all: done.append(write(*all)) or done[-1]  # noqa: E731
+    monkeypatch.setattr(training, "write_reports", record)
     folder, output = shutil.copytree(animals, tmp_path / "animals"), tmp_path / "run"
     command = [str(folder), "--weights", "none", "--epochs", "2", *TINY, "--output", str(output)]
     printed = Trigger("   2/2 ", lambda: harm(output))
@@ -353,7 +348,7 @@ def test_the_command_on_the_page_makes_the_run_again(default_run, two):
         ("whole", "--weights none", "network", "resnet18, trained from random weights"),
         ("whole", "", "network", "resnet18, fine-tuned from IMAGENET1K_V1"),
         ("head", "", "draws", "WeightedRandomSampler, weights 1 / (images of the class) ** 1; an"),
-        ("head whole", "", "draws", "for the last layer alone as often as it takes for 1,000 st"),
+        ("head whole", "", "draws", "for the last layer alone as often as it takes for 100 steps"),
         ("head", "--rebalance none", "draws", "each image once an epoch, for the last layer alone"),
         ("head trial upper", "", "training", "and then from the last layer on, the upper half"),
         ("head trial upper", "", "training", " trial (AdamW, 0.0003), whose loss on the images"),
@@ -431,14 +426,9 @@ def invent(case: str, folder: Path) -> Run:
     given = training.Given(settings=settings, data=data, baseline=before, origin="", compute=CPU)
     cut = [len(data.judges(fold)) for fold in range(folds)]
     last = training.judge(given, dict(enumerate(answer(3.0).split(cut))))
-    epochs = range(11)
-    losses = [math.nan if epoch == 0 else 3 / epoch for epoch in epochs]
-    history = [
-        row(epoch, **last.measures)
-        | {"fold": fold + 1, "train_loss": losses[epoch], "val_loss": 1.0}
-        for fold in range(folds)
-        for epoch in epochs
-    ]
+    losses = [math.nan, *(3 / epoch for epoch in range(1, 11))]
+    history = [row(epoch, **last.measures) | {"fold": fold + 1, "train_loss": loss, "val_loss": 1.0}
+               for fold in range(folds) for epoch, loss in enumerate(losses)]  # fmt: skip
     draws = torch.full((classes,), 100)
     progress = SimpleNamespace(history=history, draws=draws, model=None)
     files = training.make_page(given, progress, training.Result(last, last, done=True))
@@ -574,18 +564,16 @@ def test_charts_are_files_of_their_own_that_say_the_same(invented):
     for label in order:
         dots += [f'"old" cx="{before[label]:.2%}"'] if before else []
         dots += [f'"new" cx="{classes[label]["recall"]:.2%}"']
-    assert re.findall(r'("\w+" cx="\S+") cy="\S+" r="5.5"', chart) == [
-        dot for dot in dots if "nan" not in dot
-    ]
+    shown = re.findall(r'("\w+" cx="\S+") cy="\S+" r="5.5"', chart)
+    assert shown == [dot for dot in dots if "nan" not in dot]
 
 
 def test_the_page_shows_the_surest_mistakes(invented, monkeypatch):
     """Each beside an image that the network which was wrong has learnt."""
     last, data, places = invented.last, invented.given.data, []
     show = training.show_image
-    monkeypatch.setattr(
-        training, "show_image", lambda *given: places.append(given[1]) or show(*given)
-    )
+    record = lambda *given: places.append(given[1]) or show(*given)  # noqa: E731
+    monkeypatch.setattr(training, "show_image", record)
     predicted, probability, _ = last.calibrated
     wrong = (predicted != last.targets).nonzero().flatten().tolist()
     order = sorted(wrong, key=lambda row: -probability[row].item())[: training.MISTAKES]

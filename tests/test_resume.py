@@ -17,7 +17,9 @@ import pytest
 import torch
 from conftest import (
     CPU,
+    RESTING,
     TINY,
+    Process,
     Run,
     Trigger,
     begin,
@@ -28,7 +30,6 @@ from conftest import (
     refused,
     rows_of,
     run,
-    start,
     write_folder,
 )
 
@@ -111,7 +112,6 @@ def recorded_folds(
     command = ["animals", "--val", "others", "--weights", str(pretrained), "--folds", "3"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setattr(training, "HEAD_STEPS", 100)
         flags = ["--epochs", "3", "--frozen-epochs", "2", *TINY]
         kept = record([*command, *flags], root / "run", FOLD_MOMENTS)
     write_folder(root / "animals/ape/more", {"new": 3})  # what comes later changes nothing
@@ -141,7 +141,6 @@ def test_a_run_goes_on_from_any_moment_to_the_same_bytes(
 def test_folds_go_on_from_any_moment_to_the_same_bytes(
     moment, recorded_folds, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(training, "HEAD_STEPS", 100)
     copy = copy_run(recorded_folds[moment], tmp_path)
     run("--resume", copy)
     assert_same_run(recorded_folds["end"], copy)
@@ -163,15 +162,12 @@ def test_a_process_that_is_stopped_leaves_a_run_that_goes_on(
     command += ["--epochs", "2"] if kind == "default_run" else ["--epochs", "1", "--folds", "3"]
     if kind == "folds_run":  # a worker lives on for a while, and does not hold the folder
         command += ["--val", str(others), "--no-calibration", "--workers", "1"]
-    process = start(*command, "--output", str(output))
-    for printed in process.stdout or ():
-        if printed.startswith(line):
-            break
-    process.send_signal(number)
+    process = Process(*command, "--output", output, code=RESTING)
+    process.wait_for(lambda: f"\n{line}" in process.printed()[0])
+    process.kill(number)
     sent = time.monotonic()
-    _, error = process.communicate(timeout=30)
-    assert process.returncode == status and time.monotonic() - sent < 20
-    assert "Traceback" not in error
+    _, error = process.end(status)
+    assert "Traceback" not in error and time.monotonic() - sent < 20
     if number != signal.SIGKILL:
         last = error.splitlines()[-1]
         assert last == f"data_training.py: interrupted; go on with --resume {output}"
@@ -197,7 +193,6 @@ def test_a_run_that_is_stopped_before_its_state_is_written_leaves_nothing(animal
 
 def test_a_trial_that_failed_is_remembered(animals, pretrained, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "TRIAL_STEPS", 3)  # an epoch
-    monkeypatch.setattr(training, "HEAD_STEPS", 100)
     command = [str(animals), "--weights", str(pretrained), "--epochs", "5", "--lr", "0.1", *TINY]
     whole = run(*command, "--output", tmp_path / "whole").path
     stages = [row["phase"] for row in rows_of(whole / "history.csv")]
@@ -210,14 +205,6 @@ def test_a_trial_that_failed_is_remembered(animals, pretrained, tmp_path, monkey
     interrupt_after(2, command, tmp_path / "run")
     run("--resume", tmp_path / "run")
     assert_same_run(whole, tmp_path / "run")
-
-
-def test_scratch_training_goes_on_as_well(scratch_run, animals, tmp_path):
-    command = [str(animals), "--weights", "none", "--epochs", "2", *TINY]
-    interrupt_after(1, command, tmp_path / "run")
-    assert [row["epoch"] for row in rows_of(tmp_path / "run/history.csv")] == ["1"]
-    run("--resume", tmp_path / "run")
-    assert_same_run(scratch_run.path, tmp_path / "run")
 
 
 @pytest.fixture
@@ -271,14 +258,14 @@ def test_a_state_of_another_version_is_named_as_one(begun, capsys):
 
 
 def test_what_is_said_beside_resume_holds(recorded, tmp_path):
-    copy = copy_run(recorded["network.pt 4"], tmp_path)
+    copy = copy_run(recorded["network.pt 3"], tmp_path)
     done = run("--resume", copy, "--device", "cpu", "--workers", "1", "--amp")
     assert "cpu, torch.bfloat16" in done.out.splitlines()[0]
 
 
 def test_a_run_goes_on_where_weights_are_laid_out_in_another_way(recorded, tmp_path):
     """The optimizer's kernels read weights and moments in the order of memory."""
-    copy = str(copy_run(recorded["history.csv 2"], tmp_path))
+    copy = str(copy_run(recorded["history.csv 1"], tmp_path))
     command = ["--resume", copy, "--workers", "0", "--device", "cpu"]
     with training.HELD:
         given, progress = training.prepare(training.parse_args(command), CPU)

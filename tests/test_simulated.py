@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 import simulated_device
 import torch
-from conftest import SCRIPT, TINY, rows_of, run
-from test_processes import spread
+from conftest import SCRIPT, TINY, rows_of, run, torchrun
 from test_resume import Kept, assert_same_run, copy_run, record
 
 import data_training as training
@@ -165,10 +164,10 @@ def two(command: list[str], others: Path, tmp_path_factory: pytest.TempPathFacto
         patch.setenv("PYTHONPATH", f"{SCRIPT.parent}{os.pathsep}{Path(__file__).parent}")
         patch.setenv("PET_MAX_RESTARTS", "1")
         given = json.dumps([str(folder), *commands])
-        printed, error = spread(given, script=folder / "several.py")
-    assert "exitcode: -9" in error and "Traceback" not in error
-    assert f"has ended; see what it says, then --resume {folder / 'default_on_sim'}" in error
-    assert "(as it was stopped); sim:0" in printed
+        done = torchrun(given, script=folder / "several.py")
+    assert "exitcode: -9" in done.stderr and "Traceback" not in done.stderr
+    ended = f"has ended; see what it says, then --resume {folder / 'default_on_sim'}"
+    assert ended in done.stderr and "(as it was stopped); sim:0" in done.stdout
     return folder
 
 

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import prepare, run, start, tree, write_folder
+from conftest import Process, prepare, run, torchrun, tree, write_folder
 from PIL import Image
-from test_processes import spread
 from test_resume import assert_same_run
 
 import data_training as training
@@ -159,8 +157,8 @@ def test_a_run_says_how_many_copies_it_reads_and_ends_alike_without_room(
 
 def test_two_processes_share_copies(large, temporary, tmp_path):
     flags = ["--epochs", 1, "--workers", 1, "--output", tmp_path / "run"]
-    _, error = spread(large, *SMALL, *flags)
-    assert len(re.findall(r"copies of \d+ images so far, 0.0 GB, in ", error)) == 1
+    done = torchrun(large, *SMALL, *flags)
+    assert len(re.findall(r"copies of \d+ images so far, 0.0 GB, in ", done.stderr)) == 1
     assert not list(temporary.glob("data_training*"))
 
 
@@ -171,15 +169,13 @@ def test_copies_go_with_the_run_and_after_kill_at_the_next_start(
     """Also while workers are writing or the run is removing them; those of a live run stay."""
     workers = "0" if number == signal.SIGKILL else "3"
     flags = ["--workers", workers, "--output", str(tmp_path / "run")]
-    process = start(str(large), *SMALL, *flags)
-    while process.poll() is None and not kept(temporary):
-        time.sleep(0.01)
+    process = Process(large, *SMALL, *flags)
+    process.wait_for(lambda: kept(temporary))
     (temporary / "data_training-copies-").mkdir()  # of no run
     training.make_copies()
     assert len(list(temporary.iterdir())) == 3
-    process.send_signal(number)
-    process.communicate(timeout=60)
-    assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
+    process.kill(number)
+    process.end(-9 if number == signal.SIGKILL else 128 + number)
     assert bool(kept(temporary)) is (number == signal.SIGKILL)
     for folder in temporary.glob("*/kept"):
         folder.rename(folder.with_name("removed"))

@@ -15,21 +15,19 @@ import torch.nn.functional as F
 from conftest import (
     CPU,
     FILES,
+    HEAD_STEPS,
     TINY,
     Run,
-    Trigger,
     assert_moved_alike,
     begin,
     by_hand,
     images,
     network_of,
     prepare,
-    raises,
     refused,
     resolve,
     rows_of,
     run,
-    start,
 )
 from torch import Tensor, nn
 from torchvision import models
@@ -147,13 +145,7 @@ def test_bad_input_gets_one_line_and_status_2_and_nothing_is_written(
 
 
 def test_a_new_run_asks_for_data_alone_and_one_that_goes_on_or_predicts_for_its_own():
-    args = training.parse_args(["photos"])
-    given = {"data": Path("photos"), "epochs": 10, "folds": 1, "val_fraction": 0.2, "seed": 0}
-    given |= {"weights": "DEFAULT", "rebalance": "sampler", "flip": "sides", "frozen_epochs": 0}
-    assert given.items() <= vars(args).items() and not args.no_calibration
-    assert args.output.parent == Path("runs")
-    for name in ("arch", "batch_size", "image_size", "lr", "amp"):
-        assert getattr(args, name) is None, name
+    assert training.parse_args(["photos"]).output.parent == Path("runs")
     where = ["--device", "cpu", "--workers", "2", "--no-amp"]
     args = training.parse_args(["--resume", "run", *where])
     assert (args.resume, args.device, args.workers, args.amp) == (Path("run"), "cpu", 2, False)
@@ -262,7 +254,7 @@ def test_a_head_stays_where_size_and_known_classes_agree_and_else_is_zero(size, 
     state = models.resnet18(num_classes=size).state_dict()
     content = {"networks": [state]} | ({"classes": classes} if classes else {})
     model, said = training.build_model("resnet18", ["no", "yes"], content)
-    expected = state["fc.weight"] if kept else torch.zeros(2, 512)
+    expected = state["fc.weight"] if kept else torch.zeros(2, 64)
     assert torch.equal(model.fc.weight, expected)
     assert torch.equal(model.conv1.weight, state["conv1.weight"])
     assert said == ("head kept" if kept else f"head of {size} classes dropped for a new one")
@@ -271,7 +263,7 @@ def test_a_head_stays_where_size_and_known_classes_agree_and_else_is_zero(size, 
 def test_the_head_answers_in_float32_also_under_mixed_precision():
     model, _ = training.build_model("resnet18", ["no", "yes"], {})
     nn.init.normal_(model.fc.weight)
-    features = torch.randn(4, 512).bfloat16()
+    features = torch.randn(4, 64).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         logits = model.fc(features)
         assert model.eval()(torch.randn(1, 3, 32, 32)).dtype is torch.float32
@@ -337,7 +329,10 @@ STAGES = {  # flags, and of each stage its name, epochs, passes and steps
 
 
 @pytest.mark.parametrize("flags", STAGES)
-def test_all_layers_are_trained_at_once_unless_a_head_is_asked_for_or_a_trial_is_worth_it(flags):
+def test_all_layers_are_trained_at_once_unless_a_head_is_asked_for_or_a_trial_is_worth_it(
+    flags, monkeypatch
+):
+    monkeypatch.setattr(training, "HEAD_STEPS", HEAD_STEPS)
     stages = stages_of(flags, images([0, 1] * 25, [EVERY] * 40 + [0] * 10))
     named = [f"{x.name} {x.epochs[0]}-{x.epochs[-1]} {x.passes} {x.steps}" for x in stages]
     assert ", ".join(named) == STAGES[flags] and not any(stage.fold for stage in stages)
@@ -363,7 +358,7 @@ def test_a_trial_fails_where_it_ends_with_a_fifth_more_loss_than_the_head(loss, 
 # ------------------------------------------------------------------- training, by hand
 
 
-def rate_by_hand(step: int, steps: int, rising: int) -> float:
+def rate_by_hand(step: int, steps: int, rising: float) -> float:
     """Part of the peak: by half a cosine from 1 / 25 up in `rising` steps, and down to nothing."""
     if step <= rising:
         return 1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * step / rising)) / 2
@@ -447,7 +442,7 @@ def test_a_run_of_all_layers_ends_as_a_loop_that_is_written_by_hand(animals, pre
 def test_a_run_of_the_head_ends_as_a_loop_that_is_written_by_hand(
     animals, pretrained, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(training, "HEAD_STEPS", 5)  # of 12 images each: two passes over 31
+    monkeypatch.setattr(training, "HEAD_STEPS", 60)  # of 12 images each: 24 passes over 31
     command = ["--weights", pretrained, "--epochs", 1, "--frozen-epochs", 1, *TINY]
     command = [*map(str, command), "--no-calibration", "--output"]
     done = run(animals, *command, str(tmp_path / "run"))
@@ -459,19 +454,19 @@ def test_a_run_of_the_head_ends_as_a_loop_that_is_written_by_hand(
     with torch.no_grad():
         features = backbone(normalised(given, views))
     square = (features[given.data.learns(0)] ** 2).sum(1).mean().item() / 512
-    weight, bias = torch.zeros(3, 512, requires_grad=True), torch.zeros(3, requires_grad=True)
+    weight, bias = torch.zeros(3, 64, requires_grad=True), torch.zeros(3, requires_grad=True)
     pace = [[weight, 0.02 / square, 0.002 * square, 0.0], [bias, 0.02, 0.002, 0.0]]
     batches = batches_of(given, *training.plan(given, progress, 0), 1)
-    assert len(batches) == 6
+    assert len(batches) == 62
     for step, batch in enumerate(batches):
         indices = batch[:, 0]
         loss = F.cross_entropy(features[indices] @ weight.T + bias, given.data.labels[indices])
         for each, slope in zip(pace, torch.autograd.grad(loss, [weight, bias]), strict=True):
             each[3] = 0.9 * each[3] + slope + each[2] * each[0].detach()  # momentum
-            each[0].data -= each[1] * rate_by_hand(step, 6, 1) * each[3]
+            each[0].data -= each[1] * rate_by_hand(step, 62, 5.2) * each[3]
     state = network_of(done.path)["networks"][0]
-    torch.testing.assert_close(state["fc.weight"], weight.detach(), rtol=0.01, atol=1e-4)
-    torch.testing.assert_close(state["fc.bias"], bias.detach(), rtol=0.01, atol=1e-4)
+    torch.testing.assert_close(state["fc.weight"], weight.detach(), rtol=0.01, atol=2e-3)
+    torch.testing.assert_close(state["fc.bias"], bias.detach(), rtol=0.01, atol=2e-3)
     assert all(torch.equal(v, progress.start[k]) for k, v in state.items() if "fc" not in k)
 
 
@@ -481,8 +476,8 @@ def test_after_a_trial_training_goes_on_or_with_the_upper_half_from_before_it(
     monkeypatch.setattr(training, "TRIAL_STEPS", 3)  # an epoch
     flags = ["--weights", str(pretrained), "--folds", "3", *TINY]
     given, progress = prepare(animals, *flags, "--output", str(tmp_path / "run"))
-    progress.head = {"weight": torch.full((3, 512), 5.0), "bias": torch.full((3,), 6.0)}
-    progress.features = torch.ones(38, 512).half()
+    progress.head = {"weight": torch.full((3, 64), 5.0), "bias": torch.full((3,), 6.0)}
+    progress.features = torch.ones(38, 64).half()
     head, trial = ({"fold": 1, "epoch": at, "phase": ("head", "trial")[at]} for at in (0, 1))
 
     def changed() -> dict[str, set[float]]:
@@ -619,24 +614,6 @@ def test_from_random_weights_every_layer_is_trained(scratch_run, animals, tmp_pa
 # ---------------------------------------------------------------------- what may happen to a run
 
 
-def judging(folder: Path, known: Run) -> list[str]:
-    """A run that trains nothing: the network of another on these images."""
-    return [str(folder), "--weights", str(known.path / "network.pt"), "--epochs", "0", *TINY]
-
-
-def test_of_two_runs_at_once_with_one_output_the_second_gets_an_error(
-    animals, default_run, tmp_path
-):
-    command = judging(animals, default_run)
-    pair = [start(*command, "--output", str(tmp_path / "run")) for _ in range(2)]
-    errors = [process.communicate(timeout=120)[1] for process in pair]
-    assert sorted(process.returncode for process in pair) == [0, 2]
-    [error] = [e for e, process in zip(errors, pair, strict=True) if process.returncode == 2]
-    assert error.count("\n") == 1
-    assert "another process is at work there" in error or "not empty" in error
-    assert (tmp_path / "run/network.pt").exists()
-
-
 def test_two_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for seconds in range(120):
@@ -647,15 +624,14 @@ def test_two_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypa
     assert not output.exists()
 
 
-def test_a_diverging_run_says_so_in_one_line(animals, pretrained, tmp_path, capsys):
+@pytest.mark.parametrize("precision", [None, torch.float16])
+def test_a_diverging_run_says_so_in_one_line_and_names_the_flag_where_float16_may_be_why(
+    precision, animals, pretrained, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(training, "pick_precision", lambda *_: precision)
+    monkeypatch.setattr(training.Compute, "autocast", lambda _: contextlib.nullcontext())  # slow
     flags = ["--lr", "1e30", "--epochs", "2", *TINY]
     command = [animals, "--weights", pretrained, *flags, "--output", tmp_path / "run"]
     error = refused(command, capsys)[-1]
     assert "--lr: the loss became" in error or "the network's outputs are no numbers" in error
-
-
-def test_another_error_of_torch_keeps_its_traceback(animals, default_run, tmp_path):
-    failing = Trigger("training images", raises(RuntimeError("mat1 and mat2 cannot be multiplied")))
-    command = [*judging(animals, default_run), "--output", str(tmp_path / "run")]
-    with contextlib.redirect_stdout(failing), pytest.raises(RuntimeError, match="mat1"):
-        training.main(command)
+    assert ("--no-amp, " in error) is (precision is not None)
