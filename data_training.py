@@ -2658,8 +2658,10 @@ def list_facts(given: Given, progress: Progress, result: Result | None = None) -
     if tests := len(data.judges(TEST)):
         where = settings.val or settings.source
         test = f"all together by {tests} images of {where} that none has seen"
+    elif data.folds > 1 and (where := settings.val or settings.source):
+        test = f"none: {where} has no image that is neither learnt nor related to one that is"
     if data.related:
-        related = f", {data.related} copies or relatives of others"
+        related = f", {data.related} copies or relatives of training images"
     facts = {
         "unfinished": "" if done else describe_place(given, progress),
         "network": describe_network(given, progress),
@@ -2916,12 +2918,13 @@ MISTAKES = 24  # how many are shown
 THUMBNAIL = 160  # pixels a side
 PLOT = 'class="open" x="41%" width="41%"'  # beside names, before values
 IN_USE = (
-    "In use: where classes are as frequent as in training. “Precision in use” is the part of what "
-    "is called a class that is of it, by the answers for equally frequent classes; “natural” are "
-    "the answers of --natural, for classes as frequent as in training. AUC: how often an image of "
-    "the class has a higher probability of it than one of another class, each class counting the "
-    "same. Effective images: as many images of families all different would tell as much. If "
-    "twice: the 95 % interval with twice as many images."
+    "Precision: the part of the judged images called a class that is of it; F1: its harmonic mean "
+    "with recall. Precision in use: the same where classes are as frequent as in training. "
+    "“Natural”: the answers of --predict --natural, for classes so frequent. AUC: how often "
+    "an image of the class has a higher probability of it than one of another class, each class "
+    "counting the same. Effective images: so many independent images would tell as much as these, "
+    "of which those of a family may be alike. If twice: the 95 % interval with twice as many "
+    "effective images and the same recall."
 )
 STYLE = """:root{color-scheme:light dark;background:Canvas;color:CanvasText;font:16px/1.5 system-ui,
 sans-serif}body{max-width:1040px;margin:auto;padding:8px 14px 64px;overflow-wrap:anywhere}h1,h2,b,
@@ -3092,7 +3095,7 @@ def show_mistakes(given: Given, last: Evaluation) -> str:
         relation = f"taken for ({show(probability[row].item())})"
         text += f"<figure>{show_image(data, place, 'is', int(last.targets[row]))}"
         text += f"{show_image(data, middle, relation, taken)}</figure>"
-    kind = "typical training image" if given.settings.epochs else "image of DATA"
+    kind = "training image" if given.settings.epochs else "image of DATA"
     return text and (
         f"<p>Wrong with the most confidence. Beside each image: a {kind} of the class it was taken "
         f'for.</p><div class="pairs">{text}</div>'
@@ -3142,7 +3145,7 @@ def foresee(row: Mapping[str, Any]) -> str:
     low, high, least, most = (
         f"{100 * row[key]:.0f}" for key in ("low", "high", "low_if_twice", "high_if_twice")
     )
-    return f" [{low}, {high}]; it would be [{least}, {most}] from twice as many"
+    return f" [{low}, {high}]; with twice as many independent images [{least}, {most}]"
 
 
 def make_page(given: Given, progress: Progress, result: Result) -> dict[str, str]:

@@ -364,6 +364,15 @@ def test_facts_say_how_the_network_was_trained(stages, flags, name, fact, two):
     assert fact in facts[name]
 
 
+def test_a_vote_that_no_image_can_test_says_so(two):
+    settings = resolve(f"--folds 3 --val {Path(__file__).parent}")
+    for test, said in ([], "none: "), ([training.TEST], "all together by 1 images of "):
+        data = images([0, 1] * 3 + [0] * len(test), [0, 1, 2] * 2 + test, folds=3)
+        given = dataclasses.replace(two.given, settings=settings, data=data)
+        facts = training.list_facts(given, SimpleNamespace(history=[], model=None))
+        assert facts["test"].startswith(said)
+
+
 def row(epoch: int, **others: object) -> dict[str, object]:
     """A row of a history, with the longest numbers that there are."""
     names = ("accuracy", "balanced_accuracy", "as_trained_balanced_accuracy", "medium", "high")
@@ -526,7 +535,7 @@ def test_the_page_names_every_class_with_its_numbers(invented):
     assert all(training.printable(fact) in said for fact in facts.values())
     rarest = min(invented.classes, key=lambda row: row["train_images"])
     ends = [f"{100 * rarest[name]:.0f}" for name in ("low_if_twice", "high_if_twice")]
-    assert f"it would be [{', '.join(ends)}] from twice as many" in said
+    assert f"with twice as many independent images [{', '.join(ends)}]" in said
     changes = training.show_changes(training.list_changes(given, last))
     assert bool(changes) is bool(invented.before)
     for change in changes:
