@@ -358,10 +358,10 @@ class Stage(NamedTuple):
 
 
 def plan(given: Given, progress: Progress, fold: int) -> Iterator[Stage]:
-    """Yield the stages of a fold in order: all layers are trained together, and that is all.
+    """Yield the stages of a fold in order; in most runs it is one, which trains all layers.
 
-    `--frozen-epochs` train the head alone first. So does an epoch of its own on large data sets,
-    where the first epochs of all layers are a trial: if it does harm, the network goes back to its
+    `--frozen-epochs` train the head alone first. On large data sets an epoch of its own does so,
+    and the first epochs of all layers are a trial: if it does harm, the network goes back to its
     head, and only its upper half is trained. The other folds do as the first one did.
     """
     settings = given.settings
