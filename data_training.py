@@ -3213,6 +3213,8 @@ def show_command(given: Given) -> str:
 
 def predict_photos(settings: Namespace) -> None:
     """Write what the network of a run says of each image below DATA, as CSV."""
+    if dist.is_torchelastic_launched():  # each process would say it all
+        raise DataError("--predict: takes one process; start it without torchrun")
     run = load_network(settings)
     out = settings.output
     if out and out.exists():

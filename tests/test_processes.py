@@ -110,6 +110,11 @@ def test_two_processes_train_all_layers_as_a_loop_that_is_written_by_hand(
         assert float(ours["probability"]) == pytest.approx(float(theirs["probability"]), abs=1e-4)
 
 
+def test_two_processes_do_not_predict_twice(default_run, animals):
+    out, error = Process(animals, "--predict", default_run.path, processes=2).end(2)
+    assert out == "" and "--predict: takes one process; start it without torchrun" in error
+
+
 @pytest.mark.parametrize(
     ("flags", "said", "most"),
     [
