@@ -3,6 +3,8 @@
 import csv
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,6 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A few of the epochs, on small images, show that a command works.
 SHORT = {r"--epochs \d+": "--epochs 2", r"--image-size \d+": "--image-size 32"}
-PYTEST = "import sys, pytest\nsys.exit(pytest.main(sys.argv[1:]))"
 
 
 def block(name: str) -> str:
@@ -94,8 +95,8 @@ def test_the_block_that_tests_finds_the_tests():
     """Only collected here: to run them would run this one, too."""
     pytest.importorskip("xdist")
     [command] = commands_after_installation("test command")
-    arguments = command.removeprefix("python -m pytest ").split()
-    printed, _ = Process(*arguments, "--collect-only", code=PYTEST, folder=ROOT).end()
+    arguments = [sys.executable, *command.removeprefix("python ").split(), "--collect-only"]
+    printed = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert f"{Path(__file__).name}::" in printed
 
 
