@@ -461,7 +461,6 @@ def head_optimizer(given: Given, progress: Progress, fold: int) -> Optimizer:
 
 def whole_optimizer(given: Given, progress: Progress, _: int) -> Optimizer:
     """Make AdamW for all layers."""
-    progress.model.requires_grad_(True)
     return torch.optim.AdamW(progress.model.parameters(), given.settings.lr, fused=True)
 
 
