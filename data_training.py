@@ -3020,8 +3020,9 @@ def draw_panel(history: Rows, keys: Sequence[str], scale: int) -> str:
     for kind, key in zip(("old", "new"), keys, strict=False):
         for fold in {row["fold"] for row in history}:
             rows = [row for row in history if row["fold"] == fold and math.isfinite(row[key])]
-            line = [f"{row['epoch']},{-row[key]:.6g}" for row in rows[:1] + rows]  # of one: a dot
-            body += f'<polyline class="{kind}" points="{" ".join(line)}"/>'
+            line = [f"{row['epoch']},{-row[key]:.6g}" for row in rows[:1] + rows]
+            dot = " bar" if len(rows) == 1 else ""
+            body += f'<polyline class="{kind}{dot}" points="{" ".join(line)}"/>'
     return f'<svg class="open" x="10%" y="52" width="86%" height="180">{body}</svg></svg>'
 
 
