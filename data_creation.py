@@ -67,7 +67,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The settings on the command line, checked."""
+    """Return the settings on the command line, checked."""
     about = "write an imbalanced copy of an image data set with one folder per class"
     raw = argparse.RawDescriptionHelpFormatter
     parser = OneLineParser("data_creation.py", None, about, EXAMPLES, formatter_class=raw)
@@ -86,21 +86,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def whole_number(text: str) -> int:
-    """`text` as an integer of at least 0."""
+    """Return `text` as an integer of at least 0."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
 
 
 def svg_file(text: str) -> Path:
-    """`text` as the path of an SVG file."""
+    """Return `text` as the path of an SVG file."""
     if not text.lower().endswith(".svg"):
         raise argparse.ArgumentTypeError(f"{text!r} does not end in .svg")
     return Path(text)
 
 
 def printable(text: str) -> str:
-    """`text` on one line, with control characters and undecodable bytes as escapes."""
+    """Return `text` on one line, with control characters and undecodable bytes as escapes."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
@@ -113,7 +113,7 @@ class Scan(NamedTuple):
 
 
 def scan_classes(src: Path) -> Scan:
-    """The classes and images of SRC; raises `DataError` for links that lead nowhere or back."""
+    """List the classes and images of SRC; `DataError` for links that lead nowhere or back."""
     if not src.is_dir():
         raise DataError(f"{src}: not a folder; pass the folder that holds the class folders")
     visible = (entry for entry in src.iterdir() if not entry.name.startswith("."))
@@ -152,13 +152,13 @@ def walk_files(folder: str, above: tuple, folders: set) -> Iterator[tuple[str, b
 
 
 def identity(path: str | Path) -> tuple[int, int]:
-    """The device and inode of a file or folder: the same by any link and any case of its name."""
+    """Return device and inode of a file or folder: the same by any link and case of its name."""
     info = os.stat(path)
     return info.st_dev, info.st_ino
 
 
 def find_parts(tree: Mapping[str, set[str]]) -> list[str]:
-    """The folders that are parts of a data set (train, val, test), in this order; [] for classes.
+    """Return the folders that are parts of a data set, train, val, test; [] for classes.
 
     `tree` has for each folder the sub-folders that its images lie in, "" for the folder itself.
     Parts are a folder named for training, all its images in sub-folders, and those named for
@@ -211,7 +211,7 @@ def check_places(src: Path, scan: Scan, out: Path, files: list[Path]) -> None:
 
 
 def staircase(largest: int, classes: int, step: int) -> list[int]:
-    """The cap of each rank: the size of the largest class less `step` a rank."""
+    """Return the cap of each rank: the size of the largest class less `step` a rank."""
     if largest - step * (classes - 1) < 1:
         raise DataError(
             f"--step {step}: the cap falls below 1 image at rank {(largest - 1) // step + 1} of 0 "
@@ -231,7 +231,7 @@ def choose_images(images: list[str], cap: int, name: str, seed: int) -> list[str
 
 
 def rank_classes(classes: Classes, order: str, step: int, seed: int) -> list[RankedClass]:
-    """The classes, largest first with ties by name, or at random; with the images each keeps."""
+    """Rank the classes, largest first, ties by name, or at random; with the images each keeps."""
     chance = random.Random(f"{seed}//order")  # no class has this stream: names hold no slash
     keys = {"size": lambda name: -len(classes[name]), "random": lambda _: chance.random()}
     names = sorted(sorted(classes), key=keys[order])
@@ -243,7 +243,7 @@ def rank_classes(classes: Classes, order: str, step: int, seed: int) -> list[Ran
 
 
 def format_report(ranked: list[RankedClass], order: str, left_out: int) -> str:
-    """The table of ranks and the closing lines."""
+    """Format the table of ranks and the closing lines."""
     width = max(5, *(len(printable(name)) for name, *_ in ranked))
     lines = [f"rank  {'class':{width}}  images    cap   kept  removed"]
     for rank, (name, images, cap, kept) in enumerate(ranked):
@@ -261,7 +261,7 @@ def format_report(ranked: list[RankedClass], order: str, left_out: int) -> str:
 
 
 def format_manifest(ranked: list[RankedClass]) -> bytes:
-    """A CSV table with a row for every image of SRC; `kept` is 0 or 1."""
+    """Format a CSV table with a row for every image of SRC; `kept` is 0 or 1."""
     rows: list[str] = []
     writer = csv.writer(SimpleNamespace(write=rows.append))
     writer.writerow(["path", "class", "rank", "kept"])
@@ -273,7 +273,7 @@ def format_manifest(ranked: list[RankedClass]) -> bytes:
 
 
 def draw_staircase(ranked: list[RankedClass], order: str) -> str:
-    """An SVG chart of the images of each class by rank, before and after, for light and dark."""
+    """Draw the images of each class by rank, before and after, for light and dark: SVG."""
     before = [len(images) for _, images, _, _ in ranked]
     after = [len(kept) for *_, kept in ranked]
     names = [html.escape(printable(name)) for name, *_ in ranked]
@@ -319,7 +319,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def new_sibling(path: Path) -> Path:
-    """A fresh hidden path on the file system of `path`: beside it or its first missing parent."""
+    """Return a new hidden path beside `path` or its first missing parent, on its file system."""
     folder = next(parent for parent in path.parents if parent.exists())
     return folder / f".data_creation-{random.getrandbits(64):016x}"
 

@@ -163,6 +163,7 @@ class Given:
 
     settings: Settings
     data: Data
+    known: Tensor  # (K,) int64, digests of the images that the network of `--weights` has learnt
     baseline: Tensor | None  # what the run `--baseline` predicted for the judged images: (M,)
     origin: str  # in words, where the network is from
     compute: Compute  # of this process
@@ -683,12 +684,12 @@ class Evaluation:
 
     @property
     def val_counts(self) -> Tensor:
-        """The images of each class: (C,) int64."""
+        """Return the number of images of each class: (C,) int64."""
         return self.calibrated.confusion.sum(1)
 
     @property
     def recall(self) -> Tensor:
-        """The recall of each class: (C,) float64, NaN for one without images."""
+        """Return the recall of each class: (C,) float64, NaN for one without images."""
         return recall_by_class(self.calibrated.confusion)
 
 
@@ -960,7 +961,7 @@ class Vote(nn.Module):
     """Several networks that vote: the mean of their logits."""
 
     def __init__(self, networks: Iterable[nn.Module]):
-        """A vote of `networks`."""
+        """Let `networks` vote."""
         super().__init__()
         self.networks = nn.ModuleList(networks)
 
@@ -1058,7 +1059,6 @@ class Data(NamedTuple):
     held: Tensor  # (N,) int64, the fold that does not learn it; `EVERY`: all learn it, `TEST`: none
     families: Tensor  # (N,) int64, the same for images that stay together: copies, or `--group`
     digests: Tensor  # (N,) int64, see `digest`
-    known: Tensor  # (K,) int64, digests of the images that the network of `--weights` has learnt
     white: dict[str, float]  # the value that is white in images of more than 8 bits, by kind
     related: int  # number of images left out: copies or relatives of what is, or was, learnt
     unreadable: list[str]  # paths left out
@@ -1066,15 +1066,15 @@ class Data(NamedTuple):
 
     @property
     def folds(self) -> int:
-        """The number of networks."""
+        """Return the number of networks."""
         return max(0, int(self.held.max())) + 1
 
     def learns(self, fold: int) -> Tensor:
-        """The images that the network of a fold learns: indices, int64."""
+        """Return the images that the network of a fold learns: indices, int64."""
         return ((self.held != fold) & (self.held != TEST)).nonzero().flatten()
 
     def judges(self, fold: int) -> Tensor:
-        """The images that judge the network of a fold, or `TEST` all together: indices, int64.
+        """Return the images that judge a fold, or with `TEST` all folds: indices, int64.
 
         Those of part "source" come last.
         """
@@ -1083,31 +1083,31 @@ class Data(NamedTuple):
         return torch.tensor(judging).long()
 
     def trained(self) -> Tensor:
-        """The images that at least one network learns: indices, int64."""
+        """Return the images that at least one network learns: indices, int64."""
         learnt = torch.zeros(len(self.labels), dtype=torch.bool)
         for fold in range(self.folds):
             learnt[self.learns(fold)] = True
         return learnt.nonzero().flatten()
 
     def judged(self) -> Tensor:
-        """The images that judge the folds, one fold after the other: indices, int64."""
+        """Return the images that judge the folds, one fold after the other: indices, int64."""
         return torch.cat([self.judges(fold) for fold in range(self.folds)])
 
     def counts(self, indices: Tensor) -> Tensor:
-        """The number of images of each class among `indices`: (C,) int64."""
+        """Count the images of each class among `indices`: (C,) int64."""
         return torch.bincount(self.labels[indices], minlength=len(self.classes))
 
     def train_counts(self) -> Tensor:
-        """The number of images of each class that at least one network learns: (C,) int64."""
+        """Count the images of each class that at least one network learns: (C,) int64."""
         return self.counts(self.trained()) if self.learnt is None else self.learnt
 
     def log_share(self) -> Tensor:
-        """The logarithm of each class's share of the training images, less their mean: (C,)."""
+        """Return the log of each class's share of the training images, less their mean: (C,)."""
         logs = self.train_counts().log()
         return logs - logs.mean()  # a constant changes nothing, but costs half precision digits
 
     def take(self, indices: Tensor) -> Data:
-        """The table of the images at `indices` alone."""
+        """Return the table of the images at `indices` alone."""
         places = indices.tolist()
         return self._replace(
             paths=[self.paths[place] for place in places],
@@ -1121,7 +1121,7 @@ class Data(NamedTuple):
 
 
 def list_rows(settings: Settings) -> tuple[list[str], list[Row]]:
-    """The classes, and the images of DATA and of `--val` or `--source`, each with its part."""
+    """List the classes, and the images of DATA, `--val` and `--source`, each with its part."""
     classes, rows = list_images(settings.data)
     if settings.val:
         rows += list_others(settings.val, "val", classes, rows)
@@ -1139,15 +1139,12 @@ def list_rows(settings: Settings) -> tuple[list[str], list[Row]]:
     return classes, rows
 
 
-def load_data(
-    settings: Settings, classes: list[str], rows: list[Row], known: Tensor | None = None
-) -> Data:
-    """The images of a new run, of those that were listed.
+def load_data(settings: Settings, classes: list[str], rows: list[Row], known: Tensor) -> Data:
+    """Read the listed images for a new run and decide who learns and who judges.
 
     `known` are the digests of the images that the network has learnt before: neither these nor
     their families judge it. Broken images are named and left out.
     """
-    known = torch.empty(0, dtype=torch.int64) if known is None else known
     checked = check_images([row.path for row in rows])
     unreadable = [row.path for row in rows if row.path not in checked]
     rows = [row for row in rows if row.path in checked]
@@ -1162,7 +1159,6 @@ def load_data(
         rows,
         families=families,
         digests=digests,
-        known=known,
         white=pick_whites(checked),
         unreadable=unreadable,
     )
@@ -1172,7 +1168,7 @@ def load_data(
 
 
 def make_data(classes: list[str], rows: list[Row], **found: Any) -> Data:
-    """The table of the images in `rows`, with what was `found` in their files."""
+    """Build the table of the images in `rows`, with what was `found` in their files."""
     return Data(
         classes=classes,
         paths=[row.path for row in rows],
@@ -1186,7 +1182,7 @@ def make_data(classes: list[str], rows: list[Row], **found: Any) -> Data:
 
 
 def leave_relatives(data: Data, seen: Tensor) -> Data:
-    """The images without those that would judge a network that knows them.
+    """Leave out images that would judge a network that knows them.
 
     These are copies and relatives of training images, and images that the network has `seen`
     before, (N,) bool.
@@ -1233,7 +1229,7 @@ def check_parts(settings: Settings, data: Data, seen: bool) -> None:
 
 
 def take_split(table: Path, rows: list[Row]) -> list[Row]:
-    """The rows that the table `--split` names, each with its part; the others are counted."""
+    """Return the rows that the table `--split` names, each with its part; count the others."""
     added = {row.name: row.part == "source" for row in rows}
     parts: dict[str, str] = {}
     wrong = []
@@ -1257,7 +1253,7 @@ def take_split(table: Path, rows: list[Row]) -> list[Row]:
 
 
 def list_images(root: Path) -> tuple[list[str], list[Row]]:
-    """The classes of `root` and its images, all of part "train" for now."""
+    """List the classes of `root` and its images, all of part "train" for now."""
     classes = list_folders(root)
     if len(classes) < 2:
         raise DataError(f"{root}: fewer than two classes; pass the folder that holds the classes")
@@ -1275,12 +1271,12 @@ def list_images(root: Path) -> tuple[list[str], list[Row]]:
 
 
 def list_folders(root: Path) -> list[str]:
-    """The names of the folders in `root`, sorted, without hidden ones."""
+    """List the names of the folders in `root`, sorted, without hidden ones."""
     return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != ".")
 
 
 def list_others(root: Path, part: str, classes: list[str], ours: list[Row]) -> list[Row]:
-    """The images of `--val`, or those of `--source` that have other names than `ours`."""
+    """List the images of `--val`, or those of `--source` that have other names than `ours`."""
     if strange := ", ".join(sorted(set(list_folders(root)).difference(classes))):
         raise DataError(f"--{part} {root}: not classes of DATA: {strange}; rename or remove")
     rows, _ = make_rows(root, classes, part)
@@ -1289,7 +1285,7 @@ def list_others(root: Path, part: str, classes: list[str], ours: list[Row]) -> l
 
 
 def make_rows(root: Path, classes: list[str], part: str) -> tuple[list[Row], list[str]]:
-    """The images in the class folders of `root`, and the other files there.
+    """List the images in the class folders of `root`, and the other files there.
 
     They come by class, and in a class by folder and name, as `torchvision.datasets.ImageFolder`
     lists them.
@@ -1310,7 +1306,7 @@ def make_rows(root: Path, classes: list[str], part: str) -> tuple[list[Row], lis
 
 
 def walk_files(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
-    """The path of every file below `folder`, links followed and hidden files and folders left out.
+    """Yield the path of every file below `folder`; follow links, leave out what is hidden.
 
     Raises `DataError` for a link that leads back to one of the folders `above` it.
     """
@@ -1351,7 +1347,7 @@ def refuse_parts(root: Path, rows: list[Row]) -> None:
 
 
 def find_families(settings: Settings, rows: list[Row], digests: Sequence[int]) -> list[int]:
-    """A number for each row, the same in a family: copies, and what `--group` keeps together."""
+    """Return a number for each row, the same in a family: copies, and what `--group` matches."""
     parent: dict[int | str, int | str] = {}  # a forest (union-find), in which each tree is a family
 
     def root(key: int | str) -> int | str:
@@ -1395,7 +1391,7 @@ def suggest_group(rows: list[Row]) -> None:
 def hold_images(
     settings: Settings, rows: list[Row], families: Sequence[int], seen: Sequence[bool]
 ) -> list[Row]:
-    """The rows, each with the fold that holds it out; families stay together.
+    """Return the rows, each with the fold that holds it out; families stay together.
 
     Images that the network has `seen` before are not held out, unless the user has named them.
     """
@@ -1417,7 +1413,7 @@ def hold_images(
 def cut_folds(
     settings: Settings, rows: list[Row], families: Sequence[int], seen: Sequence[bool]
 ) -> list[Row]:
-    """The rows of DATA cut into `--folds` parts; other images test all networks together."""
+    """Cut the rows of DATA into `--folds` parts; other images test all networks together."""
     held = [row._replace(held=EVERY if row.part == "train" else TEST) for row in rows]
     ours = [i for i, row in enumerate(rows) if row.part == "train" and not seen[i]]
     check_folds(settings, rows, families, ours)
@@ -1466,7 +1462,7 @@ def deal(
     shares: Sequence[float],
     settled: Collection[Any] = (),
 ) -> list[int]:
-    """The part that each image goes to, so that each part gets about its share of each class.
+    """Return the part of each image, so that each part gets about its share of each class.
 
     The families that are `settled` go to the first part. The others, largest first and otherwise in
     `order`, go where they bring the counts closest to those wanted, by the sum over classes of
@@ -1510,7 +1506,7 @@ def deal(
 
 
 def share_out(counts: Mapping[int, int], shares: Sequence[float]) -> list[dict[int, float]]:
-    """How many images of each class each part should get; whole numbers if there are two parts."""
+    """Return how many images of each class each part should get; of two parts whole numbers."""
     wanted = [{label: share * count for label, count in counts.items()} for share in shares]
     if len(shares) == 2:
         for label, count in counts.items():
@@ -1597,14 +1593,14 @@ def check_image(path: str) -> Checked | str:
 
 
 def read_bytes(path: str) -> bytes:
-    """The content of a regular file; to open a pipe would wait for ever."""
+    """Return the content of a regular file; to open a pipe would wait for ever."""
     if not os.path.isfile(path):
         raise DataError(f"{printable(path)}: no regular file; remove it")
     return Path(path).read_bytes()
 
 
 def digest(content: bytes) -> int:
-    """The first 64 bits of the SHA-256 of `content`, as a signed integer.
+    """Return the first 64 bits of the SHA-256 of `content`, as a signed integer.
 
     That any of a million images has the digest of one of a million others is a chance of 1 in 18
     million.
@@ -1613,7 +1609,7 @@ def digest(content: bytes) -> int:
 
 
 def deep_pixels(picture: Image.Image, content: bytes) -> tuple[str, np.ndarray[Any, Any]]:
-    """The kind and the values of an image of more than 8 bits a channel; "" and none of others.
+    """Return kind and values of an image of more than 8 bits a channel, else "" and none.
 
     "I" are whole numbers, "F" fractions; (height, width) or (height, width, 3).
     """
@@ -1628,7 +1624,7 @@ def deep_pixels(picture: Image.Image, content: bytes) -> tuple[str, np.ndarray[A
 
 
 def pick_whites(checked: Mapping[str, Checked]) -> dict[str, float]:
-    """The value that is white in images of more than 8 bits, by kind.
+    """Return the value that is white in images of more than 8 bits, by kind.
 
     One for all images of a kind: it must be the same in training and in use, files rarely tell
     how many of their 16 bits are used, and a white of each image's own would make a dark image as
@@ -1648,13 +1644,13 @@ def pick_whites(checked: Mapping[str, Checked]) -> dict[str, float]:
 
 
 def pick_white(kind: str, peak: float) -> float:
-    """The value that is white if no pixel exceeds `peak`: the next usual one, else that itself."""
+    """Return what is white if no pixel exceeds `peak`: the next usual value, else that itself."""
     usual = (255, 1023, 4095, 16383, 65535) if kind == "I" else (1, 255, 4095, 65535)
     return next((white for white in usual if peak <= white), peak)
 
 
 def read_image(path: str, white: Mapping[str, float], least: int = 0) -> Tensor:
-    """The image upright and in RGB, what is transparent over white: (3, height, width) uint8.
+    """Decode an image upright and in RGB, over white where transparent: (3, H, W) uint8.
 
     With `least` an image of over twice the pixels of `least` x `least` is shrunk, for training,
     evaluation and `--predict` alike. Raises `DataError` if the file cannot be decoded.
@@ -1689,7 +1685,7 @@ def read_image(path: str, white: Mapping[str, float], least: int = 0) -> Tensor:
 
 
 def to_8_bits(picture: Image.Image, values: np.ndarray[Any, Any], white: float) -> Image.Image:
-    """A picture of more than 8 bits with `values` scaled so that `white` is 255; darker is kept."""
+    """Return a picture of 8 bits with `values` scaled so that `white` is 255."""
     if not 0 <= values.min() <= values.max() < math.inf:
         raise ValueError("below 0 or not finite")
     scaled = (values.clip(0, white) * (255 / white) + 0.5).astype(np.uint8)
@@ -1701,7 +1697,7 @@ def to_8_bits(picture: Image.Image, values: np.ndarray[Any, Any], white: float) 
 
 
 def shrink(image: Tensor, least: int) -> Tensor:
-    """The image with its shorter side brought to `least` pixels, by the mean of what it covers.
+    """Bring the shorter side to `least` pixels; each pixel is the mean of what it covers.
 
     The colours of a pixel stay side by side in memory, as decoders leave them: crops are taken
     faster from that.
@@ -1720,7 +1716,7 @@ class Copies(NamedTuple):
     lock: int | None = None  # of process 0, while it reads; None where there is no folder
 
     def load(self, index: int) -> Tensor | None:
-        """The copy of an image, if there is one: (3, height, width) uint8."""
+        """Load the copy of an image, if there is one: (3, H, W) uint8."""
         try:
             return torch.from_numpy(np.load(f"{self.folder}/{index}.npy")).permute(2, 0, 1)
         except OSError:
@@ -1744,7 +1740,7 @@ class Copies(NamedTuple):
 
 
 def make_copies() -> Copies:
-    """An empty folder for copies, at most a quarter of the free disk; those of killed runs go."""
+    """Make a folder for copies, at most a quarter of the free disk; remove those of killed runs."""
     try:
         remove_leftovers(tempfile.gettempdir())
         home = Path(tempfile.mkdtemp(prefix=COPIES))
@@ -1783,7 +1779,7 @@ class Images(Dataset[tuple[Tensor, int]]):
     copies: Copies
 
     def __getitem__(self, item: Sequence[int]) -> tuple[Tensor, int]:
-        """The image as (size, size, 3) uint8, and its label."""
+        """Return the image as (S, S, 3) uint8, and its label."""
         index, seed = map(int, item)
         transform = self.evaluation if seed == EVALUATED else self.training
         image = self.read(index)
@@ -1791,7 +1787,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         return transform(image).permute(1, 2, 0), int(self.data.labels[index])
 
     def read(self, index: int) -> Tensor:
-        """The image, shrunk, from its copy if there is one: (3, height, width) uint8."""
+        """Return the image, shrunk, from its copy if there is one: (3, H, W) uint8."""
         copied = self.copies.load(index)
         if copied is not None:
             return copied
@@ -1814,7 +1810,7 @@ class Reader:
     """
 
     def __init__(self, given: Given):
-        """A reader of the images of a run."""
+        """Read the images of a run."""
         settings, data = given.settings, given.data
         self.compute = given.compute
         self.copies = first_makes(make_copies, given.compute)
@@ -1837,7 +1833,7 @@ class Reader:
             iter(self.loader)  # its workers start: once NCCL runs, a fork may hang (docs of DDP)
 
     def read(self, batches: Sequence[Tensor], title: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (B, S, S, 3) uint8 and labels (B,) of `batches`, behind a progress bar."""
+        """Yield images (B, S, S, 3) uint8 and labels (B,) of `batches`, behind a progress bar."""
         self.described = self.described or self.copies.describe()
         self.batches[:] = [batch.numpy() for batch in batches]
         loaded = iter(self.loader)
@@ -1853,7 +1849,7 @@ class Features(NamedTuple):
     compute: Compute
 
     def read(self, batches: Sequence[Tensor], title: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features (B, D) float32 and labels (B,) of `batches`, behind a progress bar."""
+        """Yield features (B, D) float32 and labels (B,) of `batches`, behind a progress bar."""
         for batch in show_progress(batches, title, self.compute):
             yield self.table[batch[:, 0]].float(), self.labels[batch[:, 0]]
 
@@ -1885,7 +1881,7 @@ def extract_features(given: Given, model: models.ResNet, reader: Reader) -> Tens
 
 
 def show_progress(batches: Sequence[Tensor], title: str, compute: Compute) -> Iterable[Tensor]:
-    """`batches` behind a progress bar, where stderr is a terminal: that of process 0 alone."""
+    """Put `batches` behind a progress bar where stderr is a terminal, in process 0 alone."""
     hidden = compute.rank > 0 or None  # None: unless it is a terminal
     return tqdm(batches, title, unit=" batches", leave=False, disable=hidden)
 
@@ -1894,12 +1890,12 @@ class RandomQuarterTurn(nn.Module):
     """Turns an image by 0, 90, 180 or 270 degrees."""
 
     def forward(self, image: Tensor) -> Tensor:
-        """One of the four, at random."""
+        """Turn an image by one of the four, at random."""
         return image.rot90(int(torch.randint(4, ())), (-2, -1))
 
 
 def transforms(settings: Settings) -> tuple[nn.Module, nn.Module]:
-    """For training a random crop, at random mirrored; for evaluation the central square, larger."""
+    """Return the transforms for training (a random crop, mirrored or not) and for evaluation."""
     size = settings.image_size
     larger = eval_size(settings.image_size)
     crop = v2.RandomResizedCrop(size, (settings.crop_scale, 1.0))
@@ -1909,12 +1905,12 @@ def transforms(settings: Settings) -> tuple[nn.Module, nn.Module]:
 
 
 def central_square(size: int) -> nn.Module:
-    """The view of evaluation."""
+    """Return the transform of evaluation: the central square, `size` pixels a side."""
     return v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
 
 
 def least_side(settings: Settings) -> int:
-    """The pixels a side of an image whose smallest crop is not enlarged; evaluation takes fewer.
+    """Return the pixels a side that an image needs for its smallest crop not to be enlarged.
 
     A crop shows `--crop-scale` of the area at least, in proportions up to 3 : 4.
     """
@@ -1922,7 +1918,7 @@ def least_side(settings: Settings) -> int:
 
 
 def eval_size(size: int) -> int:
-    """The side of the images that are evaluated, for training crops of `size`: 256 for 224.
+    """Return the side of the images that are evaluated, for crops of `size`: 256 for 224.
 
     A last feature map with a part of a cell more, 3 x 3 for 2 x 2, can ruin a small network.
     """
@@ -2149,7 +2145,7 @@ def compare(
 
 SMALL_FOLDER = 2500  # files; of fewer images, batches are smaller
 RECORDED = ("train_images", "natural", "least_side")  # what a network that is only judged keeps
-STATE_FORMAT = 1  # of the state of a stopped run, to be raised where another one cannot be read
+STATE_FORMAT = 2  # of the state of a stopped run, to be raised where another one cannot be read
 RATE = 3e-4  # of AdamW, for pretrained weights
 SCRATCH_RATE = 1e-3  # and for random ones
 
@@ -2164,7 +2160,8 @@ def prepare(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
     refuse_used(settings.output)  # once more: another run may just have ended there
     classes, rows = list_rows(settings)  # in no time, before weights may be downloaded
     content = content or load_pretrained(settings)
-    data = load_data(settings, classes, rows, content.get("learnt"))
+    known = content.get("learnt", torch.empty(0, dtype=torch.int64))
+    data = load_data(settings, classes, rows, known)
     check_batches(settings, data, compute.world_size)
     baseline = load_baseline(settings.baseline, data) if settings.baseline else None
     torch.manual_seed(settings.seed)
@@ -2178,7 +2175,7 @@ def prepare(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
             data = data._replace(learnt=torch.tensor(recorded["train_images"]))
     elif settings.weights != "none":
         rescale(model)
-    given = Given(settings, data, baseline, origin, compute, recorded)
+    given = Given(settings, data, known, baseline, origin, compute, recorded)
     draws = torch.zeros(len(data.classes), dtype=torch.int64)
     progress = Progress(copy_state(model), model, history=[], draws=draws)
     write_file(settings.output / "split.csv", format_table(list_split(data)))
@@ -2286,7 +2283,7 @@ def check_batches(settings: Settings, data: Data, processes: int) -> None:
 
 
 def read_table(path: Path, *columns: str) -> list[dict[str, str]]:
-    """The rows of a CSV file; `DataError` if there are none, or not with all of `columns`."""
+    """Read the rows of a CSV file; `DataError` if there are none, or not with all of `columns`."""
     reason = "no rows with these columns"
     try:
         # Spreadsheets begin UTF-8 with a mark, which is no part of the first name.
@@ -2360,7 +2357,7 @@ def save_tensors(path: Path, value: Any) -> None:
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Rows with the same columns as CSV; fractions with six digits, names unaltered."""
+    """Format rows with the same columns as CSV; fractions with six digits, names unaltered."""
     lines: list[str] = []
     # The writer quotes what is part of its line ends: with these every carriage return in a name.
     # It hands over a row at a time, whose own line end becomes "\n".
@@ -2374,7 +2371,7 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def to_rows(columns: Mapping[str, Sequence[Any] | Tensor]) -> Rows:
-    """A row for each place of the columns."""
+    """Return a row for each place of the columns."""
     lists = [x.tolist() if isinstance(x, Tensor) else x for x in columns.values()]
     return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
 
@@ -2486,7 +2483,7 @@ def write_network(given: Given, states: list[dict[str, Tensor]], fitted: Calibra
         weight = state["fc.weight"] * fitted.scale
         bias = state["fc.bias"] * fitted.scale - shift
         networks.append(state | {"fc.weight": weight, "fc.bias": bias})
-    learnt = data.digests[data.trained()] if settings.epochs else data.known
+    learnt = data.digests[data.trained()] if settings.epochs else given.known
     content = {
         "arch": settings.arch,
         "classes": data.classes,
@@ -2497,7 +2494,7 @@ def write_network(given: Given, states: list[dict[str, Tensor]], fitted: Calibra
         "eval_size": eval_size(settings.image_size),
         "least_side": least_side(settings),  # what large images are shrunk to
         "white": data.white,
-        "learnt": torch.cat([data.known, learnt]).unique(),  # digests of images, see `digest`
+        "learnt": torch.cat([given.known, learnt]).unique(),  # digests of images, see `digest`
         "networks": networks,
     }
     save_tensors(settings.output / NETWORK, content | given.recorded)
@@ -2512,6 +2509,7 @@ def save_state(given: Given, progress: Progress) -> None:
         "format": STATE_FORMAT,
         "settings": settings | {k: str(v) for k, v in settings.items() if v and k in PATHS},
         "data": data,
+        "known": given.known,
         "baseline": given.baseline,
         "history": progress.history,
         "draws": progress.draws,
@@ -2556,7 +2554,14 @@ def load_run(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
         settings = replace(settings, amp=args.amp)
     data = find_again(settings, state["data"])
     check_batches(settings, data, compute.world_size)
-    given = Given(settings, data, state["baseline"], "as it was stopped", compute)
+    given = Given(
+        settings=settings,
+        data=data,
+        known=state["known"],
+        baseline=state["baseline"],
+        origin="as it was stopped",
+        compute=compute,
+    )
     progress = Progress(
         start=load_tensors(output / START, "--resume", "start a new run"),
         model=build_model(settings.arch, data.classes, {"networks": [state["model"]]})[0],

@@ -459,7 +459,7 @@ def grow(images: int, folder: Path) -> dict[str, float]:
     numbers = range(len(found))
     held = training.hold_images(settings, found, numbers, [False] * len(found))
     columns = {"families": torch.tensor(numbers), "digests": torch.tensor(numbers)}
-    columns |= {"known": torch.empty(0), "white": {}, "unreadable": []}
+    columns |= {"white": {}, "unreadable": []}
     data = training.make_data(classes, held, **columns)
     train, val = data.learns(0), data.judges(0)
     lap("split")
@@ -469,7 +469,9 @@ def grow(images: int, folder: Path) -> dict[str, float]:
     lap("draw")
     training.cut_batches(drawn, 64, training.seeded("augment", 0, 1))
     lap("batches")
-    given = training.Given(settings, data, baseline=None, origin="", compute=compute)
+    given = training.Given(
+        settings, data, known=train[:0], baseline=None, origin="", compute=compute
+    )
     logits = F.one_hot(data.labels[val].roll(1), len(classes)).float()
     last = training.judge(given, {0: logits})
     training.count_draws(data, 0, drawn)

@@ -97,7 +97,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("data") / "src", {"ape": 30, "bee": 18, "cat": 9})
 
 
-def load(folder: Path, *arguments: str, known: torch.Tensor | None = None) -> training.Data:
+NOTHING = torch.empty(0, dtype=torch.int64)  # that the network has learnt before
+
+
+def load(folder: Path, *arguments: str, known: torch.Tensor = NOTHING) -> training.Data:
     """The images of the folder, as the script reads them; the network has learnt the `known`."""
     args = training.parse_args([str(folder), *arguments])
     return training.load_data(args, *training.list_rows(args), known)
@@ -109,7 +112,7 @@ def images(labels: list[int], held: list[int], folds: int = 1, **others: Any) ->
     parts = ["val" if fold == 0 else "train" for fold in held]
     numbers = torch.arange(len(labels))
     fields = {"classes": ["no", "yes"], "paths": names, "names": names, "parts": parts}
-    fields |= {"labels": torch.tensor(labels), "held": torch.tensor(held), "known": numbers[:0]}
+    fields |= {"labels": torch.tensor(labels), "held": torch.tensor(held)}
     fields |= {"families": numbers, "digests": numbers, "white": {}, "related": 0}
     data = training.Data(**fields | {"unreadable": []} | others)
     assert data.folds == folds

@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import (
     CPU,
+    NOTHING,
     TINY,
     Run,
     Trigger,
@@ -432,7 +433,7 @@ def invent(case: str, folder: Path) -> Run:
         return noise + skill * torch.nn.functional.one_hot(labels[places], classes)
 
     before = answer(1.5).argmax(1) if case in ("hostile", "many") else None
-    given = training.Given(settings=settings, data=data, baseline=before, origin="", compute=CPU)
+    given = training.Given(settings, data, NOTHING, before, origin="", compute=CPU)
     cut = [len(data.judges(fold)) for fold in range(folds)]
     last = training.judge(given, dict(enumerate(answer(3.0).split(cut))))
     losses = [math.nan, *(3 / epoch for epoch in range(1, 11))]
