@@ -502,7 +502,7 @@ class Trainer:
         self.mean: list[Tensor] = []  # of the weights after each step so far
 
     def rate(self) -> float:
-        """Return the learning rate of the next step, that of the backbone if it is trained."""
+        """Return the learning rate of the next step; of the head alone, that of its bias."""
         return float(self.scheduler.get_last_lr()[-1])
 
     def step(self, loss: Tensor) -> None:
@@ -1676,6 +1676,8 @@ def read_image(path: str, white: Mapping[str, float], least: int = 0) -> Tensor:
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        if large and picture.mode == "L":  # one channel is shrunk in a third of the time
+            return shrink(v2.functional.pil_to_tensor(picture), least)
         image = v2.functional.pil_to_tensor(picture.convert("RGB"))
         return shrink(image, least) if large else image
     except Exception as error:  # Pillow raises nearly anything on a broken file
@@ -1699,10 +1701,11 @@ def to_8_bits(picture: Image.Image, values: np.ndarray[Any, Any], white: float) 
 def shrink(image: Tensor, least: int) -> Tensor:
     """Bring the shorter side to `least` pixels; each pixel is the mean of what it covers.
 
-    The colours of a pixel stay side by side in memory, as decoders leave them: crops are taken
-    faster from that.
+    The colours of a pixel lie side by side in memory, as decoders leave them: crops are taken
+    faster from that. One channel becomes three.
     """
-    return v2.functional.resize(image, [least]).permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    small = v2.functional.resize(image, [least]).expand(3, -1, -1)
+    return small.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
 class Copies(NamedTuple):
@@ -3746,8 +3749,8 @@ def make_parser() -> OneLineParser:
     add("--power", "P", zero_to_ten, 1.0, "the sampler weighs by 1 / count ** P; 0.5: square root")
     add("--batch-size", "N", at_least_one, "auto", "images per step, over all processes; auto: 64, "
         f"or 32 where DATA has under {SMALL_FOLDER:,} files, and at least 8 for each process")
-    add("--lr", "X", positive, "auto", "highest learning rate of all layers but the head, for "
-        f"AdamW; auto: {RATE:g}, with --weights none {SCRATCH_RATE:g}")
+    add("--lr", "X", positive, "auto", "highest learning rate of AdamW, which trains all "
+        f"layers; auto: {RATE:g}, with --weights none {SCRATCH_RATE:g}")
     group.add_argument("--no-calibration", action="store_true",
         help="keep the outputs as trained, which favour frequent classes and are too sure")
     group = parser.add_argument_group("use")
