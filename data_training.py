@@ -604,6 +604,7 @@ def train_epoch(
 
 
 PRIOR = 2.0  # images for which what calibration expects counts
+CALIBRATION_PARTS = 5  # of the validation images; of two, one is too little to fit numbers on
 LEFT = 1.0  # log class shares that balanced training leaves in the logits, on most sets
 LEAST_SCALE = 0.01
 LEAST_SPREAD = 0.05  # of log shares; what differs less in frequency is not shifted by much
@@ -697,7 +698,7 @@ def judge(given: Given, logits_of_folds: Mapping[int, Tensor]) -> Evaluation:
     """Evaluate the logits of one or more folds by the images that judge these.
 
     Calibration is cross-fitted: no image influences its own numbers. They are fitted on the images
-    of the other folds, or, with one fold, on the other half of its images; families stay together.
+    of the other folds, or, with one fold, of its other parts; families stay together.
     """
     settings, data = given.settings, given.data
     places = torch.cat([data.judges(fold) for fold in logits_of_folds])
@@ -705,7 +706,7 @@ def judge(given: Given, logits_of_folds: Mapping[int, Tensor]) -> Evaluation:
     targets = data.labels[places]
     if not (settings.epochs and settings.calibrate):
         return assess(given, places, logits, Calibration())
-    parts = pick_half(targets, data.families[places]).long()
+    parts = cut_parts(targets, data.families[places])
     if len(logits_of_folds) > 1:
         folds = [torch.full((len(part),), fold) for fold, part in logits_of_folds.items()]
         parts = torch.cat(folds)
@@ -769,15 +770,15 @@ def natural_shift(given: Given) -> Tensor:
     return given.recorded.get("natural", shift)
 
 
-def pick_half(targets: Tensor, families: Tensor) -> Tensor:
-    """Choose half of M images at random, of every class half of the families: (M,) bool."""
+def cut_parts(targets: Tensor, families: Tensor) -> Tensor:
+    """Cut M images at random into parts with as many families of each class: (M,) int64."""
     unique, family = families.unique(return_inverse=True)
     labels = torch.zeros_like(unique).scatter(0, family, targets)  # the class of each family
-    order = torch.randperm(len(unique), generator=seeded("half", 0, 0))
+    order = torch.randperm(len(unique), generator=seeded("parts", 0, 0))
     order = order[labels[order].argsort(stable=True)]
-    half = torch.zeros(len(unique), dtype=torch.bool)
-    half[order[::2]] = True
-    return half[family]
+    part = torch.zeros_like(unique)
+    part[order] = torch.arange(len(unique)) % CALIBRATION_PARTS
+    return part[family]
 
 
 def class_weights(targets: Tensor) -> Tensor:

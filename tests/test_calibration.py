@@ -149,16 +149,18 @@ def test_a_part_of_very_many_logits_is_enough_and_misses_no_class(monkeypatch):
     assert chosen[995:998].all() and 10 <= chosen.sum() <= 13
 
 
-def test_each_class_is_halved_at_random():
+def test_each_class_is_cut_at_random_into_five_parts():
     targets = torch.tensor([0] * 100 + [1] * 7 + [2] + [0] * 100)
     alone = torch.arange(len(targets))
-    half = training.pick_half(targets, alone)
-    assert half[targets == 0].sum() == 100 and half[targets == 1].sum() in (3, 4)
-    assert torch.equal(half, training.pick_half(targets, alone))
-    assert 30 < half[:100].sum() < 70 and len(set(half[:10].tolist())) == 2
-    half = training.pick_half(torch.tensor([0] * 40 + [1] * 20), torch.arange(60) // 10)
-    assert all(len(set(family)) == 1 for family in half.reshape(6, 10).tolist())
-    assert half[:40].sum() == 20 and half[40:].sum() == 10
+    part = training.cut_parts(targets, alone)
+    assert torch.bincount(part[targets == 0]).tolist() == [40] * 5
+    assert sorted(torch.bincount(part[targets == 1], minlength=5).tolist()) == [1, 1, 1, 2, 2]
+    assert torch.equal(part, training.cut_parts(targets, alone))
+    assert 5 < (part[:100] == 0).sum() < 35 and len(set(part[:20].tolist())) == 5
+    part = training.cut_parts(torch.tensor([0] * 50 + [1] * 100), torch.arange(150) // 10)
+    assert all(len(set(family)) == 1 for family in part.reshape(15, 10).tolist())
+    assert torch.bincount(part[:50]).tolist() == [10] * 5
+    assert torch.bincount(part[50:]).tolist() == [20] * 5
 
 
 def answers_of(data: training.Data) -> dict[int, Tensor]:
@@ -178,7 +180,7 @@ def test_no_image_is_judged_by_numbers_that_were_fitted_on_it(flags, animals, tm
     answers = answers_of(data)
     judged = training.judge(given, answers)
     logits, targets = torch.cat([*answers.values()]), data.labels[data.judged()]
-    part = training.pick_half(targets, data.families[data.judged()]).long()
+    part = training.cut_parts(targets, data.families[data.judged()])
     if flags:
         part = data.held[data.judged()]
     for each in part.unique():
