@@ -100,6 +100,17 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch, folder: Path, room: int) -> None:
     monkeypatch.setattr(shutil, "disk_usage", usage)
 
 
+def test_a_large_grey_image_is_shrunk_as_one_of_three_equal_channels(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (90, 70), dtype=np.uint8)
+    for name, picture in (("one", values), ("three", np.stack([values] * 3, 2))):
+        Image.fromarray(picture).save(tmp_path / f"{name}.tif")
+    grey, colour = (
+        training.read_image(str(tmp_path / f"{x}.tif"), {}, 30) for x in ("one", "three")
+    )
+    assert grey.shape == (3, 38, 30) and torch.equal(grey, colour)
+    assert grey.stride() == colour.stride()
+
+
 def test_copies_change_no_pixel_and_are_read_instead_of_the_originals(
     large, temporary, tmp_path, monkeypatch
 ):
