@@ -187,6 +187,7 @@ class Progress:
     draws: Tensor  # how often images of each class were drawn so far: (C,) int64
     head: dict[str, Tensor] = field(default_factory=dict)  # as the stage "head" left it
     logits: Tensor = torch.empty(0)  # of the images that judged the last epoch: (M, C)
+    judged: Any = None  # the `Evaluation` of these
     finished: list[Fold] = field(default_factory=list)
     stored: dict[str, Any] = field(default_factory=dict)  # a trainer's state, to go on from once
     trainer: Any = None  # a `Trainer`, from the first stage on
@@ -242,12 +243,13 @@ def add_epoch(given: Given, progress: Progress, stage: Stage, epoch: int, traine
     """Add an epoch to the progress of a run: its row of the history, its draws, its network."""
     data = given.data
     logits = progress.logits
+    progress.judged = judge(given, {stage.fold: logits})
     progress.history.append({
         "fold": stage.fold + 1,
         "epoch": epoch,
         "phase": stage.name,
         "train_loss": trained.loss,
-        **judge(given, {stage.fold: logits}).measures,
+        **progress.judged.measures,
         **count_draws(data, stage.fold, trained.drawn),
         "learning_rate": progress.trainer.rate(),
         "images_per_second": len(trained.drawn) / trained.seconds,
@@ -857,7 +859,7 @@ def store_epoch(given: Given, progress: Progress, stage_ends: bool) -> None:
         save_tensors(output / f"fold-{fold + 1}.pt", finished[fold]._asdict())
     logits = {place: done.logits for place, done in enumerate(finished)} | {fold: progress.logits}
     networks = [done.network for done in finished] or [copy_state(progress.model)]
-    evaluation = judge(given, logits)
+    evaluation = judge(given, logits) if fold else progress.judged
     write_network(given, networks, evaluation.calibration)
     save_state(given, progress)
     write_reports(given, progress, Result(evaluation))
