@@ -10,13 +10,13 @@
 
 DATA holds one folder per class; a part of each is kept for validation. Training images are drawn by
 a `WeightedRandomSampler` with weights 1 / (training images of the class), so that every class is
-seen about equally often. All layers are trained; on large data sets only the upper half, after its
-last layer alone, if a short trial shows that training all layers does harm. Two numbers, fitted on
-the validation images, remove the remaining bias towards frequent classes. What is reported and
-saved is calibrated so. With `--folds K` each of K networks is trained on all but one part of the
-images and judged by that part; together they vote. A run folder holds the network, the settings,
-the history, the recall of each class with its interval, the predictions, and a page that shows all
-of that, `report.html`.
+seen about equally often. All layers are trained. On large data sets the last layer is first, then a
+short trial of all layers; if that does harm, only the upper half is trained. Two numbers, fitted on
+the validation images, reduce the remaining bias towards frequent classes (calibration); results and
+network include it. With `--folds K` each of K networks is trained on all but one part of the images
+and judged by that part; together they vote. A run folder holds the network, the settings, the
+history, the recall of each class with its interval, the predictions, and a page that shows all of
+that, `report.html`.
 
 The sections of this file, in the order of the story:
 
@@ -99,21 +99,21 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-EVERY = -1  # in a fold's place: an image that every network learns
-TEST = -2  # and one that none ever sees
+EVERY = -1  # in place of the fold that holds an image out: every network learns it
+TEST = -2  # no network learns it; it tests their vote
 NETWORK = "network.pt"  # in a run folder
 STATE = "resume.pt"  # of a stopped run, beside it
 START = "start.pt"  # the networks before their first step
-# The part of the images that is right, and the mean recall of all classes and of those with many,
-# in between and with few training images; NaN where nothing was asked.
+# The part of the images that is right, and the mean recall: of all classes, and of those with many,
+# in between and few training images. NaN where there is no such class.
 MEASURES = ("accuracy", "balanced_accuracy", "many", "medium", "few")
 Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
 BATCH = 64  # images a step
 PATHS = ("data", "val", "source", "split", "output", "baseline")  # settings that are paths
-# What may be said beside `--resume` and `--predict`: where it runs, not what comes out.
+# Flags allowed with `--resume` (where it runs, not what comes out) and with `--predict`.
 WITH_RESUME = ("device", "workers", "amp")
 WITH_PREDICT = ("data", "output", "natural", "batch_size", *WITH_RESUME)
-if not dist.is_available():  # in a torch that is built for one process there is no more of it
+if not dist.is_available():  # this torch is built for one process only
     dist.is_initialized = dist.is_torchelastic_launched = lambda: False
 Rows = list[dict[str, Any]]
 
@@ -337,10 +337,9 @@ HEAD_STEPS = 1000  # at least, of training the head alone: on features they cost
 HEAD_RATE = 0.02  # of SGD, for features of squared length 512, as those of a ResNet-18
 HEAD_DECAY = 0.002  # its weight decay
 # On images like those that the weights were trained on, training all layers does more harm than
-# good. A trial of this many steps shows it, if that is at most a fifth of all. It has failed if its
-# loss is this many times that of the head alone: with more steps the rest would be won back.
+# good. A trial of this many steps shows it; it is made if that is at most a fifth of all steps.
 TRIAL_STEPS = 150
-TRIAL_FAILS = 1.2
+TRIAL_FAILS = 1.2  # times the loss of the head alone; more steps would make up for a smaller loss
 UPPER_FACTOR = 1 / 15  # times `--lr` for the upper half of a network that failed the trial
 LOWER = ("conv1.", "bn1.", "layer1.", "layer2.")  # the half below
 
@@ -365,7 +364,7 @@ def plan(given: Given, progress: Progress, fold: int) -> Iterator[Stage]:
 
     `--frozen-epochs` train the head alone first. On large data sets an epoch of its own does so,
     and the first epochs of all layers are a trial: if it does harm, the network goes back to its
-    head, and only its upper half is trained. The other folds do as the first one did.
+    head, and only its upper half is trained. The other folds skip the trial and follow its outcome.
     """
     settings = given.settings
     images = len(given.data.learns(fold))
@@ -487,7 +486,7 @@ class Trainer:
     """A network in training and what moves with it. It knows no files, and no epoch's number."""
 
     def __init__(self, model: Any, stage: Stage, optimizer: Optimizer, given: Given):
-        """Stand at the beginning of a stage."""
+        """Set up the beginning of a stage."""
         self.stage = stage
         self.optimizer = optimizer
         self.evaluated = model.fc if stage.on_features else model
@@ -540,12 +539,12 @@ class Trainer:
         """Go on with what was stored in this stage."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        if state["scaler"]:  # a scaler that was not needed stored nothing, and one that is asks
+        if state["scaler"]:  # an unused scaler stored nothing, and a used one refuses that
             self.scaler.load_state_dict(state["scaler"])
         for weight, kept in zip(self.weights, state["mean"], strict=False):
             self.mean.append(torch.empty_like(weight).copy_(kept))
         for weight, moments in self.optimizer.state.items():
-            for name, value in moments.items():  # kernels read both as they lie in memory
+            for name, value in moments.items():  # kernels need them in the same memory layout
                 if isinstance(value, Tensor) and value.shape == weight.shape:
                     moments[name] = torch.empty_like(weight).copy_(value)
 
@@ -605,9 +604,9 @@ def train_epoch(
 # ---------------------------------------------------------------------- evaluation and calibration
 
 
-PRIOR = 2.0  # images for which what calibration expects counts
+PRIOR = 2.0  # images that the expected values count as
 CALIBRATION_PARTS = 5  # of the validation images; of two, one is too little to fit numbers on
-LEFT = 1.0  # log class shares that balanced training leaves in the logits, on most sets
+LEFT = 1.0  # of the log class share: what balanced training leaves in the logits, on most sets
 LEAST_SCALE = 0.01
 LEAST_SPREAD = 0.05  # of log shares; what differs less in frequency is not shifted by much
 MOST_FITTED = 2**22  # logits that calibration is fitted on: more would tell two numbers little new
@@ -1532,8 +1531,9 @@ APART = 8  # largest values of images of over 8 bits that lie further apart get 
 # Pillow keeps the upper half of colours of 16 bits, which is black where 12 bits are used.
 DEEP_TIFF = "a TIFF with colours of over 8 bits"
 CONVERT = (  # 16 bits stay 16 bits
-    "import cv2, pathlib; [cv2.imwrite(f'{p}.png', cv2.imread(str(p), -1)) "
-    "for p in pathlib.Path('DATA').rglob('*') if p.suffix.lower() in ('.tif', '.tiff')]"
+    "import cv2, pathlib; [cv2.imwrite(f'{p}.png', i) for p in pathlib.Path('DATA').rglob('*.*') "
+    "if p.suffix.lower() in ('.tif', '.tiff') and (i := cv2.imread(str(p), -1)) is not None "
+    "and i.ndim == 3 and i.dtype == 'uint16']"
 )
 COPIED_TOGETHER = 100  # batches of features
 
@@ -1565,7 +1565,7 @@ def check_images(paths: list[str]) -> dict[str, Checked]:
             tqdm.write(f"warning: {printable(f'{path}: {result}')}; left out", sys.stderr)
     if deep:
         text = f"{deep} TIFFs have colours of over 8 bits, which Pillow cannot read. This writes a "
-        text += "PNG beside each TIFF below DATA: pip install opencv-python-headless && python -c "
+        text += "PNG beside each below DATA: pip install opencv-python-headless && python -c "
         print(f'warning: {text}"{CONVERT}"', file=sys.stderr)
     if several := [path for path, result in checked.items() if result.pages > 1]:
         text = f"{len(several)} TIFFs have several pages, of which only the first is read"
