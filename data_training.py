@@ -99,7 +99,7 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-EVERY = -1  # in place of the fold that holds an image out: every network learns it
+EVERY = -1  # instead of the fold that holds an image out: every network learns it
 TEST = -2  # no network learns it; it tests their vote
 NETWORK = "network.pt"  # in a run folder
 STATE = "resume.pt"  # of a stopped run, beside it
@@ -339,7 +339,7 @@ HEAD_DECAY = 0.002  # its weight decay
 # On images like those that the weights were trained on, training all layers does more harm than
 # good. A trial of this many steps shows it; it is made if that is at most a fifth of all steps.
 TRIAL_STEPS = 150
-TRIAL_FAILS = 1.2  # times the loss of the head alone; more steps would make up for a smaller loss
+TRIAL_FAILS = 1.2  # times the loss of the head alone; more steps would repair less harm
 UPPER_FACTOR = 1 / 15  # times `--lr` for the upper half of a network that failed the trial
 LOWER = ("conv1.", "bn1.", "layer1.", "layer2.")  # the half below
 
@@ -355,14 +355,14 @@ class Stage(NamedTuple):
     prepare: Callable[[Progress], None] | None = None  # brings the network to where it begins
     fold: int = 0
     epochs: range = range(0)
-    passes: int = 1  # times that as many images are drawn as there are, in an epoch
+    passes: int = 1  # times an epoch draws as many images as there are
     steps: int = 0  # of the optimizer, in all epochs
 
 
 def plan(given: Given, progress: Progress, fold: int) -> Iterator[Stage]:
     """Yield the stages of a fold in order; in most runs it is one, which trains all layers.
 
-    `--frozen-epochs` train the head alone first. On large data sets an epoch of its own does so,
+    `--frozen-epochs` train the head alone first. In long runs an epoch of its own does so,
     and the first epochs of all layers are a trial: if it does harm, the network goes back to its
     head, and only its upper half is trained. The other folds skip the trial and follow its outcome.
     """
@@ -375,22 +375,21 @@ def plan(given: Given, progress: Progress, fold: int) -> Iterator[Stage]:
     tried = count_trial(given)
     if tried and not head:
         head = range(0, 1)  # before all others
-    prepare: Callable[[Progress], None] | None = start_over
     if head:
         # Few images make few steps: they are drawn several times an epoch.
         passes = math.ceil(HEAD_STEPS * settings.batch_size / (len(head) * images))
         in_all = len(head) * math.ceil(passes * images / settings.batch_size)
-        yield HEAD._replace(fold=fold, epochs=head, passes=passes, steps=in_all, prepare=prepare)
-        prepare = None
+        yield HEAD._replace(fold=fold, epochs=head, passes=passes, steps=in_all, prepare=start_over)
     if tried and fold == 0:
         trial = others[:tried]
         others = others[tried:]
         yield TRIAL._replace(fold=fold, epochs=trial, steps=tried * steps, prepare=remember_head)
-    stage = WHOLE
-    if tried and first_makes(partial(trial_failed, progress), given.compute):
-        stage = UPPER
-        prepare = return_to_head if fold == 0 else None
+    failed = tried and first_makes(partial(trial_failed, progress), given.compute)
+    prepare = None if head else start_over  # after the head it goes on from there
+    if failed and fold == 0:
+        prepare = return_to_head
     if others:
+        stage = UPPER if failed else WHOLE
         yield stage._replace(fold=fold, epochs=others, steps=len(others) * steps, prepare=prepare)
 
 
@@ -518,7 +517,7 @@ class Trainer:
 
     @torch.no_grad()
     def average(self, steps: int) -> None:
-        """Add the weights after `steps` steps to their mean; after the last one they become it."""
+        """Add the weights after `steps` steps to their mean; after the last one, set them to it."""
         # `AveragedModel` does the same, but waits for the device at every step.
         if not self.mean:
             self.mean = [weight.detach().clone() for weight in self.weights]
@@ -573,7 +572,8 @@ def train_epoch(
     waited = 0.0
     total = torch.zeros((), device=compute.device)
     epochs_left = settings.epochs * settings.folds - epoch + 1
-    told = compute.rank > 0 or stage.fold > 0 or stage.on_features or epoch > stage.epochs[0]
+    # The first fold tells the time left, in the first epoch of a stage that trains on images.
+    time_told = compute.rank > 0 or stage.fold > 0 or stage.on_features or epoch > stage.epochs[0]
     ours = [batch[compute.rank :: compute.world_size] for batch in batches]
     loaded = iter(inputs.read(ours, f"training, {stage.name}"))
     for step, batch in enumerate(batches, 1):
@@ -588,7 +588,7 @@ def train_epoch(
         trainer.step(loss * (len(targets) * compute.world_size / len(batch)))
         total += loss.detach() * len(targets)
         seconds = time.perf_counter() - started
-        told = told or tell_time_left(seconds, step / len(batches), epochs_left)
+        time_told = time_told or tell_time_left(seconds, step / len(batches), epochs_left)
     next(loaded, None)  # which ends the progress bar
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -604,7 +604,7 @@ def train_epoch(
 # ---------------------------------------------------------------------- evaluation and calibration
 
 
-PRIOR = 2.0  # images that the expected values count as
+PRIOR = 2.0  # images: the weight of what is expected
 CALIBRATION_PARTS = 5  # of the validation images; of two, one is too little to fit numbers on
 LEFT = 1.0  # of the log class share: what balanced training leaves in the logits, on most sets
 LEAST_SCALE = 0.01
