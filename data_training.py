@@ -10,13 +10,14 @@
 
 DATA holds one folder per class; a part of each is kept for validation. Training images are drawn by
 a `WeightedRandomSampler` with weights 1 / (training images of the class), so that every class is
-seen about equally often. All layers are trained. On large data sets the last layer is first, then a
-short trial of all layers; if that does harm, only the upper half is trained. Two numbers, fitted on
-the validation images, reduce the remaining bias towards frequent classes (calibration); results and
-network include it. With `--folds K` each of K networks is trained on all but one part of the images
-and judged by that part; together they vote. A run folder holds the network, the settings, the
-history, the recall of each class with its interval, the predictions, and a page that shows all of
-that, `report.html`.
+seen about equally often. The last layer alone is trained first, then all layers; where the last
+layer alone is surely better, as on photographs that the weights know, it is kept. On large data
+sets all layers are tried for a while; if that does harm, only the upper half is trained. Two
+numbers, fitted on the validation images, reduce the remaining bias towards frequent classes
+(calibration); results and network include it. With `--folds K` each of K networks is trained on all
+but one part of the images and judged by that part; together they vote. A run folder holds the
+network, the settings, the history, the recall of each class with its interval, the predictions, and
+a page that shows all of that, `report.html`.
 
 The sections of this file, in the order of the story:
 
@@ -212,7 +213,7 @@ def run(args: Namespace) -> None:
     precision = pick_precision(compute.device, given.settings.amp)
     compute = compute._replace(amp=agree_precision(precision))
     given = replace(given, compute=compute)
-    settings, data = given.settings, given.data
+    settings = given.settings
     progress.model.to(compute.device, memory_format=memory_format(compute.device))
     reader = Reader(given)
     if compute.rank == 0:
@@ -230,20 +231,43 @@ def run(args: Namespace) -> None:
                     continue
                 drawn = draw_epoch(given, stage, epoch)
                 trained = train_epoch(given, progress.trainer, drawn, epoch, inputs)
-                network = progress.trainer.evaluated
-                progress.logits = evaluate(given, network, inputs, data.judges(fold))
-                add_epoch(given, progress, stage, epoch, trained)
+                judge_epoch(given, progress, epoch, inputs)
+                add_epoch(given, progress, epoch, trained)
                 if compute.rank == 0:
                     store_epoch(given, progress, stage_ends=epoch == stage.epochs[-1])
                     print(format_epoch(progress.history[-1], settings), flush=True)
     finish(given, progress, reader)
 
 
-def add_epoch(given: Given, progress: Progress, stage: Stage, epoch: int, trained: Trained) -> None:
+def judge_epoch(given: Given, progress: Progress, epoch: int, inputs: Inputs) -> None:
+    """Judge the network after an epoch by the validation images.
+
+    After the last epoch of all layers the head alone is judged again, and kept if it is surely
+    better: on photographs that the weights know already, training all layers does harm.
+    """
+    stage, model = progress.trainer.stage, progress.model
+    places = given.data.judges(stage.fold)
+    progress.logits = evaluate(given, progress.trainer.evaluated, inputs, places)
+    progress.judged = judge(given, {stage.fold: progress.logits})
+    if epoch < given.settings.epochs or stage.on_features or not progress.head:
+        return
+    end = copy_state(model)
+    return_to_head(progress)
+    logits = evaluate(given, model, inputs, places)
+    judged = judge(given, {stage.fold: logits})
+    is_better = partial(is_surely_better, judged, progress.judged, given.data.families[places])
+    if first_makes(is_better, given.compute):
+        progress.logits = logits
+        progress.judged = judged
+        progress.trainer.stage = stage._replace(name="back")
+    else:
+        model.load_state_dict(end)
+
+
+def add_epoch(given: Given, progress: Progress, epoch: int, trained: Trained) -> None:
     """Add an epoch to the progress of a run: its row of the history, its draws, its network."""
     data = given.data
-    logits = progress.logits
-    progress.judged = judge(given, {stage.fold: logits})
+    stage = progress.trainer.stage
     progress.history.append({
         "fold": stage.fold + 1,
         "epoch": epoch,
@@ -258,7 +282,7 @@ def add_epoch(given: Given, progress: Progress, stage: Stage, epoch: int, traine
     })  # fmt: skip
     progress.draws += data.counts(trained.drawn)
     if epoch == given.settings.epochs:
-        progress.finished.append(Fold(copy_state(progress.model), logits))
+        progress.finished.append(Fold(copy_state(progress.model), progress.logits))
 
 
 # ---------------------------------------------------------------------------------------- sampling
@@ -340,6 +364,9 @@ HEAD_DECAY = 0.002  # its weight decay
 # good. A trial of this many steps shows it; it is made if that is at most a fifth of all steps.
 TRIAL_STEPS = 150
 TRIAL_FAILS = 1.2  # times the loss of the head alone; more steps would repair less harm
+# Standard errors by which the loss of the head alone must be lower at the end for it to be kept: by
+# chance it is in one of a hundred runs, if the two are equally good.
+SURE = 2.326
 UPPER_FACTOR = 1 / 15  # times `--lr` for the upper half of a network that failed the trial
 LOWER = ("conv1.", "bn1.", "layer1.", "layer2.")  # the half below
 
@@ -360,11 +387,12 @@ class Stage(NamedTuple):
 
 
 def plan(given: Given, progress: Progress, fold: int) -> Iterator[Stage]:
-    """Yield the stages of a fold in order; in most runs it is one, which trains all layers.
+    """Yield the stages of a fold in order: the head alone, then all layers from the start.
 
-    `--frozen-epochs` train the head alone first. In long runs an epoch of its own does so,
-    and the first epochs of all layers are a trial: if it does harm, the network goes back to its
-    head, and only its upper half is trained. The other folds skip the trial and follow its outcome.
+    An epoch 0 trains the head of pretrained weights, unless `--frozen-epochs` do so, from which all
+    layers go on. In long runs the first epochs of all layers are a trial, from the head: if it does
+    harm, the network goes back to its head, and only its upper half is trained. The other folds
+    skip the trial and follow its outcome.
     """
     settings = given.settings
     images = len(given.data.learns(fold))
@@ -373,7 +401,7 @@ def plan(given: Given, progress: Progress, fold: int) -> Iterator[Stage]:
     head = epochs[: settings.frozen_epochs]
     others = epochs[settings.frozen_epochs :]
     tried = count_trial(given)
-    if tried and not head:
+    if settings.weights != "none" and not head:
         head = range(0, 1)  # before all others
     if head:
         # Few images make few steps: they are drawn several times an epoch.
@@ -385,9 +413,11 @@ def plan(given: Given, progress: Progress, fold: int) -> Iterator[Stage]:
         others = others[tried:]
         yield TRIAL._replace(fold=fold, epochs=trial, steps=tried * steps, prepare=remember_head)
     failed = tried and first_makes(partial(trial_failed, progress), given.compute)
-    prepare = None if head else start_over  # after the head it goes on from there
-    if failed and fold == 0:
-        prepare = return_to_head
+    prepare: Callable[[Progress], None] | None = set_head_aside if head else start_over
+    if tried and fold == 0:
+        prepare = return_to_head if failed else None
+    elif tried or settings.frozen_epochs:
+        prepare = remember_head
     if others:
         stage = UPPER if failed else WHOLE
         yield stage._replace(fold=fold, epochs=others, steps=len(others) * steps, prepare=prepare)
@@ -408,9 +438,28 @@ def trial_failed(progress: Progress) -> bool:
     return TRIAL.name in losses and losses[TRIAL.name] > TRIAL_FAILS * losses[HEAD.name]
 
 
+def is_surely_better(one: Evaluation, other: Evaluation, families: Tensor) -> bool:
+    """Return whether the loss of `one` is lower by over `SURE` standard errors of the difference.
+
+    Both are of the same M images, of `families` (M,) which count together.
+    """
+    weights = class_weights(one.targets)
+    least = torch.finfo(torch.float32).tiny
+    gain = (one.true_probability / other.true_probability.clamp(min=least)).clamp(min=least).log()
+    mean = weights @ gain.double()
+    error = torch.bincount(families, weights * (gain - mean)).square().sum().sqrt()
+    return bool(mean > SURE * error)
+
+
 def start_over(progress: Progress) -> None:
     """Bring the network back to its state before the first step."""
     progress.model.load_state_dict(progress.start)
+
+
+def set_head_aside(progress: Progress) -> None:
+    """Keep a copy of the head, and bring the network back to its state before the first step."""
+    remember_head(progress)
+    start_over(progress)
 
 
 def remember_head(progress: Progress) -> None:
@@ -2762,6 +2811,8 @@ def describe_training(given: Given, progress: Progress) -> dict[str, str]:
         f"judge, against {TRIAL_FAILS:g} times that of the last layer alone, chooses the rest",
         "whole": f"all layers (AdamW, {settings.lr:g})",
         "upper": f"from the last layer on, the upper half (AdamW, {settings.lr * UPPER_FACTOR:g})",
+        "back": "back to the last layer alone, whose loss on the images that judge was lower by "
+        f"over {SURE:g} standard errors",
     }
     phases = {row["phase"] for row in progress.history}
     training = f"{settings.epochs} epochs of images of {settings.image_size} pixels, in batches of "
@@ -3746,7 +3797,8 @@ def make_parser() -> OneLineParser:
     add("--epochs", "N", not_negative, 10, "passes over the training images; with 0 the given "
         "weights are evaluated")
     add("--frozen-epochs", "N", not_negative, 0, "first epochs, which train the last layer (the "
-        "head) alone")
+        "head) alone, and from which all layers go on; with 0 it is trained in an extra epoch, and "
+        "all layers begin anew")
     group.add_argument("--rebalance", choices=("sampler", "none"), default="sampler",
         help="sampler (default): draw every class equally often; none: every image once")
     add("--power", "P", zero_to_ten, 1.0, "the sampler weighs by 1 / count ** P; 0.5: square root")

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import math
 import os
 import random
 import signal
@@ -49,18 +50,23 @@ class Narrow(models.ResNet):
         return super()._make_layer(block, planes // 8, *others, **more)
 
 
-HEAD_STEPS = training.HEAD_STEPS  # of the script as it is
+HEAD_STEPS, SURE = training.HEAD_STEPS, training.SURE  # of the script as it is
 CODE = SCRIPT.read_text(encoding="utf-8").replace(f"STEPS = {HEAD_STEPS} ", "STEPS = 100 ")
+CODE = CODE.replace(f"\nSURE = {SURE}\n", "\nSURE = math.inf\n")
 # It rests where an epoch is told of, so that there is time to stop it.
 RESTING = CODE.replace("settings), flush=True)", "settings), flush=True), time.sleep(0.5)")
 
 
 def make_quick(patch: pytest.MonkeyPatch) -> None:
-    """Nothing waits for the disk, networks are narrow, and heads are trained for 100 steps."""
+    """Nothing waits for the disk, networks are narrow, and heads are trained for 100 steps.
+
+    No head is kept in place of all layers, of which so small a training makes little.
+    """
     patch.setattr(os, "fsync", lambda _: None)
     patch.setattr(os, "sync", lambda: None, raising=False)
     patch.setattr(models.resnet, "ResNet", Narrow)  # what `models.resnet18` makes
     patch.setattr(training, "HEAD_STEPS", 100)
+    patch.setattr(training, "SURE", math.inf)
 
 
 @pytest.fixture(scope="session", autouse=True)

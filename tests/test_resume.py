@@ -5,6 +5,7 @@ folder kept at each of the moments below, and each of these goes on and must end
 """
 
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -58,11 +59,13 @@ def assert_same_run(one: Path, other: Path) -> None:
 # The file that is being written, and for which time.
 MOMENTS = {
     "config.json 1": "nothing is trained",
-    "network.pt 1": "the network of the first epoch waits, but nothing of it is stored",
-    "history.csv 1": "the first epoch is stored",
-    "network.pt 2": "the trained network waits, but the state is of the epoch before",
-    "network.pt 3": "all epochs are stored, the result is not",
-    "report.html 3": "the result is stored, but for the page",
+    "network.pt 1": "the network of the head waits, but nothing of it is stored",
+    "history.csv 1": "the head is stored",
+    "network.pt 2": "the network of the first epoch waits, but the state is of the head",
+    "history.csv 2": "the first epoch of all layers is stored",
+    "network.pt 3": "the trained network waits, but the state is of the epoch before",
+    "network.pt 4": "all epochs are stored, the result is not",
+    "report.html 4": "the result is stored, but for the page",
 }
 FOLD_MOMENTS = {
     "network.pt 4": "between the first fold and the second",
@@ -133,7 +136,7 @@ def test_a_run_goes_on_from_any_moment_to_the_same_bytes(
     monkeypatch.chdir(tmp_path)
     printed = run("--resume", "moved").out
     assert "(as it was stopped); cpu, torch.float32\n" in printed  # as --no-amp had said
-    assert printed.count("\n 1/1 ") == 2  # what was there before is shown as well
+    assert printed.count("\n 1/1 ") == 3  # what was there before is shown as well
     assert_same_run(default_run.path, copy)
 
 
@@ -172,8 +175,8 @@ def test_a_process_that_is_stopped_leaves_a_run_that_goes_on(
         last = error.splitlines()[-1]
         assert last == f"data_training.py: interrupted; go on with --resume {output}"
         assert not list(output.glob(".*"))
-        # The second epoch would be written at the end, or half a minute after the first one.
-        assert [row["epoch"] for row in rows_of(output / "history.csv")] == ["1"]
+        # What comes after the head would be written at the end, or half a minute later.
+        assert [row["epoch"] for row in rows_of(output / "history.csv")] == ["0"]
     run("--resume", output)
     assert_same_run(whole.path, output)
 
@@ -202,6 +205,29 @@ def test_a_trial_that_failed_is_remembered(animals, pretrained, tmp_path, monkey
     moved = [key for key in start if not torch.equal(start[key], end[key])]
     assert {key.split(".")[0] for key in moved} <= {"layer3", "layer4", "fc"}
     assert not any("running" in key for key in moved)
+    interrupt_after(2, command, tmp_path / "run")
+    run("--resume", tmp_path / "run")
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_run_that_keeps_its_head_alone_has_the_backbone_it_began_with(
+    animals, pretrained, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(training, "SURE", -math.inf)
+    command = [str(animals), "--weights", str(pretrained), "--epochs", "2", *TINY]
+    whole = run(*command, "--output", tmp_path / "whole").path
+    head, _, last = rows_of(whole / "history.csv")
+    assert [head["phase"], last["phase"]] == ["head", "back"]
+    # What is said is said of the head. Its stage saw features of half the precision.
+    assert float(last["val_loss"]) == pytest.approx(float(head["val_loss"]), rel=1e-2)
+    assert "and then back to the last layer alone" in (whole / "report.html").read_text()
+    start = prepare(animals, *command[1:], "--output", str(tmp_path / "other"))[1].start
+    end = network_of(whole)["networks"][0]
+    assert all(torch.equal(end[key], start[key]) for key in start if not key.startswith("fc."))
+    judged = run(animals, "--weights", whole, "--epochs", 0, *TINY, "--output", tmp_path / "again")
+    tables = [rows_of(path / "predictions.csv") for path in (whole, judged.path)]
+    answers = [{row["path"]: row["predicted"] for row in table} for table in tables]
+    assert answers[0] == answers[1]
     interrupt_after(2, command, tmp_path / "run")
     run("--resume", tmp_path / "run")
     assert_same_run(whole, tmp_path / "run")
@@ -265,7 +291,7 @@ def test_what_is_said_beside_resume_holds(recorded, tmp_path):
 
 def test_a_run_goes_on_where_weights_are_laid_out_in_another_way(recorded, tmp_path):
     """The optimizer's kernels read weights and moments in the order of memory."""
-    copy = str(copy_run(recorded["history.csv 1"], tmp_path))
+    copy = str(copy_run(recorded["history.csv 2"], tmp_path))
     command = ["--resume", copy, "--workers", "0", "--device", "cpu"]
     with training.HELD:
         given, progress = training.prepare(training.parse_args(command), CPU)

@@ -5,6 +5,7 @@ It lives in a process of its own, as torch would find it in the other tests as w
 
 import gc
 import json
+import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -24,8 +25,9 @@ import data_training as training
 
 pytestmark = pytest.mark.skipif(not simulated_device.COMPILER, reason="needs g++ on Linux")
 Simulate = Callable[..., SimpleNamespace]
-TRIAL = {"TRIAL_STEPS": 3, "HEAD_STEPS": 100}  # the trial is one epoch
-PINNED = {"PINNED": ("cuda", "sim"), "HEAD_STEPS": 100}
+QUICK = {"HEAD_STEPS": 100, "SURE": math.inf}  # as in `make_quick`
+TRIAL = {"TRIAL_STEPS": 3, **QUICK}  # the trial is one epoch
+PINNED = {"PINNED": ("cuda", "sim"), **QUICK}
 STAGES = ["--epochs", "3", "--frozen-epochs", "1"]  # the head, and two epochs of all layers
 STEPS = 3  # an epoch of all layers: 31 images in batches of 12
 MOMENTS = {"history.csv 2": "an epoch of all layers is stored"}
@@ -126,7 +128,7 @@ def stop_at_second(*arguments, evaluate=training.evaluate, calls=[]):
     return evaluate(*arguments)
 
 simulated_device.load()
-training.HEAD_STEPS, os.fsync = 100, lambda _: None
+training.HEAD_STEPS, training.SURE, os.fsync = 100, float("inf"), lambda _: None
 pick_backend, meet = training.pick_backend, training.dist.init_process_group
 training.pick_backend = lambda kind: "simulated" if kind == "sim" else pick_backend(kind)
 folder, *commands = json.loads(sys.argv[1])

@@ -16,6 +16,7 @@ from conftest import (
     CPU,
     FILES,
     HEAD_STEPS,
+    SURE,
     TINY,
     Run,
     assert_moved_alike,
@@ -316,12 +317,13 @@ def stages_of(
 
 
 STAGES = {  # flags, and of each stage its name, epochs, passes and steps
-    "--epochs 3": "whole 1-3 1 12",
     # 1,000 steps of 10 images, by 40 images, make 250 passes of 4 steps
+    "--epochs 3": "head 0-0 250 1000, whole 1-3 1 12",
+    "--epochs 3 --weights none": "whole 1-3 1 12",
     "--epochs 3 --frozen-epochs 2": "head 1-2 125 1000, whole 3-3 1 4",
     "--epochs 3 --frozen-epochs 3": "head 1-3 84 1008",
     # 150 steps are 38 epochs, and a fifth of 190
-    "--epochs 189": "whole 1-189 1 756",
+    "--epochs 189": "head 0-0 250 1000, whole 1-189 1 756",
     "--epochs 190 --weights none": "whole 1-190 1 760",
     "--epochs 190": "head 0-0 250 1000, trial 1-38 1 152, whole 39-190 1 608",
     "--epochs 191 --frozen-epochs 1": "head 1-1 250 1000, trial 2-39 1 152, whole 40-191 1 608",
@@ -329,7 +331,7 @@ STAGES = {  # flags, and of each stage its name, epochs, passes and steps
 
 
 @pytest.mark.parametrize("flags", STAGES)
-def test_all_layers_are_trained_at_once_unless_a_head_is_asked_for_or_a_trial_is_worth_it(
+def test_the_head_of_pretrained_weights_comes_first_and_a_trial_where_it_is_worth_it(
     flags, monkeypatch
 ):
     monkeypatch.setattr(training, "HEAD_STEPS", HEAD_STEPS)
@@ -341,7 +343,7 @@ def test_all_layers_are_trained_at_once_unless_a_head_is_asked_for_or_a_trial_is
 def test_each_fold_has_stages_of_its_own_as_long_as_its_images_ask_for():
     data = images([0, 1] * 20, [0] * 5 + [1] * 15 + [2] * 20, folds=3)
     stages = [stages_of("--epochs 1 --folds 3", data, fold) for fold in range(3)]
-    assert [(whole.name, whole.fold, whole.steps) for [whole] in stages] == [
+    assert [(whole.name, whole.fold, whole.steps) for _, whole in stages] == [
         ("whole", fold, steps) for fold, steps in enumerate((4, 3, 2))
     ]
 
@@ -353,6 +355,26 @@ def test_a_trial_fails_where_it_ends_with_a_fifth_more_loss_than_the_head(loss, 
     for fold, names in enumerate([["head", "trial", last], ["head", last], ["head", last]]):
         stages = stages_of("--epochs 500 --folds 3", data, fold, head=2.0, trial=loss)
         assert [stage.name for stage in stages] == names
+
+
+@pytest.mark.parametrize(
+    ("gains", "families", "kept"),
+    [
+        # Of the loss of three images, the first two of one class: in the mean each time 1.
+        ((1.0, 1.0, 1.0), (0, 1, 2), True),
+        ((2.0, 0.0, 1.0), (0, 1, 2), True),  # its error is the root of 1 / 4 ^ 2 + 1 / 4 ^ 2: 0.35
+        ((2.4, -0.4, 1.0), (0, 1, 2), False),  # 0.49, of which 2.3 are 1.15
+        ((2.4, -0.4, 1.0), (0, 0, 1), True),  # if the two are of one family, they cancel out
+        ((0.0, 0.0, 0.0), (0, 1, 2), False),
+    ],
+)
+def test_the_head_alone_is_kept_where_its_loss_is_surely_lower(gains, families, kept, monkeypatch):
+    monkeypatch.setattr(training, "SURE", SURE)
+    targets = torch.tensor([0, 0, 1])
+    whole = SimpleNamespace(targets=targets, true_probability=torch.full((3,), math.exp(-3)))
+    losses = torch.tensor(gains) - 3
+    head = SimpleNamespace(targets=targets, true_probability=losses.exp())
+    assert training.is_surely_better(head, whole, torch.tensor(families)) is kept
 
 
 # ------------------------------------------------------------------- training, by hand
@@ -411,11 +433,12 @@ def network_with(state: dict[str, Tensor]) -> models.ResNet:
 
 
 def test_a_run_of_all_layers_ends_as_a_loop_that_is_written_by_hand(animals, pretrained, tmp_path):
+    """They start where the weights do, not from the head that was trained before."""
     command = ["--weights", pretrained, "--epochs", 2, *TINY]
     command = [*map(str, command), "--no-calibration", "--output"]
     done = run(animals, *command, str(tmp_path / "run"))
     given, progress = prepare(animals, *command, str(tmp_path / "other"))
-    [stage] = training.plan(given, progress, 0)
+    _, stage = training.plan(given, progress, 0)
     model, step = network_with(progress.start), 0
     optimizer = torch.optim.AdamW(model.parameters())
     losses: list[float] = []
@@ -432,8 +455,8 @@ def test_a_run_of_all_layers_ends_as_a_loop_that_is_written_by_hand(animals, pre
     content = network_of(done.path)
     assert step == 6 and len(content["networks"]) == 1
     assert_moved_alike(content["networks"][0], model, progress.start)
-    history = rows_of(done.path / "history.csv")
-    assert [row["phase"] for row in history] == ["whole", "whole"]
+    head, *history = rows_of(done.path / "history.csv")
+    assert [row["phase"] for row in (head, *history)] == ["head", "whole", "whole"]
     assert [float(row["train_loss"]) for row in history] == pytest.approx(losses, rel=1e-3)
     rate = 3e-4 * rate_by_hand(3, 6, 1)  # of the next step
     assert float(history[0]["learning_rate"]) == pytest.approx(rate, rel=1e-4)
@@ -526,7 +549,7 @@ def test_a_run_folder_has_one_network_and_what_is_said_of_it(default_run, animal
     models.resnet18(num_classes=3).load_state_dict(content["networks"][0])
     history = rows_of(default_run.path / "history.csv")
     told = [(row["fold"], row["epoch"], row["phase"]) for row in history]
-    assert told == [("1", "1", "whole"), ("1", "2", "whole")]
+    assert told == [("1", "0", "head"), ("1", "1", "whole"), ("1", "2", "whole")]
     for row in history:
         assert 0 <= float(row["data_wait"]) <= 1 and float(row["images_per_second"]) > 0
         assert int(row["fewest_draws"]) <= int(row["most_draws"])
@@ -538,7 +561,7 @@ def test_a_run_folder_has_one_network_and_what_is_said_of_it(default_run, animal
     held = {row["path"] for row in split if row["part"] == "val"}
     assert {row["path"] for row in rows_of(default_run.path / "predictions.csv")} == held
     draws = sum(int(row["draws"]) for row in rows_of(default_run.path / "classes.csv"))
-    assert draws == 2 * 31  # two epochs
+    assert draws == (39 + 2) * 31  # 100 steps of 12 images for the head, and two epochs
 
 
 def test_the_first_lines_say_what_runs_where_on_what_images(default_run):
