@@ -259,7 +259,7 @@ def judge_epoch(given: Given, progress: Progress, epoch: int, inputs: Inputs) ->
     if first_makes(is_better, given.compute):
         progress.logits = logits
         progress.judged = judged
-        progress.trainer.stage = stage._replace(name="back")
+        progress.trainer.stage = stage._replace(name=BACK)
     else:
         model.load_state_dict(end)
 
@@ -367,6 +367,7 @@ TRIAL_FAILS = 1.2  # times the loss of the head alone; more steps would repair l
 # Standard errors by which the loss of the head alone must be lower at the end for it to be kept: by
 # chance it is in one of a hundred runs, if the two are equally good.
 SURE = 2.326
+BACK = "back"  # the phase of an epoch after which it is kept
 UPPER_FACTOR = 1 / 15  # times `--lr` for the upper half of a network that failed the trial
 LOWER = ("conv1.", "bn1.", "layer1.", "layer2.")  # the half below
 
@@ -2811,7 +2812,7 @@ def describe_training(given: Given, progress: Progress) -> dict[str, str]:
         f"judge, against {TRIAL_FAILS:g} times that of the last layer alone, chooses the rest",
         "whole": f"all layers (AdamW, {settings.lr:g})",
         "upper": f"from the last layer on, the upper half (AdamW, {settings.lr * UPPER_FACTOR:g})",
-        "back": "back to the last layer alone, whose loss on the images that judge was lower by "
+        BACK: "back to the last layer alone, whose loss on the images that judge was lower by "
         f"over {SURE:g} standard errors",
     }
     phases = {row["phase"] for row in progress.history}
@@ -2893,6 +2894,8 @@ def print_end(given: Given, progress: Progress, result: Result) -> None:
     classes = list_classes(given.data, progress.draws, last)
     judges = printable(facts["judged by"])
     print(f"\nbalanced accuracy {format_range(last.measures)}  ({judges})")
+    if any(row["phase"] == BACK for row in progress.history):
+        print("note: the last layer alone is kept, which is surely better than all layers trained")
     if is_calibrated(given):
         print(f"as trained        {last.measures['as_trained_balanced_accuracy']:.1%}")
     if result.tested:

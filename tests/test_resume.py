@@ -215,7 +215,9 @@ def test_a_run_that_keeps_its_head_alone_has_the_backbone_it_began_with(
 ):
     monkeypatch.setattr(training, "SURE", -math.inf)
     command = [str(animals), "--weights", str(pretrained), "--epochs", "2", *TINY]
-    whole = run(*command, "--output", tmp_path / "whole").path
+    done = run(*command, "--output", tmp_path / "whole")
+    assert "\nnote: the last layer alone is kept" in done.out
+    whole = done.path
     head, _, last = rows_of(whole / "history.csv")
     assert [head["phase"], last["phase"]] == ["head", "back"]
     # What is said is said of the head. Its stage saw features of half the precision.
