@@ -245,7 +245,8 @@ def judge_epoch(given: Given, progress: Progress, epoch: int, inputs: Inputs) ->
     After the last epoch of all layers the head alone is judged again, and kept if it is surely
     better: on photographs that the weights know already, training all layers does harm.
     """
-    stage, model = progress.trainer.stage, progress.model
+    stage = progress.trainer.stage
+    model = progress.model
     places = given.data.judges(stage.fold)
     progress.logits = evaluate(given, progress.trainer.evaluated, inputs, places)
     progress.judged = judge(given, {stage.fold: progress.logits})
