@@ -250,6 +250,8 @@ def judge_epoch(given: Given, progress: Progress, epoch: int, inputs: Inputs) ->
     places = given.data.judges(stage.fold)
     progress.logits = evaluate(given, progress.trainer.evaluated, inputs, places)
     progress.judged = judge(given, {stage.fold: progress.logits})
+    if stage.on_features:
+        progress.head = copy_state(model.fc)
     if epoch < given.settings.epochs or stage.on_features or not progress.head:
         return
     end = copy_state(model)
@@ -413,13 +415,11 @@ def plan(given: Given, progress: Progress, fold: int) -> Iterator[Stage]:
     if tried and fold == 0:
         trial = others[:tried]
         others = others[tried:]
-        yield TRIAL._replace(fold=fold, epochs=trial, steps=tried * steps, prepare=remember_head)
+        yield TRIAL._replace(fold=fold, epochs=trial, steps=tried * steps)
     failed = tried and first_makes(partial(trial_failed, progress), given.compute)
-    prepare: Callable[[Progress], None] | None = set_head_aside if head else start_over
-    if tried and fold == 0:
-        prepare = return_to_head if failed else None
-    elif tried or settings.frozen_epochs:
-        prepare = remember_head
+    prepare = None if tried or settings.frozen_epochs else start_over
+    if failed and fold == 0:
+        prepare = return_to_head
     if others:
         stage = UPPER if failed else WHOLE
         yield stage._replace(fold=fold, epochs=others, steps=len(others) * steps, prepare=prepare)
@@ -456,17 +456,6 @@ def is_surely_better(one: Evaluation, other: Evaluation, families: Tensor) -> bo
 def start_over(progress: Progress) -> None:
     """Bring the network back to its state before the first step."""
     progress.model.load_state_dict(progress.start)
-
-
-def set_head_aside(progress: Progress) -> None:
-    """Keep a copy of the head, and bring the network back to its state before the first step."""
-    remember_head(progress)
-    start_over(progress)
-
-
-def remember_head(progress: Progress) -> None:
-    """Keep a copy of the head as it is."""
-    progress.head = copy_state(progress.model.fc)
 
 
 def return_to_head(progress: Progress) -> None:
@@ -2895,8 +2884,9 @@ def print_end(given: Given, progress: Progress, result: Result) -> None:
     classes = list_classes(given.data, progress.draws, last)
     judges = printable(facts["judged by"])
     print(f"\nbalanced accuracy {format_range(last.measures)}  ({judges})")
-    if any(row["phase"] == BACK for row in progress.history):
-        print("note: the last layer alone is kept, which is surely better than all layers trained")
+    if kept := sum(row["phase"] == BACK for row in progress.history):
+        text = f"of {kept} of {settings.folds} networks " if settings.folds > 1 else ""
+        print(f"note: {text}the last layer alone is kept, which is surely better than all layers")
     if is_calibrated(given):
         print(f"as trained        {last.measures['as_trained_balanced_accuracy']:.1%}")
     if result.tested:
