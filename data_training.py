@@ -368,11 +368,16 @@ HEAD_DECAY = 0.002  # its weight decay
 TRIAL_STEPS = 150
 TRIAL_FAILS = 1.2  # times the loss of the head alone; more steps would repair less harm
 # Standard errors by which the loss of the head alone must be lower at the end for it to be kept: by
-# chance it is in one of a hundred runs, if the two are equally good.
-SURE = 2.326
+# chance it is in one of twenty runs, if the two are equally good.
+SURE = 1.645
 BACK = "back"  # the phase of an epoch after which it is kept
+# The layers of a ResNet from below. What the first ones see is in all photographs: pretrained ones
+# have less to learn, and learn at this part of the next ones' rate (Howard & Ruder 2018,
+# arXiv:1801.06146).
+LAYERS = (("conv1.", "bn1.", "layer1."), ("layer2.",), ("layer3.",), ("layer4.", "fc."))
+RATE_BELOW = 0.7
 UPPER_FACTOR = 1 / 15  # times `--lr` for the upper half of a network that failed the trial
-LOWER = ("conv1.", "bn1.", "layer1.", "layer2.")  # the half below
+LOWER = LAYERS[0] + LAYERS[1]  # the half below
 
 
 class Stage(NamedTuple):
@@ -501,8 +506,14 @@ def head_optimizer(given: Given, progress: Progress, fold: int) -> Optimizer:
 
 
 def whole_optimizer(given: Given, progress: Progress, _: int) -> Optimizer:
-    """Make AdamW for all layers."""
-    return torch.optim.AdamW(progress.model.parameters(), given.settings.lr, fused=True)
+    """Make AdamW for all layers; pretrained ones take smaller steps the lower they are."""
+    settings = given.settings
+    part = 1.0 if settings.weights == "none" else RATE_BELOW
+    groups = []
+    for above, layers in zip((3, 2, 1, 0), LAYERS, strict=True):
+        weights = [w for name, w in progress.model.named_parameters() if name.startswith(layers)]
+        groups.append({"params": weights, "lr": settings.lr * part**above})
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def upper_optimizer(given: Given, progress: Progress, _: int) -> Optimizer:
@@ -2193,7 +2204,7 @@ def compare(
 
 SMALL_FOLDER = 2500  # files; of fewer images, batches are smaller
 RECORDED = ("train_images", "natural", "least_side")  # what a network that is only judged keeps
-STATE_FORMAT = 2  # of the state of a stopped run, to be raised where another one cannot be read
+STATE_FORMAT = 3  # of the state of a stopped run, to be raised where another one cannot be read
 RATE = 3e-4  # of AdamW, for pretrained weights
 SCRATCH_RATE = 1e-3  # and for random ones
 
@@ -2798,11 +2809,14 @@ def list_unjudged(data: Data, judged: Evaluation | None) -> str:
 def describe_training(given: Given, progress: Progress) -> dict[str, str]:
     """Return what was trained, in which order, and how an epoch chooses its images."""
     settings = given.settings
+    rates = f"AdamW, {settings.lr:g}"
+    if settings.weights != "none":
+        rates += f" at the top, each stage of layers at {RATE_BELOW:g} of the next one's rate"
     layers = {
         "head": "the last layer alone (SGD)",
-        "trial": f"all layers for a trial (AdamW, {settings.lr:g}), whose loss on the images that "
+        "trial": f"all layers for a trial ({rates}), whose loss on the images that "
         f"judge, against {TRIAL_FAILS:g} times that of the last layer alone, chooses the rest",
-        "whole": f"all layers (AdamW, {settings.lr:g})",
+        "whole": f"all layers ({rates})",
         "upper": f"from the last layer on, the upper half (AdamW, {settings.lr * UPPER_FACTOR:g})",
         BACK: "back to the last layer alone, whose loss on the images that judge was lower by "
         f"over {SURE:g} standard errors",
@@ -3801,7 +3815,8 @@ def make_parser() -> OneLineParser:
     add("--batch-size", "N", at_least_one, "auto", "images per step, over all processes; auto: 64, "
         f"or 32 where DATA has under {SMALL_FOLDER:,} files, and at least 8 for each process")
     add("--lr", "X", positive, "auto", "highest learning rate of AdamW, which trains all "
-        f"layers; auto: {RATE:g}, with --weights none {SCRATCH_RATE:g}")
+        f"layers, pretrained ones in smaller steps the lower they are; auto: {RATE:g}, with "
+        f"--weights none {SCRATCH_RATE:g}")
     group.add_argument("--no-calibration", action="store_true",
         help="keep the outputs as trained, which favour frequent classes and are too sure")
     group = parser.add_argument_group("use")

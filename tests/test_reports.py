@@ -352,7 +352,8 @@ def test_the_command_on_the_page_makes_the_run_again(default_run, two):
         ("head whole", "", "draws", "for the last layer alone as often as it takes for 100 steps"),
         ("head", "--rebalance none", "draws", "each image once an epoch, for the last layer alone"),
         ("head trial upper", "", "training", "and then from the last layer on, the upper half"),
-        ("head trial upper", "", "training", " trial (AdamW, 0.0003), whose loss on the images"),
+        ("head trial upper", "", "training", " at 0.7 of the next one's rate), whose loss on the"),
+        ("head whole", "", "training", "then all layers (AdamW, 0.0003 at the top, each stage of"),
         ("given", "--epochs 0", "network", "resnet18, as in IMAGENET1K_V1, nothing trained"),
     ],
 )  # fmt: skip

@@ -363,8 +363,9 @@ def test_a_trial_fails_where_it_ends_with_a_fifth_more_loss_than_the_head(loss, 
         # Of the loss of three images, the first two of one class: in the mean each time 1.
         ((1.0, 1.0, 1.0), (0, 1, 2), True),
         ((2.0, 0.0, 1.0), (0, 1, 2), True),  # its error is the root of 1 / 4 ^ 2 + 1 / 4 ^ 2: 0.35
-        ((2.4, -0.4, 1.0), (0, 1, 2), False),  # 0.49, of which 2.3 are 1.15
-        ((2.4, -0.4, 1.0), (0, 0, 1), True),  # if the two are of one family, they cancel out
+        ((2.7, -0.7, 1.0), (0, 1, 2), True),  # 0.60, of which 1.645 are 0.99
+        ((2.8, -0.8, 1.0), (0, 1, 2), False),  # 0.64, of which they are 1.05
+        ((2.8, -0.8, 1.0), (0, 0, 1), True),  # if the two are of one family, they cancel out
         ((0.0, 0.0, 0.0), (0, 1, 2), False),
     ],
 )
@@ -440,12 +441,16 @@ def test_a_run_of_all_layers_ends_as_a_loop_that_is_written_by_hand(animals, pre
     given, progress = prepare(animals, *command, str(tmp_path / "other"))
     _, stage = training.plan(given, progress, 0)
     model, step = network_with(progress.start), 0
-    optimizer = torch.optim.AdamW(model.parameters())
+    parts = {"conv1": 0.343, "bn1": 0.343, "layer1": 0.343, "layer2": 0.49, "layer3": 0.7}
+    layers = [layer for layer in model.named_children() if list(layer[1].parameters())]
+    groups = [{"params": layer.parameters(), "part": parts.get(name, 1)} for name, layer in layers]
+    optimizer = torch.optim.AdamW(groups)
     losses: list[float] = []
     for epoch in (1, 2):
         total = 0.0
         for batch in batches_of(given, stage, epoch):  # 31 images: three steps
-            optimizer.param_groups[0]["lr"] = 3e-4 * rate_by_hand(step, 6, 1)
+            for group in optimizer.param_groups:
+                group["lr"] = 3e-4 * group["part"] * rate_by_hand(step, 6, 1)
             loss = F.cross_entropy(model(normalised(given, batch)), given.data.labels[batch[:, 0]])
             optimizer.zero_grad()
             loss.backward()
@@ -460,6 +465,28 @@ def test_a_run_of_all_layers_ends_as_a_loop_that_is_written_by_hand(animals, pre
     assert [float(row["train_loss"]) for row in history] == pytest.approx(losses, rel=1e-3)
     rate = 3e-4 * rate_by_hand(3, 6, 1)  # of the next step
     assert float(history[0]["learning_rate"]) == pytest.approx(rate, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("is_pretrained", "rates"),
+    [
+        (True, {"conv1": 1029, "bn1": 1029, "layer1": 1029, "layer2": 1470, "layer3": 2100}),
+        (False, {}),
+    ],
+)
+def test_pretrained_layers_learn_more_slowly_the_lower_they_are(
+    is_pretrained, rates, animals, pretrained, tmp_path
+):
+    flags = ["--lr", "3e-3", "--weights", str(pretrained) if is_pretrained else "none"]
+    given, progress = prepare(animals, *flags, *TINY, "--output", str(tmp_path / "run"))
+    groups = training.whole_optimizer(given, progress, 0).param_groups
+    found = {id(weight): group["lr"] for group in groups for weight in group["params"]}
+    named = dict(progress.model.named_parameters())
+    assert len(found) == len(named)
+    for name, weight in named.items():
+        expected = rates.get(name.split(".")[0], 3000) * 1e-6
+        assert found[id(weight)] == pytest.approx(expected)
+    assert groups[-1]["lr"] == 3e-3  # which the history shows
 
 
 def test_a_run_of_the_head_ends_as_a_loop_that_is_written_by_hand(
