@@ -366,6 +366,7 @@ HEAD_DECAY = 0.002  # its weight decay
 # On images like those that the weights were trained on, training all layers does more harm than
 # good. A trial of this many steps shows it; it is made if that is at most a fifth of all steps.
 TRIAL_STEPS = 150
+TRIAL_FAILS = 1.1  # times the loss of the head alone; more steps would repair less harm
 # Standard errors by which the loss of the head alone must be lower at the end for it to be kept: by
 # chance it is in one of twenty runs, if the two are equally good.
 SURE = 1.645
@@ -439,9 +440,9 @@ def count_trial(given: Given) -> int:
 
 
 def trial_failed(progress: Progress) -> bool:
-    """Return whether a trial made the loss of the first network higher than its head alone has."""
+    """Return whether a trial made the first network clearly worse than its head alone."""
     losses = {row["phase"]: row["val_loss"] for row in progress.history if row["fold"] == 1}
-    return TRIAL.name in losses and losses[TRIAL.name] > losses[HEAD.name]
+    return TRIAL.name in losses and losses[TRIAL.name] > TRIAL_FAILS * losses[HEAD.name]
 
 
 def is_surely_better(one: Evaluation, other: Evaluation, families: Tensor) -> bool:
@@ -2814,7 +2815,7 @@ def describe_training(given: Given, progress: Progress) -> dict[str, str]:
     layers = {
         "head": "the last layer alone (SGD)",
         "trial": f"all layers for a trial ({rates}), whose loss on the images that "
-        "judge, against that of the last layer alone, chooses the rest",
+        f"judge, against {TRIAL_FAILS:g} times that of the last layer alone, chooses the rest",
         "whole": f"all layers ({rates})",
         "upper": f"from the last layer on, the upper half (AdamW, {settings.lr * UPPER_FACTOR:g})",
         BACK: "back to the last layer alone, whose loss on the images that judge was lower by "
