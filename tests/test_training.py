@@ -322,11 +322,11 @@ STAGES = {  # flags, and of each stage its name, epochs, passes and steps
     "--epochs 3 --weights none": "whole 1-3 1 12",
     "--epochs 3 --frozen-epochs 2": "head 1-2 125 1000, whole 3-3 1 4",
     "--epochs 3 --frozen-epochs 3": "head 1-3 84 1008",
-    # 150 steps are 38 epochs, and a fifth of 190
-    "--epochs 189": "head 0-0 250 1000, whole 1-189 1 756",
-    "--epochs 190 --weights none": "whole 1-190 1 760",
-    "--epochs 190": "head 0-0 250 1000, trial 1-38 1 152, whole 39-190 1 608",
-    "--epochs 191 --frozen-epochs 1": "head 1-1 250 1000, trial 2-39 1 152, whole 40-191 1 608",
+    # 190 steps are 48 epochs, and a fifth of 240
+    "--epochs 239": "head 0-0 250 1000, whole 1-239 1 956",
+    "--epochs 240 --weights none": "whole 1-240 1 960",
+    "--epochs 240": "head 0-0 250 1000, trial 1-48 1 192, whole 49-240 1 768",
+    "--epochs 241 --frozen-epochs 1": "head 1-1 250 1000, trial 2-49 1 192, whole 50-241 1 768",
 }
 
 
