@@ -553,7 +553,7 @@ class Trainer:
         self.mean: list[Tensor] = []  # of the weights after each step so far
 
     def rate(self) -> float:
-        """Return the learning rate of the next step; of the head alone, that of its bias."""
+        """Return the learning rate of the next step: of the uppermost layer, the head's bias."""
         return float(self.scheduler.get_last_lr()[-1])
 
     def step(self, loss: Tensor) -> None:
