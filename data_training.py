@@ -1744,7 +1744,8 @@ def to_8_bits(picture: Image.Image, values: np.ndarray[Any, Any], white: float) 
     """Return a picture of 8 bits with `values` scaled so that `white` is 255."""
     if not 0 <= values.min() <= values.max() < math.inf:
         raise ValueError("below 0 or not finite")
-    scaled = np.multiply(values, 255 / white, dtype=np.float32)
+    with np.errstate(over="ignore"):  # of a photo to predict, which may be brighter than `white`
+        scaled = np.multiply(values, 255 / white, dtype=np.float32)
     scaled += 0.5  # in place, as below: memory that is new takes longer than arithmetic
     np.minimum(scaled, 255, out=scaled)
     result = Image.fromarray(scaled.astype(np.uint8))

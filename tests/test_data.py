@@ -758,6 +758,21 @@ def test_all_images_of_a_kind_have_the_same_white(kind, values, white, seen, mak
     assert torch.equal(training.read_image(str(root / "ape/ape_000.jpg"), data.white), plain)
 
 
+@pytest.mark.parametrize(
+    ("kind", "values", "white", "seen"),
+    [
+        ("grey16", [0, 2048, 8000, 65535], {"I": 4095}, [0, 128, 255, 255]),
+        ("grey32", [0, 2048, 4096, 2**31 - 1], {"I": 4095}, [0, 128, 255, 255]),
+        ("float", [0, 0.5, 1.01, 3.4e38], {"F": 1}, [0, 128, 255, 255]),
+    ],
+)
+def test_what_is_brighter_than_white_is_white(kind, values, white, seen, tmp_path, recwarn):
+    path = write_deep(tmp_path / "photo", kind, values)
+    image = training.read_image(str(path), white)
+    assert image[0, 0, ::8].tolist() == seen
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("value", [-1, math.nan, math.inf, -math.inf])
 def test_values_that_are_no_brightness_are_refused_in_one_line(value, make_folder, capsys):
     root = make_folder({"ape": 3, "bee": 3})
