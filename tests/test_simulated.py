@@ -212,13 +212,15 @@ def test_a_run_goes_on_from_the_cpu_to_the_device_in_the_middle_of_a_stage(
     assert_same_run(upper_on_cpu["end"], copy)
 
 
-def test_bfloat16_is_near_float32(simulate, command, default_on_cpu, tmp_path):
-    flags = ["--device", "sim", "--amp", "--output", tmp_path / "run"]
-    simulate(run, *command, *STAGES, *flags, **PINNED)
-    tables = [rows_of(path / "history.csv") for path in (default_on_cpu, tmp_path / "run")]
-    for exact, rounded in list(zip(*tables, strict=True))[:2]:  # rounding adds up from step to step
-        for key, part in {"train_loss": 0.05, "val_loss": 0.2}.items():
-            near = pytest.approx(float(rounded[key]), rel=part, abs=2e-2)
+def test_bfloat16_is_near_float32(simulate, command, tmp_path):
+    """In small steps: in large ones rounding adds up."""
+    flags = [*STAGES, "--device", "sim", "--lr", 1e-5, "--output"]
+    for name, amp in (("exact", "--no-amp"), ("rounded", "--amp")):
+        simulate(run, *command, amp, *flags, tmp_path / name, **PINNED)
+    tables = [rows_of(tmp_path / name / "history.csv") for name in ("exact", "rounded")]
+    for exact, rounded in list(zip(*tables, strict=True))[:2]:
+        for key in ("train_loss", "val_loss"):
+            near = pytest.approx(float(rounded[key]), rel=5e-2, abs=2e-2)
             assert float(exact[key]) == near, key
             assert exact[key] != rounded[key]
 
