@@ -10,14 +10,14 @@
 
 DATA holds one folder per class; a part of each is kept for validation. Training images are drawn by
 a `WeightedRandomSampler` with weights 1 / (training images of the class), so that every class is
-seen about equally often. The last layer alone is trained first, then all layers; where the last
-layer alone is surely better, as on photographs that the weights know, it is kept. On large data
-sets all layers are tried for a while; if that does harm, only the upper half is trained. Two
-numbers, fitted on the validation images, reduce the remaining bias towards frequent classes
-(calibration); results and network include it. With `--folds K` each of K networks is trained on all
-but one part of the images and judged by that part; together they vote. A run folder holds the
-network, the settings, the history, the recall of each class with its interval, the predictions, and
-a page that shows all of that, `report.html`.
+seen about equally often. The last layer alone is trained first, then all layers; in the end both
+answer together. Where the last layer alone is surely better, as on photographs that the weights
+know, it answers alone. On large data sets all layers are tried for a while; if that does harm, only
+the upper half is trained. Two numbers, fitted on the validation images, reduce the remaining bias
+towards frequent classes (calibration); results and networks include it. With `--folds K` each of K
+networks is trained on all but one part of the images and judged by that part; together they vote. A
+run folder holds the networks, the settings, the history, the recall of each class with its
+interval, the predictions, and a page that shows all of that, `report.html`.
 
 The sections of this file, in the order of the story:
 
@@ -175,7 +175,8 @@ class Fold(NamedTuple):
     """A network that is trained to the end."""
 
     network: dict[str, Tensor]  # its state
-    logits: Tensor  # of the images it is judged by: (M, C)
+    head: dict[str, Tensor]  # the last layer trained alone, if it votes with the network, else {}
+    logits: Tensor  # of their vote, for the images it is judged by: (M, C)
 
 
 @dataclass
@@ -231,7 +232,9 @@ def run(args: Namespace) -> None:
                     continue
                 drawn = draw_epoch(given, stage, epoch)
                 trained = train_epoch(given, progress.trainer, drawn, epoch, inputs)
-                judge_epoch(given, progress, epoch, inputs)
+                judge_epoch(given, progress, inputs)
+                if epoch == settings.epochs:
+                    end_fold(given, progress, inputs)
                 add_epoch(given, progress, epoch, trained)
                 if compute.rank == 0:
                     store_epoch(given, progress, stage_ends=epoch == stage.epochs[-1])
@@ -239,36 +242,49 @@ def run(args: Namespace) -> None:
     finish(given, progress, reader)
 
 
-def judge_epoch(given: Given, progress: Progress, epoch: int, inputs: Inputs) -> None:
-    """Judge the network after an epoch by the validation images.
-
-    After the last epoch of all layers the head alone is judged again, and kept if it is surely
-    better: on photographs that the weights know already, training all layers does harm.
-    """
+def judge_epoch(given: Given, progress: Progress, inputs: Inputs) -> None:
+    """Judge the network after an epoch by the validation images."""
     stage = progress.trainer.stage
-    model = progress.model
     places = given.data.judges(stage.fold)
     progress.logits = evaluate(given, progress.trainer.evaluated, inputs, places)
     progress.judged = judge(given, {stage.fold: progress.logits})
     if stage.on_features:
-        progress.head = copy_state(model.fc)
-    if epoch < given.settings.epochs or stage.on_features or not progress.head:
-        return
-    end = copy_state(model)
-    return_to_head(progress)
-    logits = evaluate(given, model, inputs, places)
-    judged = judge(given, {stage.fold: logits})
-    is_better = partial(is_surely_better, judged, progress.judged, given.data.families[places])
-    if first_makes(is_better, given.compute):
-        progress.logits = logits
-        progress.judged = judged
-        progress.trainer.stage = stage._replace(name=BACK)
-    else:
-        model.load_state_dict(end)
+        progress.head = copy_state(progress.model.fc)
+
+
+def end_fold(given: Given, progress: Progress, inputs: Inputs) -> None:
+    """Finish a fold: the last layer alone votes with all layers, or is kept in their place.
+
+    On the backbone of the start it errs on other images than all layers do, so a weighted mean of
+    the logits of both errs less. It is there already; to answer takes twice the time. Where it is
+    surely better it is kept alone: on photographs that the weights know already, further training
+    does harm.
+    """
+    stage = progress.trainer.stage
+    model = progress.model
+    voting = {}
+    if progress.head and not stage.on_features:
+        end = copy_state(model)
+        return_to_head(progress)
+        places = given.data.judges(stage.fold)
+        logits = evaluate(given, model, inputs, places)
+        judged = judge(given, {stage.fold: logits})
+        is_better = partial(is_surely_better, judged, progress.judged, given.data.families[places])
+        if first_makes(is_better, given.compute):
+            progress.logits = logits
+            progress.judged = judged
+            progress.trainer.stage = stage._replace(name=BACK)
+        else:
+            model.load_state_dict(end)
+            if stage.joins_head and given.settings.weights != "none":
+                voting = progress.head
+                progress.logits = progress.logits.lerp(logits, HEAD_SHARE)
+                progress.judged = judge(given, {stage.fold: progress.logits})
+    progress.finished.append(Fold(copy_state(model), voting, progress.logits))
 
 
 def add_epoch(given: Given, progress: Progress, epoch: int, trained: Trained) -> None:
-    """Add an epoch to the progress of a run: its row of the history, its draws, its network."""
+    """Add an epoch to the progress of a run: its row of the history and its draws."""
     data = given.data
     stage = progress.trainer.stage
     progress.history.append({
@@ -284,8 +300,6 @@ def add_epoch(given: Given, progress: Progress, epoch: int, trained: Trained) ->
         "seconds": time.perf_counter() - trained.started,
     })  # fmt: skip
     progress.draws += data.counts(trained.drawn)
-    if epoch == given.settings.epochs:
-        progress.finished.append(Fold(copy_state(progress.model), progress.logits))
 
 
 # ---------------------------------------------------------------------------------------- sampling
@@ -367,10 +381,11 @@ HEAD_DECAY = 0.002  # its weight decay
 # good. A trial of this many steps shows it; it is made if that is at most a fifth of all steps.
 TRIAL_STEPS = 190
 TRIAL_FAILS = 1.1  # times the loss of the head alone; more steps would repair less harm
-# Standard errors by which the loss of the head alone must be lower at the end for it to be kept: by
-# chance it is in one of twenty runs, if the two are equally good.
+# Standard errors by which the loss of the head alone must be lower at the end for it to be kept
+# alone: by chance it is in one of twenty runs, if the two are equally good.
 SURE = 1.645
-BACK = "back"  # the phase of an epoch after which it is kept
+BACK = "back"  # the phase of an epoch after which it is kept alone
+HEAD_SHARE = 0.25  # of the logits, where it votes with all layers
 # The layers of a ResNet from below. What the first ones see is in all photographs: pretrained ones
 # have less to learn, and learn at this part of the next ones' rate (Howard & Ruder 2018,
 # arXiv:1801.06146).
@@ -388,6 +403,7 @@ class Stage(NamedTuple):
     on_features: bool  # trains the head on stored features, not the network on images
     updates_batch_norm: bool
     averages: bool = False  # ends as the mean of the weights after each step
+    joins_head: bool = False  # ends as a vote with the head that was trained alone
     prepare: Callable[[Progress], None] | None = None  # brings the network to where it begins
     fold: int = 0
     epochs: range = range(0)
@@ -527,7 +543,7 @@ def upper_optimizer(given: Given, progress: Progress, _: int) -> Optimizer:
 
 
 HEAD = Stage("head", head_optimizer, on_features=True, updates_batch_norm=False)
-WHOLE = Stage("whole", whole_optimizer, on_features=False, updates_batch_norm=True)
+WHOLE = Stage("whole", whole_optimizer, on_features=False, updates_batch_norm=True, joins_head=True)
 TRIAL = WHOLE._replace(name="trial")
 UPPER = Stage("upper", upper_optimizer, on_features=False, updates_batch_norm=False, averages=True)
 
@@ -908,12 +924,34 @@ def store_epoch(given: Given, progress: Progress, stage_ends: bool) -> None:
     if len(finished) > fold:  # the network of this fold is trained to the end
         save_tensors(output / f"fold-{fold + 1}.pt", finished[fold]._asdict())
     logits = {place: done.logits for place, done in enumerate(finished)} | {fold: progress.logits}
-    networks = [done.network for done in finished] or [copy_state(progress.model)]
     evaluation = judge(given, logits) if fold else progress.judged
-    write_network(given, networks, evaluation.calibration)
+    write_network(given, list_voters(progress), evaluation.calibration)
     save_state(given, progress)
     write_reports(given, progress, Result(evaluation))
     progress.written = time.perf_counter()
+
+
+def list_voters(progress: Progress) -> list[dict[str, Tensor]]:
+    """Return the states of the networks whose mean of logits is the answer.
+
+    A mean weighs all alike: what is to count for more has its last layer multiplied. The heads that
+    vote beside their networks all belong on the backbone of the start, as one network.
+    """
+    finished = progress.finished
+    heads = [done.head for done in finished if done.head]
+    if not heads:
+        return [done.network for done in finished] or [copy_state(progress.model)]
+    weight = (len(finished) + 1) / len(finished)  # of a fold, in a mean with one network more
+    voters = []
+    for done in finished:
+        voters.append(scale_head(done.network, weight * (1 - HEAD_SHARE if done.head else 1)))
+    head = {f"fc.{name}": torch.stack([head[name] for head in heads]).sum(0) for name in heads[0]}
+    return [*voters, scale_head(progress.start | head, weight * HEAD_SHARE)]
+
+
+def scale_head(state: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """Return the state of a network whose logits are `factor` times as large."""
+    return state | {name: state[name] * factor for name in ("fc.weight", "fc.bias")}
 
 
 def finish(given: Given, progress: Progress, reader: Reader) -> None:
@@ -921,7 +959,7 @@ def finish(given: Given, progress: Progress, reader: Reader) -> None:
     settings, data, compute = given.settings, given.data, given.compute
     if settings.epochs:
         logits = {fold: done.logits for fold, done in enumerate(progress.finished)}
-        networks = [done.network for done in progress.finished]
+        networks = list_voters(progress)
     else:  # the network was given
         logits = {0: evaluate(given, progress.model, reader, data.judges(0))}
         model = progress.model
@@ -2204,8 +2242,13 @@ def compare(
 
 
 SMALL_FOLDER = 2500  # files; of fewer images, batches are smaller
-RECORDED = ("train_images", "natural", "least_side")  # what a network that is only judged keeps
-STATE_FORMAT = 3  # of the state of a stopped run, to be raised where another one cannot be read
+RECORDED = (
+    "train_images",
+    "natural",
+    "least_side",
+    "folds",
+)  # what a network that is only judged keeps
+STATE_FORMAT = 4  # of the state of a stopped run, to be raised where another one cannot be read
 RATE = 3e-4  # of AdamW, for pretrained weights
 SCRATCH_RATE = 1e-3  # and for random ones
 
@@ -2216,6 +2259,9 @@ def prepare(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
         return load_run(args, compute)
     weights, content = find_weights(args.weights)
     settings = resolve_settings(args, compute, weights, content)
+    if settings.epochs and len(content.get("networks", ())) == 2:  # without the head that votes
+        network = scale_head(content["networks"][0], 0.5 / (1 - HEAD_SHARE))
+        content = {**content, "networks": [network]}
     HELD.enter_context(hold_folder(settings.output))
     refuse_used(settings.output)  # once more: another run may just have ended there
     classes, rows = list_rows(settings)  # in no time, before weights may be downloaded
@@ -2291,7 +2337,7 @@ def check_weights(
     size = content.get("train_size", image_size)
     if size != image_size and not trains:  # which would ruin the result unseen
         raise DataError(f"--image-size {image_size}: the weights are of {size}; drop --image-size")
-    if trains and len(content.get("networks", ())) > 1:
+    if trains and len(content.get("networks", ())) > 1 and content.get("folds") != 1:
         text = f"{len(content['networks'])} networks that vote; judge them with --epochs 0"
         raise DataError(f"--weights {weights}: {text}, or train from one")
     if content or weights == "none":
@@ -2550,6 +2596,7 @@ def write_network(given: Given, states: list[dict[str, Tensor]], fitted: Calibra
         "train_images": data.train_counts().tolist(),
         "natural": natural_shift(given),
         "weights": settings.weights,
+        "folds": settings.folds,
         "train_size": settings.image_size,
         "eval_size": eval_size(settings.image_size),
         "least_side": least_side(settings),  # what large images are shrunk to
@@ -2756,7 +2803,9 @@ def describe_place(given: Given, progress: Progress) -> str:
 def describe_network(given: Given, progress: Progress) -> str:
     """Return the architecture, how many of them vote, and where their weights are from."""
     settings = given.settings
-    networks = len(progress.model.networks) if isinstance(progress.model, Vote) else settings.folds
+    networks = settings.folds + any(done.head for done in progress.finished)
+    if isinstance(progress.model, Vote):
+        networks = len(progress.model.networks)
     kind = settings.arch if networks == 1 else f"{networks} {settings.arch} that vote"
     if not settings.epochs:
         return f"{kind}, as in {settings.weights}, nothing trained"
@@ -2826,6 +2875,14 @@ def describe_training(given: Given, progress: Progress) -> dict[str, str]:
     training = f"{settings.epochs} epochs of images of {settings.image_size} pixels, in batches of "
     training += f"{settings.batch_size}, seed {settings.seed}: "
     training += " and then ".join(text for phase, text in layers.items() if phase in phases)
+    done = progress.finished
+    if votes := sum(bool(fold.head) for fold in done):
+        where = f" in {votes} of {len(done)} folds" if votes < len(done) else ""
+        training += f"; in the end{where} the last layer alone, on the backbone of the start, "
+        training += (
+            f"makes {100 * HEAD_SHARE:.0f} % of the logits and all layers the rest, and the "
+        )
+        training += "last epoch is judged so"
     draws = "each image once an epoch"
     if settings.rebalance == "sampler":
         draws = "by a WeightedRandomSampler, weights 1 / (images of the class) ** "

@@ -242,10 +242,11 @@ def test_given_weights_are_judged_as_they_are_by_their_architecture_and_image_si
     judged = run(animals, *flags, "--device", "cpu", "--no-amp", "--output", tmp_path / "run")
     result = json.loads((judged.path / "config.json").read_text())["result"]
     assert (result["logit_scale"], result["logit_shift"]) == (1, 0)
-    content, before = network_of(judged.path), network_of(default_run.path)["networks"][0]
+    content, before = network_of(judged.path), network_of(default_run.path)["networks"]
     assert (content["arch"], content["train_size"]) == ("resnet18", 32)
-    assert judged.out.startswith("resnet18, ") and "head kept" in judged.out.splitlines()[0]
-    assert all(torch.equal(value, before[name]) for name, value in content["networks"][0].items())
+    assert judged.out.startswith("2 resnet18 ") and "head kept" in judged.out.splitlines()[0]
+    for ours, theirs in zip(content["networks"], before, strict=True):
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     files = {path.name for path in judged.path.iterdir()}
     assert files == FILES - {"history.csv", "curves.svg"}  # nothing was trained
     assert ", nothing trained; " in (judged.path / "report.html").read_text()

@@ -29,6 +29,7 @@ from conftest import (
     refused,
     rows_of,
     run,
+    whole_of,
 )
 from test_resume import assert_same_run
 from torch import Tensor, nn
@@ -99,8 +100,8 @@ def test_two_processes_train_all_layers_as_a_loop_that_is_written_by_hand(
         # The sum of the gradients of both, by a loss that has that of the second one.
         pairs = zip(model.parameters(), gradients, strict=True)
         trainer.step(losses[0] + sum((weight * slope).sum() for weight, slope in pairs))
-    [state] = network_of(tmp_path / "two")["networks"]
-    assert_moved_alike(state, model, progress.start)  # statistics are those of the first process
+    # Statistics are those of the first process.
+    assert_moved_alike(whole_of(tmp_path / "two"), model, progress.start)
     # What was evaluated is what was saved, in both processes.
     flags = ["--weights", tmp_path / "two/network.pt", "--epochs", 0, *TINY]
     alone = run(animals, *flags, "--output", tmp_path / "one").path

@@ -201,7 +201,7 @@ def test_a_trial_that_failed_is_remembered(animals, pretrained, tmp_path, monkey
     stages = [row["phase"] for row in rows_of(whole / "history.csv")]
     assert stages == ["head", "trial", *["upper"] * 4]
     start = prepare(animals, *command[1:], "--output", str(tmp_path / "other"))[1].start
-    end = network_of(whole)["networks"][0]
+    [end] = network_of(whole)["networks"]
     moved = [key for key in start if not torch.equal(start[key], end[key])]
     assert {key.split(".")[0] for key in moved} <= {"layer3", "layer4", "fc"}
     assert not any("running" in key for key in moved)
@@ -224,7 +224,7 @@ def test_a_run_that_keeps_its_head_alone_has_the_backbone_it_began_with(
     assert float(last["val_loss"]) == pytest.approx(float(head["val_loss"]), rel=1e-2)
     assert "and then back to the last layer alone" in (whole / "report.html").read_text()
     start = prepare(animals, *command[1:], "--output", str(tmp_path / "other"))[1].start
-    end = network_of(whole)["networks"][0]
+    [end] = network_of(whole)["networks"]
     assert all(torch.equal(end[key], start[key]) for key in start if not key.startswith("fc."))
     judged = run(animals, "--weights", whole, "--epochs", 0, *TINY, "--output", tmp_path / "again")
     tables = [rows_of(path / "predictions.csv") for path in (whole, judged.path)]

@@ -29,6 +29,7 @@ from conftest import (
     resolve,
     rows_of,
     run,
+    whole_of,
 )
 from torch import Tensor, nn
 from torchvision import models
@@ -90,7 +91,7 @@ ERRORS = {
     "DATA --weights PRETRAINED --arch resnet50": "--weights: not of a resnet50",
     "DATA --weights RUN/network.pt --arch resnet50": "--arch resnet50: the weights are of resnet18",
     "DATA --weights RUN/network.pt --epochs 0 --image-size 64": "--image-size 64: the weights are",
-    "DATA --weights VOTE/network.pt": "3 networks that vote; judge them with --epochs 0",
+    "DATA --weights VOTE/network.pt": "4 networks that vote; judge them with --epochs 0",
     "DATA --weights PRETRAINED --epochs 0": "have no head for these classes",
     "DATA --weights none --epochs 0": "have no head for these classes",
     "DATA --weights none --group ZZZ": "--group ZZZ: matches no image",
@@ -457,9 +458,8 @@ def test_a_run_of_all_layers_ends_as_a_loop_that_is_written_by_hand(animals, pre
             optimizer.step()
             total, step = total + loss.item() * len(batch), step + 1
         losses.append(total / 31)
-    content = network_of(done.path)
-    assert step == 6 and len(content["networks"]) == 1
-    assert_moved_alike(content["networks"][0], model, progress.start)
+    assert step == 6
+    assert_moved_alike(whole_of(done.path), model, progress.start)
     head, *history = rows_of(done.path / "history.csv")
     assert [row["phase"] for row in (head, *history)] == ["head", "whole", "whole"]
     assert [float(row["train_loss"]) for row in history] == pytest.approx(losses, rel=1e-3)
@@ -562,18 +562,19 @@ def test_after_a_trial_training_goes_on_or_with_the_upper_half_from_before_it(
 # ------------------------------------------------------------------------------ whole runs
 
 
-def test_a_run_folder_has_one_network_and_what_is_said_of_it(default_run, animals, pretrained):
+def test_a_run_folder_has_its_networks_and_what_is_said_of_them(default_run, animals, pretrained):
     assert {path.name for path in default_run.path.iterdir()} == FILES
     content = network_of(default_run.path)
     assert set(content) == {
         *("arch", "classes", "train_images", "weights", "train_size", "eval_size", "least_side"),
-        *("natural", "white", "learnt", "networks"),
+        *("natural", "white", "learnt", "folds", "networks"),
     }
     assert content["arch"] == "resnet18" and content["classes"] == ["ape", "bee", "cat"]
     assert content["train_images"] == [16, 10, 5] and content["weights"] == str(pretrained)
     assert (content["train_size"], content["eval_size"]) == (32, 32) and content["white"] == {}
-    assert len(content["networks"]) == 1 and len(content["learnt"]) == 31
-    models.resnet18(num_classes=3).load_state_dict(content["networks"][0])
+    assert len(content["networks"]) == 2 and len(content["learnt"]) == 31
+    for state in content["networks"]:
+        models.resnet18(num_classes=3).load_state_dict(state)
     history = rows_of(default_run.path / "history.csv")
     told = [(row["fold"], row["epoch"], row["phase"]) for row in history]
     assert told == [("1", "0", "head"), ("1", "1", "whole"), ("1", "2", "whole")]
@@ -599,23 +600,94 @@ def test_the_first_lines_say_what_runs_where_on_what_images(default_run):
     assert "min to go" not in default_run.err  # but for runs of some minutes
 
 
-def test_each_image_is_judged_once_by_the_network_of_its_fold(folds_run, animals):
+def test_each_image_is_judged_once_by_what_its_fold_has_trained(folds_run, heads_run, animals):
+    """Three quarters of the logits are of all layers, a quarter is of the last layer alone."""
     tested = {"test_predictions.csv", "test_classes.csv"}
     assert {path.name for path in folds_run.path.iterdir()} == FILES | tested
     parts = {row["path"]: row["part"] for row in rows_of(folds_run.path / "split.csv")}
     rows, network = rows_of(folds_run.path / "predictions.csv"), network_of(folds_run.path)
+    heads = network_of(heads_run.path)["networks"]
     assert len({row["path"] for row in rows}) == len(rows) == 38
-    for fold, state in enumerate(network["networks"], 1):
+    # Of four networks each makes a quarter: in the file all layers are as they were trained.
+    for fold, (state, head) in enumerate(zip(network["networks"][:3], heads, strict=True), 1):
         judged = [row for row in rows if parts[row["path"]] == f"fold {fold}"]
         assert len(judged) in (12, 13)
-        logits = by_hand(network | {"networks": [state]}, [animals / row["path"] for row in judged])
+        paths = [animals / row["path"] for row in judged]
+        logits = 0.75 * logits_of(network, state, paths) + 0.25 * logits_of(network, head, paths)
         probability, predicted = logits.softmax(1).max(1)
         assert [row["predicted"] for row in judged] == [network["classes"][at] for at in predicted]
         said = [float(row["probability"]) for row in judged]
         assert said == pytest.approx(probability.tolist(), abs=1e-3)
-    heads = [state["fc.weight"] for state in network["networks"]]
-    assert not torch.equal(heads[0], heads[1]) and not torch.equal(heads[1], heads[2])
+    layers = [state["fc.weight"] for state in (*network["networks"], *heads)]
+    assert all(not torch.equal(layer, layers[0]) for layer in layers[1:])
     assert folds_run.err.count("training, whole:   0%") == 3
+
+
+def logits_of(network: dict[str, object], state: dict[str, Tensor], paths: list[Path]) -> Tensor:
+    """The logits of one of the networks that vote."""
+    return by_hand(network | {"networks": [state]}, paths)
+
+
+def test_the_last_layer_alone_makes_a_quarter_of_the_answer(animals, pretrained, tmp_path):
+    command = ["--weights", pretrained, "--epochs", 1, *TINY, "--no-calibration", "--output"]
+    done = run(animals, *command, tmp_path / "run")
+    network, rows = network_of(done.path), rows_of(done.path / "predictions.csv")
+    paths = [animals / row["path"] for row in rows]
+    targets = torch.tensor([network["classes"].index(row["class"]) for row in rows])
+    state, whole = network["networks"][1], whole_of(done.path)
+    alone = state | {name: 2 * state[name] for name in ("fc.weight", "fc.bias")}
+    start = prepare(animals, *map(str, command), str(tmp_path / "other"))[1].start
+    assert all(torch.equal(alone[key], start[key]) for key in start if not key.startswith("fc."))
+    parts = [logits_of(network, whole, paths), logits_of(network, alone, paths)]
+    answer = 0.75 * parts[0] + 0.25 * parts[1]
+    said = [float(row["probability"]) for row in rows]
+    assert said == pytest.approx(answer.softmax(1).max(1).values.tolist(), abs=1e-3)
+    head, last = rows_of(done.path / "history.csv")
+    for row, logits in ((head, parts[1]), (last, answer)):
+        each = [F.cross_entropy(logits[targets == at], targets[targets == at]) for at in range(3)]
+        assert float(row["val_loss"]) == pytest.approx(sum(each).item() / 3, rel=1e-2)
+    page = (done.path / "report.html").read_text()
+    assert "; in the end the last layer alone, on the backbone of the start, makes 25 % of" in page
+
+
+def test_the_last_layers_of_all_folds_are_one_network_that_votes(folds_run, heads_run):
+    """Of four networks it makes a quarter: that is the mean of three last layers."""
+    *_, voter = network_of(folds_run.path)["networks"]
+    heads = network_of(heads_run.path)["networks"]
+    for name in ("fc.weight", "fc.bias"):
+        mean = torch.stack([head[name] for head in heads]).mean(0)
+        torch.testing.assert_close(voter[name], mean)
+    assert all(torch.equal(voter[key], heads[0][key]) for key in voter if not key.startswith("fc."))
+
+
+def test_where_only_some_folds_have_a_last_layer_that_votes_each_fold_counts_the_same():
+    layer = {"weight": torch.tensor([[4.0]]), "bias": torch.tensor([16.0])}
+    names = ("fc.weight", "fc.bias")
+    first, second = (dict.fromkeys(names, torch.tensor([[value]])) for value in (8.0, 80.0))
+    folds = [training.Fold(first, layer, torch.empty(0)), training.Fold(second, {}, torch.empty(0))]
+    start = {"conv1.weight": torch.ones(1)} | first
+    progress = SimpleNamespace(start=start, finished=folds)
+    voters = training.list_voters(progress)
+    assert [voter["fc.weight"].item() for voter in voters] == [9, 120, 1.5]
+    # Of three the mean is 43.5: half of 80, three eighths of 8, an eighth of 4.
+    assert voters[2]["fc.bias"].item() == 6 and voters[2]["conv1.weight"].item() == 1
+
+
+def test_training_goes_on_from_the_network_of_all_layers(default_run, animals, tmp_path):
+    command = [animals, "--weights", default_run.path, "--epochs", 1, "--output", tmp_path / "run"]
+    given, progress = prepare(*map(str, command))
+    first, second = network_of(default_run.path)["networks"]
+    norm = "layer1.0.bn1.bias"  # which no rescaling changes, as that of the last layer
+    assert torch.equal(progress.start[norm], first[norm])
+    assert not torch.equal(progress.start[norm], second[norm])
+    torch.testing.assert_close(progress.start["fc.bias"], first["fc.bias"] / 1.5)
+    assert "head kept" in given.origin and isinstance(progress.model, models.ResNet)
+
+
+def test_on_random_weights_the_last_layer_alone_has_no_vote(animals, tmp_path):
+    flags = ["--weights", "none", "--epochs", 2, "--frozen-epochs", 1, *TINY]
+    done = run(animals, *flags, "--output", tmp_path / "run")
+    assert len(network_of(done.path)["networks"]) == 1
 
 
 def test_the_network_of_a_fold_has_not_seen_the_images_that_judge_it(
@@ -649,7 +721,7 @@ def test_the_networks_are_tested_together_and_vote_again_as_given_weights(
     assert [float(row["probability"]) for row in again] == pytest.approx(
         [float(row["probability"]) for row in rows], abs=1e-4
     )
-    assert len(network_of(voted.path)["networks"]) == 3 and "3 networks, head kept" in voted.out
+    assert len(network_of(voted.path)["networks"]) == 4 and "4 networks, head kept" in voted.out
 
 
 def test_from_random_weights_every_layer_is_trained(scratch_run, animals, tmp_path):
