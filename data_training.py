@@ -256,9 +256,9 @@ def end_fold(given: Given, progress: Progress, inputs: Inputs) -> None:
     """Finish a fold: the last layer alone votes with all layers, or is kept in their place.
 
     On the backbone of the start it errs on other images than all layers do, so a weighted mean of
-    the logits of both errs less. It is there already; to answer takes twice the time. Where it is
-    surely better it is kept alone: on photographs that the weights know already, further training
-    does harm.
+    the logits of both errs less. It is there already; to answer takes twice the time. Folds err on
+    other images anyway, and gain nothing by it. Where the last layer alone is surely better it is
+    kept: on photographs that the weights know already, further training does harm.
     """
     stage = progress.trainer.stage
     model = progress.model
@@ -276,7 +276,7 @@ def end_fold(given: Given, progress: Progress, inputs: Inputs) -> None:
             progress.trainer.stage = stage._replace(name=BACK)
         else:
             model.load_state_dict(end)
-            if stage.joins_head and given.settings.weights != "none":
+            if stage.joins_head:
                 voting = progress.head
                 progress.logits = progress.logits.lerp(logits, HEAD_SHARE)
                 progress.judged = judge(given, {stage.fold: progress.logits})
@@ -443,7 +443,13 @@ def plan(given: Given, progress: Progress, fold: int) -> Iterator[Stage]:
         prepare = return_to_head
     if others:
         stage = UPPER if failed else WHOLE
-        yield stage._replace(fold=fold, epochs=others, steps=len(others) * steps, prepare=prepare)
+        yield stage._replace(
+            fold=fold,
+            epochs=others,
+            steps=len(others) * steps,
+            prepare=prepare,
+            joins_head=not failed and settings.folds == 1 and settings.weights != "none",
+        )
 
 
 def count_trial(given: Given) -> int:
@@ -481,8 +487,12 @@ def start_over(progress: Progress) -> None:
 
 def return_to_head(progress: Progress) -> None:
     """Bring the network back to where the training of its head alone ended."""
-    head = {f"fc.{name}": value for name, value in progress.head.items()}
-    progress.model.load_state_dict(progress.start | head)
+    progress.model.load_state_dict(with_head(progress.start, progress.head))
+
+
+def with_head(state: dict[str, Tensor], head: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state of a network with this last layer in place of its own."""
+    return state | {f"fc.{name}": value for name, value in head.items()}
 
 
 def begin(given: Given, progress: Progress, stage: Stage, reader: Reader) -> Inputs:
@@ -543,7 +553,7 @@ def upper_optimizer(given: Given, progress: Progress, _: int) -> Optimizer:
 
 
 HEAD = Stage("head", head_optimizer, on_features=True, updates_batch_norm=False)
-WHOLE = Stage("whole", whole_optimizer, on_features=False, updates_batch_norm=True, joins_head=True)
+WHOLE = Stage("whole", whole_optimizer, on_features=False, updates_batch_norm=True)
 TRIAL = WHOLE._replace(name="trial")
 UPPER = Stage("upper", upper_optimizer, on_features=False, updates_batch_norm=False, averages=True)
 
@@ -934,19 +944,14 @@ def store_epoch(given: Given, progress: Progress, stage_ends: bool) -> None:
 def list_voters(progress: Progress) -> list[dict[str, Tensor]]:
     """Return the states of the networks whose mean of logits is the answer.
 
-    A mean weighs all alike: what is to count for more has its last layer multiplied. The heads that
-    vote beside their networks all belong on the backbone of the start, as one network.
+    A mean weighs all alike: what is to count for more has its last layer multiplied.
     """
     finished = progress.finished
-    heads = [done.head for done in finished if done.head]
-    if not heads:
-        return [done.network for done in finished] or [copy_state(progress.model)]
-    weight = (len(finished) + 1) / len(finished)  # of a fold, in a mean with one network more
-    voters = []
-    for done in finished:
-        voters.append(scale_head(done.network, weight * (1 - HEAD_SHARE if done.head else 1)))
-    head = {f"fc.{name}": torch.stack([head[name] for head in heads]).sum(0) for name in heads[0]}
-    return [*voters, scale_head(progress.start | head, weight * HEAD_SHARE)]
+    networks = [done.network for done in finished] or [copy_state(progress.model)]
+    if finished and finished[0].head:
+        alone = with_head(progress.start, finished[0].head)
+        return [scale_head(networks[0], 2 * (1 - HEAD_SHARE)), scale_head(alone, 2 * HEAD_SHARE)]
+    return networks
 
 
 def scale_head(state: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
@@ -2875,14 +2880,10 @@ def describe_training(given: Given, progress: Progress) -> dict[str, str]:
     training = f"{settings.epochs} epochs of images of {settings.image_size} pixels, in batches of "
     training += f"{settings.batch_size}, seed {settings.seed}: "
     training += " and then ".join(text for phase, text in layers.items() if phase in phases)
-    done = progress.finished
-    if votes := sum(bool(fold.head) for fold in done):
-        where = f" in {votes} of {len(done)} folds" if votes < len(done) else ""
-        training += f"; in the end{where} the last layer alone, on the backbone of the start, "
-        training += (
-            f"makes {100 * HEAD_SHARE:.0f} % of the logits and all layers the rest, and the "
-        )
-        training += "last epoch is judged so"
+    if any(done.head for done in progress.finished):
+        training += "; in the end the last layer alone, on the backbone of the start, makes "
+        training += f"{100 * HEAD_SHARE:.0f} % of the logits and all layers the rest, and the last "
+        training += "epoch is judged so"
     draws = "each image once an epoch"
     if settings.rebalance == "sampler":
         draws = "by a WeightedRandomSampler, weights 1 / (images of the class) ** "

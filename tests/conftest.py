@@ -410,13 +410,3 @@ def folds_run(animals: Path, others: Path, pretrained: Path) -> SimpleNamespace:
     flags = ["--folds", 3, "--val", others, "--epochs", 1, "--no-calibration"]
     output = animals.parent / "folds"
     return run(animals, "--weights", pretrained, *flags, *TINY, "--output", output)
-
-
-@pytest.fixture(scope="session")
-def heads_run(animals: Path, others: Path, pretrained: Path) -> SimpleNamespace:
-    """The same three folds, each of which keeps its last layer alone."""
-    flags = ["--folds", 3, "--val", others, "--epochs", 1, "--no-calibration"]
-    output = animals.parent / "heads"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "SURE", -math.inf)
-        return run(animals, "--weights", pretrained, *flags, *TINY, "--output", output)

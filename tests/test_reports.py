@@ -308,13 +308,13 @@ def test_the_page_tells_of_calibration_only_where_there_is_one(kind, calibrated,
 
 
 def test_a_network_that_is_only_judged_keeps_what_it_knew(folds_run, others, tmp_path):
-    """How frequent classes were in its training, and that several vote; nothing was trained."""
+    """How frequent classes were in its training, and that three vote; nothing was trained."""
     judge = ["--weights", folds_run.path, "--epochs", 0, *TINY]
     judged = run(others, *judge, "--output", tmp_path / "run")
     facts, before = facts_of(judged.path), network_of(folds_run.path)
     for name in ("natural", "train_images", "least_side", "folds"):
         assert str(network_of(judged.path)[name]) == str(before[name])
-    assert facts["network"].startswith("4 resnet18 that vote, as in ")
+    assert facts["network"].startswith("3 resnet18 that vote, as in ")
     assert facts["images"].startswith("38 training images in 3 classes of 20 to 6")
     assert not facts.keys() & {"training", "draws", "calibration"}
     assert "Training</h2>" not in (judged.path / "report.html").read_text()
@@ -364,29 +364,6 @@ def test_facts_say_how_the_network_was_trained(stages, flags, name, fact, two):
     done = SimpleNamespace(history=history, finished=[], model=None)
     facts = training.list_facts(given, done, training.Result(two.last, done=True))
     assert fact in facts[name]
-
-
-@pytest.mark.parametrize(
-    ("votes", "network", "said"),
-    [
-        ([True], "2 resnet18 that vote", "; in the end the last layer alone, on"),
-        (
-            [True, False, True],
-            "4 resnet18 that vote",
-            "; in the end in 2 of 3 folds the last layer",
-        ),
-        ([False, False, False], "3 resnet18 that vote", "all layers (AdamW, "),
-    ],
-)
-def test_facts_say_in_how_many_folds_the_last_layer_alone_votes(votes, network, said, two):
-    flags = f"--epochs 1 --folds {len(votes)}" if len(votes) > 1 else "--epochs 1"
-    given = dataclasses.replace(two.given, settings=resolve(flags))
-    folds = [training.Fold({}, {"bias": NOTHING} if vote else {}, NOTHING) for vote in votes]
-    history = [{"fold": 1, "phase": "whole", "val_loss": 1.0}]
-    done = SimpleNamespace(history=history, finished=folds, model=None)
-    facts = training.list_facts(given, done, training.Result(two.last, done=True))
-    assert facts["network"].startswith(network) and said in facts["training"]
-    assert ("in the end" in facts["training"]) is any(votes)
 
 
 def test_a_vote_that_no_image_can_test_says_so(two):

@@ -91,7 +91,7 @@ ERRORS = {
     "DATA --weights PRETRAINED --arch resnet50": "--weights: not of a resnet50",
     "DATA --weights RUN/network.pt --arch resnet50": "--arch resnet50: the weights are of resnet18",
     "DATA --weights RUN/network.pt --epochs 0 --image-size 64": "--image-size 64: the weights are",
-    "DATA --weights VOTE/network.pt": "4 networks that vote; judge them with --epochs 0",
+    "DATA --weights VOTE/network.pt": "3 networks that vote; judge them with --epochs 0",
     "DATA --weights PRETRAINED --epochs 0": "have no head for these classes",
     "DATA --weights none --epochs 0": "have no head for these classes",
     "DATA --weights none --group ZZZ": "--group ZZZ: matches no image",
@@ -600,26 +600,22 @@ def test_the_first_lines_say_what_runs_where_on_what_images(default_run):
     assert "min to go" not in default_run.err  # but for runs of some minutes
 
 
-def test_each_image_is_judged_once_by_what_its_fold_has_trained(folds_run, heads_run, animals):
-    """Three quarters of the logits are of all layers, a quarter is of the last layer alone."""
+def test_each_image_is_judged_once_by_the_network_of_its_fold(folds_run, animals):
     tested = {"test_predictions.csv", "test_classes.csv"}
     assert {path.name for path in folds_run.path.iterdir()} == FILES | tested
     parts = {row["path"]: row["part"] for row in rows_of(folds_run.path / "split.csv")}
     rows, network = rows_of(folds_run.path / "predictions.csv"), network_of(folds_run.path)
-    heads = network_of(heads_run.path)["networks"]
     assert len({row["path"] for row in rows}) == len(rows) == 38
-    # Of four networks each makes a quarter: in the file all layers are as they were trained.
-    for fold, (state, head) in enumerate(zip(network["networks"][:3], heads, strict=True), 1):
+    for fold, state in enumerate(network["networks"], 1):
         judged = [row for row in rows if parts[row["path"]] == f"fold {fold}"]
         assert len(judged) in (12, 13)
-        paths = [animals / row["path"] for row in judged]
-        logits = 0.75 * logits_of(network, state, paths) + 0.25 * logits_of(network, head, paths)
+        logits = by_hand(network | {"networks": [state]}, [animals / row["path"] for row in judged])
         probability, predicted = logits.softmax(1).max(1)
         assert [row["predicted"] for row in judged] == [network["classes"][at] for at in predicted]
         said = [float(row["probability"]) for row in judged]
         assert said == pytest.approx(probability.tolist(), abs=1e-3)
-    layers = [state["fc.weight"] for state in (*network["networks"], *heads)]
-    assert all(not torch.equal(layer, layers[0]) for layer in layers[1:])
+    heads = [state["fc.weight"] for state in network["networks"]]
+    assert not torch.equal(heads[0], heads[1]) and not torch.equal(heads[1], heads[2])
     assert folds_run.err.count("training, whole:   0%") == 3
 
 
@@ -647,30 +643,8 @@ def test_the_last_layer_alone_makes_a_quarter_of_the_answer(animals, pretrained,
         each = [F.cross_entropy(logits[targets == at], targets[targets == at]) for at in range(3)]
         assert float(row["val_loss"]) == pytest.approx(sum(each).item() / 3, rel=1e-2)
     page = (done.path / "report.html").read_text()
+    assert "2 resnet18 that vote, fine-tuned from" in page
     assert "; in the end the last layer alone, on the backbone of the start, makes 25 % of" in page
-
-
-def test_the_last_layers_of_all_folds_are_one_network_that_votes(folds_run, heads_run):
-    """Of four networks it makes a quarter: that is the mean of three last layers."""
-    *_, voter = network_of(folds_run.path)["networks"]
-    heads = network_of(heads_run.path)["networks"]
-    for name in ("fc.weight", "fc.bias"):
-        mean = torch.stack([head[name] for head in heads]).mean(0)
-        torch.testing.assert_close(voter[name], mean)
-    assert all(torch.equal(voter[key], heads[0][key]) for key in voter if not key.startswith("fc."))
-
-
-def test_where_only_some_folds_have_a_last_layer_that_votes_each_fold_counts_the_same():
-    layer = {"weight": torch.tensor([[4.0]]), "bias": torch.tensor([16.0])}
-    names = ("fc.weight", "fc.bias")
-    first, second = (dict.fromkeys(names, torch.tensor([[value]])) for value in (8.0, 80.0))
-    folds = [training.Fold(first, layer, torch.empty(0)), training.Fold(second, {}, torch.empty(0))]
-    start = {"conv1.weight": torch.ones(1)} | first
-    progress = SimpleNamespace(start=start, finished=folds)
-    voters = training.list_voters(progress)
-    assert [voter["fc.weight"].item() for voter in voters] == [9, 120, 1.5]
-    # Of three the mean is 43.5: half of 80, three eighths of 8, an eighth of 4.
-    assert voters[2]["fc.bias"].item() == 6 and voters[2]["conv1.weight"].item() == 1
 
 
 def test_training_goes_on_from_the_network_of_all_layers(default_run, animals, tmp_path):
@@ -691,9 +665,10 @@ def test_on_random_weights_the_last_layer_alone_has_no_vote(animals, tmp_path):
 
 
 def test_the_network_of_a_fold_has_not_seen_the_images_that_judge_it(
-    folds_run, animals, pretrained, tmp_path
+    folds_run, animals, pretrained, tmp_path, monkeypatch
 ):
     """It is trained as by a run on the images of the other folds alone."""
+    monkeypatch.setattr(training, "HEAD_SHARE", 0.0)  # of which folds have none
     lines = ["path,part"]
     for row in rows_of(folds_run.path / "split.csv"):
         if row["part"].startswith("fold"):
@@ -721,7 +696,7 @@ def test_the_networks_are_tested_together_and_vote_again_as_given_weights(
     assert [float(row["probability"]) for row in again] == pytest.approx(
         [float(row["probability"]) for row in rows], abs=1e-4
     )
-    assert len(network_of(voted.path)["networks"]) == 4 and "4 networks, head kept" in voted.out
+    assert len(network_of(voted.path)["networks"]) == 3 and "3 networks, head kept" in voted.out
 
 
 def test_from_random_weights_every_layer_is_trained(scratch_run, animals, tmp_path):
