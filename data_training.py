@@ -172,11 +172,10 @@ class Given:
 
 
 class Fold(NamedTuple):
-    """A network that is trained to the end."""
+    """What is trained to the end."""
 
-    network: dict[str, Tensor]  # its state
-    head: dict[str, Tensor]  # the last layer trained alone, if it votes with the network, else {}
-    logits: Tensor  # of their vote, for the images it is judged by: (M, C)
+    networks: list[dict[str, Tensor]]  # one state, or two with the last layer trained alone
+    logits: Tensor  # their mean, of the images it is judged by: (M, C)
 
 
 @dataclass
@@ -262,25 +261,31 @@ def end_fold(given: Given, progress: Progress, inputs: Inputs) -> None:
     """
     stage = progress.trainer.stage
     model = progress.model
-    voting = {}
+    end = copy_state(model)
+    networks = [end]
     if progress.head and not stage.on_features:
-        end = copy_state(model)
         return_to_head(progress)
+        alone = copy_state(model)
         places = given.data.judges(stage.fold)
         logits = evaluate(given, model, inputs, places)
         judged = judge(given, {stage.fold: logits})
         is_better = partial(is_surely_better, judged, progress.judged, given.data.families[places])
         if first_makes(is_better, given.compute):
+            networks = [alone]
             progress.logits = logits
             progress.judged = judged
             progress.trainer.stage = stage._replace(name=BACK)
         else:
             model.load_state_dict(end)
             if stage.joins_head:
-                voting = progress.head
+                # A mean weighs both alike: what is to count for more has its last layer multiplied.
+                networks = [
+                    scale_head(end, 2 * (1 - HEAD_SHARE)),
+                    scale_head(alone, 2 * HEAD_SHARE),
+                ]
                 progress.logits = progress.logits.lerp(logits, HEAD_SHARE)
                 progress.judged = judge(given, {stage.fold: progress.logits})
-    progress.finished.append(Fold(copy_state(model), voting, progress.logits))
+    progress.finished.append(Fold(networks, progress.logits))
 
 
 def add_epoch(given: Given, progress: Progress, epoch: int, trained: Trained) -> None:
@@ -487,12 +492,8 @@ def start_over(progress: Progress) -> None:
 
 def return_to_head(progress: Progress) -> None:
     """Bring the network back to where the training of its head alone ended."""
-    progress.model.load_state_dict(with_head(progress.start, progress.head))
-
-
-def with_head(state: dict[str, Tensor], head: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state of a network with this last layer in place of its own."""
-    return state | {f"fc.{name}": value for name, value in head.items()}
+    head = {f"fc.{name}": value for name, value in progress.head.items()}
+    progress.model.load_state_dict(progress.start | head)
 
 
 def begin(given: Given, progress: Progress, stage: Stage, reader: Reader) -> Inputs:
@@ -942,16 +943,9 @@ def store_epoch(given: Given, progress: Progress, stage_ends: bool) -> None:
 
 
 def list_voters(progress: Progress) -> list[dict[str, Tensor]]:
-    """Return the states of the networks whose mean of logits is the answer.
-
-    A mean weighs all alike: what is to count for more has its last layer multiplied.
-    """
-    finished = progress.finished
-    networks = [done.network for done in finished] or [copy_state(progress.model)]
-    if finished and finished[0].head:
-        alone = with_head(progress.start, finished[0].head)
-        return [scale_head(networks[0], 2 * (1 - HEAD_SHARE)), scale_head(alone, 2 * HEAD_SHARE)]
-    return networks
+    """Return the states of the networks whose mean of logits is the answer."""
+    finished = [network for done in progress.finished for network in done.networks]
+    return finished or [copy_state(progress.model)]
 
 
 def scale_head(state: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
@@ -2803,7 +2797,7 @@ def describe_place(given: Given, progress: Progress) -> str:
 def describe_network(given: Given, progress: Progress) -> str:
     """Return the architecture, how many of them vote, and where their weights are from."""
     settings = given.settings
-    networks = settings.folds + any(done.head for done in progress.finished)
+    networks = max([settings.folds, *(len(done.networks) for done in progress.finished)])
     if isinstance(progress.model, Vote):
         networks = len(progress.model.networks)
     kind = settings.arch if networks == 1 else f"{networks} {settings.arch} that vote"
@@ -2875,7 +2869,7 @@ def describe_training(given: Given, progress: Progress) -> dict[str, str]:
     training = f"{settings.epochs} epochs of images of {settings.image_size} pixels, in batches of "
     training += f"{settings.batch_size}, seed {settings.seed}: "
     training += " and then ".join(text for phase, text in layers.items() if phase in phases)
-    if any(done.head for done in progress.finished):
+    if any(len(done.networks) > 1 for done in progress.finished):
         training += "; in the end the last layer alone, on the backbone of the start, makes "
         training += f"{100 * HEAD_SHARE:.0f} % of the logits and all layers the rest, and the last "
         training += "epoch is judged so"
