@@ -7,7 +7,8 @@ ranked i (from 0) keeps at most M - 2 * i of them and loses the rest at random: 
 10, 8, 6, 3. `--order random` ranks them by chance. SRC is only read. OUT appears whole or not at
 all: it is built in a folder `.data_creation-*` beside it, which stays only after a `kill -9`.
 
-Exit status: 0 done, 2 bad input (one line on stderr says where and what to do), 130 interrupted.
+Exit status: 0 done, 2 bad input (one line on stderr says where and what to do), 130 interrupted,
+143 terminated.
 """
 
 import argparse

@@ -10,14 +10,12 @@
 
 DATA holds one folder per class; a part of each is kept for validation. Training images are drawn by
 a `WeightedRandomSampler` with weights 1 / (training images of the class), so that every class is
-seen about equally often. The last layer alone is trained first, then all layers; in the end both
-answer together. Where the last layer alone is surely better, as on photographs that the weights
-know, it answers alone. On large data sets all layers are tried for a while; if that does harm, only
-the upper half is trained. Two numbers, fitted on the validation images, reduce the remaining bias
-towards frequent classes (calibration); results and networks include it. With `--folds K` each of K
-networks is trained on all but one part of the images and judged by that part; together they vote. A
-run folder holds the networks, the settings, the history, the recall of each class with its
-interval, the predictions, and a page that shows all of that, `report.html`.
+seen about equally often. The last layer of pretrained weights is trained first, then all layers; in
+the end both vote, or the last layer answers alone where it is surely better. Two numbers, fitted on
+the validation images, reduce the remaining bias towards frequent classes (calibration). With
+`--folds K` each of K networks is judged by the part of the images that it has not seen; together
+they vote. A run folder holds the networks, the settings, the history, the predictions, the recall
+of each class with its interval, and a page that shows all of that, `report.html`.
 
 The sections of this file, in the order of the story:
 
@@ -202,11 +200,7 @@ class Progress:
 
 
 def run(args: Namespace) -> None:
-    """Train a network, or one for each fold, judge it, and fill the run folder.
-
-    Each epoch draws its images by a `WeightedRandomSampler` with weights 1 / (images of the class),
-    trains on them, and judges the network by the validation images.
-    """
+    """Train a network, or one for each fold, judge it, and fill the run folder."""
     compute = join_processes(args.device, args.amp)
     given, progress = first_makes(partial(prepare, args, compute), compute)
     # A run that goes on keeps its precision, and all processes have the same.
@@ -292,19 +286,22 @@ def add_epoch(given: Given, progress: Progress, epoch: int, trained: Trained) ->
     """Add an epoch to the progress of a run: its row of the history and its draws."""
     data = given.data
     stage = progress.trainer.stage
+    counts = data.counts(trained.drawn)
+    progress.draws += counts
     progress.history.append({
         "fold": stage.fold + 1,
         "epoch": epoch,
         "phase": stage.name,
         "train_loss": trained.loss,
         **progress.judged.measures,
-        **count_draws(data, stage.fold, trained.drawn),
+        "fewest_draws": int(counts.min()),
+        "most_draws": int(counts.max()),
+        "distinct_images": len(trained.drawn.unique()) / len(data.learns(stage.fold)),
         "learning_rate": progress.trainer.rate(),
         "images_per_second": len(trained.drawn) / trained.seconds,
         "data_wait": trained.waited / trained.seconds,
         "seconds": time.perf_counter() - trained.started,
     })  # fmt: skip
-    progress.draws += data.counts(trained.drawn)
 
 
 # ---------------------------------------------------------------------------------------- sampling
@@ -346,16 +343,6 @@ def draw_epoch(given: Given, stage: Stage, epoch: int) -> Tensor:
             places = torch.randperm(len(learnt), generator=stream)
         drawn.append(learnt[places])
     return torch.cat(drawn)
-
-
-def count_draws(data: Data, fold: int, drawn: Tensor) -> dict[str, float]:
-    """Count the draws of the class drawn least and most, and the share of the images seen."""
-    counts = data.counts(drawn)
-    return {
-        "fewest_draws": int(counts.min()),
-        "most_draws": int(counts.max()),
-        "distinct_images": len(drawn.unique()) / len(data.learns(fold)),
-    }
 
 
 def cut_batches(
@@ -722,7 +709,7 @@ def evaluate(
 
 
 class Calibration(NamedTuple):
-    """Two numbers, fitted on the validation images, remove the bias towards frequent classes.
+    """Two numbers, fitted on the validation images, reduce the bias towards frequent classes.
 
     Calibrated logits are scale * logits - shift * log_share. Although all classes are drawn equally
     often, a rare class is still recognised less often in the end: its few images are memorised and
@@ -784,7 +771,7 @@ def judge(given: Given, logits_of_folds: Mapping[int, Tensor]) -> Evaluation:
     logits = torch.cat([*logits_of_folds.values()])
     targets = data.labels[places]
     if not (settings.epochs and settings.calibrate):
-        return assess(given, places, logits, Calibration())
+        return assess(given, places, logits, Calibration(), logits.float())
     parts = cut_parts(targets, data.families[places])
     if len(logits_of_folds) > 1:
         folds = [torch.full((len(part),), fold) for fold, part in logits_of_folds.items()]
@@ -801,18 +788,11 @@ def judge(given: Given, logits_of_folds: Mapping[int, Tensor]) -> Evaluation:
 
 
 def assess(
-    given: Given,
-    places: Tensor,
-    logits: Tensor,
-    calibration: Calibration,
-    calibrated: Tensor | None = None,
+    given: Given, places: Tensor, logits: Tensor, calibration: Calibration, calibrated: Tensor
 ) -> Evaluation:
-    """Evaluate (M, C) logits of images, `calibrated` as given or else by `calibration`."""
+    """Evaluate (M, C) logits of images, as trained and `calibrated`."""
     data = given.data
-    log_share = data.log_share()
     targets = data.labels[places]
-    if calibrated is None:
-        calibrated = calibration.apply(logits, log_share)
     # The probabilities of the true and of the predicted class come from one table: where these are
     # the same class, so are the two numbers.
     log_probability = calibrated.log_softmax(1)
@@ -934,8 +914,9 @@ def store_epoch(given: Given, progress: Progress, stage_ends: bool) -> None:
     fold = progress.history[-1]["fold"] - 1
     if len(finished) > fold:  # the network of this fold is trained to the end
         save_tensors(output / f"fold-{fold + 1}.pt", finished[fold]._asdict())
-    logits = {place: done.logits for place, done in enumerate(finished)} | {fold: progress.logits}
-    evaluation = judge(given, logits) if fold else progress.judged
+    evaluation = progress.judged
+    if finished:  # figures and network are of the folds trained to the end
+        evaluation = judge(given, {place: done.logits for place, done in enumerate(finished)})
     write_network(given, list_voters(progress), evaluation.calibration)
     save_state(given, progress)
     write_reports(given, progress, Result(evaluation))
@@ -945,7 +926,13 @@ def store_epoch(given: Given, progress: Progress, stage_ends: bool) -> None:
 def list_voters(progress: Progress) -> list[dict[str, Tensor]]:
     """Return the states of the networks whose mean of logits is the answer."""
     finished = [network for done in progress.finished for network in done.networks]
-    return finished or [copy_state(progress.model)]
+    given = progress.model if isinstance(progress.model, Vote) else [progress.model]
+    return finished or [copy_state(network) for network in given]
+
+
+def head_votes(progress: Progress) -> bool:
+    """Return whether the last layer alone votes with all layers."""
+    return any(len(done.networks) > 1 for done in progress.finished)
 
 
 def scale_head(state: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
@@ -956,14 +943,10 @@ def scale_head(state: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
 def finish(given: Given, progress: Progress, reader: Reader) -> None:
     """Judge the networks of a run, test their vote, and write what there is to say of them."""
     settings, data, compute = given.settings, given.data, given.compute
-    if settings.epochs:
-        logits = {fold: done.logits for fold, done in enumerate(progress.finished)}
-        networks = list_voters(progress)
-    else:  # the network was given
+    logits = {fold: done.logits for fold, done in enumerate(progress.finished)}
+    if not settings.epochs:  # the network was given
         logits = {0: evaluate(given, progress.model, reader, data.judges(0))}
-        model = progress.model
-        members = model.networks if isinstance(model, Vote) else [model]
-        networks = [copy_state(network) for network in members]
+    networks = list_voters(progress)
     evaluation = judge(given, logits)
     test = None
     images = data.judges(TEST)
@@ -972,23 +955,21 @@ def finish(given: Given, progress: Progress, reader: Reader) -> None:
         vote: Any = build_model(settings.arch, data.classes, content)[0]
         vote.to(compute.device, memory_format=memory_format(compute.device))
         answers = evaluate(given, vote, reader, images, "test")
-        test = assess(given, images, answers, evaluation.calibration)
+        fitted = evaluation.calibration
+        calibrated = fitted.apply(answers, data.log_share())
+        test = assess(given, images, answers, fitted, calibrated)
     if compute.rank == 0:
         result = Result(evaluation, test, done=True)
         write_network(given, networks, evaluation.calibration)
         complete = write_reports(given, progress, result)
         print_end(given, progress, result)
         if complete:
-            remove_state(settings.output)
+            output = settings.output
+            for file in (output / STATE, output / START, *output.glob("fold-*.pt")):
+                file.unlink(missing_ok=True)
         elif settings.epochs:
             text = f"mend that, then --resume {printable(str(settings.output))} writes all reports"
             print(f"warning: {text}", file=sys.stderr)
-
-
-def remove_state(output: Path) -> None:
-    """Remove what a run that is complete would have gone on from."""
-    for file in (output / STATE, output / START, *output.glob("fold-*.pt")):
-        file.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------- model
@@ -1047,17 +1028,12 @@ class Head(nn.Linear):
             return super().forward(features.float())
 
 
-class Vote(nn.Module):
+class Vote(nn.ModuleList):
     """Several networks that vote: the mean of their logits."""
-
-    def __init__(self, networks: Iterable[nn.Module]):
-        """Let `networks` vote."""
-        super().__init__()
-        self.networks = nn.ModuleList(networks)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of (B, 3, H, W) images: (B, C)."""
-        return torch.stack([network(images) for network in self.networks]).mean(0)
+        return torch.stack([network(images) for network in self]).mean(0)
 
 
 def build_model(
@@ -1085,9 +1061,8 @@ def build_model(
             model.load_state_dict(state if keep else backbone | model.fc.state_dict(prefix="fc."))
         except RuntimeError as error:
             reason = " ".join(str(error).split("\n\t")[1].split())[:200]
-            raise DataError(
-                f"--weights: not of a {arch}: {reason} ...; pass their --arch"
-            ) from None
+            text = f"not of a {arch}: {reason} ...; pass their --arch"
+            raise DataError(f"--weights: {text}") from None
         if not all(value.isfinite().all() for value in model.state_dict().values()):
             raise DataError("--weights: of a training that failed: not finite; take others")
     if len(built) == 1:
@@ -1164,20 +1139,12 @@ class Data(NamedTuple):
         return ((self.held != fold) & (self.held != TEST)).nonzero().flatten()
 
     def judges(self, fold: int) -> Tensor:
-        """Return the images that judge a fold, or with `TEST` all folds: indices, int64.
-
-        Those of part "source" come last.
-        """
-        judging = (self.held == fold).nonzero().flatten().tolist()
-        judging.sort(key=lambda index: self.parts[index] == "source")
-        return torch.tensor(judging).long()
+        """Return the images that judge a fold, or with `TEST` all folds: indices, int64."""
+        return (self.held == fold).nonzero().flatten()
 
     def trained(self) -> Tensor:
         """Return the images that at least one network learns: indices, int64."""
-        learnt = torch.zeros(len(self.labels), dtype=torch.bool)
-        for fold in range(self.folds):
-            learnt[self.learns(fold)] = True
-        return learnt.nonzero().flatten()
+        return torch.cat([self.learns(fold) for fold in range(self.folds)]).unique()
 
     def judged(self) -> Tensor:
         """Return the images that judge the folds, one fold after the other: indices, int64."""
@@ -1223,9 +1190,8 @@ def list_rows(settings: Settings) -> tuple[list[str], list[Row]]:
     if settings.split:
         rows = take_split(settings.split, rows)
     if sum(row.part == "train" for row in rows) > 2**24:
-        raise DataError(
-            f"{settings.data}: over 2^24 training images; torch.multinomial draws no more"
-        )
+        text = "over 2^24 training images; torch.multinomial draws no more"
+        raise DataError(f"{settings.data}: {text}")
     return classes, rows
 
 
@@ -1244,31 +1210,22 @@ def load_data(settings: Settings, classes: list[str], rows: list[Row], known: Te
     families = torch.tensor(find_families(settings, rows, digests.tolist()))
     seen = torch.isin(families, families[torch.isin(digests, known)])
     rows = hold_images(settings, rows, families.tolist(), seen.tolist())
-    data = make_data(
-        classes,
-        rows,
+    data = Data(
+        classes=classes,
+        paths=[row.path for row in rows],
+        names=[row.name for row in rows],
+        labels=torch.tensor([row.label for row in rows]),
+        parts=[row.part for row in rows],
+        held=torch.tensor([row.held for row in rows]),
         families=families,
         digests=digests,
         white=pick_whites(checked),
+        related=0,
         unreadable=unreadable,
     )
     data = leave_relatives(data, seen)
     check_parts(settings, data, bool(seen.any()))
     return data
-
-
-def make_data(classes: list[str], rows: list[Row], **found: Any) -> Data:
-    """Build the table of the images in `rows`, with what was `found` in their files."""
-    return Data(
-        classes=classes,
-        paths=[row.path for row in rows],
-        names=[row.name for row in rows],
-        labels=torch.tensor([row.label for row in rows]).long(),
-        parts=[row.part for row in rows],
-        held=torch.tensor([row.held for row in rows]).long(),
-        related=0,
-        **found,
-    )
 
 
 def leave_relatives(data: Data, seen: Tensor) -> Data:
@@ -1483,47 +1440,32 @@ def hold_images(
 ) -> list[Row]:
     """Return the rows, each with the fold that holds it out; families stay together.
 
-    Images that the network has `seen` before are not held out, unless the user has named them.
+    With folds, images from elsewhere than DATA test the vote. Images that the network has `seen`
+    before are not held out, unless the user has named them.
     """
-    if settings.folds > 1:
-        return cut_folds(settings, rows, families, seen)
-    held = [row._replace(held=EVERY if row.part == "train" else 0) for row in rows]
-    if settings.val or settings.split:
-        return held
-    ours = [index for index, row in enumerate(rows) if row.part == "train"]
-    settled = {families[index] for index in ours if seen[index]}
+    folds = settings.folds
+    elsewhere = TEST if folds > 1 else 0
+    held = [row._replace(held=EVERY if row.part == "train" else elsewhere) for row in rows]
+    ours = [i for i, row in enumerate(rows) if row.part == "train"]
+    settled = {families[i] for i in ours if seen[i]}
     shares = [1 - settings.val_fraction, settings.val_fraction]
-    parts = deal(*columns(settings, rows, families, ours), shares, settled)
+    if folds > 1:
+        ours = [i for i in ours if not seen[i]]
+        check_folds(settings, rows, families, ours)
+        shares = [1 / folds] * folds
+    elif settings.val or settings.split:
+        return held
+    # The place of an image depends on its name and the seed alone: other images do not move it.
+    names = [f"{settings.seed}/{rows[i].name}".encode(errors="surrogateescape") for i in ours]
+    order = [hashlib.sha256(name).digest() for name in names]
+    labels = [rows[i].label for i in ours]
+    parts = deal(labels, [families[i] for i in ours], order, shares, settled)
     for index, part in zip(ours, parts, strict=True):
-        if part == 1:
+        if folds > 1:
+            held[index] = rows[index]._replace(held=part)
+        elif part == 1:
             held[index] = rows[index]._replace(part="val", held=0)
     return held
-
-
-def cut_folds(
-    settings: Settings, rows: list[Row], families: Sequence[int], seen: Sequence[bool]
-) -> list[Row]:
-    """Cut the rows of DATA into `--folds` parts; other images test all networks together."""
-    held = [row._replace(held=EVERY if row.part == "train" else TEST) for row in rows]
-    ours = [i for i, row in enumerate(rows) if row.part == "train" and not seen[i]]
-    check_folds(settings, rows, families, ours)
-    shares = [1 / settings.folds] * settings.folds
-    parts = deal(*columns(settings, rows, families, ours), shares)
-    for index, fold in zip(ours, parts, strict=True):
-        held[index] = rows[index]._replace(held=fold)
-    return held
-
-
-def columns(
-    settings: Settings, rows: list[Row], families: Sequence[int], indices: list[int]
-) -> tuple[list[int], list[int], list[bytes]]:
-    """Return labels, families and random keys of the rows at `indices`, as `deal` takes them.
-
-    The key of an image depends on its name and the seed alone, so that other images do not move it.
-    """
-    names = [f"{settings.seed}/{rows[i].name}".encode(errors="surrogateescape") for i in indices]
-    order = [hashlib.sha256(name).digest() for name in names]
-    return [rows[i].label for i in indices], [families[i] for i in indices], order
 
 
 def check_folds(
@@ -1613,8 +1555,6 @@ def share_out(counts: Mapping[int, int], shares: Sequence[float]) -> list[dict[i
 EVAL_SCALE = 8 / 7
 STRIDE = 32  # pixels a cell of a ResNet's last feature map
 COPIES = "data_training-copies-"  # begins the name of a temporary folder
-
-
 APART = 8  # largest values of images of over 8 bits that lie further apart get a warning
 # Pillow keeps the upper half of colours of 16 bits, which is black where 12 bits are used.
 DEEP_TIFF = "a TIFF with colours of over 8 bits"
@@ -1746,7 +1686,11 @@ def read_image(path: str, white: Mapping[str, float], least: int = 0) -> Tensor:
     With `least` an image of over twice the pixels of `least` x `least` is shrunk, for training,
     evaluation and `--predict` alike. Raises `DataError` if the file cannot be decoded.
     """
-    content = read_bytes(path)
+    try:
+        content = read_bytes(path)
+    except OSError as error:  # which a process that reads images could not pass on as it is
+        reason = f"cannot be read ({error.strerror}); mend that"
+        raise DataError(f"{printable(path)}: {reason}") from None
     try:
         # Reads the header alone, and raises if it claims too many pixels.
         picture: Image.Image = Image.open(io.BytesIO(content))
@@ -1983,22 +1927,18 @@ def show_progress(batches: Sequence[Tensor], title: str, compute: Compute) -> It
     return tqdm(batches, title, unit=" batches", leave=False, disable=hidden)
 
 
-class RandomQuarterTurn(nn.Module):
-    """Turns an image by 0, 90, 180 or 270 degrees."""
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Turn an image by one of the four, at random."""
-        return image.rot90(int(torch.randint(4, ())), (-2, -1))
+def turn(image: Tensor) -> Tensor:
+    """Turn an image by 0, 90, 180 or 270 degrees, at random."""
+    return image.rot90(int(torch.randint(4, ())), (-2, -1))
 
 
 def transforms(settings: Settings) -> tuple[nn.Module, nn.Module]:
     """Return the transforms for training (a random crop, mirrored or not) and for evaluation."""
     size = settings.image_size
-    larger = eval_size(settings.image_size)
     crop = v2.RandomResizedCrop(size, (settings.crop_scale, 1.0))
     flips = [v2.RandomHorizontalFlip(0.0 if settings.flip == "none" else 0.5)]
-    turns = [RandomQuarterTurn()] if settings.flip == "all" else []
-    return v2.Compose([crop, *flips, *turns]), central_square(larger)
+    turns = [turn] if settings.flip == "all" else []
+    return v2.Compose([crop, *flips, *turns]), central_square(eval_size(size))
 
 
 def central_square(size: int) -> nn.Module:
@@ -2268,7 +2208,9 @@ def prepare(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
     model, origin = build_model(settings.arch, data.classes, content)
     recorded: dict[str, Any] = {}
     if not settings.epochs:
-        check_given(settings, origin)
+        if "head kept" not in origin:
+            text = "have no head for these classes; train one, or name folders as in its training"
+            raise DataError(f"--epochs 0: the weights {settings.weights} {text}")
         data = data._replace(white=data.white | content.get("white", {}))
         recorded = {name: content[name] for name in RECORDED if name in content}
         if "train_images" in recorded:
@@ -2343,13 +2285,6 @@ def check_weights(
     return named[weights].name  # what DEFAULT means may change
 
 
-def check_given(settings: Settings, origin: str) -> None:
-    """Raise `DataError` where a network that is not trained knows no classes, or not these."""
-    if "head kept" not in origin:
-        text = "have no head for these classes; train one, or name folders as in its training"
-        raise DataError(f"--epochs 0: the weights {settings.weights} {text}")
-
-
 def pick_batch_size(folder: Path, processes: int) -> int:
     """Choose the images of a step: half as many in a small folder, so that enough steps are taken.
 
@@ -2368,15 +2303,12 @@ def check_batches(settings: Settings, data: Data, processes: int) -> None:
     """Raise `DataError` where batches cannot be divided, or hold too little for BatchNorm."""
     images = min(len(data.learns(fold)) for fold in range(data.folds))
     smallest = images // math.ceil(images / settings.batch_size)
+    size = settings.image_size
+    trains_all = settings.frozen_epochs < settings.epochs
     text = ""
     if settings.batch_size % processes or smallest < processes:
         text = f"cannot be divided among {processes} processes; take a multiple, or fewer processes"
-    elif (
-        settings.frozen_epochs < settings.epochs
-        and smallest // processes == 1
-        and settings.image_size <= STRIDE
-    ):
-        size = settings.image_size
+    elif trains_all and smallest // processes == 1 and size <= STRIDE:
         text = f"one image of --image-size {size} is no batch for BatchNorm; take more"
     if text:
         raise DataError(f"--batch-size {settings.batch_size}: {text}")
@@ -2415,11 +2347,8 @@ def load_baseline(run: Path, data: Data) -> Tensor:
         raise DataError(f"--baseline: {error}; name an earlier run") from None
     except KeyError as error:
         raise DataError(f"--baseline {run}: not of these classes: {error}") from None
-    rows = list_split(data)
-    ours = []
-    for place, index in enumerate(data.judged().tolist()):
-        row = rows[index]
-        ours.append((row["digest"], row["class"], row["path"], place))
+    rows = list_split(data.take(data.judged()))
+    ours = [(row["digest"], row["class"], row["path"], place) for place, row in enumerate(rows)]
     there, here = (Counter(row[:2] for row in side) for side in (theirs, ours))
     if there != here:
         name = min(row[2] for row in theirs + ours if there[row[:2]] != here[row[:2]])
@@ -2578,11 +2507,8 @@ def write_network(given: Given, states: list[dict[str, Tensor]], fitted: Calibra
     """Write all that it takes to use the network; its heads are calibrated."""
     settings, data = given.settings, given.data
     shift = fitted.shift * data.log_share()
-    networks = []
-    for state in states:
-        weight = state["fc.weight"] * fitted.scale
-        bias = state["fc.bias"] * fitted.scale - shift
-        networks.append(state | {"fc.weight": weight, "fc.bias": bias})
+    scaled = [scale_head(state, fitted.scale) for state in states]
+    networks = [state | {"fc.bias": state["fc.bias"] - shift} for state in scaled]
     learnt = data.digests[data.trained()] if settings.epochs else given.known
     content = {
         "arch": settings.arch,
@@ -2778,6 +2704,8 @@ def list_facts(given: Given, progress: Progress, result: Result | None = None) -
         "left out": f"{len(data.unreadable)} unreadable images{related}",
         **(describe_training(given, progress) if settings.epochs else {}),
         "calibration": describe_calibration(given, last),
+        "many, medium, few": f"mean recall of classes of over {MANY}, of {FEW} to {MANY} and of "
+        f"under {FEW} training images",
         "intervals": "95 %: Wilson's for a class, score intervals for a mean; they say how far "
         "other images could move a figure, not how far another training could. Images of one "
         "family count together, as the variance between families tells",
@@ -2799,7 +2727,7 @@ def describe_network(given: Given, progress: Progress) -> str:
     settings = given.settings
     networks = max([settings.folds, *(len(done.networks) for done in progress.finished)])
     if isinstance(progress.model, Vote):
-        networks = len(progress.model.networks)
+        networks = len(progress.model)
     kind = settings.arch if networks == 1 else f"{networks} {settings.arch} that vote"
     if not settings.epochs:
         return f"{kind}, as in {settings.weights}, nothing trained"
@@ -2866,10 +2794,12 @@ def describe_training(given: Given, progress: Progress) -> dict[str, str]:
         f"over {SURE:g} standard errors",
     }
     phases = {row["phase"] for row in progress.history}
+    if BACK in phases and "upper" not in phases:
+        phases.add("whole")  # it may have been the phase of that epoch alone
     training = f"{settings.epochs} epochs of images of {settings.image_size} pixels, in batches of "
     training += f"{settings.batch_size}, seed {settings.seed}: "
     training += " and then ".join(text for phase, text in layers.items() if phase in phases)
-    if any(len(done.networks) > 1 for done in progress.finished):
+    if head_votes(progress):
         training += "; in the end the last layer alone, on the backbone of the start, makes "
         training += f"{100 * HEAD_SHARE:.0f} % of the logits and all layers the rest, and the last "
         training += "epoch is judged so"
@@ -2950,7 +2880,9 @@ def print_end(given: Given, progress: Progress, result: Result) -> None:
     print(f"\nbalanced accuracy {format_range(last.measures)}  ({judges})")
     if kept := sum(row["phase"] == BACK for row in progress.history):
         text = f"of {kept} of {settings.folds} networks " if settings.folds > 1 else ""
-        print(f"note: {text}the last layer alone is kept, which is surely better than all layers")
+        print(f"note: {text}the last layer alone is kept, whose loss was surely lower")
+    if head_votes(progress):
+        print("note: all layers and the last layer alone vote; the last epoch is judged so")
     if is_calibrated(given):
         print(f"as trained        {last.measures['as_trained_balanced_accuracy']:.1%}")
     if result.tested:
@@ -3149,7 +3081,8 @@ def draw_panel(history: Rows, keys: Sequence[str], scale: int) -> str:
 def curve_chart(history: Rows, calibrated: bool) -> str:
     """Return a chart of loss and balanced accuracy by epoch, before and after calibration: SVG."""
     names = ["as trained", "calibrated"] if calibrated else ["as trained"]
-    body = write_title("Loss by epoch", "training", "validation")
+    judged = "validation, calibrated" if calibrated else "validation"
+    body = write_title("Loss by epoch", "training", judged)
     body += draw_panel(history, ("train_loss", "val_loss"), 1) + '<svg y="270">'
     body += write_title("Balanced accuracy in % by epoch", *names)
     keys = ("as_trained_balanced_accuracy", "balanced_accuracy")
@@ -3196,10 +3129,9 @@ def show_confusions(data: Data, last: Evaluation) -> str:
 
 
 def show_mistakes(given: Given, last: Evaluation) -> str:
-    """Return the images that are wrong with the most confidence, each beside one it looks like.
+    """Return the images that are wrong with the most confidence, each beside a training image.
 
-    That is an image which the network has learnt, of the class it was taken for: the one in the
-    middle of their names.
+    It is of the class that the wrong one was taken for: the one in the middle of their names.
     """
     data = given.data
     predicted, probability, _ = last.calibrated
@@ -3561,9 +3493,7 @@ def agree_precision(precision: torch.dtype | None) -> torch.dtype | None:
         return precision
     picked: list[torch.dtype | None] = [None] * dist.get_world_size()
     dist.all_gather_object(picked, precision)
-    if None in picked:
-        return None
-    return torch.float16 if torch.float16 in picked else torch.bfloat16
+    return next(each for each in (None, torch.float16, torch.bfloat16) if each in picked)
 
 
 def to_device(batch: Tensor, device: torch.device) -> Tensor:
@@ -3764,14 +3694,11 @@ def unlock_file(lock: int, path: Path) -> None:
 
 def replace_file(unfinished: Path, path: Path) -> None:
     """Move a file to where another may be; if that is in use, try again for a second."""
-    for attempt in range(REPLACE_TRIES):
-        try:
-            os.replace(unfinished, path)
-            return
-        except PermissionError:  # on Windows, where a virus scanner looks at it for example
-            if attempt == REPLACE_TRIES - 1:
-                raise
-            time.sleep(REPLACE_PAUSE)
+    for _ in range(REPLACE_TRIES - 1):
+        with contextlib.suppress(PermissionError):  # on Windows, from a virus scanner for example
+            return os.replace(unfinished, path)
+        time.sleep(REPLACE_PAUSE)
+    os.replace(unfinished, path)
 
 
 def tell_time_left(seconds: float, part: float, epochs: int) -> bool:
@@ -3850,13 +3777,14 @@ def make_parser() -> OneLineParser:
     group = parser.add_argument_group("model")
     add("--arch", "NAME", str, "auto", "a ResNet of torchvision; auto: that of --weights, else "
         "resnet50 on an accelerator and resnet18 on a CPU")
-    add("--weights", "NAME|PATH", str, "DEFAULT", "torchvision weights by name, a file, or none")
+    add("--weights", "NAME|PATH", str, "DEFAULT", "torchvision weights by name, a file, a run, or "
+        "none")
     group = parser.add_argument_group("training")
-    add("--epochs", "N", not_negative, 10, "passes over the training images; with 0 the given "
-        "weights are evaluated")
+    add("--epochs", "N", not_negative, 10, "each draws as many images as there are to train on; "
+        "with 0 the given weights are evaluated")
     add("--frozen-epochs", "N", not_negative, 0, "first epochs, which train the last layer (the "
         "head) alone, and from which all layers go on; with 0 it is trained in an extra epoch, and "
-        "all layers begin anew")
+        "in short runs all layers begin anew")
     group.add_argument("--rebalance", choices=("sampler", "none"), default="sampler",
         help="sampler (default): draw every class equally often; none: every image once")
     add("--power", "P", zero_to_ten, 1.0, "the sampler weighs by 1 / count ** P; 0.5: square root")
@@ -3877,7 +3805,7 @@ def make_parser() -> OneLineParser:
     add("--resume", "RUN", Path, None, "go on with the run in this folder")
     add("--baseline", "RUN", Path, None, "earlier run on the same validation images to compare "
         "with")
-    add("--seed", "N", of_64_bits, 0, "of split, draws and augmentation")
+    add("--seed", "N", of_64_bits, 0, "of split, draws, augmentation and random weights")
     group.add_argument("--device", metavar="NAME", default="auto",
         help="auto (default): an accelerator, else cpu")
     group.add_argument("--amp", action=argparse.BooleanOptionalAction,
@@ -4002,28 +3930,26 @@ def main(argv: list[str] | None = None) -> int:
         if "Original Traceback" in message:  # from a process that reads images
             message = message.splitlines()[-1].partition(": ")[2]
     except OSError as error:
-        if not is_worldly(error):
+        if error.filename is None and error.errno not in WORLDLY:
             raise
         message = describe_os_error(error, args)
     except RuntimeError as error:
         if any(text in str(error) for text in NO_MEMORY):
             message = describe_full_memory(args)
         elif LOST in str(error):
-            message = describe_lost(args)
+            message = "another process of this run has ended; see what it says"
+            if flag := resume_flag(args):
+                message += f", then {flag}"
         else:
             raise
     except KeyboardInterrupt as error:
         if int(os.environ.get("RANK", 0)) == 0:
-            text = printable(describe_interrupt(args))
-            print(f"\ndata_training.py: {text}", file=sys.stderr)
+            flag = resume_flag(args)
+            text = f"; go on with {flag}" if flag else " before the first checkpoint"
+            print(f"\ndata_training.py: interrupted{printable(text)}", file=sys.stderr)
         return 128 + (error.args[0] if error.args else signal.SIGINT)
     print(f"data_training.py: error: {printable(message)}", file=sys.stderr)
     return 2
-
-
-def is_worldly(error: OSError) -> bool:
-    """Return whether a file, a disk or a right is to blame, not a mistake in this program."""
-    return error.filename is not None or error.errno in WORLDLY
 
 
 def describe_os_error(error: OSError, args: Namespace) -> str:
@@ -4036,8 +3962,8 @@ def describe_os_error(error: OSError, args: Namespace) -> str:
         cure = "make room"
     elif error.errno in NO_ACCESS:
         cure = "allow access, or close what has it open"
-    if can_go_on(args):
-        return f"{text}; what was written before is whole: {cure}, then {resume_flag(args)}"
+    if flag := resume_flag(args):
+        return f"{text}; what was written before is whole: {cure}, then {flag}"
     return f"{text}; {cure}, then start again"
 
 
@@ -4053,28 +3979,12 @@ def describe_full_memory(args: Namespace) -> str:
     return f"{text}; try {' or '.join(cures) or '--device cpu'}"
 
 
-def describe_lost(args: Namespace) -> str:
-    """Return in one line that another process of the run is gone, and how to go on."""
-    text = "another process of this run has ended; see what it says"
-    return f"{text}, then {resume_flag(args)}" if can_go_on(args) else text
-
-
-def describe_interrupt(args: Namespace) -> str:
-    """Return in one line that the run was stopped, and how to go on."""
-    if can_go_on(args):
-        return f"interrupted; go on with {resume_flag(args)}"
-    return "interrupted before the first checkpoint"
-
-
-def can_go_on(args: Namespace) -> bool:
-    """Return whether there is a state of the run to go on from."""
-    folder = args.resume or args.output
-    return bool(folder) and not args.predict and (folder / STATE).exists()
-
-
 def resume_flag(args: Namespace) -> str:
-    """Return the flag that goes on with the run, as a shell reads it."""
-    return f"--resume {shlex.quote(str(args.resume or args.output))}"
+    """Return the flag that goes on with the run, as a shell reads it; "" without a state of it."""
+    folder = args.resume or args.output
+    if args.predict or not (folder / STATE).exists():
+        return ""
+    return f"--resume {shlex.quote(str(folder))}"
 
 
 def stop(signum: int, _: Any) -> NoReturn:

@@ -458,9 +458,19 @@ def grow(images: int, folder: Path) -> dict[str, float]:
     lap("scan")
     numbers = range(len(found))
     held = training.hold_images(settings, found, numbers, [False] * len(found))
-    columns = {"families": torch.tensor(numbers), "digests": torch.tensor(numbers)}
-    columns |= {"white": {}, "unreadable": []}
-    data = training.make_data(classes, held, **columns)
+    data = training.Data(
+        classes=classes,
+        paths=[row.path for row in held],
+        names=[row.name for row in held],
+        labels=torch.tensor([row.label for row in held]),
+        parts=[row.part for row in held],
+        held=torch.tensor([row.held for row in held]),
+        families=torch.tensor(numbers),
+        digests=torch.tensor(numbers),
+        white={},
+        related=0,
+        unreadable=[],
+    )
     train, val = data.learns(0), data.judges(0)
     lap("split")
     weights = training.sample_weights(data.labels[train], 1.0)
@@ -474,7 +484,7 @@ def grow(images: int, folder: Path) -> dict[str, float]:
     )
     logits = F.one_hot(data.labels[val].roll(1), len(classes)).float()
     last = training.judge(given, {0: logits})
-    training.count_draws(data, 0, drawn)
+    data.counts(drawn)
     table = training.format_table(training.list_predictions(data, last))
     training.write_file(folder.parent / "predictions.csv", table)
     lap("evaluation")

@@ -297,9 +297,9 @@ def raises(error: BaseException) -> Callable[[], object]:
     return action
 
 
-def interrupt_after(epochs: int, command: list[str], output: Path) -> Path:
-    """The run, stopped by Ctrl-C once epoch number `epochs` of its first fold is stored."""
-    stdout = Trigger(f"{epochs:3}/", raises(KeyboardInterrupt()))
+def interrupt_after(epochs: int, command: list[str], output: Path, fold: str = "") -> Path:
+    """The run, stopped by Ctrl-C once epoch number `epochs` of a fold (the first) is stored."""
+    stdout = Trigger(f"{fold}{epochs:3}/", raises(KeyboardInterrupt()))
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout):
         patch.setattr(training, "WRITE_EVERY", 0.0)
         assert training.main([*command, "--output", str(output)]) == 130

@@ -110,6 +110,20 @@ def test_a_file_that_breaks_after_the_check_ends_the_run_in_one_line(
     assert f"error: {src / 'ape/ape_003.jpg'}: cannot be decoded" in error
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a file that fails to be read")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_fails_ends_the_run_in_one_line(workers, src, tmp_path, monkeypatch, capsys):
+    def check_and_fail(paths, check=training.check_images):
+        checked = check(paths)
+        (src / "ape/ape_003.jpg").unlink()
+        (src / "ape/ape_003.jpg").symlink_to("/proc/self/mem")
+        return checked
+
+    monkeypatch.setattr(training, "check_images", check_and_fail)
+    *_, error = refused([src, *TINY, "--output", tmp_path / "run", "--workers", workers], capsys)
+    assert f"error: {src / 'ape/ape_003.jpg'}: cannot be read (Input/output error); " in error
+
+
 def test_a_folder_named_like_an_image_is_a_folder(src, tmp_path):
     (src / "ape/y.jpg").mkdir()
     (src / "ape/ape_003.jpg").rename(src / "ape/y.jpg/z.jpg")

@@ -300,6 +300,17 @@ def test_an_unfinished_run_says_so(animals, pretrained, tmp_path):
     assert "unfinished" not in facts and "Unfinished" not in page and "so far" not in page
 
 
+def test_figures_and_network_of_an_unfinished_run_are_of_the_same_folds(
+    animals, pretrained, tmp_path
+):
+    command = [str(animals), "--weights", str(pretrained), "--folds", "3", "--epochs", "2", *TINY]
+    output = interrupt_after(1, command, tmp_path / "run", fold=" 2/3  ")
+    assert facts_of(output)["unfinished"] == "fold 2 of 3, epoch 1 of 2"
+    parts = {row["path"]: row["part"] for row in rows_of(output / "split.csv")}
+    judged = {parts[row["path"]] for row in rows_of(output / "predictions.csv")}
+    assert judged == {"fold 1"} and len(network_of(output)["networks"]) == 1
+
+
 @pytest.mark.parametrize(("kind", "calibrated"), [("default_run", True), ("folds_run", False)])
 def test_the_page_tells_of_calibration_only_where_there_is_one(kind, calibrated, request):
     page = (request.getfixturevalue(kind).path / "report.html").read_text()
@@ -345,6 +356,7 @@ def test_the_command_on_the_page_makes_the_run_again(default_run, two):
     ("stages", "flags", "name", "fact"),
     [
         ("head whole", "", "training", ": the last layer alone (SGD) and then all layers (A"),
+        ("head back", "", "training", "next one's rate) and then back to the last layer alone, "),
         ("whole", "--weights none", "training", "batches of 4, seed 0: all layers (AdamW, 0.001)"),
         ("whole", "--weights none", "network", "resnet18, trained from random weights"),
         ("whole", "", "network", "resnet18, fine-tuned from IMAGENET1K_V1"),

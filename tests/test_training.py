@@ -617,6 +617,7 @@ def test_each_image_is_judged_once_by_the_network_of_its_fold(folds_run, animals
     heads = [state["fc.weight"] for state in network["networks"]]
     assert not torch.equal(heads[0], heads[1]) and not torch.equal(heads[1], heads[2])
     assert folds_run.err.count("training, whole:   0%") == 3
+    assert "the last layer alone vote" not in folds_run.out
 
 
 def logits_of(network: dict[str, object], state: dict[str, Tensor], paths: list[Path]) -> Tensor:
@@ -642,6 +643,8 @@ def test_the_last_layer_alone_makes_a_quarter_of_the_answer(animals, pretrained,
     for row, logits in ((head, parts[1]), (last, answer)):
         each = [F.cross_entropy(logits[targets == at], targets[targets == at]) for at in range(3)]
         assert float(row["val_loss"]) == pytest.approx(sum(each).item() / 3, rel=1e-2)
+    note = "note: all layers and the last layer alone vote; the last epoch is judged so\n"
+    assert done.out.count(note) == 1
     page = (done.path / "report.html").read_text()
     assert "2 resnet18 that vote, fine-tuned from" in page
     assert "; in the end the last layer alone, on the backbone of the start, makes 25 % of" in page
