@@ -6,7 +6,7 @@
 
 Each FOLDER of class folders becomes staircases: one class has up to `--most` images, the rarest
 `--rare` in all, the others geometrically between; each rotation gives the ranks to other classes.
-Up to 200 other images of each class are the test: nothing is fitted on it or chosen by it. Each
+Up to 200 other images of each class are the test: no run fits or chooses anything by it. Each
 seed is another default split of the staircase, and another training, in each of these ways:
 
     default        `data_training.py` as it is; with more flags, if the way has some
@@ -75,7 +75,7 @@ class Stairs(NamedTuple):
 
 
 def count_stairs(sizes: list[int], rare: int, most: int) -> list[int]:
-    """Training images of classes of these sizes, from the most frequent to the rarest."""
+    """Images of classes of these sizes, most frequent to rarest, those that validate among them."""
     most = min(most, sizes[0] - LEAST)
     if most < rare or min(sizes) < rare + LEAST:
         sys.exit(f"protocol.py: error: classes of {min(sizes)} images; take --rare, or other sets")
@@ -303,20 +303,31 @@ def fill(
     return asked
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the description as it is written, and the default of each flag."""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Make all results that are asked for, and print the table."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("folders", metavar="FOLDER", type=Path, nargs="*", help="of class folders; none: the CSV's")
     add("--weights", metavar="NAME|PATH", default="DEFAULT", help="as of the script")
-    add("--flags", metavar="TEXT", default="", help="more flags of the script: --flags=--no-amp")
+    add("--flags", metavar="TEXT", default="", help="of the script in all ways: --flags=--no-amp")
     add("--csv", metavar="FILE", type=Path, default=os.devnull, help="all results, to go on from")
     add("--ways", metavar="WAY", nargs="+", default=WAYS, help="names as above")
     add("--reference", action="store_true", help=f"{BALANCED}, too")
-    numbers = {"rare": 20, "most": 600, "epochs": 10, "image-size": 64}
-    numbers |= {"seeds": 5, "rotations": 2, "folds": 5}
-    for name, usual in numbers.items():
-        add(f"--{name}", metavar="N", type=int, default=usual)
+    numbers = {
+        "rare": (20, "images of the rarest class, those that validate among them"),
+        "most": (600, "images of the most frequent class, at most"),
+        "epochs": (10, "as of the script"),
+        "image-size": (64, "as of the script"),
+        "seeds": (5, "trainings of each way on each staircase"),
+        "rotations": (2, "staircases of each folder"),
+        "folds": (5, "networks of the ways with folds"),
+    }
+    for name, (usual, text) in numbers.items():
+        add(f"--{name}", metavar="N", type=int, default=usual, help=text)
     chosen = parser.parse_args(argv)
     chosen.ways = [*chosen.ways, *[BALANCED] * chosen.reference]
     lines = chosen.csv.read_text().splitlines() if chosen.csv.exists() else []
