@@ -10,12 +10,13 @@
 
 DATA holds one folder per class; a part of each is kept for validation. Training images are drawn by
 a `WeightedRandomSampler` with weights 1 / (training images of the class), so that every class is
-seen about equally often. The last layer of pretrained weights is trained first, then all layers; in
-the end both vote, or the last layer answers alone where it is surely better. Two numbers, fitted on
-the validation images, reduce the remaining bias towards frequent classes (calibration). With
-`--folds K` each of K networks is judged by the part of the images that it has not seen; together
-they vote. A run folder holds the networks, the settings, the history, the predictions, the recall
-of each class with its interval, and a page that shows all of that, `report.html`.
+seen about equally often. The last layer of pretrained weights is trained first, then all layers. In
+short runs of one network both vote in the end. The last layer answers alone where it is surely
+better. Two numbers, fitted on the validation images, reduce the remaining bias towards frequent
+classes (calibration). With `--folds K` each of K networks is judged by the part of the images that
+it has not seen; together they vote. A run folder holds the networks, the settings, the history, the
+predictions, the recall of each class with its interval, and a page that shows all of that,
+`report.html`.
 
 The sections of this file, in the order of the story:
 
@@ -61,6 +62,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 import weakref
 from argparse import Namespace
@@ -915,7 +917,7 @@ def store_epoch(given: Given, progress: Progress, stage_ends: bool) -> None:
     if len(finished) > fold:  # the network of this fold is trained to the end
         save_tensors(output / f"fold-{fold + 1}.pt", finished[fold]._asdict())
     evaluation = progress.judged
-    if finished:  # figures and network are of the folds trained to the end
+    if fold:  # figures and network are of the folds trained to the end
         evaluation = judge(given, {place: done.logits for place, done in enumerate(finished)})
     write_network(given, list_voters(progress), evaluation.calibration)
     save_state(given, progress)
@@ -926,8 +928,8 @@ def store_epoch(given: Given, progress: Progress, stage_ends: bool) -> None:
 def list_voters(progress: Progress) -> list[dict[str, Tensor]]:
     """Return the states of the networks whose mean of logits is the answer."""
     finished = [network for done in progress.finished for network in done.networks]
-    given = progress.model if isinstance(progress.model, Vote) else [progress.model]
-    return finished or [copy_state(network) for network in given]
+    members = progress.model if isinstance(progress.model, Vote) else [progress.model]
+    return finished or [copy_state(network) for network in members]
 
 
 def head_votes(progress: Progress) -> bool:
@@ -1144,7 +1146,8 @@ class Data(NamedTuple):
 
     def trained(self) -> Tensor:
         """Return the images that at least one network learns: indices, int64."""
-        return torch.cat([self.learns(fold) for fold in range(self.folds)]).unique()
+        learnt = torch.cat([self.learns(fold) for fold in range(self.folds)])
+        return learnt.bincount().nonzero().flatten()
 
     def judged(self) -> Tensor:
         """Return the images that judge the folds, one fold after the other: indices, int64."""
@@ -1455,7 +1458,7 @@ def hold_images(
         shares = [1 / folds] * folds
     elif settings.val or settings.split:
         return held
-    # The place of an image depends on its name and the seed alone: other images do not move it.
+    # Their order depends on their names and the seed alone, whatever else is there.
     names = [f"{settings.seed}/{rows[i].name}".encode(errors="surrogateescape") for i in ours]
     order = [hashlib.sha256(name).digest() for name in names]
     labels = [rows[i].label for i in ours]
@@ -1627,7 +1630,10 @@ def read_bytes(path: str) -> bytes:
     """Return the content of a regular file; to open a pipe would wait for ever."""
     if not os.path.isfile(path):
         raise DataError(f"{printable(path)}: no regular file; remove it")
-    return Path(path).read_bytes()
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:  # a disk that fails names no file
+        raise OSError(error.errno, error.strerror, path) from None
 
 
 def digest(content: bytes) -> int:
@@ -1686,11 +1692,7 @@ def read_image(path: str, white: Mapping[str, float], least: int = 0) -> Tensor:
     With `least` an image of over twice the pixels of `least` x `least` is shrunk, for training,
     evaluation and `--predict` alike. Raises `DataError` if the file cannot be decoded.
     """
-    try:
-        content = read_bytes(path)
-    except OSError as error:  # which a process that reads images could not pass on as it is
-        reason = f"cannot be read ({error.strerror}); mend that"
-        raise DataError(f"{printable(path)}: {reason}") from None
+    content = read_bytes(path)
     try:
         # Reads the header alone, and raises if it claims too many pixels.
         picture: Image.Image = Image.open(io.BytesIO(content))
@@ -2704,8 +2706,6 @@ def list_facts(given: Given, progress: Progress, result: Result | None = None) -
         "left out": f"{len(data.unreadable)} unreadable images{related}",
         **(describe_training(given, progress) if settings.epochs else {}),
         "calibration": describe_calibration(given, last),
-        "many, medium, few": f"mean recall of classes of over {MANY}, of {FEW} to {MANY} and of "
-        f"under {FEW} training images",
         "intervals": "95 %: Wilson's for a class, score intervals for a mean; they say how far "
         "other images could move a figure, not how far another training could. Images of one "
         "family count together, as the variance between families tells",
@@ -2809,7 +2809,10 @@ def describe_training(given: Given, progress: Progress) -> dict[str, str]:
         draws += f"{settings.power:g}; an epoch draws as many images as there are"
     if HEAD.name in phases:
         draws += f", for the last layer alone as often as it takes for {HEAD_STEPS:,} steps in all"
-    return {"training": training.removesuffix(": "), "draws": draws}
+    groups = f"mean recall of classes of over {MANY}, of {FEW} to {MANY} and of under {FEW} "
+    groups += "training images"
+    training = training.removesuffix(": ")
+    return {"training": training, "draws": draws, "many, medium, few": groups}
 
 
 def describe_calibration(given: Given, last: Evaluation | None) -> str:
@@ -2880,7 +2883,7 @@ def print_end(given: Given, progress: Progress, result: Result) -> None:
     print(f"\nbalanced accuracy {format_range(last.measures)}  ({judges})")
     if kept := sum(row["phase"] == BACK for row in progress.history):
         text = f"of {kept} of {settings.folds} networks " if settings.folds > 1 else ""
-        print(f"note: {text}the last layer alone is kept, whose loss was surely lower")
+        print(f"note: {text}the last layer alone is kept: its loss is surely lower")
     if head_votes(progress):
         print("note: all layers and the last layer alone vote; the last epoch is judged so")
     if is_calibrated(given):
@@ -3902,6 +3905,8 @@ NO_MEMORY = (
     *("out of memory", "allocate memory", "not enough memory"),
     *("ALLOC_FAILED", "ALLOCATION_FAILED", "OUT_OF_DEVICE_MEMORY"),
 )
+# What an `OSError` says that a process which reads images had with a file.
+READ_ELSEWHERE = r"Original Traceback[^\0]+\[Errno \d+\] .+: '.+'$"
 LOST = "pair.cc"  # where gloo, by which processes talk, finds that another one is gone
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What the world does to any program: disks, rights, other programs. With another number and no
@@ -3926,11 +3931,10 @@ def main(argv: list[str] | None = None) -> int:
             dist.destroy_process_group()
         return 0
     except DataError as error:
-        message = str(error).rstrip()
-        if "Original Traceback" in message:  # from a process that reads images
-            message = message.splitlines()[-1].partition(": ")[2]
+        message = last_words(error)
     except OSError as error:
-        if error.filename is None and error.errno not in WORLDLY:
+        is_worldly = error.filename is not None or error.errno in WORLDLY
+        if not is_worldly and not re.search(READ_ELSEWHERE, str(error)):
             raise
         message = describe_os_error(error, args)
     except RuntimeError as error:
@@ -3952,9 +3956,17 @@ def main(argv: list[str] | None = None) -> int:
     return 2
 
 
+def last_words(error: Exception) -> str:
+    """Return what an error says; in a process that reads images, behind a traceback of its own."""
+    message = str(error).rstrip()
+    if "Original Traceback" in message:
+        message = message.splitlines()[-1].partition(": ")[2]
+    return message
+
+
 def describe_os_error(error: OSError, args: Namespace) -> str:
     """Return in one line what went wrong with which file, and what to do."""
-    text = error.strerror or str(error)
+    text = error.strerror or last_words(error)
     if error.filename is not None:
         text = f"{os.fsdecode(error.filename)}: {text}"
     cure = "mend that"
@@ -3995,4 +4007,9 @@ def stop(signum: int, _: Any) -> NoReturn:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    sys.exit(main())
+    try:
+        status = main()
+    except Exception:  # a mistake in this script: its frames hold processes that would never end
+        traceback.print_exc()
+        status = 1
+    sys.exit(status)

@@ -120,8 +120,10 @@ def test_a_disk_that_fails_ends_the_run_in_one_line(workers, src, tmp_path, monk
         return checked
 
     monkeypatch.setattr(training, "check_images", check_and_fail)
-    *_, error = refused([src, *TINY, "--output", tmp_path / "run", "--workers", workers], capsys)
-    assert f"error: {src / 'ape/ape_003.jpg'}: cannot be read (Input/output error); " in error
+    run = tmp_path / "run"
+    *_, error = refused([src, *TINY, "--output", run, "--workers", workers], capsys)
+    assert "Input/output error" in error and f"{src / 'ape/ape_003.jpg'}" in error
+    assert error.endswith(f"; what was written before is whole: mend that, then --resume {run}")
 
 
 def test_a_folder_named_like_an_image_is_a_folder(src, tmp_path):
@@ -240,6 +242,16 @@ def test_what_the_world_does_is_one_line_and_a_mistake_of_the_script_a_traceback
             main(src, *TINY)
     else:
         assert line in refused([src, *TINY, "--batch-size", 9], capsys, src)[-1]
+
+
+def test_a_mistake_of_the_script_ends_it_though_workers_leave_signals_to_it(src, tmp_path):
+    bug = "import runpy, torch; torch.nn.functional.cross_entropy = 'a mistake'; "
+    bug += f"runpy.run_path({training.__file__!r}, run_name='__main__')"
+    flags = [src, *TINY, "--workers", 1, "--output", tmp_path / "run"]
+    command = [sys.executable, "-c", bug, *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.endswith("TypeError: 'str' object is not callable\n")
 
 
 @pytest.mark.parametrize("times", [3, 99])
