@@ -11,12 +11,12 @@
 DATA holds one folder per class; a part of each is kept for validation. Training images are drawn by
 a `WeightedRandomSampler` with weights 1 / (training images of the class), so that every class is
 seen about equally often. The last layer of pretrained weights is trained first, then all layers. In
-short runs of one network both vote in the end. The last layer answers alone where it is surely
-better. Two numbers, fitted on the validation images, reduce the remaining bias towards frequent
-classes (calibration). With `--folds K` each of K networks is judged by the part of the images that
-it has not seen; together they vote. A run folder holds the networks, the settings, the history, the
-predictions, the recall of each class with its interval, and a page that shows all of that,
-`report.html`.
+runs of one network both vote in the end, unless all layers did harm. The last layer answers alone
+where it is surely better. Two numbers, fitted on the validation images, reduce the remaining bias
+towards frequent classes (calibration). With `--folds K` each of K networks is judged by the part of
+the images that it has not seen; together they vote. A run folder holds the networks, the settings,
+the history, the predictions, the recall of each class with its interval, and a page that shows all
+of that, `report.html`.
 
 The sections of this file, in the order of the story:
 
@@ -378,6 +378,9 @@ TRIAL_FAILS = 1.1  # times the loss of the head alone; more steps would repair l
 # Standard errors by which the loss of the head alone must be lower at the end for it to be kept
 # alone: by chance it is in one of twenty runs, if the two are equally good.
 SURE = 1.645
+FEWEST_FAMILIES = (
+    10  # images or families by which it can be sure: of fewer, chance decides more often
+)
 BACK = "back"  # the phase of an epoch after which it is kept alone
 HEAD_SHARE = 0.25  # of the logits, where it votes with all layers; 0.15 to 0.35 do as well
 # The layers of a ResNet from below. What the first ones see is in all photographs: pretrained ones
@@ -466,6 +469,8 @@ def is_surely_better(one: Evaluation, other: Evaluation, families: Tensor) -> bo
 
     Both are of the same M images, of `families` (M,) which count together.
     """
+    if len(families.unique()) < FEWEST_FAMILIES:
+        return False
     weights = class_weights(one.targets)
     least = torch.finfo(torch.float32).tiny
     gain = (one.true_probability / other.true_probability.clamp(min=least)).clamp(min=least).log()
@@ -1226,20 +1231,20 @@ def load_data(settings: Settings, classes: list[str], rows: list[Row], known: Te
         related=0,
         unreadable=unreadable,
     )
-    data = leave_relatives(data, seen)
+    data = leave_relatives(data, seen, is_trained=settings.epochs > 0)
     check_parts(settings, data, bool(seen.any()))
     return data
 
 
-def leave_relatives(data: Data, seen: Tensor) -> Data:
+def leave_relatives(data: Data, seen: Tensor, is_trained: bool) -> Data:
     """Leave out images that would judge a network that knows them.
 
-    These are copies and relatives of training images, and images that the network has `seen`
-    before, (N,) bool.
+    These are copies and relatives of training images, if a network is trained on these, and images
+    that it has `seen` before, (N,) bool.
     """
     learnt = torch.zeros_like(seen)
     learnt[data.trained()] = True
-    copies = ~learnt & ~seen & torch.isin(data.families, data.families[learnt])
+    copies = ~learnt & ~seen & torch.isin(data.families, data.families[learnt]) & is_trained
     left_out = copies | (seen & ~learnt)
     if copies.any():
         text = f"{int(copies.sum())} images are copies of training images, or of their families"
@@ -1863,8 +1868,9 @@ class Reader:
             weakref.finalize(self, remove_copies, Path(self.copies.folder).parent, self.copies.lock)
         self.batches: list[Any] = []  # of a pass; the loader walks through them anew in each
         training, evaluation = transforms(settings)
+        least = given.recorded.get("least_side", least_side(settings))
         self.loader = DataLoader(
-            Images(data, training, evaluation, least_side(settings), self.copies),
+            Images(data, training, evaluation, least, self.copies),
             batch_sampler=self.batches,
             num_workers=settings.workers,
             persistent_workers=settings.workers > 0,
@@ -2526,6 +2532,8 @@ def write_network(given: Given, states: list[dict[str, Tensor]], fitted: Calibra
         "learnt": torch.cat([given.known, learnt]).unique(),  # digests of images, see `digest`
         "networks": networks,
     }
+    if not settings.epochs:
+        del content["train_images"]  # unless recorded
     save_tensors(settings.output / NETWORK, content | given.recorded)
 
 

@@ -142,14 +142,14 @@ def ask(network: nn.Module, given: training.Given, reader: Any = None, fold: int
 
 
 def run_script(stairs: Stairs, way: str, seed: int) -> list[Answer]:
-    """What a run of the script says of the test; if it is not calibrated, then so as well."""
+    """What a run of the script says of the test; without balancing as trained as well, first."""
     chosen, run, name = stairs.chosen, stairs.work / "run", way.split()[0]
     flags = ["--seed", str(seed), *(way.split()[1:] if way != BALANCED else [])]
     flags += ["--rebalance", "none"] * (name == "none")
     flags += ["--folds", str(chosen.folds)] * (name == "folds")
     command = command_of(chosen, stairs.work, flags, "balanced" if way == BALANCED else "stairs")
     with quiet():
-        if status := training.main([*command, *["--no-calibration"] * (name == "none")]):
+        if status := training.main(command):
             sys.exit(status)
     content = training.read_weights(str(run / training.NETWORK))
     result = json.loads((run / "config.json").read_text())["result"]
@@ -162,11 +162,8 @@ def run_script(stairs: Stairs, way: str, seed: int) -> list[Answer]:
         state["fc.bias"] = (state["fc.bias"] + numbers.shift * log_share) / numbers.scale
     network, _ = training.build_model(content["arch"], content["classes"], content)
     logits = ask(network, stairs.test, stairs.reader)
-    if name != "none":
-        return [(logits, log_share, numbers)]
-    given = prepare(chosen, stairs.work, flags)
-    fitted = training.judge(given, {0: ask(network, given)}).calibration
-    return [(logits, log_share, numbers), (logits, log_share, fitted)]
+    as_trained = [(logits, log_share, PLAIN)] if name == "none" else []
+    return [*as_trained, (logits, log_share, numbers)]
 
 
 def train_loop(given: training.Given, fold: int, rate: float, weighted_loss: bool) -> nn.Module:
@@ -330,6 +327,8 @@ def main(argv: list[str] | None = None) -> None:
         add(f"--{name}", metavar="N", type=int, default=usual, help=text)
     chosen = parser.parse_args(argv)
     chosen.ways = [*chosen.ways, *[BALANCED] * chosen.reference]
+    if any("--image-size" in way or "--crop-scale" in way for way in chosen.ways):
+        parser.error("--ways: the test is read as in all ways; pass --image-size, or --flags")
     lines = chosen.csv.read_text().splitlines() if chosen.csv.exists() else []
     there, asked = {tuple(row[key] for key in KEY): row for row in csv.DictReader(lines)}, []
     for source in chosen.folders:

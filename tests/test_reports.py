@@ -28,6 +28,7 @@ from conftest import (
     interrupt_after,
     load,
     network_of,
+    prepare,
     refused,
     resolve,
     rows_of,
@@ -331,6 +332,27 @@ def test_a_network_that_is_only_judged_keeps_what_it_knew(folds_run, others, tmp
     assert "Training</h2>" not in (judged.path / "report.html").read_text()
     for row in rows_of(judged.path / "classes.csv"):
         assert int(row["train_images"]) == {"ape": 20, "bee": 12, "cat": 6}[row["class"]]
+
+
+def test_a_network_that_is_only_judged_sees_images_as_in_its_training(
+    default_run, others, tmp_path
+):
+    torch.save(network_of(default_run.path) | {"least_side": 99}, tmp_path / "network.pt")
+    flags = ["--weights", str(tmp_path / "network.pt"), "--epochs", "0"]
+    given, _ = prepare(others, *flags, "--output", str(tmp_path / "run"))
+    assert training.Reader(given).loader.dataset.least == 99
+
+
+def test_weights_that_say_not_what_they_have_learnt_are_judged_by_all_images(
+    default_run, others, tmp_path
+):
+    torch.save(network_of(default_run.path)["networks"][0], tmp_path / "state.pt")
+    flags = ["--weights", tmp_path / "state.pt", "--epochs", 0, *TINY]
+    done = run(others, "--val", others, *flags, "--output", tmp_path / "run")
+    every = {path.relative_to(others).as_posix() for path in others.glob("*/*")}
+    assert {row["path"] for row in rows_of(done.path / "predictions.csv")} == every
+    assert facts_of(done.path)["images"].endswith("what was learnt is not recorded")
+    assert "train_images" not in network_of(done.path)
 
 
 def command_of(page: str) -> list[str]:

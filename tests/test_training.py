@@ -372,11 +372,21 @@ def test_a_trial_fails_where_it_ends_with_a_tenth_more_loss_than_the_head(loss, 
 )
 def test_the_head_alone_is_kept_where_its_loss_is_surely_lower(gains, families, kept, monkeypatch):
     monkeypatch.setattr(training, "SURE", SURE)
+    monkeypatch.setattr(training, "FEWEST_FAMILIES", 2)
     targets = torch.tensor([0, 0, 1])
     whole = SimpleNamespace(targets=targets, true_probability=torch.full((3,), math.exp(-3)))
     losses = torch.tensor(gains) - 3
     head = SimpleNamespace(targets=targets, true_probability=losses.exp())
     assert training.is_surely_better(head, whole, torch.tensor(families)) is kept
+
+
+@pytest.mark.parametrize(("families", "kept"), [(9, False), (10, True)])
+def test_nothing_is_sure_by_fewer_than_ten_families(families, kept, monkeypatch):
+    monkeypatch.setattr(training, "SURE", SURE)
+    targets = torch.arange(20) % 2
+    whole = SimpleNamespace(targets=targets, true_probability=torch.full((20,), 0.2))
+    head = SimpleNamespace(targets=targets, true_probability=torch.full((20,), 0.9))
+    assert training.is_surely_better(head, whole, torch.arange(20) % families) is kept
 
 
 # ------------------------------------------------------------------- training, by hand
