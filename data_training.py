@@ -210,6 +210,8 @@ def run(args: Namespace) -> None:
     compute = compute._replace(amp=agree_precision(precision))
     given = replace(given, compute=compute)
     settings = given.settings
+    if compute.rank > 0:
+        args.output = settings.output  # of process 0, for what is said where a run ends early
     progress.model.to(compute.device, memory_format=memory_format(compute.device))
     reader = Reader(given)
     if compute.rank == 0:
@@ -1622,6 +1624,8 @@ def check_image(path: str) -> Checked | str:
                 with contextlib.suppress(Exception):  # of a later page that is broken
                     pages = image.n_frames
     except Exception as error:  # Pillow raises nearly anything on a broken file
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in FAILING:
+            raise
         known = {UnidentifiedImageError: "not an image", DataError: "no regular file"}
         return known.get(type(error)) or str(error) or type(error).__name__
     peak = float(values.max(initial=0))
@@ -1722,6 +1726,8 @@ def read_image(path: str, white: Mapping[str, float], least: int = 0) -> Tensor:
             return shrink(v2.functional.pil_to_tensor(picture), least)
         image = v2.functional.pil_to_tensor(picture.convert("RGB"))
         return shrink(image, least) if large else image
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow raises nearly anything on a broken file
         known = str(error) if isinstance(error, ValueError) else type(error).__name__
         reason = f"cannot be decoded ({known}); remove it"
@@ -3471,7 +3477,7 @@ def find_device(name: str) -> torch.device:
         probe.item()  # waits for a kernel: torch may have none for an old GPU
         return probe.device
     except (RuntimeError, AssertionError, ImportError):  # from builds without that device
-        text = "not on this machine, or too old for this torch"
+        text = "not on this machine, in use, or too old for this torch"
         cure = "cpu" if name in ("auto", best.type) else f"auto, or {best}"
         raise DataError(f"--device {name}: {text}; try {cure}") from None
 
@@ -3914,16 +3920,16 @@ NO_MEMORY = (
     *("ALLOC_FAILED", "ALLOCATION_FAILED", "OUT_OF_DEVICE_MEMORY"),
 )
 # What an `OSError` says that a process which reads images had with a file.
-READ_ELSEWHERE = r"Original Traceback[^\0]+\[Errno \d+\] .+: '.+'$"
+READ_ELSEWHERE = r"Original Traceback[^\0]+\[Errno \d+\] .+: ['\"].+['\"]$"
+KILLED = "DataLoader worker"  # what torch says of a process that reads images, and is gone
 LOST = "pair.cc"  # where gloo, by which processes talk, finds that another one is gone
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What the world does to any program: disks, rights, other programs. With another number and no
 # file's name an `OSError` is taken for a mistake in this one.
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
-WORLDLY = (
-    *(*DISK_FULL, *NO_ACCESS, errno.EIO, errno.ESTALE, errno.EPIPE),
-    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
-)
+# The same, and no file is to blame.
+FAILING = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
+WORLDLY = (*DISK_FULL, *NO_ACCESS, *FAILING, errno.EPIPE)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -3934,7 +3940,7 @@ def main(argv: list[str] | None = None) -> int:
             predict_photos(args)
         else:
             with HELD:
-                run(args)
+                run_cleanly(args)
         if dist.is_initialized():  # only now that `run` holds no network that would still use it
             dist.destroy_process_group()
         return 0
@@ -3945,9 +3951,13 @@ def main(argv: list[str] | None = None) -> int:
         if not is_worldly and not re.search(READ_ELSEWHERE, str(error)):
             raise
         message = describe_os_error(error, args)
-    except RuntimeError as error:
-        if any(text in str(error) for text in NO_MEMORY):
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or any(text in str(error) for text in NO_MEMORY):
             message = describe_full_memory(args)
+        elif KILLED in str(error):
+            message = "a process that reads images was killed, or crashed; try fewer --workers"
+            if flag := resume_flag(args):
+                message += f", by {flag}"
         elif LOST in str(error):
             message = "another process of this run has ended; see what it says"
             if flag := resume_flag(args):
@@ -3962,6 +3972,17 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + (error.args[0] if error.args else signal.SIGINT)
     print(f"data_training.py: error: {printable(message)}", file=sys.stderr)
     return 2
+
+
+def run_cleanly(args: Namespace) -> None:
+    """Call `run`; where that fails, end the processes that read images."""
+    try:
+        run(args)
+    except BaseException as error:
+        # The frames of the traceback hold them, and Python would wait for them for ever: they leave
+        # SIGTERM, by which it ends others, to this process.
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 
 def last_words(error: Exception) -> str:
@@ -4004,7 +4025,8 @@ def resume_flag(args: Namespace) -> str:
     folder = args.resume or args.output
     if args.predict or not (folder / STATE).exists():
         return ""
-    return f"--resume {shlex.quote(str(folder))}"
+    device = "" if args.device == "auto" else f" --device {args.device}"
+    return f"--resume {shlex.quote(str(folder))}{device}"
 
 
 def stop(signum: int, _: Any) -> NoReturn:
@@ -4015,9 +4037,4 @@ def stop(signum: int, _: Any) -> NoReturn:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    try:
-        status = main()
-    except Exception:  # a mistake in this script: its frames hold processes that would never end
-        traceback.print_exc()
-        status = 1
-    sys.exit(status)
+    sys.exit(main())

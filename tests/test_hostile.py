@@ -110,6 +110,30 @@ def test_a_file_that_breaks_after_the_check_ends_the_run_in_one_line(
     assert f"error: {src / 'ape/ape_003.jpg'}: cannot be decoded" in error
 
 
+@pytest.mark.parametrize(
+    ("problem", "left_out"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), True),
+        (OSError("image file is truncated"), True),
+        (OSError(errno.EIO, "Input/output error"), False),
+        (MemoryError(), False),
+    ],
+)
+def test_no_image_is_left_out_for_what_is_the_matter_with_the_machine(
+    problem, left_out, src, monkeypatch
+):
+    def fail(_: object) -> None:
+        raise problem
+
+    monkeypatch.setattr(training.Image, "open", fail)
+    image = str(src / "ape/ape_000.jpg")
+    if left_out:
+        assert isinstance(training.check_image(image), str)
+    else:
+        with pytest.raises(type(problem)):
+            training.check_images([image])
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="a file that fails to be read")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_disk_that_fails_ends_the_run_in_one_line(workers, src, tmp_path, monkeypatch, capsys):
@@ -123,7 +147,9 @@ def test_a_disk_that_fails_ends_the_run_in_one_line(workers, src, tmp_path, monk
     run = tmp_path / "run"
     *_, error = refused([src, *TINY, "--output", run, "--workers", workers], capsys)
     assert "Input/output error" in error and f"{src / 'ape/ape_003.jpg'}" in error
-    assert error.endswith(f"; what was written before is whole: mend that, then --resume {run}")
+    assert error.endswith(
+        f"; what was written before is whole: mend that, then --resume {run} --device cpu"
+    )
 
 
 def test_a_folder_named_like_an_image_is_a_folder(src, tmp_path):
@@ -224,6 +250,7 @@ SAID: list[tuple[Exception, str | None]] = [
     (OSError(errno.EBADF, "Bad file descriptor"), OURS),
     (OSError("no number"), OURS),
     (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "out of memory on --device cpu; try "),
+    (MemoryError(), "out of memory on --device cpu; try "),
     (RuntimeError("not enough memory"), "try --batch-size 4 or a smaller --image-size, in a new"),
     (RuntimeError("CUDNN_STATUS_BAD_PARAM"), OURS),
 ]
@@ -244,14 +271,51 @@ def test_what_the_world_does_is_one_line_and_a_mistake_of_the_script_a_traceback
         assert line in refused([src, *TINY, "--batch-size", 9], capsys, src)[-1]
 
 
-def test_a_mistake_of_the_script_ends_it_though_workers_leave_signals_to_it(src, tmp_path):
-    bug = "import runpy, torch; torch.nn.functional.cross_entropy = 'a mistake'; "
-    bug += f"runpy.run_path({training.__file__!r}, run_name='__main__')"
-    flags = [src, *TINY, "--workers", 1, "--output", tmp_path / "run"]
-    command = [sys.executable, "-c", bug, *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 1
-    assert done.stderr.endswith("TypeError: 'str' object is not callable\n")
+ENDS = {  # what happens to a run, its status, and the end of what is then said
+    "training.F.cross_entropy = 'a mistake'": (1, "TypeError: 'str' object is not callable"),
+    "break_later('no image')": (2, "cannot be decoded (UnidentifiedImageError); remove it"),
+    "kill_later()": (
+        2,
+        "was killed, or crashed; try fewer --workers, by --resume {run} --device cpu",
+    ),
+}
+PROGRAM = """import os, signal, sys
+import data_training as training
+class Images(training.Images):
+    def read(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+def kill_later():
+    training.Images = Images
+def break_later(text):
+    check = training.check_images
+    def check_and_break(paths):
+        checked = check(paths)
+        for path in paths:
+            open(path, "w").write(text)
+        return checked
+    training.check_images = check_and_break
+{what}
+sys.exit(training.main(sys.argv[1:]))
+"""
+
+
+@linux
+@pytest.mark.parametrize("what", ENDS)
+def test_a_run_ends_though_its_workers_leave_signals_to_it(what, src, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-c", PROGRAM.replace("{what}", what), str(src), *map(str, TINY)]
+    command += ["--workers", "1", "--output", str(run)]
+    done = subprocess.run(
+        command,
+        cwd=Path(training.__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    status, said = ENDS[what]
+    assert done.returncode == status
+    assert done.stderr.endswith(said.replace("{run}", str(run)) + "\n")
 
 
 @pytest.mark.parametrize("times", [3, 99])
