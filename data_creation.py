@@ -203,7 +203,9 @@ def check_places(src: Path, scan: Scan, out: Path, files: list[Path]) -> None:
             raise DataError(f"{path}: this is SRC or inside it, which is only read; name another")
     if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
         raise DataError(f"{out}: exists and is not an empty folder; name another OUT")
-    if out.is_mount():
+    if out == Path.cwd():
+        raise DataError(f"{out}: the current folder, which is replaced by a new one; name another")
+    if os.path.ismount(out):  # `Path.is_mount` is not there on Windows, before Python 3.12
         raise DataError(f"{out}: a mount point, which cannot be replaced; name a folder inside it")
     for path in files:
         usable = path.parent.is_dir() and not path.is_dir() and not path.is_relative_to(out)
@@ -348,7 +350,9 @@ def write_out(src: Path, out: Path, ranked: list[RankedClass], link: bool) -> No
             out.rmdir()  # empty, but Windows renames nothing onto it
         building.rename(out)
     except BaseException:
+        again = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which would leave half of it
         shutil.rmtree(building, ignore_errors=True)
+        signal.signal(signal.SIGINT, again)
         raise
 
 

@@ -1320,11 +1320,16 @@ def list_images(root: Path) -> tuple[list[str], list[Row]]:
     if empty:
         text = f"no image in it, of {', '.join(IMG_EXTENSIONS)}; add some or remove the folder"
         raise DataError(f"{root / empty[0]}: {text}; such classes: {len(empty)}")
-    if others:
-        kinds = ", ".join(sorted({Path(name).suffix or Path(name).name for name in others})[:9])
-        text = f"{root}: {len(others)} files left out, whose names end in {kinds}"
-        print(f"warning: {printable(text)}", file=sys.stderr)
+    tell_left_out(root, others)
     return classes, rows
+
+
+def tell_left_out(root: Path, files: Collection[str]) -> None:
+    """Print how many files are no images by their names, if any."""
+    if files:
+        kinds = ", ".join(sorted({Path(name).suffix or Path(name).name for name in files})[:9])
+        text = f"{root}: {len(files)} files left out, whose names end in {kinds}"
+        print(f"warning: {printable(text)}", file=sys.stderr)
 
 
 def list_folders(root: Path) -> list[str]:
@@ -1442,7 +1447,7 @@ def suggest_group(rows: list[Row]) -> None:
     if alike > len(stems) / 2:
         text = "note: file names differ in a last number alone; if those are images of one patient,"
         text += " film or object, keep them together: --group "
-        print(text + shlex.quote(r"^(.+?)[\W_]*\d+\.\w+$"), file=sys.stderr)
+        print(text + quote(r"^(.+?)[\W_]*\d+\.\w+$"), file=sys.stderr)
 
 
 def hold_images(
@@ -2369,7 +2374,7 @@ def load_baseline(run: Path, data: Data) -> Tensor:
         raise DataError(
             f"--baseline {run}: validated on other images: {(there - here).total()} only there and "
             f"{(here - there).total()} only here, {name} for one; give both runs the same DATA, "
-            "--source, --val, --split, --val-fraction and --seed"
+            "--source, --val, --split, --val-fraction, --folds, --group and --seed"
         )
     predicted = torch.empty(len(ours), dtype=torch.int64)
     for one, two in zip(sorted(theirs), sorted(ours), strict=True):
@@ -2538,8 +2543,8 @@ def write_network(given: Given, states: list[dict[str, Tensor]], fitted: Calibra
         "learnt": torch.cat([given.known, learnt]).unique(),  # digests of images, see `digest`
         "networks": networks,
     }
-    if not settings.epochs:
-        del content["train_images"]  # unless recorded
+    if not settings.epochs:  # unless recorded
+        del content["train_images"], content["natural"]
     save_tensors(settings.output / NETWORK, content | given.recorded)
 
 
@@ -2982,6 +2987,7 @@ def show_changes(changes: Rows) -> Rows:
 
 
 MOST_CLASSES = 30  # with a matrix of confusions
+MOST_LETTERS = 28  # of a class in the chart
 MISTAKES = 24  # how many are shown
 THUMBNAIL = 160  # pixels a side
 PLOT = 'class="open" x="41%" width="41%"'  # beside names, before values
@@ -3050,10 +3056,14 @@ def draw_row(row: Mapping[str, Any], y: int) -> str:
     if row["val_images"]:
         marks += f'<line class="new bar" x1="{row["low"]:.2%}" x2="{row["high"]:.2%}" y1="21" '
         marks += f'y2="21"/><circle class="new" cx="{row["recall"]:.2%}" cy="21" r="5.5"/>'
-    texts = write(show(row["class"]), 38, 14, "end") + write(show(row["recall"]), 100, 26, "end")
+    name = row["class"]
+    if len(name) > MOST_LETTERS:  # the middle goes: names often begin, or end, alike
+        name = f"{name[: MOST_LETTERS // 2]}…{name[-MOST_LETTERS // 2 :]}"
+    texts = write(show(name), 38, 14, "end") + write(show(row["recall"]), 100, 26, "end")
     images = f"{row['train_images']} / {row['val_images']} images"
     texts += write(images, 38, 29, "soft end")
-    return f'<svg y="{y}" height="40">{texts}<svg {PLOT}>{marks}</svg></svg>'
+    title = f"<title>{show(row['class'])}</title>"
+    return f'<svg y="{y}" height="40">{title}{texts}<svg {PLOT}>{marks}</svg></svg>'
 
 
 def recall_chart(classes: Rows, before_name: str = "") -> str:
@@ -3274,7 +3284,7 @@ def show_command(given: Given) -> str:
     if processes > 1:
         words[:1] = ["torchrun", f"--nproc-per-node={processes}"]
     made_with = " · ".join(f"{name} {version}" for name, version in versions().items())
-    return f"<pre>{show(shlex.join(words))}</pre><p><small>{made_with}</small></p>"
+    return f"<pre>{show(' '.join(map(quote, words)))}</pre><p><small>{made_with}</small></p>"
 
 
 # -------------------------------------------------------------------------------------- predicting
@@ -3294,6 +3304,8 @@ def predict_photos(settings: Namespace) -> None:
     paths = list_photos(settings.data)
     model: Any = build_model(run["arch"], run["classes"], run)[0].eval()
     model.to(compute.device, memory_format=memory_format(compute.device))
+    if settings.natural and "natural" not in run:
+        raise DataError("--natural: the network does not say how frequent classes were; drop it")
     natural = run["natural"] if settings.natural else 0.0
     rows: Rows = []
     for views, read in read_photos(paths, run, settings.batch_size or BATCH):
@@ -3321,7 +3333,7 @@ def load_network(settings: Namespace) -> dict[str, Any]:
         raise DataError(f"--predict {settings.predict}: no network there; name a run that has one")
     with contextlib.suppress(DataError):
         run = read_weights(str(file))
-        if run.keys() >= {"classes", "natural"}:
+        if run.keys() >= {"classes", "least_side"}:
             return run
     raise DataError(f"--predict {file}: not a network of this script; train one first")
 
@@ -3330,10 +3342,11 @@ def list_photos(place: Path) -> list[str]:
     """Return the images at or below `place`, sorted by name; hidden ones are left out."""
     if place.is_file():
         return [str(place)]
-    files = walk_files(str(place)) if place.is_dir() else iter(())
+    files = {*walk_files(str(place))} if place.is_dir() else set()
     found = sorted((file for file in files if file.lower().endswith(IMG_EXTENSIONS)), key=Path)
     if not found:
         raise DataError(f"DATA {place}: no image there; known are {', '.join(IMG_EXTENSIONS)}")
+    tell_left_out(place, files.difference(found))
     return found
 
 
@@ -3350,7 +3363,7 @@ def read_photos(
     def read(path: str) -> Tensor | str:
         try:
             return view(read_image(path, run["white"], least)).permute(1, 2, 0)
-        except DataError as error:
+        except (DataError, PermissionError) as error:
             return str(error)
 
     parts = [paths[first : first + batch_size] for first in range(0, len(paths), batch_size)]
@@ -3904,6 +3917,13 @@ def refuse_used(output: Path) -> None:
         raise DataError(f"--output {output}: not empty; name a new folder, or --resume a run")
 
 
+def quote(word: str) -> str:
+    """Return a word as a shell takes it; Windows' `cmd` knows double quotes alone."""
+    if sys.platform == "win32":
+        return word if re.fullmatch(r"[\w.:=\\/-]+", word) else f'"{word}"'
+    return shlex.quote(word)
+
+
 def printable(text: str) -> str:
     """Return `text` on one line, with control characters and undecodable bytes as escapes."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
@@ -3967,7 +3987,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         if int(os.environ.get("RANK", 0)) == 0:
             flag = resume_flag(args)
-            text = f"; go on with {flag}" if flag else " before the first checkpoint"
+            text = f"; go on with {flag}" if flag else "; start again"
             print(f"\ndata_training.py: interrupted{printable(text)}", file=sys.stderr)
         return 128 + (error.args[0] if error.args else signal.SIGINT)
     print(f"data_training.py: error: {printable(message)}", file=sys.stderr)
@@ -4026,7 +4046,7 @@ def resume_flag(args: Namespace) -> str:
     if args.predict or not (folder / STATE).exists():
         return ""
     device = "" if args.device == "auto" else f" --device {args.device}"
-    return f"--resume {shlex.quote(str(folder))}{device}"
+    return f"--resume {quote(str(folder))}{device}"
 
 
 def stop(signum: int, _: Any) -> NoReturn:

@@ -325,6 +325,34 @@ def test_a_stopped_copy_leaves_no_out_and_a_rerun_works(name, status):
     assert len(files("out")) == 3001
 
 
+def test_a_second_ctrl_c_does_not_stop_the_cleaning(monkeypatch):
+    build("src/a/0.jpg src/a/1.jpg src/b/0.jpg")
+    remove, meant = shutil.rmtree, []
+
+    def note(*places, **options):
+        meant.append(signal.getsignal(signal.SIGINT))
+        remove(*places, **options)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(shutil, "copyfile", interrupt)
+    monkeypatch.setattr(shutil, "rmtree", note)
+    assert run("src out --step 0") == 130 and os.listdir() == ["src"]
+    assert meant == [signal.SIG_IGN] and signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_current_folder_is_not_replaced_and_windows_knows_no_is_mount(monkeypatch, capsys):
+    build("src/a/0.jpg src/a/1.jpg src/b/0.jpg")
+    monkeypatch.setattr(Path, "is_mount", None)
+    assert run("src out --step 0") == 0
+    os.mkdir("empty")
+    monkeypatch.chdir("empty")
+    assert run("../src .") == 2 and os.listdir() == []
+    assert "the current folder" in capsys.readouterr().err
+
+
 @posix
 def test_failed_copy_leaves_no_output():
     import resource

@@ -3,6 +3,7 @@
 import math
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -153,11 +154,36 @@ def test_what_cannot_be_read_is_named_and_left_out(photos, default_run, tmp_path
     command = [str(photos), "--predict", str(default_run.path), *FLOAT32]
     assert training.main([*command, "--output", str(tmp_path / "x.csv")]) == 0
     *said, number = capsys.readouterr().err.splitlines()
-    assert len(said) == 4 and len(rows_of(tmp_path / "x.csv")) == 3
+    assert len(said) == 5 and len(rows_of(tmp_path / "x.csv")) == 3
     assert number == "3 images"
+    assert f"warning: {photos}: 1 files left out, whose names end in .txt" in said
     for name in ("empty.jpg", "b/text.png", "nan.tif", "below.tif"):
         (line,) = [line for line in said if f"{photos / name}: " in line]
         assert line.startswith("warning: ") and line.endswith("; left out")
+
+
+def test_a_photo_that_may_not_be_read_is_named_and_left_out(
+    photos, default_run, tmp_path, monkeypatch, capsys
+):
+    def read(path: str, real: Callable[[str], bytes] = training.read_bytes) -> bytes:
+        if path.endswith("z.jpg"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(training, "read_bytes", read)
+    command = [photos, "--predict", default_run.path, *FLOAT32, "--output", tmp_path / "x.csv"]
+    assert training.main([*map(str, command)]) == 0
+    assert len(rows_of(tmp_path / "x.csv")) == 2
+    assert "z.jpg'; left out" in capsys.readouterr().err
+
+
+def test_frequencies_that_nobody_knows_are_not_made_up(others, default_run, tmp_path, capsys):
+    torch.save(network_of(default_run.path)["networks"][0], tmp_path / "state.pt")
+    flags = ["--weights", tmp_path / "state.pt", "--epochs", 0, "--image-size", 32, *FLOAT32]
+    judged = run(others, *flags, "--output", tmp_path / "run").path
+    predict(others, judged, tmp_path / "x.csv")
+    [error] = refused([others, "--predict", judged, "--natural"], capsys, others)
+    assert "--natural: the network does not say how frequent classes were" in error
 
 
 def test_the_next_photos_are_read_while_these_are_looked_at(photos, default_run, monkeypatch):

@@ -28,7 +28,7 @@ def block(name: str) -> str:
 def commands_after_installation(name: str) -> list[str]:
     """The block's commands but for those that make and fill an environment."""
     commands = [
-        command.split("  #")[0].strip()
+        command.strip()
         for line in block(name).splitlines()
         for command in line.split(" && ")
         if not re.match(r"\s*($|#|git |cd |python3 -m venv |\. \.venv|pip install )", command)

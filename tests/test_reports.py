@@ -664,6 +664,19 @@ def test_a_recall_of_0_has_a_dot_and_what_is_unknown_none():
     assert "circle" not in unknown and "nan" not in unknown and "–" in unknown
 
 
+def test_a_long_name_loses_its_middle_in_the_chart_and_nothing_where_one_points_at_it():
+    name = "00003_Plantae_Tracheophyta_Carya_cordiformis"
+    chart = training.recall_chart([KNOWN | {"class": name}])
+    assert ">00003_Plantae_…ya_cordiformis<" in chart and f"<title>{name}</title>" in chart
+
+
+def test_commands_to_paste_are_quoted_as_the_shell_of_the_system_takes_them(monkeypatch):
+    words = [r"runs\2026-11-29", "my images", r"^(P\d+)"]
+    assert [*map(training.quote, words)] == [r"'runs\2026-11-29'", "'my images'", r"'^(P\d+)'"]
+    monkeypatch.setattr(training.sys, "platform", "win32")
+    assert [*map(training.quote, words)] == [r"runs\2026-11-29", '"my images"', r'"^(P\d+)"']
+
+
 def test_curves_skip_what_is_not_finite_and_cut_off_what_is_far_above():
     rows = [{"epoch": at, "fold": 1, "a": x, "b": 0.5} for at, x in enumerate([1, math.inf, 2])]
     assert 'points="0,-1 0,-1 2,-2"' in training.draw_panel(rows, ("a", "b"), 1)

@@ -188,9 +188,7 @@ def test_a_run_that_is_stopped_before_its_state_is_written_leaves_nothing(animal
     stderr = Trigger("left out", raises(KeyboardInterrupt()))
     with contextlib.redirect_stderr(stderr):
         assert training.main(command) == 130
-    assert stderr.getvalue().endswith(
-        "\ndata_training.py: interrupted before the first checkpoint\n"
-    )
+    assert stderr.getvalue().endswith("\ndata_training.py: interrupted; start again\n")
     assert not (tmp_path / "runs").exists()
 
 
