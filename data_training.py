@@ -898,9 +898,13 @@ def fit_calibration(
 
 
 def pick_evenly(labels: Tensor, most: int) -> Tensor:
-    """Choose about `most` of M images, evenly spread, and all of classes left out so: (M,) bool."""
-    chosen = torch.arange(len(labels)) % math.ceil(len(labels) / most) == 0
-    return chosen | ~torch.isin(labels, labels[chosen])
+    """Choose about `most` of M images, of each class an equal part, one at least: (M,) bool."""
+    order = labels.argsort(stable=True)
+    counts = labels.bincount()
+    place = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]  # in its class
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    chosen[order] = place % math.ceil(len(labels) / most) == 0
+    return chosen
 
 
 # --------------------------------------------------------------------------- what is kept, the end
@@ -1374,7 +1378,7 @@ def walk_files(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator
     """
     info = os.stat(folder)
     here = info.st_dev, info.st_ino  # the same folder, whatever its name
-    if here in above:
+    if info.st_ino and here in above:  # some drives of Windows number nothing
         raise DataError(f"{folder}: this link leads back to a folder above it; remove it")
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -3185,7 +3189,7 @@ def show_image(data: Data, place: int | None, relation: str, label: int) -> str:
     """Return the image at a place of `data`, if any, its relation to a class, and the class."""
     image = ""
     if place is not None:
-        pixels = central_square(THUMBNAIL)(read_image(data.paths[place], data.white))
+        pixels = central_square(THUMBNAIL)(read_image(data.paths[place], data.white, THUMBNAIL))
         content = io.BytesIO()
         v2.functional.to_pil_image(pixels).save(content, "JPEG", quality=80)
         encoded = base64.b64encode(content.getvalue()).decode()
@@ -3701,7 +3705,10 @@ def lock_file(path: Path) -> int:
             msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
         else:  # not `flock`: forked workers would hold that until they notice that we are killed
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        taken = not path.exists() or not os.path.samestat(os.fstat(lock), path.stat())
+        # Unlinked meanwhile? Windows unlinks no open file, and some of its drives change numbers.
+        taken = not path.exists() or (
+            sys.platform != "win32" and not os.path.samestat(os.fstat(lock), path.stat())
+        )
     except (BlockingIOError, PermissionError):
         taken = True
     except OSError:  # a file system without locks

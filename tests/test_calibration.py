@@ -146,7 +146,9 @@ def test_a_part_of_very_many_logits_is_enough_and_misses_no_class(monkeypatch):
     assert part != whole and [*part] == pytest.approx([*whole], abs=0.2)
     labels = torch.tensor([0] * 995 + [1, 1, 1, 0, 0])
     chosen = training.pick_evenly(labels, 10)
-    assert chosen[995:998].all() and 10 <= chosen.sum() <= 13
+    assert [labels[chosen].eq(label).sum() for label in (0, 1)] == [10, 1]  # of 997 and 3
+    assert training.pick_evenly(torch.arange(5), 2).all()  # none can go
+    assert training.pick_evenly(labels, 1000).all()
 
 
 def test_each_class_is_cut_at_random_into_five_parts():
