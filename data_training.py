@@ -36,7 +36,7 @@ The sections of this file, in the order of the story:
     command line, main         flags, errors, exit status
 
 Exit status: 0 done, 2 bad input (one line on stderr says where and what to do), 130 interrupted,
-143 terminated.
+143 terminated, 129 the terminal was closed.
 """
 
 from __future__ import annotations
@@ -1861,9 +1861,9 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 
 def leave_interrupts(_: int) -> None:
-    """Leave Ctrl-C and SIGTERM, which may be sent to every process, to the first one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Leave Ctrl-C and the like, which may be sent to every process, to the first one."""
+    for number in (signal.SIGINT, *STOPS):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Reader:
@@ -3410,6 +3410,8 @@ MOST_FORKED = 64  # workers of one process
 MOST_SPAWNED = 8  # they take 2 GB
 MOST_ON_WINDOWS = 4  # of one machine: each reserves gigabytes of the page file (pytorch 53695)
 NCCL_SHARE = 2**25  # bytes of /dev/shm for each process: NCCL takes segments of 9.6 MB there
+# A batch system ends a program by the first, a terminal that is closed by the second.
+STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 # Sockets of workers lie in the folder for temporary files, by names of up to 34 bytes more; macOS
 # allows 103 bytes, Linux 107.
 LONGEST_TMPDIR = 69
@@ -4062,6 +4064,8 @@ def stop(signum: int, _: Any) -> NoReturn:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, stop)
+    for each in STOPS:
+        if signal.getsignal(each) is signal.SIG_DFL:  # `nohup` has SIGHUP ignored
+            signal.signal(each, stop)
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.exit(main())

@@ -154,6 +154,7 @@ def test_folds_go_on_from_any_moment_to_the_same_bytes(
     [
         (signal.SIGINT, 130, "default_run", " 1/1    1/2 "),
         (signal.SIGTERM, 143, "default_run", " 1/1    1/2 "),
+        (signal.SIGHUP, 129, "default_run", " 1/1    1/2 "),
         (signal.SIGKILL, -9, "folds_run", " 2/3    1/1 "),
     ],
 )
