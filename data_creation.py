@@ -8,7 +8,7 @@ ranked i (from 0) keeps at most M - 2 * i of them and loses the rest at random: 
 all: it is built in a folder `.data_creation-*` beside it, which stays only after a `kill -9`.
 
 Exit status: 0 done, 2 bad input (one line on stderr says where and what to do), 130 interrupted,
-143 terminated.
+143 terminated, 129 the terminal was closed.
 """
 
 import argparse
@@ -28,6 +28,8 @@ from typing import NamedTuple, NoReturn
 
 # The files that `torchvision.datasets.ImageFolder` reads (torchvision.datasets.folder).
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# A batch system ends a program by the first, a terminal that is closed by the second.
+STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 # Names of the folders that hold the parts of a data set, and the order in which they are used.
 PARTS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "test": 2, "testing": 2}
 FOLDS = {"fold", "split", "part"}
@@ -155,7 +157,7 @@ def walk_files(folder: str, above: tuple, folders: set) -> Iterator[tuple[str, b
 def identity(path: str | Path) -> tuple[int, int]:
     """Return device and inode of a file or folder: the same by any link and case of its name."""
     info = os.stat(path)
-    return info.st_dev, info.st_ino
+    return info.st_dev, info.st_ino or hash(os.path.realpath(path))  # some drives number nothing
 
 
 def find_parts(tree: Mapping[str, set[str]]) -> list[str]:
@@ -203,7 +205,7 @@ def check_places(src: Path, scan: Scan, out: Path, files: list[Path]) -> None:
             raise DataError(f"{path}: this is SRC or inside it, which is only read; name another")
     if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
         raise DataError(f"{out}: exists and is not an empty folder; name another OUT")
-    if out == Path.cwd():
+    if out.exists() and os.path.exists(".") and os.path.samefile(out, "."):
         raise DataError(f"{out}: the current folder, which is replaced by a new one; name another")
     if os.path.ismount(out):  # `Path.is_mount` is not there on Windows, before Python 3.12
         raise DataError(f"{out}: a mount point, which cannot be replaced; name a folder inside it")
@@ -350,9 +352,10 @@ def write_out(src: Path, out: Path, ranked: list[RankedClass], link: bool) -> No
             out.rmdir()  # empty, but Windows renames nothing onto it
         building.rename(out)
     except BaseException:
-        again = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which would leave half of it
-        shutil.rmtree(building, ignore_errors=True)
-        signal.signal(signal.SIGINT, again)
+        before = {each: signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, *STOPS)}
+        shutil.rmtree(building, ignore_errors=True)  # which a second signal would leave half done
+        for each, handler in before.items():
+            signal.signal(each, handler)
         raise
 
 
@@ -407,5 +410,7 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a batch system's stop cleans up too
+    for each in STOPS:
+        if signal.getsignal(each) is signal.SIG_DFL:  # `nohup` has SIGHUP ignored
+            signal.signal(each, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

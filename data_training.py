@@ -898,7 +898,7 @@ def fit_calibration(
 
 
 def pick_evenly(labels: Tensor, most: int) -> Tensor:
-    """Choose about `most` of M images, of each class an equal part, one at least: (M,) bool."""
+    """Choose an equal part of each class, `most` of M images, or one of each class: (M,) bool."""
     order = labels.argsort(stable=True)
     counts = labels.bincount()
     place = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]  # in its class
@@ -981,8 +981,8 @@ def finish(given: Given, progress: Progress, reader: Reader) -> None:
             for file in (output / STATE, output / START, *output.glob("fold-*.pt")):
                 file.unlink(missing_ok=True)
         elif settings.epochs:
-            text = f"mend that, then --resume {printable(str(settings.output))} writes all reports"
-            print(f"warning: {text}", file=sys.stderr)
+            text = f"mend that, then --resume {quote(str(settings.output))} writes all reports"
+            print(f"warning: {printable(text)}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------- model
@@ -1582,6 +1582,7 @@ CONVERT = (  # 16 bits stay 16 bits
     "if p.suffix.lower() in ('.tif', '.tiff') and (i := cv2.imread(str(p), -1)) is not None "
     "and i.ndim == 3 and i.dtype == 'uint16']"
 )
+NO_ROOM = "out of memory as it was read; remove or shrink it, or close other programs"
 COPIED_TOGETHER = 100  # batches of features
 
 
@@ -1633,7 +1634,9 @@ def check_image(path: str) -> Checked | str:
                 with contextlib.suppress(Exception):  # of a later page that is broken
                     pages = image.n_frames
     except Exception as error:  # Pillow raises nearly anything on a broken file
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in FAILING:
+        if isinstance(error, MemoryError):
+            raise DataError(f"{printable(path)}: {NO_ROOM}") from None
+        if getattr(error, "errno", None) in FAILING:
             raise
         known = {UnidentifiedImageError: "not an image", DataError: "no regular file"}
         return known.get(type(error)) or str(error) or type(error).__name__
@@ -1736,7 +1739,7 @@ def read_image(path: str, white: Mapping[str, float], least: int = 0) -> Tensor:
         image = v2.functional.pil_to_tensor(picture.convert("RGB"))
         return shrink(image, least) if large else image
     except MemoryError:
-        raise
+        raise DataError(f"{printable(path)}: {NO_ROOM}") from None
     except Exception as error:  # Pillow raises nearly anything on a broken file
         known = str(error) if isinstance(error, ValueError) else type(error).__name__
         reason = f"cannot be decoded ({known}); remove it"
@@ -3929,7 +3932,8 @@ def refuse_used(output: Path) -> None:
 def quote(word: str) -> str:
     """Return a word as a shell takes it; Windows' `cmd` knows double quotes alone."""
     if sys.platform == "win32":
-        return word if re.fullmatch(r"[\w.:=\\/-]+", word) else f'"{word}"'
+        end = "\\" if word.endswith("\\") else ""  # one alone would escape the quote
+        return word if re.fullmatch(r"[\w.:=\\/-]+", word) else f'"{word}{end}"'
     return shlex.quote(word)
 
 
@@ -3950,7 +3954,7 @@ NO_MEMORY = (
 )
 # What an `OSError` says that a process which reads images had with a file.
 READ_ELSEWHERE = r"Original Traceback[^\0]+\[Errno \d+\] .+: ['\"].+['\"]$"
-KILLED = "DataLoader worker"  # what torch says of a process that reads images, and is gone
+KILLED = "DataLoader worker (pid"  # what torch says of a process that reads images, and is gone
 LOST = "pair.cc"  # where gloo, by which processes talk, finds that another one is gone
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What the world does to any program: disks, rights, other programs. With another number and no
@@ -3997,7 +4001,8 @@ def main(argv: list[str] | None = None) -> int:
         if int(os.environ.get("RANK", 0)) == 0:
             flag = resume_flag(args)
             text = f"; go on with {flag}" if flag else "; start again"
-            print(f"\ndata_training.py: interrupted{printable(text)}", file=sys.stderr)
+            with contextlib.suppress(OSError):  # of a terminal that is closed
+                print(f"\ndata_training.py: interrupted{printable(text)}", file=sys.stderr)
         return 128 + (error.args[0] if error.args else signal.SIGINT)
     print(f"data_training.py: error: {printable(message)}", file=sys.stderr)
     return 2
@@ -4059,7 +4064,9 @@ def resume_flag(args: Namespace) -> str:
 
 
 def stop(signum: int, _: Any) -> NoReturn:
-    """End as by Ctrl-C."""
+    """End as by Ctrl-C; a second such signal would stop the cleaning."""
+    for each in STOPS:
+        signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt(signum)
 
 

@@ -298,7 +298,9 @@ def test_the_chart_is_for_light_and_dark_any_name_and_any_number_of_classes():
 
 
 @posix
-@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)])
+@pytest.mark.parametrize(
+    ("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGKILL", -9)]
+)
 def test_a_stopped_copy_leaves_no_out_and_a_rerun_works(name, status):
     build("src/a/0.jpg src/b/0.jpg")
     for number in range(1, 3000):
@@ -330,7 +332,7 @@ def test_a_second_ctrl_c_does_not_stop_the_cleaning(monkeypatch):
     remove, meant = shutil.rmtree, []
 
     def note(*places, **options):
-        meant.append(signal.getsignal(signal.SIGINT))
+        meant.extend(signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM))
         remove(*places, **options)
 
     def interrupt(*_):
@@ -340,7 +342,7 @@ def test_a_second_ctrl_c_does_not_stop_the_cleaning(monkeypatch):
     monkeypatch.setattr(shutil, "copyfile", interrupt)
     monkeypatch.setattr(shutil, "rmtree", note)
     assert run("src out --step 0") == 130 and os.listdir() == ["src"]
-    assert meant == [signal.SIG_IGN] and signal.getsignal(signal.SIGINT) is before
+    assert meant == [signal.SIG_IGN] * 2 and signal.getsignal(signal.SIGINT) is before
 
 
 def test_the_current_folder_is_not_replaced_and_windows_knows_no_is_mount(monkeypatch, capsys):

@@ -116,7 +116,6 @@ def test_a_file_that_breaks_after_the_check_ends_the_run_in_one_line(
         (PermissionError(errno.EACCES, "Permission denied"), True),
         (OSError("image file is truncated"), True),
         (OSError(errno.EIO, "Input/output error"), False),
-        (MemoryError(), False),
     ],
 )
 def test_no_image_is_left_out_for_what_is_the_matter_with_the_machine(
@@ -132,6 +131,16 @@ def test_no_image_is_left_out_for_what_is_the_matter_with_the_machine(
     else:
         with pytest.raises(type(problem)):
             training.check_images([image])
+
+
+@pytest.mark.parametrize("read", [training.check_image, lambda path: training.read_image(path, {})])
+def test_an_image_that_memory_is_too_short_for_is_named(read, src, monkeypatch):
+    def fail(_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(training.Image, "open", fail)
+    with pytest.raises(training.DataError, match="ape_000.jpg: out of memory as it was read"):
+        read(str(src / "ape/ape_000.jpg"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a file that fails to be read")
@@ -274,6 +283,7 @@ def test_what_the_world_does_is_one_line_and_a_mistake_of_the_script_a_traceback
 ENDS = {  # what happens to a run, its status, and the end of what is then said
     "training.F.cross_entropy = 'a mistake'": (1, "TypeError: 'str' object is not callable"),
     "break_later('no image')": (2, "cannot be decoded (UnidentifiedImageError); remove it"),
+    "fail_later()": (1, "RuntimeError: a mistake"),
     "kill_later()": (
         2,
         "was killed, or crashed; try fewer --workers, by --resume {run} --device cpu",
@@ -286,6 +296,10 @@ class Images(training.Images):
         os.kill(os.getpid(), signal.SIGKILL)
 def kill_later():
     training.Images = Images
+def fail_later():
+    def read(self, index):
+        raise RuntimeError("a mistake")
+    training.Images.read = read
 def break_later(text):
     check = training.check_images
     def check_and_break(paths):
@@ -315,7 +329,7 @@ def test_a_run_ends_though_its_workers_leave_signals_to_it(what, src, tmp_path):
     )
     status, said = ENDS[what]
     assert done.returncode == status
-    assert done.stderr.endswith(said.replace("{run}", str(run)) + "\n")
+    assert done.stderr.rstrip().endswith(said.replace("{run}", str(run)))
 
 
 @pytest.mark.parametrize("times", [3, 99])
