@@ -380,9 +380,7 @@ TRIAL_FAILS = 1.1  # times the loss of the head alone; more steps would repair l
 # Standard errors by which the loss of the head alone must be lower at the end for it to be kept
 # alone: by chance it is in one of twenty runs, if the two are equally good.
 SURE = 1.645
-FEWEST_FAMILIES = (
-    10  # images or families by which it can be sure: of fewer, chance decides more often
-)
+FEWEST_FAMILIES = 10  # or images, by which it can be sure: of fewer, chance decides more often
 BACK = "back"  # the phase of an epoch after which it is kept alone
 HEAD_SHARE = 0.25  # of the logits, where it votes with all layers; 0.15 to 0.35 do as well
 # The layers of a ResNet from below. What the first ones see is in all photographs: pretrained ones
@@ -1377,8 +1375,9 @@ def walk_files(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator
     Raises `DataError` for a link that leads back to one of the folders `above` it.
     """
     info = os.stat(folder)
-    here = info.st_dev, info.st_ino  # the same folder, whatever its name
-    if info.st_ino and here in above:  # some drives of Windows number nothing
+    # The same folder, whatever its name. Some drives of Windows number nothing.
+    here = info.st_dev, info.st_ino or hash(os.path.realpath(folder))
+    if here in above:
         raise DataError(f"{folder}: this link leads back to a folder above it; remove it")
     with os.scandir(folder) as entries:
         for entry in entries:

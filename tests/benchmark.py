@@ -456,21 +456,9 @@ def grow(images: int, folder: Path) -> dict[str, float]:
     settings = training.resolve_settings(training.parse_args(command), compute, "none", {})
     classes, found = training.list_images(folder)
     lap("scan")
-    numbers = range(len(found))
-    held = training.hold_images(settings, found, numbers, [False] * len(found))
-    data = training.Data(
-        classes=classes,
-        paths=[row.path for row in held],
-        names=[row.name for row in held],
-        labels=torch.tensor([row.label for row in held]),
-        parts=[row.part for row in held],
-        held=torch.tensor([row.held for row in held]),
-        families=torch.tensor(numbers),
-        digests=torch.tensor(numbers),
-        white={},
-        related=0,
-        unreadable=[],
-    )
+    checked = {row.path: training.Checked(at, "", 0.0, 1) for at, row in enumerate(found)}
+    training.check_images = lambda _: checked  # as if these files had been decoded
+    data = training.load_data(settings, classes, found, torch.empty(0, dtype=torch.int64))
     train, val = data.learns(0), data.judges(0)
     lap("split")
     weights = training.sample_weights(data.labels[train], 1.0)
