@@ -1,42 +1,35 @@
 """Fine-tune a pretrained ResNet on an imbalanced image folder, balanced by weighted sampling.
 
-    python data_training.py DATA --epochs N                # train, judge, fill a run folder
-    python data_training.py DATA --folds 5                 # five networks that vote
-    python data_training.py DATA --group '^(P[0-9]+)'      # no patient on both sides
-    python data_training.py DATA --weights RUN --epochs 0  # judge the network of a run
-    python data_training.py PHOTOS --predict RUN           # a CSV of classes and probabilities
-    python data_training.py --resume RUN                   # go on where a run was stopped
-    torchrun --nproc-per-node=K data_training.py DATA      # one run on several devices
+    python data_training.py DATA --epochs N             # train, judge, fill a run folder
+    python data_training.py DATA --folds 5              # five networks, an ensemble
+    python data_training.py DATA --group '^(P[0-9]+)'   # no patient on both sides
+    python data_training.py PHOTOS --predict RUN        # a CSV of classes and probabilities
+    python data_training.py --resume RUN                # go on where a run was stopped
+    torchrun --nproc-per-node=K data_training.py DATA   # one run on several devices
 
-DATA holds one folder per class; a part of each is kept for validation. Training images are drawn by
-a `WeightedRandomSampler` with weights 1 / (training images of the class), so that every class is
-seen about equally often. The last layer of pretrained weights is trained first, then all layers. In
-runs of one network both vote in the end, unless all layers did harm. The last layer answers alone
-where it is surely better. Two numbers, fitted on the validation images, reduce the remaining bias
-towards frequent classes (calibration). With `--folds K` each of K networks is judged by the part of
-the images that it has not seen; together they vote. A run folder holds the networks, the settings,
-the history, the predictions, the recall of each class with its interval, and a page that shows all
-of that, `report.html`.
+DATA holds one folder per class; a fifth of each class is kept for validation. Training images are
+drawn by a `WeightedRandomSampler` with weights 1 / (training images of the class), so that every
+class is seen about equally often. The head of a pretrained ResNet is trained first, then all
+layers; the head alone is kept if it is better. Two numbers, fitted on the validation images, reduce
+the remaining bias towards frequent classes (calibration). With `--folds K` each of K networks is
+judged by the validation fold that it has not learnt; together they answer, as an ensemble.
 
-The sections of this file, in the order of the story:
+The sections of this file use each other in one direction:
 
-    run                        settings, records, and the loop over folds, stages and epochs
-    sampling                   weights 1 / count, `WeightedRandomSampler`, batches
-    training                   stages, optimizers, a step, an epoch
-    evaluation and calibration logits of the validation images, and what they say
-    what is kept, the end      files after an epoch and at the end
-    model                      weights, the network, its scale
-    data                       listing, checking and splitting images
-    reading                    decoding, augmenting and storing them
-    measures                   recall, intervals, calibration error, comparisons
-    records and going on       a new run, a stopped run, tables and other files
-    console, page              what people read
-    predicting                 `--predict`
-    devices and processes      GPUs, torchrun, worker processes
-    command line, main         flags, errors, exit status
+    run                         the story: from folders of images to a network and its report
+    sampling                    weights 1 / count, `WeightedRandomSampler`, batches
+    training                    stages, optimizers, a step, an epoch
+    evaluation and calibration  logits of the validation images, and what they say
+    results, console, page      what people read
+    predicting                  `--predict`
+    run folder                  what is stored, and going on from it
+    settings, data              flags resolved; images listed, checked and split
+    model, reading              the ResNet and its weights; decoding, augmenting and storing images
+    measures                    recall, intervals, comparisons
+    devices, files              GPUs, precision, torchrun; tables, whole files, a lock
+    command line, main          flags, errors, exit status
 
-Exit status: 0 done, 2 bad input (one line on stderr says where and what to do), 130 interrupted,
-143 terminated, 129 the terminal was closed.
+Exit status: 0 done, 2 bad input (one line on stderr says where and what to do), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -46,7 +39,6 @@ import base64
 import contextlib
 import copy
 import csv
-import errno
 import hashlib
 import heapq
 import html
@@ -56,26 +48,22 @@ import math
 import os
 import random
 import re
+import secrets
 import shlex
 import shutil
 import signal
 import sys
-import tempfile
 import time
-import traceback
 import warnings
-import weakref
 from argparse import Namespace
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
-from functools import cache, partial
-from itertools import permutations
-from multiprocessing import get_start_method
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cache
+from itertools import permutations, zip_longest
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -84,14 +72,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 from torchvision import models
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -100,23 +87,18 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-EVERY = -1  # instead of the fold that holds an image out: every network learns it
-TEST = -2  # no network learns it; it tests their vote
 NETWORK = "network.pt"  # in a run folder
 STATE = "resume.pt"  # of a stopped run, beside it
-START = "start.pt"  # the networks before their first step
+LOCK = ".lock"  # of a run at work, beside it
+EVERY = -1  # instead of the validation fold of an image: every network learns it
+TEST = -2  # no network learns it; it tests the ensemble
+EVALUATED = -1  # instead of the seed of an image: it is evaluated, not augmented
 # The part of the images that is right, and the mean recall: of all classes, and of those with many,
 # in between and few training images. NaN where there is no such class.
 MEASURES = ("accuracy", "balanced_accuracy", "many", "medium", "few")
 Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
-BATCH = 64  # images a step
-PATHS = ("data", "val", "source", "split", "output", "baseline")  # settings that are paths
-# Flags allowed with `--resume` (where it runs, not what comes out) and with `--predict`.
-WITH_RESUME = ("device", "workers", "amp")
-WITH_PREDICT = ("data", "output", "natural", "batch_size", *WITH_RESUME)
-if not dist.is_available():  # this torch is built for one process only
-    dist.is_initialized = dist.is_torchelastic_launched = lambda: False
 Rows = list[dict[str, Any]]
+State = dict[str, Tensor]  # of a network
 
 
 class DataError(Exception):
@@ -125,193 +107,190 @@ class DataError(Exception):
 
 # -------------------------------------------------------------------------------------------- run
 
-
-@dataclass(frozen=True)
-class Settings:
-    """Every setting of a run as it is used: "auto" is resolved, and nothing changes any more."""
-
-    data: Path
-    val_fraction: float
-    folds: int
-    val: Path | None
-    split: Path | None
-    source: Path | None
-    group: str | None  # a regular expression
-    image_size: int  # pixels per side of a training crop
-    crop_scale: float
-    flip: str
-    workers: int
-    arch: str
-    weights: str
-    epochs: int
-    frozen_epochs: int  # of the head alone, the first ones
-    rebalance: str  # "sampler" or "none"
-    power: float  # 0 without balancing
-    batch_size: int  # images a step, over all processes
-    lr: float
-    calibrate: bool
-    output: Path
-    baseline: Path | None
-    seed: int
-    device: str
-    amp: bool  # mixed precision
-    command: str  # that started the run
-
-
-@dataclass(frozen=True)
-class Given:
-    """All that a run has before its first epoch; it stays the same until the last one."""
-
-    settings: Settings
-    data: Data
-    known: Tensor  # (K,) int64, digests of the images that the network of `--weights` has learnt
-    baseline: Tensor | None  # what the run `--baseline` predicted for the judged images: (M,)
-    origin: str  # in words, where the network is from
-    compute: Compute  # of this process
-    recorded: dict[str, Any] = field(default_factory=dict)  # of a network that is only judged
-
-
-class Fold(NamedTuple):
-    """What is trained to the end."""
-
-    networks: list[dict[str, Tensor]]  # one state, or two with the last layer trained alone
-    logits: Tensor  # their mean, of the images it is judged by: (M, C)
-
-
-@dataclass
-class Progress:
-    """How far a run has come: what is stored to go on from there."""
-
-    start: dict[str, Tensor]  # the state of each fold's network before its first step
-    model: Any  # in training, a ResNet
-    history: Rows  # a row for each epoch, from the first one on
-    draws: Tensor  # how often images of each class were drawn so far: (C,) int64
-    head: dict[str, Tensor] = field(default_factory=dict)  # as the stage "head" left it
-    logits: Tensor = torch.empty(0)  # of the images that judged the last epoch: (M, C)
-    judged: Any = None  # the `Evaluation` of these
-    finished: list[Fold] = field(default_factory=list)
-    stored: dict[str, Any] = field(default_factory=dict)  # a trainer's state, to go on from once
-    trainer: Any = None  # a `Trainer`, from the first stage on
-    features: Tensor | None = None  # what the backbone at the start makes of all images
-    written: float = -math.inf  # when the files were written last, by `time.perf_counter`
-
-    def has_done(self, fold: int, epoch: int) -> bool:
-        """Return whether this epoch of this fold, or a later one, is done."""
-        last = self.history[-1] if self.history else {"fold": 0, "epoch": 0}
-        return (fold + 1, epoch) <= (last["fold"], last["epoch"])
+WRITE_EVERY = 30.0  # seconds; on a fast GPU the files of an epoch take longer than the epoch
 
 
 def run(args: Namespace) -> None:
-    """Train a network, or one for each fold, judge it, and fill the run folder."""
-    compute = join_processes(args.device, args.amp)
-    given, progress = first_makes(partial(prepare, args, compute), compute)
-    # A run that goes on keeps its precision, and all processes have the same.
-    precision = pick_precision(compute.device, given.settings.amp)
-    compute = compute._replace(amp=agree_precision(precision))
-    given = replace(given, compute=compute)
-    settings = given.settings
-    if compute.rank > 0:
-        args.output = settings.output  # of process 0, for what is said where a run ends early
-    progress.model.to(compute.device, memory_format=memory_format(compute.device))
-    reader = Reader(given)
-    if compute.rank == 0:
-        start_run(given, progress)
-    if not settings.epochs:
-        finish(given, progress, reader)
-        return
-    for fold in range(settings.folds):
-        for stage in plan(given, progress, fold):
-            if progress.has_done(fold, stage.epochs[-1]):
-                continue
-            inputs = begin(given, progress, stage, reader)
-            for epoch in stage.epochs:
-                if progress.has_done(fold, epoch):
-                    continue
-                drawn = draw_epoch(given, stage, epoch)
-                trained = train_epoch(given, progress.trainer, drawn, epoch, inputs)
-                judge_epoch(given, progress, inputs)
-                if epoch == settings.epochs:
-                    end_fold(given, progress, inputs)
-                add_epoch(given, progress, epoch, trained)
-                if compute.rank == 0:
-                    store_epoch(given, progress, stage_ends=epoch == stage.epochs[-1])
-                    print(format_epoch(progress.history[-1], settings), flush=True)
-    finish(given, progress, reader)
+    """Train a network, or one for each fold, judge it, and fill the run folder.
 
-
-def judge_epoch(given: Given, progress: Progress, inputs: Inputs) -> None:
-    """Judge the network after an epoch by the validation images."""
-    stage = progress.trainer.stage
-    places = given.data.judges(stage.fold)
-    progress.logits = evaluate(given, progress.trainer.evaluated, inputs, places)
-    progress.judged = judge(given, {stage.fold: progress.logits})
-    if stage.on_features:
-        progress.head = copy_state(progress.model.fc)
-
-
-def end_fold(given: Given, progress: Progress, inputs: Inputs) -> None:
-    """Finish a fold: the last layer alone votes with all layers, or is kept in their place.
-
-    On the backbone of the start it errs on other images than all layers do, so a weighted mean of
-    the logits of both errs less. It is there already; to answer takes twice the time. Folds err on
-    other images anyway, and gain nothing by it. Where the last layer alone is surely better it is
-    kept: on photographs that the weights know already, further training does harm.
+    Under torchrun process 0 reads and decides, and the others receive what it has made.
     """
-    stage = progress.trainer.stage
-    model = progress.model
-    end = copy_state(model)
-    networks = [end]
-    if progress.head and not stage.on_features:
-        return_to_head(progress)
-        alone = copy_state(model)
-        places = given.data.judges(stage.fold)
-        logits = evaluate(given, model, inputs, places)
-        judged = judge(given, {stage.fold: logits})
-        is_better = partial(is_surely_better, judged, progress.judged, given.data.families[places])
-        if first_makes(is_better, given.compute):
-            networks = [alone]
-            progress.logits = logits
-            progress.judged = judged
-            progress.trainer.stage = stage._replace(name=BACK)
-        else:
-            model.load_state_dict(end)
-            if stage.joins_head:
-                # A mean weighs both alike: what is to count for more has its last layer multiplied.
-                networks = [
-                    scale_head(end, 2 * (1 - HEAD_SHARE)),
-                    scale_head(alone, 2 * HEAD_SHARE),
-                ]
-                progress.logits = progress.logits.lerp(logits, HEAD_SHARE)
-                progress.judged = judge(given, {stage.fold: progress.logits})
-    progress.finished.append(Fold(networks, progress.logits))
+    compute = join_processes(args.device, args.amp)
+    settings, listing, stored = first_makes(compute, open_run, args, compute)
+    compute = compute._replace(precision=settings.precision)
+    data = first_makes(compute, load_data, settings, listing, stored)
+    baseline = first_makes(compute, load_baseline, settings.baseline, data)
+    model = first_makes(compute, load_model, settings, data.classes, stored)
+    lock = lock_folder(settings.output, compute.rank)
+    progress = first_makes(compute, load_progress, settings, data, model, stored)
+    images = Images(data.paths, data.labels, data.white, settings.image_size, settings.flip)
+    images.keep_copies(settings.output / COPIES)
+    reader = Reader(images, compute, settings.workers, settings.batch_size)
+    known = stored.get("learnt", torch.empty(0, dtype=torch.int64))
+    given = Given(settings, data, compute, baseline, known, compute.place(model), reader)
+    if compute.rank == 0:
+        save_tensors(settings.output / STATE, state_of(given, progress))
+        print_start(describe_run(settings, data, compute))
+        for row in progress.history:
+            print(format_epoch(row, settings))
+    trial = count_trial(settings, len(data.learns(0)))
+    for fold in range(settings.folds):
+        learnt = len(data.learns(fold))
+        for stage in plan_opening(settings, fold, learnt, trial):
+            train_stage(given, progress, stage)
+        failed = trial > 0 and first_makes(compute, trial_failed, progress.history)
+        train_stage(given, progress, plan_rest(settings, fold, learnt, trial, failed))
+    finish(given, progress)
+    del lock
 
 
-def add_epoch(given: Given, progress: Progress, epoch: int, trained: Trained) -> None:
-    """Add an epoch to the progress of a run: its row of the history and its draws."""
-    data = given.data
-    stage = progress.trainer.stage
-    counts = data.counts(trained.drawn)
-    progress.draws += counts
-    progress.history.append({
-        "fold": stage.fold + 1,
-        "epoch": epoch,
-        "phase": stage.name,
-        "train_loss": trained.loss,
-        **progress.judged.measures,
-        "fewest_draws": int(counts.min()),
-        "most_draws": int(counts.max()),
-        "distinct_images": len(trained.drawn.unique()) / len(data.learns(stage.fold)),
-        "learning_rate": progress.trainer.rate(),
-        "images_per_second": len(trained.drawn) / trained.seconds,
-        "data_wait": trained.waited / trained.seconds,
-        "seconds": time.perf_counter() - trained.started,
-    })  # fmt: skip
+def train_stage(given: Given, progress: Progress, stage: Stage) -> None:
+    """Train the epochs of a stage that are not done yet; judge and store the network after each."""
+    settings, data, reader = given.settings, given.data, given.reader
+    epochs = [epoch for epoch in stage.epochs if not progress.has_done(stage.fold, epoch)]
+    if not epochs:
+        return
+    trainer = begin_stage(given, progress, stage)
+    learnt = data.learns(stage.fold)
+    exam = make_exam(data, [stage.fold], settings.power)
+    written = -math.inf
+    for epoch in epochs:
+        started = time.perf_counter()
+        stream = seeded("draw", settings.seed, stage.fold, epoch)
+        drawn = draw_epoch(data.labels, learnt, settings.power, stage.passes, stream)
+        seeds = seeded("augment", settings.seed, stage.fold, epoch)
+        loss = train_epoch(trainer, reader, drawn, seeds)
+        seconds = time.perf_counter() - started
+        progress.logits = evaluate(trainer.evaluated, reader, exam.places, stage.on_features)
+        progress.trainer = trainer.state_dict()
+        if stage.on_features:
+            progress.head = copy_state(given.model.fc)
+        if epoch == settings.epochs:
+            progress.finished.append(end_fold(given, progress, exam))
+            progress.logits = progress.finished[-1].logits
+        counts = data.counts(drawn)
+        progress.draws += counts
+        # Here an epoch is known: a logger of your own takes this row.
+        progress.history.append({
+            "fold": stage.fold + 1,
+            "epoch": epoch,
+            "stage": stage.name,
+            "train_loss": loss,
+            **judge(progress.logits, exam).measures,
+            "fewest_draws": int(counts.min()),
+            "most_draws": int(counts.max()),
+            "distinct_images": len(drawn.unique()) / len(learnt),
+            "learning_rate": trainer.scheduler.get_last_lr()[-1],
+            "images_per_second": len(drawn) / seconds,
+            "seconds": time.perf_counter() - started,
+        })  # fmt: skip
+        if given.compute.rank == 0:
+            if epoch == epochs[-1] or time.perf_counter() - written >= WRITE_EVERY:
+                store_epoch(given, progress)
+                written = time.perf_counter()
+            print(format_epoch(progress.history[-1], settings), flush=True)
+
+
+def begin_stage(given: Given, progress: Progress, stage: Stage) -> Trainer:
+    """Set up the trainer of a stage, or go on with a stored one."""
+    model, reader = given.model, given.reader
+    is_new = not progress.has_done(stage.fold, stage.epochs[0])
+    if is_new and stage.begins_from == "start":
+        model.load_state_dict(progress.start)
+    elif is_new and stage.begins_from == "head":
+        model.load_state_dict(progress.start_with_head())
+    if stage.on_features:
+        if reader.features is None:
+            reader.features = extract_features(model, reader)
+        optimizer = head_optimizer(model.fc, reader.features[given.data.learns(stage.fold)])
+    else:
+        optimizer = stage.make_optimizer(model, given.settings.weights != "none")
+    trainer = Trainer(model, stage, optimizer, given.compute)
+    if not is_new:
+        trainer.load_state_dict(progress.trainer)
+    return trainer
+
+
+def end_fold(given: Given, progress: Progress, exam: Exam) -> Fold:
+    """Return the network that is kept of a fold: of all layers, or with the head alone trained.
+
+    On photographs that the weights know already, training all layers does harm: so the head alone
+    is kept where it is surely better.
+    """
+    model = given.model
+    trained = Fold(copy_state(model), progress.logits, "all")
+    if not progress.head:
+        return trained
+    model.load_state_dict(progress.start_with_head())
+    logits = evaluate(model, given.reader, exam.places)
+    sides = judge(logits, exam), judge(trained.logits, exam)
+    is_better = first_makes(given.compute, is_surely_better, *sides)
+    return Fold(copy_state(model), logits, "head") if is_better else trained
+
+
+def store_epoch(given: Given, progress: Progress) -> None:
+    """Write the files of a run after an epoch; they are about the folds trained to the end."""
+    output = given.settings.output
+    fold = progress.history[-1]["fold"]
+    if len(progress.finished) == fold:
+        save_tensors(output / f"fold-{fold}.pt", progress.finished[-1]._asdict())
+    save_tensors(output / STATE, state_of(given, progress))
+    unfinished = Fold(copy_state(given.model), progress.logits, "all")
+    folds = progress.finished or [unfinished]
+    judged = judge_folds(given, folds)
+    write_network(given, folds, judged)
+    write_reports(given, progress, judged)
+
+
+def judge_folds(given: Given, folds: list[Fold]) -> Evaluation:
+    """Judge the networks of the first folds, each by its validation fold."""
+    exam = make_exam(given.data, range(len(folds)), given.settings.power)
+    return judge(torch.cat([fold.logits for fold in folds]), exam)
+
+
+def write_reports(
+    given: Given, progress: Progress, judged: Evaluation, tested: Evaluation | None = None
+) -> Outcome:
+    """Write the networks, the tables and the page of a run; return what they are made from."""
+    settings, data = given.settings, given.data
+    outcome = Outcome(
+        settings=settings,
+        data=data,
+        facts=describe_run(settings, data, given.compute),
+        history=progress.history,
+        kept=[fold.kept for fold in progress.finished],
+        baseline=given.baseline,
+        changes=compare(given.baseline, judged)
+        if len(given.baseline) == len(judged.predicted)
+        else [],
+        classes=list_classes(data.classes, progress.draws, judged),
+        last=judged,
+        tested=tested,
+    )
+    for name, content in make_tables(outcome).items():
+        write_file(settings.output / name, content)
+    write_file(settings.output / "report.html", make_page(outcome))
+    return outcome
+
+
+def finish(given: Given, progress: Progress) -> None:
+    """Judge the networks of a run, test the ensemble, and write what there is to say of them."""
+    settings, data, compute = given.settings, given.data, given.compute
+    judged = judge_folds(given, progress.finished)
+    tested = None
+    exam = make_exam(data, [TEST], settings.power)
+    if len(exam.places):
+        states = [fold.network for fold in progress.finished]
+        ensemble = compute.place(build_ensemble(settings.arch, data.classes, states))
+        logits = evaluate(ensemble, given.reader, exam.places)
+        tested = assess(logits, judged.calibration, exam)
+    if compute.rank == 0:
+        write_network(given, progress.finished, judged)
+        print_end(write_reports(given, progress, judged, tested))
+        remove_state(settings.output)
 
 
 # ---------------------------------------------------------------------------------------- sampling
-
-
-EVALUATED = -1  # in the place of a seed: this image is evaluated, not augmented
 
 
 def sample_weights(labels: Tensor, power: float) -> Tensor:
@@ -319,30 +298,22 @@ def sample_weights(labels: Tensor, power: float) -> Tensor:
     return torch.bincount(labels).double()[labels] ** -power
 
 
-def seeded(purpose: str, *numbers: int) -> torch.Generator:
-    """Return a random stream that only this purpose and these numbers have."""
-    text = "/".join(map(str, (purpose, *numbers)))
-    return torch.Generator().manual_seed(random.Random(text).getrandbits(63))
+def draw_epoch(
+    labels: Tensor, learnt: Tensor, power: float, passes: int, stream: torch.Generator
+) -> Tensor:
+    """Draw the training images of an epoch among those at `learnt`: indices, int64.
 
-
-def draw_images(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw N of N images by weight, with replacement: (N,) int64."""
-    sampler = WeightedRandomSampler(weights.tolist(), len(weights), generator=generator)
-    # A sampler inside of a DataLoader would draw anew in each process. As a list the draw is the
-    # same for any number of workers and processes, and each process takes its part of it.
-    return torch.tensor(list(sampler))
-
-
-def draw_epoch(given: Given, stage: Stage, epoch: int) -> Tensor:
-    """Draw the training images of an epoch, every class about equally often: indices, int64."""
-    settings = given.settings
-    learnt = given.data.learns(stage.fold)
-    weights = sample_weights(given.data.labels[learnt], settings.power)
-    stream = seeded("draw", settings.seed, stage.fold, epoch)
+    As many as there are, `passes` times: with replacement, every class about equally often, or with
+    `power` 0 each image once.
+    """
+    weights = sample_weights(labels[learnt], power)
     drawn = []
-    for _ in range(stage.passes):
-        if settings.rebalance == "sampler":
-            places = draw_images(weights, stream)
+    for _ in range(passes):
+        if power > 0:
+            # A sampler inside of a DataLoader would draw anew in each process. As a list the draw
+            # is the same for any number of workers and processes.
+            sampler = WeightedRandomSampler(weights.tolist(), len(weights), generator=stream)
+            places = torch.tensor(list(sampler))
         else:
             places = torch.randperm(len(learnt), generator=stream)
         drawn.append(learnt[places])
@@ -366,9 +337,20 @@ def cut_batches(
     return pairs.tensor_split(math.ceil(len(indices) / batch_size))
 
 
+def seeded(purpose: str, *numbers: int) -> torch.Generator:
+    """Return a random stream that only this purpose and these numbers have."""
+    text = "/".join(map(str, (purpose, *numbers)))
+    return torch.Generator().manual_seed(random.Random(text).getrandbits(63))
+
+
 # ---------------------------------------------------------------------------------------- training
 
-
+RATE = 3e-4  # of AdamW, for pretrained weights
+SCRATCH_RATE = 1e-3  # and for random ones
+# What the lower layers see is in all photographs: each pretrained group of layers learns at this
+# part of the next one's rate (Howard & Ruder 2018, arXiv:1801.06146).
+RATE_BELOW = 0.7
+UPPER_RATE = RATE / 15  # for the upper half of a network that failed the trial
 WARM_UP = 0.1  # part of the steps in which the learning rate rises
 HEAD_STEPS = 1000  # at least, of training the head alone: on features they cost next to nothing
 HEAD_RATE = 0.02  # of SGD, for features of squared length 512, as those of a ResNet-18
@@ -376,149 +358,98 @@ HEAD_DECAY = 0.002  # its weight decay
 # On images like those that the weights were trained on, training all layers does more harm than
 # good. A trial of this many steps shows it; it is made if that is at most a fifth of all steps.
 TRIAL_STEPS = 190
-TRIAL_FAILS = 1.1  # times the loss of the head alone; more steps would repair less harm
-# Standard errors by which the loss of the head alone must be lower at the end for it to be kept
-# alone: by chance it is in one of twenty runs, if the two are equally good.
-SURE = 1.645
-FEWEST_FAMILIES = 10  # or images, by which it can be sure: of fewer, chance decides more often
-BACK = "back"  # the phase of an epoch after which it is kept alone
-HEAD_SHARE = 0.25  # of the logits, where it votes with all layers; 0.15 to 0.35 do as well
-# The layers of a ResNet from below. What the first ones see is in all photographs: pretrained ones
-# have less to learn, and learn at this part of the next ones' rate (Howard & Ruder 2018,
-# arXiv:1801.06146).
-LAYERS = (("conv1.", "bn1.", "layer1."), ("layer2.",), ("layer3.",), ("layer4.", "fc."))
-RATE_BELOW = 0.7
-UPPER_FACTOR = 1 / 15  # times `--lr` for the upper half of a network that failed the trial
-LOWER = LAYERS[0] + LAYERS[1]  # the half below
+TRIAL_FAILS = 1.1  # a trial fails above 1.1 times the loss of the head
+SURE = 1.645  # keep the head alone only if it is better at one-sided p < 0.05
+FEWEST_EFFECTIVE = 10  # skip this test below ten independent images
 
 
 class Stage(NamedTuple):
     """Epochs in which a network is trained in one way; what differs between the ways."""
 
     name: str
-    make_optimizer: Callable[[Given, Progress, int], Optimizer]  # of the fold
-    on_features: bool  # trains the head on stored features, not the network on images
-    updates_batch_norm: bool
+    make_optimizer: Callable[[Any, Any], Optimizer]
+    on_features: bool = False  # trains the head on stored features, not the network on images
+    updates_batch_norm: bool = True
     averages: bool = False  # ends as the mean of the weights after each step
-    joins_head: bool = False  # ends as a vote with the head that was trained alone
-    prepare: Callable[[Progress], None] | None = None  # brings the network to where it begins
+    begins_from: str = ""  # "start": pretrained, "head": with the trained head, "": as it is
     fold: int = 0
     epochs: range = range(0)
     passes: int = 1  # times an epoch draws as many images as there are
     steps: int = 0  # of the optimizer, in all epochs
 
 
-def plan(given: Given, progress: Progress, fold: int) -> Iterator[Stage]:
-    """Yield the stages of a fold in order: the head alone, then all layers from the start.
+def plan_opening(settings: Settings, fold: int, images: int, trial: int) -> list[Stage]:
+    """Return the first stages of a fold that learns so many images.
 
-    An epoch 0 trains the head of pretrained weights, unless `--frozen-epochs` do so, from which all
-    layers go on. In long runs the first epochs of all layers are a trial, from the head: if it does
-    harm, the network goes back to its head, and only its upper half is trained. The other folds
-    skip the trial and follow its outcome.
+    The head is trained in an extra epoch 0. In long runs the first `trial` epochs of all layers, in
+    the first fold, show from there whether they do harm.
     """
-    settings = given.settings
-    images = len(given.data.learns(fold))
-    steps = math.ceil(images / settings.batch_size)  # in an epoch
-    epochs = range(1, settings.epochs + 1)
-    head = epochs[: settings.frozen_epochs]
-    others = epochs[settings.frozen_epochs :]
-    tried = count_trial(given)
-    if settings.weights != "none" and not head:
-        head = range(0, 1)  # before all others
-    if head:
-        # Few images make few steps: they are drawn several times an epoch.
-        passes = math.ceil(HEAD_STEPS * settings.batch_size / (len(head) * images))
-        in_all = len(head) * math.ceil(passes * images / settings.batch_size)
-        yield HEAD._replace(fold=fold, epochs=head, passes=passes, steps=in_all, prepare=start_over)
-    if tried and fold == 0:
-        trial = others[:tried]
-        others = others[tried:]
-        yield TRIAL._replace(fold=fold, epochs=trial, steps=tried * steps)
-    failed = tried and first_makes(partial(trial_failed, progress), given.compute)
-    prepare = None if tried or settings.frozen_epochs else start_over
+    stages = []
+    if settings.weights != "none":
+        # Few images make few steps: they are drawn several times.
+        passes = math.ceil(HEAD_STEPS * settings.batch_size / images)
+        steps = math.ceil(passes * images / settings.batch_size)
+        head = HEAD._replace(fold=fold, epochs=range(1), passes=passes, steps=steps)
+        stages.append(head)
+    if trial and fold == 0:
+        steps = trial * math.ceil(images / settings.batch_size)
+        stages.append(TRIAL._replace(epochs=range(1, trial + 1), steps=steps))
+    return stages
+
+
+def plan_rest(settings: Settings, fold: int, images: int, trial: int, failed: bool) -> Stage:
+    """Return the last stage of a fold, after a trial that `failed` or not.
+
+    All layers go on from a passed trial. After a failed one the network goes back to its head, and
+    only its upper half is trained. Without a trial, in short runs, all layers begin from the start.
+    """
+    first = trial + 1 if fold == 0 else 1  # the other folds follow the outcome of its trial
+    epochs = range(first, settings.epochs + 1)
+    steps = len(epochs) * math.ceil(images / settings.batch_size)
+    begins_from = "" if trial else "start"
     if failed and fold == 0:
-        prepare = return_to_head
-    if others:
-        stage = UPPER if failed else WHOLE
-        yield stage._replace(
-            fold=fold,
-            epochs=others,
-            steps=len(others) * steps,
-            prepare=prepare,
-            joins_head=not failed and settings.folds == 1 and settings.weights != "none",
-        )
+        begins_from = "head"
+    stage = UPPER if failed else WHOLE
+    return stage._replace(fold=fold, epochs=epochs, steps=steps, begins_from=begins_from)
 
 
-def count_trial(given: Given) -> int:
+def count_trial(settings: Settings, images: int) -> int:
     """Return the number of epochs that a trial takes; 0 if none is made."""
-    settings = given.settings
-    steps = math.ceil(len(given.data.learns(0)) / settings.batch_size)
-    epochs = math.ceil(TRIAL_STEPS / steps)
-    is_short = 5 * epochs <= settings.epochs - settings.frozen_epochs
+    epochs = math.ceil(TRIAL_STEPS / math.ceil(images / settings.batch_size))
+    is_short = 5 * epochs <= settings.epochs
     return epochs if is_short and settings.weights != "none" else 0
 
 
-def trial_failed(progress: Progress) -> bool:
+def trial_failed(history: Rows) -> bool:
     """Return whether a trial made the first network clearly worse than its head alone."""
-    losses = {row["phase"]: row["val_loss"] for row in progress.history if row["fold"] == 1}
-    return TRIAL.name in losses and losses[TRIAL.name] > TRIAL_FAILS * losses[HEAD.name]
+    losses = {row["stage"]: row["val_loss"] for row in history if row["fold"] == 1}
+    return losses[TRIAL.name] > TRIAL_FAILS * losses[HEAD.name]
 
 
-def is_surely_better(one: Evaluation, other: Evaluation, families: Tensor) -> bool:
+def is_surely_better(one: Evaluation, other: Evaluation) -> bool:
     """Return whether the loss of `one` is lower by over `SURE` standard errors of the difference.
 
-    Both are of the same M images, of `families` (M,) which count together.
+    Images of one family count together. A weighted mean of families tells as much as 1 / (sum of
+    squared weights) independent ones (Kish 1965).
     """
-    if len(families.unique()) < FEWEST_FAMILIES:
+    exam = one.exam
+    weights = class_weights(exam.targets)
+    if 1 / torch.bincount(exam.families, weights).square().sum() < FEWEST_EFFECTIVE:
         return False
-    weights = class_weights(one.targets)
     least = torch.finfo(torch.float32).tiny
     gain = (one.true_probability / other.true_probability.clamp(min=least)).clamp(min=least).log()
     mean = weights @ gain.double()
-    error = torch.bincount(families, weights * (gain - mean)).square().sum().sqrt()
+    error = torch.bincount(exam.families, weights * (gain - mean)).square().sum().sqrt()
     return bool(mean > SURE * error)
 
 
-def start_over(progress: Progress) -> None:
-    """Bring the network back to its state before the first step."""
-    progress.model.load_state_dict(progress.start)
+def head_optimizer(head: nn.Linear, features: Tensor) -> Optimizer:
+    """Make SGD for the head alone, which learns from (N, D) `features`.
 
-
-def return_to_head(progress: Progress) -> None:
-    """Bring the network back to where the training of its head alone ended."""
-    head = {f"fc.{name}": value for name, value in progress.head.items()}
-    progress.model.load_state_dict(progress.start | head)
-
-
-def begin(given: Given, progress: Progress, stage: Stage, reader: Reader) -> Inputs:
-    """Set up the trainer of a stage, or go on with a stored one; return where its inputs are."""
-    model = progress.model
-    progress.trainer = None  # and with it what DistributedDataParallel holds of the network
-    is_new = not progress.has_done(stage.fold, stage.epochs[0])
-    if is_new and stage.prepare:
-        stage.prepare(progress)
-    inputs: Inputs = reader
-    if stage.on_features:
-        if progress.features is None:
-            progress.features = extract_features(given, model, reader)
-        inputs = Features(progress.features, given.data.labels, given.compute)
-    optimizer = stage.make_optimizer(given, progress, stage.fold)
-    progress.trainer = Trainer(model, stage, optimizer, given)
-    if not is_new:
-        progress.trainer.load_state_dict(progress.stored)
-    progress.stored = {}
-    return inputs
-
-
-def head_optimizer(given: Given, progress: Progress, fold: int) -> Optimizer:
-    """Make SGD for the head alone.
-
-    The largest stable step depends on the norm of the features; `HEAD_RATE` is for a ResNet-18's.
+    The largest stable step depends on their norm; `HEAD_RATE` is for those of a ResNet-18.
     """
-    lengths = torch.linalg.vector_norm(progress.features, dim=1, dtype=torch.float32)
-    learnt = lengths[given.data.learns(fold)]
-    square = max(learnt.square().mean().item() / 512, 1e-12)
-    head = progress.model.fc
+    lengths = torch.linalg.vector_norm(features, dim=1, dtype=torch.float32)
+    square = max(lengths.square().mean().item() / 512, 1e-12)
     groups = [
         {"params": [head.weight], "lr": HEAD_RATE / square, "weight_decay": HEAD_DECAY * square},
         {"params": [head.bias], "lr": HEAD_RATE, "weight_decay": HEAD_DECAY},
@@ -526,56 +457,54 @@ def head_optimizer(given: Given, progress: Progress, fold: int) -> Optimizer:
     return torch.optim.SGD(groups, momentum=0.9, fused=True)
 
 
-def whole_optimizer(given: Given, progress: Progress, _: int) -> Optimizer:
+def whole_optimizer(model: models.ResNet, is_pretrained: bool) -> Optimizer:
     """Make AdamW for all layers; pretrained ones take smaller steps the lower they are."""
-    settings = given.settings
-    part = 1.0 if settings.weights == "none" else RATE_BELOW
     groups = []
     for above, layers in zip((3, 2, 1, 0), LAYERS, strict=True):
-        weights = [w for name, w in progress.model.named_parameters() if name.startswith(layers)]
-        groups.append({"params": weights, "lr": settings.lr * part**above})
+        weights = [weight for name, weight in model.named_parameters() if name.startswith(layers)]
+        rate = RATE * RATE_BELOW**above if is_pretrained else SCRATCH_RATE
+        groups.append({"params": weights, "lr": rate})
     return torch.optim.AdamW(groups, fused=True)
 
 
-def upper_optimizer(given: Given, progress: Progress, _: int) -> Optimizer:
-    """Make AdamW for the upper half of the layers, in small steps."""
-    upper = []
-    for name, weight in progress.model.named_parameters():
+def upper_optimizer(model: models.ResNet, _: bool) -> Optimizer:
+    """Make AdamW for the upper half of the layers, in small steps; the lower half is frozen."""
+    for name, weight in model.named_parameters():
         weight.requires_grad = not name.startswith(LOWER)
-        if weight.requires_grad:
-            upper.append(weight)
-    return torch.optim.AdamW(upper, given.settings.lr * UPPER_FACTOR, fused=True)
+    upper = [weight for weight in model.parameters() if weight.requires_grad]
+    return torch.optim.AdamW(upper, UPPER_RATE, fused=True)
 
 
-HEAD = Stage("head", head_optimizer, on_features=True, updates_batch_norm=False)
-WHOLE = Stage("whole", whole_optimizer, on_features=False, updates_batch_norm=True)
+HEAD = Stage("head", head_optimizer, True, updates_batch_norm=False, begins_from="start")
+WHOLE = Stage("whole", whole_optimizer)
 TRIAL = WHOLE._replace(name="trial")
-UPPER = Stage("upper", upper_optimizer, on_features=False, updates_batch_norm=False, averages=True)
+UPPER = Stage("upper", upper_optimizer, updates_batch_norm=False, averages=True)
 
 
 class Trainer:
-    """A network in training and what moves with it. It knows no files, and no epoch's number."""
+    """The model, optimizer, schedule, scaler and mean weights of one stage."""
 
-    def __init__(self, model: Any, stage: Stage, optimizer: Optimizer, given: Given):
-        """Set up the beginning of a stage."""
+    def __init__(self, model: models.ResNet, stage: Stage, optimizer: Optimizer, compute: Compute):
+        """Set up the beginning of a stage; a weight that would never be trained is an error."""
         self.stage = stage
+        self.compute = compute
         self.optimizer = optimizer
         self.evaluated = model.fc if stage.on_features else model
         self.evaluated.train(stage.updates_batch_norm)
-        self.network = wrap_ddp(self.evaluated, given)
+        self.network = wrap_ddp(self.evaluated, compute)
         self.weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        held = {id(weight) for weight in self.weights}
+        for name, weight in self.evaluated.named_parameters():
+            if weight.requires_grad and id(weight) not in held:
+                raise ValueError(f"{name} is in no group of the optimizer: see LAYERS")
         peaks = [group["lr"] for group in optimizer.param_groups]
         # OneCycleLR divides by zero where either part of the cycle has a single step.
         steps = max(4, stage.steps)
         rising = max(WARM_UP, 2 / steps)
         self.scheduler = OneCycleLR(optimizer, peaks, steps, pct_start=rising, cycle_momentum=False)
-        scales = given.compute.amp is torch.float16
-        self.scaler = torch.amp.GradScaler(given.compute.device.type, enabled=scales)
+        is_float16 = compute.precision == "float16"
+        self.scaler = torch.amp.GradScaler(compute.device.type, enabled=is_float16)
         self.mean: list[Tensor] = []  # of the weights after each step so far
-
-    def rate(self) -> float:
-        """Return the learning rate of the next step: of the uppermost layer, the head's bias."""
-        return float(self.scheduler.get_last_lr()[-1])
 
     def step(self, loss: Tensor) -> None:
         """Take a step against the gradient of `loss`."""
@@ -620,99 +549,52 @@ class Trainer:
                     moments[name] = torch.empty_like(weight).copy_(value)
 
 
-class Trained(NamedTuple):
-    """The result of an epoch of training."""
+def train_epoch(trainer: Trainer, reader: Reader, drawn: Tensor, seeds: torch.Generator) -> float:
+    """Train on the images that an epoch has drawn, and return the loss averaged over images.
 
-    drawn: Tensor  # the images, int64
-    loss: float  # averaged over images
-    started: float  # by `time.perf_counter`
-    seconds: float
-    waited: float  # seconds of these for images
-
-
-def train_epoch(
-    given: Given, trainer: Trainer, drawn: Tensor, epoch: int, inputs: Inputs
-) -> Trained:
-    """Train on the images that an epoch has drawn; each process takes its part of each batch.
-
-    Raises `DataError` if the loss is not finite.
+    Each process takes its part of each batch. Raises `DataError` if the loss is not finite.
     """
-    settings, compute, stage = given.settings, given.compute, trainer.stage
-    started = time.perf_counter()
-    seeds = seeded("augment", settings.seed, stage.fold, epoch)
-    batches = cut_batches(drawn, settings.batch_size, seeds)
-    waited = 0.0
-    total = torch.zeros((), device=compute.device)
-    epochs_left = settings.epochs * settings.folds - epoch + 1
-    # The first fold tells the time left, in the first epoch of a stage that trains on images.
-    time_told = compute.rank > 0 or stage.fold > 0 or stage.on_features or epoch > stage.epochs[0]
+    compute = trainer.compute
+    batches = cut_batches(drawn, reader.batch_size, seeds)
     ours = [batch[compute.rank :: compute.world_size] for batch in batches]
-    loaded = iter(inputs.read(ours, f"training, {stage.name}"))
-    for step, batch in enumerate(batches, 1):
-        asked = time.perf_counter()
-        images, targets = next(loaded)
-        waited += time.perf_counter() - asked
-        targets = to_device(targets, compute.device)
+    loaded = reader.read(ours, f"training, {trainer.stage.name}", trainer.stage.on_features)
+    total = torch.zeros((), device=compute.device)
+    for (images, targets), batch in zip(loaded, batches, strict=True):
+        targets = to_device(targets, compute)
         with compute.autocast():
-            logits = trainer.network(to_input(images, compute.device))
+            logits = trainer.network(to_device(images, compute))
         loss = F.cross_entropy(logits.float(), targets)
         # Gradients are averaged over processes, whose parts of a batch may differ by one image.
         trainer.step(loss * (len(targets) * compute.world_size / len(batch)))
         total += loss.detach() * len(targets)
-        seconds = time.perf_counter() - started
-        time_told = time_told or tell_time_left(seconds, step / len(batches), epochs_left)
-    next(loaded, None)  # which ends the progress bar
-    if dist.is_initialized():
+    if compute.world_size > 1:
         dist.all_reduce(total)
     loss_sum = total.item()
     if not math.isfinite(loss_sum):
-        cure = "--no-amp, or " if compute.amp is torch.float16 else ""
-        cure += f"a tenth of {settings.lr:g}"
-        raise DataError(f"--lr: the loss became {loss_sum}; try {cure}")
-    seconds = time.perf_counter() - started
-    return Trained(drawn, loss_sum / len(drawn), started, seconds, waited)
+        raise DataError(f"the loss became {loss_sum}; try --no-amp, or other weights")
+    return loss_sum / len(drawn)
 
 
 # ---------------------------------------------------------------------- evaluation and calibration
 
-
 PRIOR = 2.0  # images: the weight of what is expected
 CALIBRATION_PARTS = 5  # of the validation images; of two, one is too little to fit numbers on
-LEFT = 1.0  # of the log class share: what balanced training leaves in the logits, on most sets
+EXPECTED_SHIFT = 1.0  # in log class shares: what balanced training leaves in the logits
 LEAST_SCALE = 0.01
 LEAST_SPREAD = 0.05  # of log shares; what differs less in frequency is not shifted by much
-MOST_FITTED = 2**22  # logits that calibration is fitted on: more would tell two numbers little new
 HIGHEST = 1e4  # logit
 
 
-@torch.no_grad()
-def evaluate(
-    given: Given, network: nn.Module, inputs: Inputs, places: Tensor, title: str = "validation"
-) -> Tensor:
-    """Compute the logits of the images at `places`, of which each process takes its part: (M, C).
+class Exam(NamedTuple):
+    """The M images that networks are judged by."""
 
-    Raises `DataError` where they are NaN.
-    """
-    compute = given.compute
-    was_training = network.training
-    if dist.is_initialized():  # BatchNorm gathers its statistics in each process for itself
-        for buffer in network.buffers():
-            dist.broadcast(buffer, 0)
-    ours = places[compute.rank :: compute.world_size]
-    batches = cut_batches(ours, math.ceil(given.settings.batch_size / compute.world_size))
-    network.eval()
-    outputs = []
-    for images, _ in inputs.read(batches, title):
-        with compute.autocast():
-            outputs.append(network(to_input(images, compute.device)))
-    network.train(was_training)
-    outputs.append(torch.empty(0, len(given.data.classes)))  # of a process without an image
-    logits = gather(torch.cat([output.cpu() for output in outputs]), compute)
-    if logits.isnan().any():
-        cure = "--no-amp, " if compute.amp is torch.float16 else ""
-        cure += "other weights or a lower --lr"
-        raise DataError(f"the network's outputs are no numbers; take {cure}")
-    return logits.clamp(-HIGHEST, HIGHEST)  # float16 overflows
+    places: Tensor  # (M,) int64, where the images are in `Data`
+    targets: Tensor  # (M,) int64
+    families: Tensor  # (M,) int64
+    folds: Tensor  # (M,) int64, the validation fold of each
+    train_counts: Tensor  # (C,) int64, training images of each class
+    log_share: Tensor  # (C,) float32, the log of the share of each class, less their mean
+    expected_shift: float  # in log class shares
 
 
 class Calibration(NamedTuple):
@@ -733,107 +615,135 @@ class Calibration(NamedTuple):
         return self.scale * logits.float() - self.shift * log_share
 
 
-class Answer(NamedTuple):
-    """The answers of a network for M images."""
-
-    predicted: Tensor  # (M,) int64
-    probability: Tensor  # (M,) float32, of the predicted class
-    confusion: Tensor  # (C, C) int64, rows true, columns predicted
-
-
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation of a network by M images of C classes that it has not learnt."""
+    """What (M, C) calibrated logits say of the images of an exam."""
 
-    places: Tensor  # (M,) int64, where the images are in `Data`
-    targets: Tensor  # (M,) int64
-    loss: float  # calibrated, averaged over images, each class counting the same
-    true_probability: Tensor  # (M,) float32, calibrated, of the true class
-    auc: Tensor  # (C,) float64, calibrated, of each class against the others
-    calibrated: Answer
-    as_trained: Answer
-    natural: Answer  # calibrated, where classes are as frequent as in training
+    exam: Exam
     calibration: Calibration  # fitted on all images, for those to come
-    measures: dict[str, float] = field(default_factory=dict)  # of `measure_all`
+    predicted: Tensor  # (M,) int64
+    probability: Tensor  # (M,) float32, of the predicted class
+    true_probability: Tensor  # (M,) float32, of the true class
+    confusion: Tensor  # (C, C) int64, rows true, columns predicted
+    as_trained: Tensor  # the same before calibration
+    auc: Tensor  # (C,) float64, of each class against the others
+    loss: float  # averaged over images, each class counting the same
 
     @property
-    def val_counts(self) -> Tensor:
-        """Return the number of images of each class: (C,) int64."""
-        return self.calibrated.confusion.sum(1)
+    def measures(self) -> dict[str, float]:
+        """Return what the history holds of an evaluation."""
+        exam = self.exam
+        effective, _ = effective_counts(exam)
+        before = measure(self.as_trained, exam.train_counts, self.as_trained.sum(1))
+        return {
+            "val_loss": self.loss,
+            **measure(self.confusion, exam.train_counts, effective),
+            **{f"as_trained_{name}": before[name] for name in MEASURES},
+            "logit_scale": self.calibration.scale,
+            "logit_shift": self.calibration.shift,
+        }
 
-    @property
-    def recall(self) -> Tensor:
-        """Return the recall of each class: (C,) float64, NaN for one without images."""
-        return recall_by_class(self.calibrated.confusion)
+
+def make_exam(data: Data, folds: Iterable[int], power: float) -> Exam:
+    """Return the images that judge these folds, one fold after the other."""
+    judges = {fold: data.judges(fold) for fold in folds}
+    places = torch.cat([*judges.values()])
+    logs = data.train_counts().log()
+    return Exam(
+        places=places,
+        targets=data.labels[places],
+        families=data.families[places],
+        folds=torch.cat([torch.full_like(part, fold) for fold, part in judges.items()]),
+        train_counts=data.train_counts(),
+        log_share=logs - logs.mean(),  # a constant changes nothing, but costs digits
+        expected_shift=EXPECTED_SHIFT + 1 - power,
+    )
 
 
-def judge(given: Given, logits_of_folds: Mapping[int, Tensor]) -> Evaluation:
-    """Evaluate the logits of one or more folds by the images that judge these.
+@torch.no_grad()
+def forward(
+    network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], compute: Compute
+) -> Tensor:
+    """Compute the outputs of a network in evaluation mode, in main memory: (M, C or D)."""
+    was_training = network.training
+    network.eval()
+    outputs = []
+    for images, _ in batches:
+        with compute.autocast():
+            outputs.append(network(to_device(images, compute)))
+    network.train(was_training)
+    return torch.cat([each.cpu() for each in outputs]) if outputs else torch.empty(0)
+
+
+def evaluate(
+    network: nn.Module, reader: Reader, places: Tensor, on_features: bool = False
+) -> Tensor:
+    """Compute the logits of the images at `places`, of which each process takes its part: (M, C).
+
+    Raises `DataError` where they are NaN.
+    """
+    compute = reader.compute
+    if compute.world_size > 1:  # BatchNorm gathers its statistics in each process for itself
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
+    batches = cut_batches(places[compute.rank :: compute.world_size], reader.share)
+    loaded = reader.read(batches, "evaluating", on_features)
+    logits = gather(forward(network, loaded, compute), compute)
+    if logits.isnan().any():
+        raise DataError("the network's outputs are NaN; try --no-amp, or other weights")
+    return logits.clamp(-HIGHEST, HIGHEST)  # float16 overflows
+
+
+def extract_features(model: models.ResNet, reader: Reader) -> Tensor:
+    """Compute what the backbone makes of all images: (N, D) float16, which is enough for a head."""
+    backbone: Any = copy.deepcopy(model)
+    backbone.fc = nn.Identity()
+    ours = torch.arange(reader.compute.rank, len(reader.labels), reader.compute.world_size)
+    loaded = reader.read(cut_batches(ours, reader.share), "features")
+    return gather(forward(backbone, loaded, reader.compute).half(), reader.compute)
+
+
+def judge(logits: Tensor, exam: Exam) -> Evaluation:
+    """Evaluate the (M, C) logits of the images of an exam.
 
     Calibration is cross-fitted: no image influences its own numbers. They are fitted on the images
     of the other folds, or, with one fold, of its other parts; families stay together.
     """
-    settings, data = given.settings, given.data
-    places = torch.cat([data.judges(fold) for fold in logits_of_folds])
-    logits = torch.cat([*logits_of_folds.values()])
-    targets = data.labels[places]
-    if not (settings.epochs and settings.calibrate):
-        return assess(given, places, logits, Calibration(), logits.float())
-    parts = cut_parts(targets, data.families[places])
-    if len(logits_of_folds) > 1:
-        folds = [torch.full((len(part),), fold) for fold, part in logits_of_folds.items()]
-        parts = torch.cat(folds)
-    log_share = data.log_share()
-    left = LEFT + 1 - settings.power
+    parts = exam.folds
+    if len(parts.unique()) < 2:
+        parts = cut_parts(exam.targets, exam.families)
     calibrated = torch.empty(logits.shape)
     for part in parts.unique():
         ours = parts == part
-        fitted = fit_calibration(logits[~ours], targets[~ours], log_share, left)
-        calibrated[ours] = fitted.apply(logits[ours], log_share)
-    calibration = fit_calibration(logits, targets, log_share, left)
-    return assess(given, places, logits, calibration, calibrated)
+        fitted = fit_calibration(logits[~ours], exam.targets[~ours], exam)
+        calibrated[ours] = fitted.apply(logits[ours], exam.log_share)
+    return assess(logits, fit_calibration(logits, exam.targets, exam), exam, calibrated)
 
 
 def assess(
-    given: Given, places: Tensor, logits: Tensor, calibration: Calibration, calibrated: Tensor
+    logits: Tensor, calibration: Calibration, exam: Exam, calibrated: Tensor | None = None
 ) -> Evaluation:
-    """Evaluate (M, C) logits of images, as trained and `calibrated`."""
-    data = given.data
-    targets = data.labels[places]
+    """Evaluate (M, C) logits as trained and calibrated, by `calibration` unless cross-fitted."""
+    targets = exam.targets
+    if calibrated is None:
+        calibrated = calibration.apply(logits, exam.log_share)
     # The probabilities of the true and of the predicted class come from one table: where these are
     # the same class, so are the two numbers.
     log_probability = calibrated.log_softmax(1)
-    losses = -log_probability.gather(1, targets[:, None]).squeeze(1)
-    evaluation = Evaluation(
-        places=places,
-        targets=targets,
-        loss=(class_weights(targets) @ losses.double()).item(),
-        true_probability=(-losses).exp(),
-        auc=auc_by_class(log_probability.exp(), targets),
-        calibrated=answer(log_probability, targets),
-        as_trained=answer(logits.float().log_softmax(1), targets),
-        natural=answer((calibrated + natural_shift(given)).log_softmax(1), targets),
-        calibration=calibration,
-    )
-    return replace(evaluation, measures=measure_all(evaluation, data))
-
-
-def answer(log_probability: Tensor, targets: Tensor) -> Answer:
-    """Answer with the class of the highest probability; (M, C) and (M,) go in."""
     best, predicted = log_probability.max(1)
-    confusion = confusion_matrix(targets, predicted, log_probability.shape[1])
-    return Answer(predicted, best.exp(), confusion)
-
-
-def natural_shift(given: Given) -> Tensor:
-    """Return what to add to logits where classes are as frequent as in training: (C,) float32.
-
-    Without calibration, what the sampler did not take away is in them already. A network that is
-    only judged brings its own.
-    """
-    settings = given.settings
-    shift = given.data.log_share() * (1.0 if settings.calibrate else settings.power)
-    return given.recorded.get("natural", shift)
+    losses = -log_probability.gather(1, targets[:, None]).squeeze(1)
+    classes = logits.shape[1]
+    return Evaluation(
+        exam=exam,
+        calibration=calibration,
+        predicted=predicted,
+        probability=best.exp(),
+        true_probability=(-losses).exp(),
+        confusion=confusion_matrix(targets, predicted, classes),
+        as_trained=confusion_matrix(targets, logits.float().log_softmax(1).argmax(1), classes),
+        auc=auc_by_class(log_probability.exp(), targets),
+        loss=(class_weights(targets) @ losses.double()).item(),
+    )
 
 
 def cut_parts(targets: Tensor, families: Tensor) -> Tensor:
@@ -853,36 +763,32 @@ def class_weights(targets: Tensor) -> Tensor:
     return weights / weights.sum()
 
 
-def fit_calibration(
-    logits: Tensor, targets: Tensor, log_share: Tensor, left: float = LEFT
-) -> Calibration:
+def fit_calibration(logits: Tensor, targets: Tensor, exam: Exam) -> Calibration:
     """Fit the numbers with the lowest cross entropy of (M, C) logits; each class counts the same.
 
     The problem is convex. Few images tell little, so a prior worth `PRIOR` images holds the numbers
-    near what is usual: a scale of 1 and a shift of `left` times the scale, since balanced training
-    leaves that many log shares in the logits. Images with weights w that sum to 1 tell as much as
-    1 / sum(w^2) images of equal weight (Kish 1965). A class without images counts as half an image
-    in this, otherwise never predicting it would be the optimum.
+    near what is usual: a scale of 1, and the expected shift times the scale. Images with weights
+    w that sum to 1 tell as much as 1 / sum(w^2) images of equal weight (Kish 1965). A class without
+    images counts as half an image in this, otherwise never predicting it would be the optimum.
     """
+    expected = exam.expected_shift
     if not len(targets):
-        return Calibration(1.0, left)
-    picked = pick_evenly(targets, MOST_FITTED // len(log_share))
-    logits = logits[picked].double()
-    targets = targets[picked]
-    log_share = log_share.double()
+        return Calibration(1.0, expected)
+    logits = logits.double()
+    log_share = exam.log_share.double()
     weights = class_weights(targets)
     counts = torch.bincount(targets, minlength=len(log_share)).clamp(min=0.5)
     prior = PRIOR * (1 / counts).mean() / len(counts)
     spread = max(log_share.std(correction=0).item(), LEAST_SPREAD)
     steps = (log_share - log_share.mean()) / spread
-    numbers = torch.tensor([1.0, left * spread], dtype=torch.float64, requires_grad=True)
+    numbers = torch.tensor([1.0, expected * spread], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([numbers], max_iter=50, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
         scale, shift = numbers
         losses = F.cross_entropy(scale * logits - shift * steps, targets, reduction="none")
-        far = (scale - 1) ** 2 + (shift - left * spread * scale) ** 2
+        far = (scale - 1) ** 2 + (shift - expected * spread * scale) ** 2
         value = weights @ losses + prior * far
         value.backward()
         return value
@@ -891,140 +797,991 @@ def fit_calibration(
         optimizer.step(loss)
     scale, shift = numbers.tolist()
     if scale < LEAST_SCALE:  # worse than chance: it is not turned round, but knows nothing
-        return Calibration(LEAST_SCALE, left * LEAST_SCALE)
+        return Calibration(LEAST_SCALE, expected * LEAST_SCALE)
     return Calibration(scale, shift / spread)
 
 
-def pick_evenly(labels: Tensor, most: int) -> Tensor:
-    """Choose an equal part of each class, `most` of M images, or one of each class: (M,) bool."""
-    order = labels.argsort(stable=True)
-    counts = labels.bincount()
-    place = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]  # in its class
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
-    chosen[order] = place % math.ceil(len(labels) / most) == 0
-    return chosen
+# ----------------------------------------------------------------------------------------- results
 
 
-# --------------------------------------------------------------------------- what is kept, the end
+class Outcome(NamedTuple):
+    """What is to be said of a run, after an epoch or at the end: all that reports are made from."""
+
+    settings: Settings
+    data: Data
+    facts: dict[str, str]  # of `describe_run`
+    history: Rows
+    kept: list[str]  # of each fold trained to the end, "all" layers or the "head" alone
+    baseline: Tensor  # what the run `--baseline` predicted, of the same M images or of none
+    changes: Rows  # since that run
+    classes: Rows  # of `list_classes`
+    last: Evaluation
+    tested: Evaluation | None  # by images that no network has learnt or is judged by
 
 
-WRITE_EVERY = 30.0  # seconds; on a fast GPU the files of an epoch take longer than the epoch
+def describe_run(settings: Settings, data: Data, compute: Compute) -> dict[str, str]:
+    """Return what a run is made of; config.json and the page hold it."""
+    counts = data.train_counts()
+    most = int(counts.max())
+    fewest = int(counts.min())
+    versions = [f"{each.__name__} {each.__version__}" for each in (torch, torchvision, np, PIL)]
+    return {
+        "network": f"{settings.folds} x {settings.arch}, from {settings.weights}",
+        "device": f"{compute.device}, {settings.precision}, processes: {compute.world_size}",
+        "training images": f"{int(counts.sum())} in {len(counts)} classes of {most} to {fewest}, "
+        f"imbalance ratio {most / fewest:.1f}",
+        "judged by": f"{len(data.judged())} images, each by a network that has not learnt it",
+        "test images": f"{len(data.judges(TEST))}, for all networks together",
+        "left out": f"{len(data.unreadable)} unreadable images, {data.leaks} leaks from training",
+        "versions": ", ".join([f"python {sys.version.split()[0]}", *versions]),
+        **{name: str(value) for name, value in vars(settings).items()},
+    }
 
 
-def copy_state(module: nn.Module) -> dict[str, Tensor]:
-    """Copy the state of a module into main memory."""
-    return {key: value.to("cpu", copy=True) for key, value in module.state_dict().items()}
+def describe_state(outcome: Outcome) -> list[str]:
+    """Return what must be known beside the result: how far the run is, what is kept, what lacks."""
+    folds, kept = outcome.settings.folds, outcome.kept
+    lines = []
+    if len(kept) < folds:
+        row = outcome.history[-1]
+        lines.append(f"Unfinished: fold {row['fold']} of {folds}, epoch {row['epoch']}")
+    if "head" in kept:
+        text = f"In {kept.count('head')} of {folds} networks the head alone is kept"
+        lines.append(f"{text}: it is better")
+    if bare := [row["class"] for row in outcome.classes if not row["val_images"]]:
+        lines.append(f"Classes without an image to judge them by: {len(bare)}, as {bare[0]}")
+    return lines
 
 
-def store_epoch(given: Given, progress: Progress, stage_ends: bool) -> None:
-    """Write the files of a run after an epoch: where a stage ends, or the last time is long ago."""
-    if not stage_ends and time.perf_counter() - progress.written < WRITE_EVERY:
-        return
-    output = given.settings.output
-    finished = progress.finished
-    fold = progress.history[-1]["fold"] - 1
-    if len(finished) > fold:  # the network of this fold is trained to the end
-        save_tensors(output / f"fold-{fold + 1}.pt", finished[fold]._asdict())
-    evaluation = progress.judged
-    if fold:  # figures and network are of the folds trained to the end
-        evaluation = judge(given, {place: done.logits for place, done in enumerate(finished)})
-    write_network(given, list_voters(progress), evaluation.calibration)
-    save_state(given, progress)
-    write_reports(given, progress, Result(evaluation))
-    progress.written = time.perf_counter()
+def make_tables(outcome: Outcome) -> dict[str, bytes]:
+    """Return, by their files' names, config.json and the tables of a run."""
+    data = outcome.data
+    config: dict[str, Any] = {
+        "settings": vars(outcome.settings),
+        "classes": data.classes,
+        "kept": outcome.kept,
+    }
+    config |= {"facts": outcome.facts, "left_out": data.unreadable, "white": data.white}
+    draws = [row["draws"] for row in outcome.classes]
+    tables = {"history.csv": outcome.history, "comparison.csv": outcome.changes}
+    for name, prefix, judged in (("result", "", outcome.last), ("test", "test_", outcome.tested)):
+        if judged:
+            measures = judged.measures.items()
+            config[name] = {key: None if math.isnan(x) else x for key, x in measures}
+            tables[f"{prefix}classes.csv"] = list_classes(data.classes, draws, judged)
+            predictions = to_rows({
+                "path": [data.names[place] for place in judged.exam.places.tolist()],
+                "class": [data.classes[label] for label in judged.exam.targets.tolist()],
+                "predicted": [data.classes[label] for label in judged.predicted.tolist()],
+                "probability": judged.probability,
+                "true_probability": judged.true_probability,
+            })  # fmt: skip
+            # The least probable first: their labels may be wrong.
+            predictions.sort(key=lambda row: row["true_probability"])
+            tables[f"{prefix}predictions.csv"] = predictions
+    files = {name: format_table(rows) for name, rows in tables.items() if rows}
+    return files | {"config.json": json.dumps(config, indent=1, default=str).encode()}
 
 
-def list_voters(progress: Progress) -> list[dict[str, Tensor]]:
-    """Return the states of the networks whose mean of logits is the answer."""
-    finished = [network for done in progress.finished for network in done.networks]
-    members = progress.model if isinstance(progress.model, Vote) else [progress.model]
-    return finished or [copy_state(network) for network in members]
+def list_classes(names: list[str], draws: Any, judged: Evaluation) -> Rows:
+    """Return a row for each class; NaN where nothing is known."""
+    exam, confusion = judged.exam, judged.confusion
+    effective, families = effective_counts(exam)
+    recall = recall_by_class(confusion)
+    _, low, high = mean_interval(recall, effective, torch.eye(len(names)))
+    return to_rows({
+        "class": names,
+        "train_images": exam.train_counts,
+        "val_images": confusion.sum(1),
+        "draws": draws,
+        "recall": recall,
+        "low": low.where(effective > 1, 0.0 * recall),  # of one image all is possible
+        "high": high.where(effective > 1, 0.0 * recall + 1),
+        "precision": recall_by_class(confusion.T),  # NaN for a class never predicted
+        "auc": judged.auc,
+        "precision_in_use": precision_in_use(confusion, exam.train_counts),
+        "families": families,
+        "effective_images": effective.round().long(),
+    })  # fmt: skip
 
 
-def head_votes(progress: Progress) -> bool:
-    """Return whether the last layer alone votes with all layers."""
-    return any(len(done.networks) > 1 for done in progress.finished)
+def format_range(measures: Mapping[str, float]) -> str:
+    """Return a balanced accuracy with its interval, in per cent."""
+    ends = f"{100 * measures['low']:.1f}, {100 * measures['high']:.1f}"
+    return f"{measures['balanced_accuracy']:.1%} [{ends}]"
 
 
-def scale_head(state: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
-    """Return the state of a network whose logits are `factor` times as large."""
-    return state | {name: state[name] * factor for name in ("fc.weight", "fc.bias")}
+# ----------------------------------------------------------------------------------------- console
+
+HEADER = (
+    "fold   epoch  stage  train loss  val loss  accuracy  balanced [95 %]       as trained    many "
+    " medium     few  images/s   left"
+)
 
 
-def finish(given: Given, progress: Progress, reader: Reader) -> None:
-    """Judge the networks of a run, test their vote, and write what there is to say of them."""
-    settings, data, compute = given.settings, given.data, given.compute
-    logits = {fold: done.logits for fold, done in enumerate(progress.finished)}
-    if not settings.epochs:  # the network was given
-        logits = {0: evaluate(given, progress.model, reader, data.judges(0))}
-    networks = list_voters(progress)
-    evaluation = judge(given, logits)
-    test = None
-    images = data.judges(TEST)
-    if len(images):
-        content = {"networks": networks, "classes": data.classes}
-        vote: Any = build_model(settings.arch, data.classes, content)[0]
-        vote.to(compute.device, memory_format=memory_format(compute.device))
-        answers = evaluate(given, vote, reader, images, "test")
-        fitted = evaluation.calibration
-        calibrated = fitted.apply(answers, data.log_share())
-        test = assess(given, images, answers, fitted, calibrated)
-    if compute.rank == 0:
-        result = Result(evaluation, test, done=True)
-        write_network(given, networks, evaluation.calibration)
-        complete = write_reports(given, progress, result)
-        print_end(given, progress, result)
-        if complete:
-            output = settings.output
-            for file in (output / STATE, output / START, *output.glob("fold-*.pt")):
-                file.unlink(missing_ok=True)
-        elif settings.epochs:
-            text = f"mend that, then --resume {quote(str(settings.output))} writes all reports"
-            print(f"warning: {printable(text)}", file=sys.stderr)
+def print_start(facts: Mapping[str, str]) -> None:
+    """Print in two lines what is trained on what, and the names of the columns below."""
+    print(printable("; ".join(facts[name] for name in ("network", "device", "training images"))))
+    print(printable("; ".join(f"{name}: {facts[name]}" for name in ("judged by", "left out"))))
+    print("", HEADER, sep="\n", flush=True)
+
+
+def format_epoch(row: dict[str, Any], settings: Settings) -> str:
+    """Return the line of an epoch, as wide as `HEADER`, with the time left if all take as long."""
+    numbers = {key: value for key, value in row.items() if isinstance(value, float)}
+    cells = {key: "-" if math.isnan(x) else f"{x:.1%}" for key, x in numbers.items()}
+    epochs = settings.epochs * (settings.folds - row["fold"] + 1) - row["epoch"]
+    hours, minutes = divmod(round(row["seconds"] * epochs / 60), 60)
+    left = f"{hours}h{minutes:02}" if row["epoch"] else "-"  # epoch 0 is of another kind
+    return (
+        f"{row['fold']:2}/{settings.folds:<2} {row['epoch']:3}/{settings.epochs:<3} "
+        f"{row['stage']:5}  "
+        f"{row['train_loss']:10.3f}  {row['val_loss']:8.3f}  {cells['accuracy']:>8}  "
+        f"{format_range(row):<20}  {cells['as_trained_balanced_accuracy']:>10}  "
+        f"{cells['many']:>6}  {cells['medium']:>6}  {cells['few']:>6}  "
+        f"{row['images_per_second']:8.1f}  {left:>5}"
+    )
+
+
+def print_end(outcome: Outcome) -> None:
+    """Print, in one screen, the result, what is recognised least, and where the rest is."""
+    last, classes = outcome.last, outcome.classes
+    print(f"\nbalanced accuracy {format_range(last.measures)}")
+    print(f"as trained        {last.measures['as_trained_balanced_accuracy']:.1%}")
+    if outcome.tested:
+        print(f"untouched test    {format_range(outcome.tested.measures)}")
+    print(*map(printable, [*describe_state(outcome), "Lowest recall:"]), sep="\n")
+    judged = [label for label, row in enumerate(classes) if row["val_images"]]
+    for label in sorted(judged, key=lambda each: classes[each]["recall"])[:3]:
+        row = classes[label]
+        wrong = last.confusion[label].clone()
+        wrong[label] = 0
+        taken = f", most often taken for {classes[int(wrong.argmax())]['class']}" * bool(
+            wrong.any()
+        )
+        text = f"{row['recall']:8.1%} [{row['low']:.0%}, {row['high']:.0%}] of {row['val_images']}"
+        print(printable(f"{text:26} {row['class']}{taken}"))
+    for change in outcome.changes:
+        name, before, now, points, low, high, is_sure = change.values()
+        text = f"{name:17} {before:.1%} in {outcome.settings.baseline}, now {now:.1%}: "
+        text += f"{100 * points:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+        print(printable(f"{text}, more than the chance of these images? {is_sure}"))
+    print(f"Everything else is in {printable(str(outcome.settings.output))}, see report.html there")
+
+
+# -------------------------------------------------------------------------------------------- page
+
+MOST_LETTERS = 28  # of a class in the chart
+MISTAKES = 24  # how many are shown
+THUMBNAIL = 160  # pixels a side
+TERMS = (
+    "Balanced accuracy: the mean recall of the classes; many, medium, few: of classes of over 100, "
+    "20 to 100, under 20 training images. Intervals: 95 %, over images; another training can move "
+    "a figure further. Calibration: logits times a scale, less a shift times the log share of the "
+    "class; each part of the images is judged with numbers fitted on the others. Precision: the "
+    "part of the judged images called a class that is of it; in use: the same where classes are as "
+    "frequent as in training. AUC: how often an image of the class has a higher probability of it "
+    "than one of another class. Effective images: so many independent ones would tell as much."
+)
+STYLE = """:root{color-scheme:light dark;background:Canvas;color:CanvasText;font:16px/1.5 system-ui,
+sans-serif}body{max-width:1040px;margin:auto;padding:8px 14px 64px;overflow-wrap:anywhere}h2{
+margin-top:44px;border-top:1px solid #8884;padding-top:18px}p,dd{max-width:78ch}dt{font-weight:600}
+small,.soft{opacity:.75;font-size:12.5px}.tiles,.pairs{display:grid;gap:14px;margin:20px 0;
+grid-template-columns:repeat(auto-fit,minmax(170px,1fr))}.tiles div{padding:10px 14px;
+border-left:4px solid #3987c9;background:#8881}div>b,small{display:block}.tiles b{font-size:30px}
+.pairs{grid-template-columns:repeat(auto-fill,minmax(290px,1fr))}figure{display:grid;margin:0;
+gap:8px;grid-template-columns:1fr 1fr;break-inside:avoid}img{width:100%}.wide{overflow-x:auto}
+table{border-collapse:collapse}td,th{padding:5px 0 5px 20px;text-align:right;font-weight:400;
+border-bottom:1px solid #8883;white-space:nowrap}th:first-child{text-align:left;padding-left:0;
+white-space:normal;max-width:50vw}pre{white-space:pre-wrap;padding:12px;background:#8882}
+.chart{width:100%;max-width:800px;font-size:14px;overflow:visible}.chart *{fill:currentColor}
+.end{text-anchor:end}line,polyline{stroke:currentColor;stroke-width:2;stroke-linecap:round;
+vector-effect:non-scaling-stroke}.chart polyline{fill:none}.new{color:#3987c9}.old{color:#e08214}
+.grid{color:#8884;stroke-width:1}.bar{opacity:.4;stroke-width:8}"""
+
+
+def make_page(outcome: Outcome) -> bytes:
+    """Return the page of a run, which is one file without scripts."""
+    last, history, changes = outcome.last, outcome.history, outcome.changes
+    classes = outcome.classes
+    if changes:
+        before = confusion_matrix(last.exam.targets, outcome.baseline, len(classes))
+        recalls = recall_by_class(before).tolist()
+        classes = [row | {"before": x} for row, x in zip(classes, recalls, strict=True)]
+    losses = {"training": "train_loss", "validation, calibrated": "val_loss"}
+    results = {"as trained": "as_trained_balanced_accuracy", "calibrated": "balanced_accuracy"}
+    curves = curve_chart(history, "Loss by epoch", losses)
+    curves += curve_chart(history, "Balanced accuracy by epoch", results)
+    facts = "".join(f"<dt>{show(k)}</dt><dd>{show(v)}</dd>" for k, v in outcome.facts.items())
+    table = f"<details><summary>All of each class</summary>{show_rows(classes)}</details>"
+    sections = {
+        "Compared with the baseline, on the same images": show_rows(changes) if changes else "",
+        "Recall": recall_chart(classes) + table,
+        "Mistakes": show_mistakes(outcome.data, last),
+        "Confusions": show_confusions(outcome.data.classes, last.confusion),
+        "Training": curves,
+        "How this was measured": f"<p>{TERMS}</p><dl>{facts}</dl>",
+    }
+    title = show(outcome.settings.data.name)
+    body = f"<h1>{title}</h1>{show_result(outcome)}"
+    body += "".join(f"<h2>{name}</h2>{text}" for name, text in sections.items() if text)
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head += f"<title>{title}</title><style>{STYLE}</style>"
+    return f'<!DOCTYPE html><html lang="en">{head}{body}</html>\n'.encode(errors="backslashreplace")
+
+
+def show_result(outcome: Outcome) -> str:
+    """Return what was judged in words, and tiles: the result, the rarest and the worst class."""
+    known = [row for row in outcome.classes if row["val_images"]]
+    tiles = {"balanced accuracy": format_range(outcome.last.measures)}
+    if outcome.tested:
+        tiles["untouched test"] = format_range(outcome.tested.measures)
+    before = outcome.last.measures["as_trained_balanced_accuracy"]
+    tiles["as trained"] = f"{before:.1%} balanced accuracy before calibration"
+    named = {
+        "most frequent class": max(known, key=lambda row: row["train_images"]),
+        "rarest class": min(known, key=lambda row: row["train_images"]),
+        "lowest recall": min(known, key=lambda row: row["recall"]),
+    }
+    for name, row in named.items():
+        tiles[name] = f"{row['recall']:.1%} [{row['low']:.0%}, {row['high']:.0%}] {row['class']}"
+    text = "".join(f"<p>{show(line)}.</p>" for line in describe_state(outcome))
+    text += '<div class="tiles">'
+    for name, value in tiles.items():
+        number, _, note = value.partition(" ")
+        text += f"<div>{name}<b>{show(number)}</b><small>{show(note)}</small></div>"
+    return f"{text}</div>"
+
+
+def show(value: Any) -> str:
+    """Return a fraction in per cent, NaN as a dash, all else as text that HTML does not obey."""
+    if isinstance(value, float):
+        return "–" if math.isnan(value) else f"{100 * value:.1f}\u00a0%"
+    return html.escape(printable(str(value)))
+
+
+def write(text: str, x: float, y: float, kind: str = "") -> str:
+    """Return text at a part of a chart's width, in per cent, and a pixel of its height."""
+    return f'<text class="{kind}" x="{x:g}%" y="{y:g}">{text}</text>'
+
+
+def make_chart(title: str, names: Sequence[str], body: str, height: int) -> str:
+    """Return a chart: its title, what is orange and what is blue, and below them its body."""
+    spots = zip(("old", "new"), names, strict=False)
+    legend = " &#160; ".join(f'<tspan class="{kind}">●</tspan> {name}' for kind, name in spots)
+    text = write(f"<tspan font-weight='600'>{title}</tspan>", 0, 14) + write(legend, 0, 34, "soft")
+    return f'<svg class="chart" width="760" height="{height}">{text}{body}</svg>'
+
+
+def draw_row(row: Mapping[str, Any], y: int) -> str:
+    """Draw the recall of a class, its interval, and above it the recall before, if known."""
+    marks = ""
+    if not math.isnan(row.get("before", math.nan)):
+        marks += f'<circle class="old" cx="{row["before"]:.2%}" cy="9" r="5.5"/>'
+    if row["val_images"]:
+        marks += f'<line class="new bar" x1="{row["low"]:.2%}" x2="{row["high"]:.2%}" y1="21" '
+        marks += f'y2="21"/><circle class="new" cx="{row["recall"]:.2%}" cy="21" r="5.5"/>'
+    name = row["class"]
+    if len(name) > MOST_LETTERS:  # the middle goes: names often begin, or end, alike
+        name = f"{name[: MOST_LETTERS // 2]}…{name[-MOST_LETTERS // 2 :]}"
+    texts = write(show(name), 38, 14, "end") + write(show(row["recall"]), 100, 26, "end")
+    texts += write(f"{row['train_images']} / {row['val_images']} images", 38, 29, "soft end")
+    return f'<svg y="{y}" height="40">{texts}<svg x="41%" width="41%">{marks}</svg></svg>'
+
+
+def recall_chart(classes: Rows) -> str:
+    """Return a chart of the recall of each class, most training images first: SVG."""
+    height = 62 + 40 * len(classes)
+    names = ["before", "now"] if "before" in classes[0] else []
+    body = '<svg x="41%" width="41%" overflow="visible">'
+    for x in range(0, 101, 25):
+        body += f'<line class="grid" x1="{x}%" x2="{x}%" y1="58" y2="{height}"/>'
+        body += write(str(x), x, 52, "soft")
+    body += "</svg>"
+    order = sorted(classes, key=lambda row: -row["train_images"])
+    body += "".join(draw_row(row, 60 + 40 * place) for place, row in enumerate(order))
+    return make_chart("Recall in % (training / validation images)", names, body, height)
+
+
+def curve_chart(history: Rows, title: str, lines: Mapping[str, str]) -> str:
+    """Return a chart of columns by epoch, a line for each fold; `lines` are columns by name: SVG."""
+    values = [row[key] for row in history for key in lines.values()]
+    low = math.floor(20 * min(values)) / 20
+    height = max(0.05, max(values) - low)
+    epochs = [row["epoch"] for row in history]
+    width = max(1, max(epochs) - min(epochs))
+    body = ""
+    for y in range(0, 101, 25):
+        body += f'<line class="grid" x2="100%" y1="{y}%" y2="{y}%"/><text class="soft end" x="-8" '
+        body += f'y="{y}%" dy="4">{low + height * (1 - y / 100):.2f}</text>'
+    body += f'<svg viewBox="{min(epochs)} {-low - height} {width} {height}" '
+    body += 'preserveAspectRatio="none">'
+    for kind, key in zip(("old", "new"), lines.values(), strict=True):
+        for fold in {row["fold"] for row in history}:
+            rows = [row for row in history if row["fold"] == fold]
+            points = " ".join(f"{row['epoch']},{-row[key]:.6g}" for row in rows[:1] + rows)
+            body += f'<polyline class="{kind}" points="{points}"/>'
+    plot = f'<svg x="10%" y="52" width="86%" height="180" overflow="visible">{body}</svg></svg>'
+    return make_chart(title, [*lines], plot, 260)
+
+
+def show_rows(rows: Rows) -> str:
+    """Return a table of rows with the same columns; it scrolls where it is too wide."""
+    body = ""
+    for cells in ([name.replace("_", " ") for name in rows[0]], *(row.values() for row in rows)):
+        body += "<tr>" + "".join(f"<td>{show(cell)}</td>" for cell in cells) + "</tr>"
+    return f'<div class="wide"><table>{body}</table></div>'
+
+
+def show_confusions(classes: list[str], confusion: Tensor) -> str:
+    """Return a table of what is most often taken for what."""
+    pairs = permutations(range(len(classes)), 2)
+    worst = heapq.nlargest(20, pairs, key=lambda pair: int(confusion[pair]))
+    rows = []
+    for true, taken in worst:
+        share = f"{confusion[true, taken]} of {confusion[true].sum()}"
+        rows.append({"class": classes[true], "taken for": classes[taken], "images": share})
+    return show_rows(rows)
+
+
+def show_mistakes(data: Data, last: Evaluation) -> str:
+    """Return the images that are wrong with the most confidence, each beside a training image.
+
+    It is of the class that the wrong one was taken for: the one in the middle of their names.
+    """
+    wrong = (last.predicted != last.exam.targets).nonzero().flatten()
+    order = last.probability[wrong].argsort(descending=True, stable=True)
+    text = ""
+    for row in wrong[order][:MISTAKES].tolist():
+        place = int(last.exam.places[row])
+        taken = int(last.predicted[row])
+        learnt = data.learns(int(data.held[place]))
+        alike = learnt[data.labels[learnt] == taken]
+        relation = f"taken for ({show(last.probability[row].item())})"
+        text += f"<figure>{show_image(data, place, 'is', int(data.labels[place]))}"
+        text += f"{show_image(data, int(alike[len(alike) // 2]), relation, taken)}</figure>"
+    return text and (
+        "<p>Wrong with the most confidence. Beside each image: a training image of the class it "
+        f'was taken for.</p><div class="pairs">{text}</div>'
+    )
+
+
+def show_image(data: Data, place: int, relation: str, label: int) -> str:
+    """Return the image at a place of `data`, its relation to a class, and the class."""
+    image = ""
+    with contextlib.suppress(DataError):  # a picture that is gone does not cost the page
+        pixels = central_square(THUMBNAIL)(read_image(data.paths[place], data.white, THUMBNAIL))
+        content = io.BytesIO()
+        v2.functional.to_pil_image(pixels).save(content, "JPEG", quality=80)
+        encoded = base64.b64encode(content.getvalue()).decode()
+        image = f'<img alt="" src="data:image/jpeg;base64,{encoded}">'
+    return f"<div>{image}<small>{relation}</small><b>{show(data.classes[label])}</b></div>"
+
+
+# -------------------------------------------------------------------------------------- predicting
+
+
+def predict(args: Namespace) -> None:
+    """Write what the network of a run says of each image below DATA, as CSV.
+
+    Where all images lie in folders named as its classes, that is their `true` class, and how many
+    of those that it has not learnt are right is said on stderr.
+    """
+    run = read_weights(str(args.predict))
+    if "image_size" not in run:
+        raise DataError(f"--predict {args.predict}: no network of this version; train one first")
+    out, classes = args.output, run["classes"]
+    if out and (out.exists() or not out.parent.is_dir()):
+        raise DataError(f"--output {out}: there already, or no folder for it; name a new file")
+    compute = pick_compute(args.device, args.amp)
+    rows = list_photos(args.data, classes)
+    checked, _ = check_images([row.path for row in rows])
+    rows = [row for row in rows if row.path in checked]
+    if not rows:
+        raise DataError(f"DATA {args.data}: no image that can be read")
+    labels = torch.tensor([row.label for row in rows])
+    images = Images([row.path for row in rows], labels, run["white"], run["image_size"])
+    workers = count_workers(args.workers, compute.device.type)
+    reader = Reader(images, compute, workers, args.batch_size or BATCH)
+    model = compute.place(build_ensemble(run["arch"], classes, run["networks"]))
+    logits = evaluate(model, reader, torch.arange(len(rows)))
+    probability, best = (logits + run["natural"] * bool(args.natural)).softmax(1).topk(2)
+    columns = {
+        "path": [row.path for row in rows],
+        "class": [classes[label] for label in best[:, 0].tolist()],
+        "probability": probability[:, 0],
+        "second": [classes[label] for label in best[:, 1].tolist()],
+        "second_probability": probability[:, 1],
+    }
+    is_labelled = bool(labels.min() >= 0)
+    if is_labelled:
+        columns["true"] = [classes[label] for label in labels.tolist()]
+    content = format_table(to_rows(columns))
+    if out:
+        write_file(out, content)
+    else:
+        sys.stdout.buffer.write(content)
+    print(f"{len(rows)} images", file=sys.stderr)
+    if is_labelled:
+        digests = torch.tensor([checked[row.path] for row in rows])
+        is_new = ~torch.isin(digests, run["learnt"])
+        print(f"{int((~is_new).sum())} of them were learnt: not in these figures", file=sys.stderr)
+        print_recalls(classes, confusion_matrix(labels[is_new], best[is_new, 0], len(classes)))
+
+
+def print_recalls(classes: list[str], confusion: Tensor) -> None:
+    """Print on stderr the balanced accuracy and the recall of each class, with their intervals."""
+    counts = confusion.sum(1)
+    print(f"balanced accuracy {format_range(measure(confusion, counts, counts))}", file=sys.stderr)
+    recall, low, high = mean_interval(recall_by_class(confusion), counts, torch.eye(len(counts)))
+    for label in counts.nonzero().flatten().tolist():
+        ends = f"[{low[label]:.1%}, {high[label]:.1%}] of {counts[label]}"
+        print(f"{recall[label]:8.1%} {ends:24} {printable(classes[label])}", file=sys.stderr)
+
+
+def list_photos(place: Path, classes: list[str]) -> list[Row]:
+    """Return the images at or below `place`, sorted by name; hidden ones are left out.
+
+    Their labels are the classes that their folders in `place` are named for, or else all are -1.
+    """
+    labels = {name: label for label, name in enumerate(classes)}
+    paths = sorted(walk_files(str(place)), key=Path) if place.is_dir() else [str(place)]
+    rows = []
+    for path in paths:
+        name = os.path.relpath(path, place)
+        if path.lower().endswith(IMG_EXTENSIONS):
+            rows.append(Row(path, name, labels.get(Path(name).parts[0], -1), ""))
+    if not (rows and place.exists()):
+        raise DataError(f"DATA {place}: no image there; known are {', '.join(IMG_EXTENSIONS)}")
+    is_labelled = all(row.label >= 0 for row in rows)
+    return rows if is_labelled else [row._replace(label=-1) for row in rows]
+
+
+# -------------------------------------------------------------------------------------- run folder
+
+START = "start.pt"  # the network before its first step
+NOT_IN_STATE = ("start", "finished")  # what of `Progress` has files of its own
+STATE_FORMAT = 5  # of the state of a stopped run, to be raised where another one cannot be read
+
+
+@dataclass(frozen=True)
+class Given:
+    """All that a run has before its first epoch."""
+
+    settings: Settings
+    data: Data
+    compute: Compute  # of this process
+    baseline: Tensor  # what the run `--baseline` predicted for the judged images: (M,), or none
+    known: Tensor  # (K,) int64, digests of the images that the network of `--weights` has learnt
+    model: models.ResNet  # in training
+    reader: Reader
+
+
+class Fold(NamedTuple):
+    """What is trained to the end."""
+
+    network: State
+    logits: Tensor  # of the images it is judged by: (M, C)
+    kept: str  # "all" layers as they were trained, or the "head" alone
+
+
+@dataclass
+class Progress:
+    """How far a run has come: what is stored to go on from there."""
+
+    start: State  # of each fold's network before its first step
+    draws: Tensor  # how often images of each class were drawn so far: (C,) int64
+    history: Rows = field(default_factory=list)  # a row for each epoch, from the first one on
+    head: State = field(default_factory=dict)  # as the stage "head" left it
+    logits: Tensor = torch.empty(0)  # of the images that judged the last epoch: (M, C)
+    trainer: dict[str, Any] = field(default_factory=dict)  # the state of that after the last epoch
+    finished: list[Fold] = field(default_factory=list)
+
+    def has_done(self, fold: int, epoch: int) -> bool:
+        """Return whether this epoch of this fold, or a later one, is done."""
+        last = self.history[-1] if self.history else {"fold": 0, "epoch": 0}
+        return (fold + 1, epoch) <= (last["fold"], last["epoch"])
+
+    def start_with_head(self) -> State:
+        """Return the network at the start, but with its trained head."""
+        return self.start | {HEAD_NAME + name: value for name, value in self.head.items()}
+
+
+def load_progress(
+    settings: Settings, data: Data, model: models.ResNet, stored: Mapping[str, Any]
+) -> Progress:
+    """Return how far a stopped run has come, or begin to store a new one."""
+    output = settings.output
+    split = format_table(list_split(data))
+    if "history" not in stored:
+        write_file(output / "split.csv", split)
+        progress = Progress(copy_state(model), torch.zeros(len(data.classes), dtype=torch.int64))
+        save_tensors(output / START, progress.start)
+        return progress
+    before = (output / "split.csv").read_bytes().splitlines()
+    for old, new in zip_longest(before, split.splitlines(), fillvalue=b""):
+        if old != new:
+            name = (old or new).decode(errors="surrogateescape").split(",")[0]
+            text = "gone, new or changed since the run began; put it back, or start a new run"
+            raise DataError(f"{settings.data}: {name}: {text}")
+    start = load_tensors(output / START, "--resume")
+    names = set(Progress.__annotations__).difference(NOT_IN_STATE)
+    progress = Progress(start, **{name: stored[name] for name in names})
+    for fold in range(1, settings.folds + 1):
+        if progress.has_done(fold - 1, settings.epochs):
+            progress.finished.append(Fold(**load_tensors(output / f"fold-{fold}.pt", "--resume")))
+    return progress
+
+
+def state_of(given: Given, progress: Progress) -> dict[str, Any]:
+    """Return what is stored to go on with a run."""
+    stored = {name: value for name, value in vars(progress).items() if name not in NOT_IN_STATE}
+    settings = vars(given.settings).items()
+    return stored | {
+        "format": STATE_FORMAT,
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in settings},
+        "learnt": given.known,
+        "networks": [given.model.state_dict()],
+    }
+
+
+def remove_state(output: Path) -> None:
+    """Remove what only a run that goes on needs."""
+    for name in (STATE, START, LOCK, "fold-*.pt"):
+        for file in output.glob(name):
+            with contextlib.suppress(PermissionError):  # Windows keeps what is open
+                file.unlink()
+    shutil.rmtree(output / COPIES, ignore_errors=True)
+
+
+def write_network(given: Given, folds: list[Fold], judged: Evaluation) -> None:
+    """Write all that it takes to use the networks; their heads are calibrated."""
+    settings, data = given.settings, given.data
+    scale, shift = judged.calibration
+    log_share = judged.exam.log_share
+    weight, bias = f"{HEAD_NAME}weight", f"{HEAD_NAME}bias"
+    networks = []
+    for state, _, _ in folds:
+        head = {weight: state[weight] * scale, bias: state[bias] * scale - shift * log_share}
+        networks.append(state | head)
+    content = {
+        "arch": settings.arch,
+        "classes": data.classes,
+        "train_images": data.train_counts().tolist(),
+        "natural": log_share,  # to add where classes are as frequent as in training
+        "image_size": settings.image_size,
+        "eval_size": eval_size(settings.image_size),
+        "least_side": least_side(settings.image_size),  # what large images are shrunk to
+        "white": data.white,
+        "learnt": torch.cat([given.known, data.digests[data.trained()]]).unique(),  # see `digest`
+        "networks": networks,
+    }
+    save_tensors(settings.output / NETWORK, content)
+
+
+def list_split(data: Data) -> Rows:
+    """Return a row for each image: its class, its part of the data, 16 digits of its SHA-256."""
+    classes = [data.classes[label] for label in data.labels.tolist()]
+    digests = [f"{number % 2**64:016x}" for number in data.digests.tolist()]
+    return to_rows({"path": data.names, "class": classes, "part": data.parts, "digest": digests})
+
+
+def load_baseline(run: Path | None, data: Data) -> Tensor:
+    """Return what an earlier run predicted for the same judged images: (M,) int64."""
+    if not run:
+        return torch.empty(0)
+    theirs, ours = read_table(run / "split.csv"), list_split(data)
+    keys = [
+        {tuple(row.values()) for row in rows if row["part"] not in ("train", "test")}
+        for rows in (theirs, ours)
+    ]
+    if different := keys[0] ^ keys[1]:
+        text = f"judged by other images, {min(different)[0]} for one of {len(different)}"
+        raise DataError(f"--baseline {run}: {text}; give both runs the same DATA and flags")
+    labels = {name: label for label, name in enumerate(data.classes)}
+    rows = read_table(run / "predictions.csv")
+    predicted = {row["path"]: labels[row["predicted"]] for row in rows}
+    return torch.tensor([predicted[data.names[place]] for place in data.judged().tolist()])
+
+
+# ---------------------------------------------------------------------------------------- settings
+
+PATHS = ("data", "val", "source", "output", "baseline")  # settings that are paths
+BATCH = 64  # images a step
+SMALL = 2000  # training images; with fewer, batches are half as large, for enough steps
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of a run as it is used: "auto" is resolved, and nothing changes any more."""
+
+    data: Path
+    folds: int
+    val: Path | None
+    source: Path | None
+    group: str | None  # a regular expression
+    image_size: int  # pixels per side of a training crop
+    flip: str
+    workers: int
+    arch: str
+    weights: str
+    epochs: int
+    power: float  # 0: each image once
+    batch_size: int  # images a step, over all processes
+    output: Path
+    baseline: Path | None
+    seed: int
+    precision: str  # "float32", or that of mixed precision
+    command: str  # that started the run
+
+
+def open_run(args: Namespace, compute: Compute) -> tuple[Settings, Listing, dict[str, Any]]:
+    """Return the settings of a new or a stopped run, its images, and what is stored for it.
+
+    What is stored is the state of a stopped run, or the content of a file of weights.
+    """
+    if args.resume:
+        stored = load_state(args.resume)
+        chosen = stored["settings"] | {"output": args.resume}
+        if args.amp is not None:
+            chosen["precision"] = compute.precision
+        listing = list_data(*(chosen[name] and Path(chosen[name]) for name in PATHS[:3]))
+    else:
+        check_paths(args)
+        listing = list_data(args.data, args.val, args.source)
+        stored = read_weights(args.weights)
+        chosen = vars(args) | {"precision": compute.precision}
+        default_arch = "resnet18" if compute.device.type == "cpu" else "resnet50"
+        chosen["arch"] = args.arch or stored.get("arch", default_arch)
+        chosen["image_size"] = args.image_size or stored.get("image_size", 224)
+        chosen["weights"] = check_weights(args.weights, stored, chosen["arch"])
+        images = sum(row.part == "train" for row in listing.rows)
+        if args.folds > 1 or not args.val:
+            images -= round(images * (1 / args.folds if args.folds > 1 else VAL_FRACTION))
+        size = args.batch_size or (BATCH if images >= SMALL else BATCH // 2)
+        chosen["batch_size"] = math.ceil(size / compute.world_size) * compute.world_size
+    chosen["workers"] = count_workers(args.workers, compute.device.type)
+    chosen |= {name: Path(chosen[name]).resolve() for name in PATHS if chosen[name]}
+    known = {name: value for name, value in chosen.items() if name in Settings.__annotations__}
+    return Settings(**known), listing, stored
+
+
+def load_state(output: Path) -> dict[str, Any]:
+    """Read the state of the stopped run in a folder."""
+    if not (output / STATE).exists():
+        reason = "complete" if (output / NETWORK).exists() else "no run to go on with"
+        raise DataError(f"--resume {output}: {reason}; name the folder of a stopped run")
+    stored: dict[str, Any] = load_tensors(output / STATE, "--resume")
+    if stored.get("format") != STATE_FORMAT:
+        text = "stopped by another version of this script; go on with that, or start a new run"
+        raise DataError(f"--resume {output}: {text}")
+    return stored
+
+
+def check_paths(args: Namespace) -> None:
+    """Raise `DataError` where the paths of a command line are of no use."""
+    output = args.output
+    is_used = (
+        output.is_file() or output.is_dir() and any(x.name[0] != "." for x in output.iterdir())
+    )
+    if is_used:
+        raise DataError(f"--output {output}: not empty; name a new folder, or --resume a run")
+    folders = {"DATA": args.data, "--source": args.source, "--val": args.val}
+    for flag, folder in folders.items():
+        if folder and not folder.is_dir():
+            raise DataError(f"{flag} {folder}: no such folder; pass one that holds class folders")
+        if folder and output.resolve().is_relative_to(folder.resolve()):
+            raise DataError(f"--output {output}: would be a class of {folder}; move it out")
+
+
+def check_weights(weights: str, content: Mapping[str, Any], arch: str) -> str:
+    """Return the full name of the weights; raises `DataError` where they do not fit."""
+    known = models.list_models(models, include=["resnet*", "resnext*", "wide_resnet*"])
+    if arch not in known or content.get("arch", arch) != arch:
+        choice = content.get("arch") or ", ".join(known)
+        raise DataError(f"--arch {arch}: not with these weights, or unknown; take {choice}")
+    if len(content.get("networks", ())) > 1:
+        raise DataError(f"--weights {weights}: an ensemble; train from a run of one network")
+    if content:
+        return os.path.abspath(weights)
+    names = models.get_model_weights(arch).__members__
+    if weights not in ("none", *names):
+        text = f"no such file; pass one, or {', '.join(names)}, or none"
+        raise DataError(f"--weights {weights}: {text}")
+    return "none" if weights == "none" else names[weights].name  # what DEFAULT means may change
+
+
+# -------------------------------------------------------------------------------------------- data
+
+VAL_FRACTION = 0.2  # part of each class that is kept for validation
+PARTS = {"val", "valid", "validation", "test"}  # of a data set beside "train", not classes
+
+
+class Row(NamedTuple):
+    """An image of the folders that the command line names."""
+
+    path: str
+    name: str  # class/file: its path below DATA, SRC or `--val`, with `/` on every system
+    label: int
+    part: str  # "train", "val", or "source" for an image of SRC
+
+
+class Listing(NamedTuple):
+    """The classes of DATA, and all images."""
+
+    classes: list[str]
+    rows: list[Row]
+
+
+class Data(NamedTuple):
+    """A table of N images of C classes. `learns` and `judges` say which network takes which."""
+
+    classes: list[str]
+    paths: list[str]
+    names: list[str]  # as in `Row`
+    labels: Tensor  # (N,) int64
+    parts: list[str]  # "train", "val", "source" or "test"; with folds "fold 1" and so on
+    held: Tensor  # (N,) int64, its validation fold; `EVERY`: all learn it, `TEST`: none
+    families: Tensor  # (N,) int64, the same for images that stay together: copies, or `--group`
+    digests: Tensor  # (N,) int64, see `digest`
+    white: int  # the value that is white in grey images of over 8 bits
+    leaks: int  # number of validation images left out that leak from training
+    unreadable: list[str]  # paths left out
+
+    def learns(self, fold: int) -> Tensor:
+        """Return the images that the network of a fold learns: indices, int64."""
+        return ((self.held != fold) & (self.held != TEST)).nonzero().flatten()
+
+    def judges(self, fold: int) -> Tensor:
+        """Return the images that judge a fold, or with `TEST` the ensemble: indices, int64."""
+        return (self.held == fold).nonzero().flatten()
+
+    def judged(self) -> Tensor:
+        """Return the images that judge the folds, one fold after the other: indices, int64."""
+        return torch.cat([self.judges(fold) for fold in range(int(self.held.max()) + 1)])
+
+    def trained(self) -> Tensor:
+        """Return the images that at least one network learns: indices, int64."""
+        return self.learns(0) if self.held.max() == 0 else (self.held != TEST).nonzero().flatten()
+
+    def counts(self, indices: Tensor) -> Tensor:
+        """Count the images of each class among `indices`: (C,) int64."""
+        return torch.bincount(self.labels[indices], minlength=len(self.classes))
+
+    def train_counts(self) -> Tensor:
+        """Count the images of each class that at least one network learns: (C,) int64."""
+        return self.counts(self.trained())
+
+
+def load_data(settings: Settings, listing: Listing, stored: Mapping[str, Any]) -> Data:
+    """Read the listed images and decide who learns and who judges.
+
+    What the network of `--weights` has learnt before, and its families, only trains. Validation
+    images from elsewhere that are learnt, or of a family that is, leak: they are left out.
+    """
+    classes, rows = listing
+    checked, peak = check_images([row.path for row in rows])
+    unreadable = [row.path for row in rows if row.path not in checked]
+    rows = [row for row in rows if row.path in checked]
+    if not rows:
+        raise DataError(f"{settings.data}: no image that can be read")
+    digests = torch.tensor([checked[row.path] for row in rows])
+    families = torch.tensor(find_families(rows, digests.tolist(), settings.group))
+    known = families[torch.isin(digests, stored.get("learnt", digests[:0]))]
+    is_known = torch.isin(families, known)
+    held = torch.tensor(hold_images(settings, rows, families.tolist(), is_known.tolist()))
+    is_ours = torch.tensor([row.part == "train" for row in rows])
+    is_learnt = is_ours & ((held != 0) | (settings.folds > 1))
+    leaks = ~is_ours & torch.isin(families, torch.cat([families[is_learnt], known]))
+    if leaks.any():
+        text = f"{int(leaks.sum())} validation images leak from training (copies, or families of "
+        text += f"learnt images): left out, {rows[int(leaks.nonzero()[0])].path} for one"
+        print(f"warning: {printable(text)}", file=sys.stderr)
+    kept = (~leaks).nonzero().flatten()
+    rows = [rows[place] for place in kept.tolist()]
+    held = held[kept]
+    parts = [row.part for row in rows]
+    for place in (held != EVERY).nonzero().flatten().tolist():
+        if settings.folds > 1:
+            parts[place] = "test" if held[place] == TEST else f"fold {held[place] + 1}"
+        elif parts[place] == "train":
+            parts[place] = "val"
+    data = Data(
+        classes=classes,
+        paths=[row.path for row in rows],
+        names=[row.name for row in rows],
+        labels=torch.tensor([row.label for row in rows]),
+        parts=parts,
+        held=held,
+        families=families[kept],
+        digests=digests[kept],
+        white=next((white for white in WHITES if peak <= white), peak),
+        leaks=int(leaks.sum()),
+        unreadable=unreadable,
+    )
+    for fold in range(settings.folds):
+        if bare := (data.counts(data.learns(fold)) == 0).nonzero().flatten().tolist():
+            text = "no image that can be read is left to train on; add some or remove the class"
+            raise DataError(f"{settings.data}: {classes[bare[0]]}: {text}")
+        if not len(data.judges(fold)):
+            text = "nothing to validate on: all images are learnt, or in families that are"
+            raise DataError(f"{settings.val or settings.data}: {text}; add others by --val")
+    return data
+
+
+def list_data(data: Path, val: Path | None, source: Path | None) -> Listing:
+    """List the classes, and the images of DATA, `--val` and `--source`, each with its part."""
+    classes = list_folders(data)
+    parts = sorted(PARTS.intersection(classes), reverse=True)
+    if "train" in classes and parts:
+        text = f"train and {parts[0]} look like parts of a data set, not classes"
+        command = f"data_training.py {data / 'train'} --val {data / parts[0]}"
+        raise DataError(f"{data}: {text}; run {command}")
+    rows = make_rows(data, classes, "train")
+    empty = sorted(set(classes).difference(classes[row.label] for row in rows))
+    if empty or len(classes) < 2:
+        text = "at least two class folders are needed, with images in each"
+        cure = f"{empty[0]} has none" if empty else "pass the folder that holds them"
+        raise DataError(f"{data}: {text}; {cure}")
+    if len(rows) > 2**24:
+        raise DataError(f"{data}: over 2^24 images; torch.multinomial draws no more")
+    names = {row.name for row in rows}
+    for part, folder in (("val", val), ("source", source)):
+        if folder:
+            if strange := sorted(set(list_folders(folder)).difference(classes)):
+                text = f"not classes of DATA: {', '.join(strange)}; rename or remove"
+                raise DataError(f"--{part} {folder}: {text}")
+            others = make_rows(folder, classes, part)
+            rows += [row for row in others if part == "val" or row.name not in names]
+    return Listing(classes, rows)
+
+
+def make_rows(root: Path, classes: list[str], part: str) -> list[Row]:
+    """List the images in the class folders of `root`, and count the other files there.
+
+    They come by class, and in a class by folder and name, as `torchvision.datasets.ImageFolder`
+    lists them.
+    """
+    labels = {name: label for label, name in enumerate(classes)}
+    rows = []
+    others = []
+    for path in walk_files(str(root)):
+        name = path.removeprefix(str(root)).replace(os.sep, "/").lstrip("/")
+        top, _, file = name.partition("/")
+        if file and top in labels and name.lower().endswith(IMG_EXTENSIONS):
+            rows.append(Row(path, name, labels[top], part))
+        else:
+            others.append(name)
+    if others:
+        text = f"{root}: {len(others)} files are no images by their names, or in no class folder: "
+        print(f"warning: {printable(text + f'left out, {min(others)} for one')}", file=sys.stderr)
+    return sorted(rows, key=lambda row: (row.label, os.path.split(row.path)))
+
+
+def find_families(rows: list[Row], digests: Sequence[int], group: str | None) -> list[int]:
+    """Return a number for each row, the same in a family: copies, and what `group` matches."""
+    parent: dict[int | str, int | str] = {}  # a forest (union-find), in which each tree is a family
+
+    def root(key: int | str) -> int | str:
+        while parent.setdefault(key, key) != key:
+            parent[key] = key = parent[parent[key]]
+        return key
+
+    matched = 0
+    for row, content in zip(rows, digests, strict=True):
+        match = re.search(group, row.name.partition("/")[2]) if group else None
+        name = match and match[min(1, match.re.groups)]
+        matched += name is not None
+        parent[root(content)] = root(row.path if name is None else f"--group {name}")
+    numbers: dict[int | str, int] = {}
+    families = [numbers.setdefault(root(content), len(numbers)) for content in digests]
+    if group:
+        text = f"--group {group}: {len(numbers)} families of {len(rows)} images, of which "
+        text += f"{len(rows) - matched} do not match"
+        if not matched or len(numbers) == 1:
+            raise DataError(f"{text}; match what differs in the paths below the class folders")
+        print(printable(text), file=sys.stderr)
+    return families
+
+
+def hold_images(
+    settings: Settings, rows: list[Row], families: Sequence[int], is_known: Sequence[bool]
+) -> list[int]:
+    """Return the validation fold of each row, `EVERY` or `TEST`; families stay together.
+
+    With folds, images from elsewhere than DATA test the ensemble. What is known is not held out.
+    """
+    folds = settings.folds
+    elsewhere = TEST if folds > 1 else 0
+    held = [EVERY if row.part == "train" else elsewhere for row in rows]
+    if settings.val and folds == 1:
+        return held
+    ours = [i for i, row in enumerate(rows) if row.part == "train" and not is_known[i]]
+    shares = [1 / folds] * folds if folds > 1 else [1 - VAL_FRACTION, VAL_FRACTION]
+    # Their order depends on their names and the seed alone, whatever else is there.
+    names = [f"{settings.seed}/{rows[i].name}".encode(errors="surrogateescape") for i in ours]
+    order = [hashlib.sha256(name).digest() for name in names]
+    parts = deal([rows[i].label for i in ours], [families[i] for i in ours], order, shares)
+    for index, part in zip(ours, parts, strict=True):
+        if folds > 1 or part == 1:
+            held[index] = part if folds > 1 else 0
+    return held
+
+
+def deal(
+    labels: Sequence[int], families: Sequence[int], order: Sequence[bytes], shares: Sequence[float]
+) -> list[int]:
+    """Return the part of each image, so that each part gets about its share of each class.
+
+    The families, largest first and otherwise in `order`, go where they bring the counts closest to
+    those wanted, by the sum over classes of squared differences / wanted. Every part gets every
+    class that has enough families, the first of two parts (the one to train on) first.
+    """
+    counts = Counter(labels)
+    wanted = [{c: share * count for c, count in counts.items()} for share in shares]
+    if len(shares) == 2:  # whole numbers: one image at least to validate, and to train on
+        for c, count in counts.items():
+            wanted[1][c] = min(max(1, round(shares[1] * count)), count - 1)
+            wanted[0][c] = count - wanted[1][c]
+    members: dict[int, list[int]] = defaultdict(list)
+    for index, family in enumerate(families):
+        members[family].append(index)
+    groups = sorted(members.values(), key=lambda each: (-len(each), min(order[i] for i in each)))
+    insides = [Counter(labels[index] for index in group) for group in groups]
+    left = Counter(label for inside in insides for label in inside)  # families to come
+    missing = [dict(part) for part in wanted]
+    bare = {c: [part for part, each in enumerate(wanted) if each[c]] for c in counts}
+
+    def gain(part: int, inside: Counter[int]) -> tuple[bool, float, int]:
+        needed = any(left[c] <= len(bare[c]) and part in bare[c][: left[c]] for c in inside)
+        closer = 0.0
+        for c, n in inside.items():
+            want = wanted[part][c]
+            closer += n * (2 * missing[part][c] - n) / want if want else -math.inf
+        return needed, closer, (min(inside) - part) % len(shares) if len(shares) > 2 else -part
+
+    parts = [0] * len(labels)
+    for group, inside in zip(groups, insides, strict=True):
+        best = max(range(len(shares)), key=lambda part: gain(part, inside))
+        for c, n in inside.items():
+            left[c] -= 1
+            bare[c] = [part for part in bare[c] if part != best]
+            missing[best][c] -= n
+        for index in group:
+            parts[index] = best
+    return parts
 
 
 # ------------------------------------------------------------------------------------------- model
 
-
+# What belongs to a ResNet: its head, its layers from below, the pixels of a cell of its last map.
+HEAD_NAME = "fc."
+LAYERS = (("conv1.", "bn1.", "layer1."), ("layer2.",), ("layer3.",), ("layer4.", HEAD_NAME))
+LOWER = LAYERS[0] + LAYERS[1]  # the lower half
+STRIDE = 32
 # The scale of weights that the learning rates are for, see `rescale`.
 CONV_SCALE = 0.5
 FEATURE_SCALE = 2.0
-
-
-def find_weights(asked: str) -> tuple[str, dict[str, Any]]:
-    """Return the name or file that `--weights` means, and what the file holds, {} for a name."""
-    path = os.path.join(asked, NETWORK) if os.path.isdir(asked) else asked
-    return path, read_weights(path) if os.path.isfile(path) else {}
-
-
-def load_pretrained(settings: Settings) -> dict[str, Any]:
-    """Return torchvision's weights of this name as one of "networks", {} for "none"."""
-    if settings.weights == "none":
-        return {}
-    weights = models.get_model_weights(settings.arch)[settings.weights]
-    return {"networks": [download(weights, settings.weights)]}
-
-
-def read_weights(path: str) -> dict[str, Any]:
-    """Read a network file of this script, or another state_dict as one of "networks"."""
-    content = load_tensors(Path(path), "--weights", "torch.save a state_dict there")
-    state: Any = content if isinstance(content, dict) else {}
-    if "networks" in state and "classes" in state:
-        return state
-    state = state.get("state_dict", state.get("model", state))
-    if not (state and all(isinstance(value, Tensor) for value in state.values())):
-        raise DataError(f"--weights {path}: no weights in it; torch.save a state_dict there")
-    return {"networks": [{key.removeprefix("module."): value for key, value in state.items()}]}
-
-
-def download(weights: models.WeightsEnum, name: str) -> dict[str, Tensor]:
-    """Load weights from torch's cache folder, after downloading them if they are not there."""
-    try:
-        return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
-    except Exception as error:  # a damaged file raises nearly anything
-        text = f"{weights.url} could not be fetched or read ({error}); put the file into "
-        text += f"{torch.hub.get_dir()}/checkpoints, or take --weights PATH or --weights none"
-        raise DataError(f"--weights {name}: {text}") from None
 
 
 class Head(nn.Linear):
@@ -1039,46 +1796,83 @@ class Head(nn.Linear):
             return super().forward(features.float())
 
 
-class Vote(nn.ModuleList):
-    """Several networks that vote: the mean of their logits."""
+class Ensemble(nn.ModuleList):
+    """Several networks that answer by the mean of their logits."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of (B, 3, H, W) images: (B, C)."""
         return torch.stack([network(images) for network in self]).mean(0)
 
 
-def build_model(
-    arch: str, classes: list[str], content: Mapping[str, Any]
-) -> tuple[models.ResNet | Vote, str]:
-    """Build the network for `classes`, or a vote of several; say what became of the weights.
+def copy_state(module: nn.Module) -> State:
+    """Copy the state of a module into main memory."""
+    return {key: value.to("cpu", copy=True) for key, value in module.state_dict().items()}
 
-    The head of the weights is kept if it has the right size and, as far as known, these classes.
+
+def build_ensemble(arch: str, classes: list[str], states: list[State]) -> Ensemble:
+    """Build the networks of a run."""
+    return Ensemble(build_model(arch, classes, state, classes) for state in states)
+
+
+def build_model(
+    arch: str, classes: list[str], state: State, state_classes: list[str] | None
+) -> models.ResNet:
+    """Build the network for `classes`, with the weights of a state unless that is empty.
+
+    Their head is kept if it has the right size and, as far as known, these classes.
     """
-    built = []
-    origin = "a new network"
-    for state in content.get("networks", [{}]):
-        model = models.get_model(arch, weights=None, num_classes=len(classes))
-        model.fc = Head(model.fc.in_features, len(classes))
-        nn.init.zeros_(model.fc.weight)
-        nn.init.zeros_(model.fc.bias)
-        built.append(model)
-        if not state:
-            continue
-        old = len(state.get("fc.bias", ()))
-        keep = old == len(classes) and content.get("classes") in (None, classes)
-        origin = "head kept" if keep else f"head of {old} classes dropped for a new one"
-        backbone = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    model = models.get_model(arch, weights=None, num_classes=len(classes))
+    model.fc = Head(model.fc.in_features, len(classes))
+    if not state:
+        return model
+    old = state.get(f"{HEAD_NAME}bias", torch.empty(0))
+    if old.shape != (len(classes),) or state_classes not in (None, classes):
+        state = {key: value for key, value in state.items() if not key.startswith(HEAD_NAME)}
+        state |= model.fc.state_dict(prefix=HEAD_NAME)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split("\n\t")[1].split())[:200]
+        raise DataError(f"--weights: not of a {arch}: {reason} ...; pass their --arch") from None
+    if not all(value.isfinite().all() for value in state.values()):
+        raise DataError("--weights: of a training that failed: not finite; take others")
+    return model
+
+
+def load_model(settings: Settings, classes: list[str], stored: Mapping[str, Any]) -> models.ResNet:
+    """Build the pretrained network of a new run, or that of a stopped one."""
+    arch, name = settings.arch, settings.weights
+    torch.manual_seed(settings.seed)
+    state: State = {}
+    if stored:
+        state = stored["networks"][0]
+    elif name != "none":
+        weights = models.get_model_weights(arch)[name]
         try:
-            model.load_state_dict(state if keep else backbone | model.fc.state_dict(prefix="fc."))
-        except RuntimeError as error:
-            reason = " ".join(str(error).split("\n\t")[1].split())[:200]
-            text = f"not of a {arch}: {reason} ...; pass their --arch"
-            raise DataError(f"--weights: {text}") from None
-        if not all(value.isfinite().all() for value in model.state_dict().values()):
-            raise DataError("--weights: of a training that failed: not finite; take others")
-    if len(built) == 1:
-        return built[0], origin
-    return Vote(built), f"{len(built)} networks, {origin}"
+            state = weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
+        except Exception as error:  # a damaged file raises nearly anything
+            text = f"{weights.url} could not be fetched or read ({error}); put the file into "
+            text += f"{torch.hub.get_dir()}/checkpoints, or take --weights PATH or --weights none"
+            raise DataError(f"--weights {name}: {text}") from None
+    model = build_model(arch, classes, state, stored.get("classes"))
+    if state and "history" not in stored:
+        rescale(model)
+    return model
+
+
+def read_weights(place: str) -> dict[str, Any]:
+    """Read the network of a run, or the state_dict of a file as one of "networks"; {} for a name."""
+    path = os.path.join(place, NETWORK) if os.path.isdir(place) else place
+    if not os.path.isfile(path):
+        return {}
+    content = load_tensors(Path(path), "--weights")
+    state: Any = content if isinstance(content, dict) else {}
+    if "networks" in state and "classes" in state:
+        return state
+    state = state.get("state_dict", state.get("model", state))
+    if not (state and all(isinstance(value, Tensor) for value in state.values())):
+        raise DataError(f"--weights {path}: no weights in it; torch.save a state_dict there")
+    return {"networks": [{key.removeprefix("module."): value for key, value in state.items()}]}
 
 
 @torch.no_grad()
@@ -1107,765 +1901,164 @@ def rescale(model: Any) -> None:
         norm.running_var.add_(norm.eps).mul_(factor**2).sub_(norm.eps)
 
 
-# -------------------------------------------------------------------------------------------- data
-
-
-# Names of the folders that hold the parts of a data set, and the order in which they are used.
-PARTS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "test": 2, "testing": 2}
-
-
-class Row(NamedTuple):
-    """An image of the folders that the command line names."""
-
-    path: str
-    name: str  # class/file: its path below DATA, SRC or `--val`, with `/` on every system
-    label: int
-    part: str  # "train", "val", or "source" for an image of SRC, which validates as well
-    held: int = EVERY  # as in `Data`
-
-
-class Data(NamedTuple):
-    """A table of N images of C classes. `learns` and `judges` say which network takes which."""
-
-    classes: list[str]
-    paths: list[str]
-    names: list[str]  # as in `Row`
-    labels: Tensor  # (N,) int64
-    parts: list[str]  # as in `Row`
-    held: Tensor  # (N,) int64, the fold that does not learn it; `EVERY`: all learn it, `TEST`: none
-    families: Tensor  # (N,) int64, the same for images that stay together: copies, or `--group`
-    digests: Tensor  # (N,) int64, see `digest`
-    white: dict[str, float]  # the value that is white in images of more than 8 bits, by kind
-    related: int  # number of images left out: copies or relatives of what is, or was, learnt
-    unreadable: list[str]  # paths left out
-    learnt: Tensor | None = None  # (C,) int64, counts that a network says it has learnt
-
-    @property
-    def folds(self) -> int:
-        """Return the number of networks."""
-        return max(0, int(self.held.max())) + 1
-
-    def learns(self, fold: int) -> Tensor:
-        """Return the images that the network of a fold learns: indices, int64."""
-        return ((self.held != fold) & (self.held != TEST)).nonzero().flatten()
-
-    def judges(self, fold: int) -> Tensor:
-        """Return the images that judge a fold, or with `TEST` all folds: indices, int64."""
-        return (self.held == fold).nonzero().flatten()
-
-    def trained(self) -> Tensor:
-        """Return the images that at least one network learns: indices, int64."""
-        learnt = torch.cat([self.learns(fold) for fold in range(self.folds)])
-        return learnt.bincount().nonzero().flatten()
-
-    def judged(self) -> Tensor:
-        """Return the images that judge the folds, one fold after the other: indices, int64."""
-        return torch.cat([self.judges(fold) for fold in range(self.folds)])
-
-    def counts(self, indices: Tensor) -> Tensor:
-        """Count the images of each class among `indices`: (C,) int64."""
-        return torch.bincount(self.labels[indices], minlength=len(self.classes))
-
-    def train_counts(self) -> Tensor:
-        """Count the images of each class that at least one network learns: (C,) int64."""
-        return self.counts(self.trained()) if self.learnt is None else self.learnt
-
-    def log_share(self) -> Tensor:
-        """Return the log of each class's share of the training images, less their mean: (C,)."""
-        logs = self.train_counts().log()
-        return logs - logs.mean()  # a constant changes nothing, but costs half precision digits
-
-    def take(self, indices: Tensor) -> Data:
-        """Return the table of the images at `indices` alone."""
-        places = indices.tolist()
-        return self._replace(
-            paths=[self.paths[place] for place in places],
-            names=[self.names[place] for place in places],
-            parts=[self.parts[place] for place in places],
-            labels=self.labels[indices],
-            held=self.held[indices],
-            families=self.families[indices],
-            digests=self.digests[indices],
-        )
-
-
-def list_rows(settings: Settings) -> tuple[list[str], list[Row]]:
-    """List the classes, and the images of DATA, `--val` and `--source`, each with its part."""
-    classes, rows = list_images(settings.data)
-    if settings.val:
-        rows += list_others(settings.val, "val", classes, rows)
-        if all(row.part == "train" for row in rows):
-            text = f"no image in folders named as those of {settings.data}"
-            raise DataError(f"--val {settings.val}: {text}")
-    if settings.source:
-        rows += list_others(settings.source, "source", classes, rows)
-    if settings.split:
-        rows = take_split(settings.split, rows)
-    if sum(row.part == "train" for row in rows) > 2**24:
-        text = "over 2^24 training images; torch.multinomial draws no more"
-        raise DataError(f"{settings.data}: {text}")
-    return classes, rows
-
-
-def load_data(settings: Settings, classes: list[str], rows: list[Row], known: Tensor) -> Data:
-    """Read the listed images for a new run and decide who learns and who judges.
-
-    `known` are the digests of the images that the network has learnt before: neither these nor
-    their families judge it. Broken images are named and left out.
-    """
-    checked = check_images([row.path for row in rows])
-    unreadable = [row.path for row in rows if row.path not in checked]
-    rows = [row for row in rows if row.path in checked]
-    if not rows:
-        raise DataError(f"{settings.data}: no image that can be read")
-    digests = torch.tensor([checked[row.path].digest for row in rows])
-    families = torch.tensor(find_families(settings, rows, digests.tolist()))
-    seen = torch.isin(families, families[torch.isin(digests, known)])
-    rows = hold_images(settings, rows, families.tolist(), seen.tolist())
-    data = Data(
-        classes=classes,
-        paths=[row.path for row in rows],
-        names=[row.name for row in rows],
-        labels=torch.tensor([row.label for row in rows]),
-        parts=[row.part for row in rows],
-        held=torch.tensor([row.held for row in rows]),
-        families=families,
-        digests=digests,
-        white=pick_whites(checked),
-        related=0,
-        unreadable=unreadable,
-    )
-    data = leave_relatives(data, seen, is_trained=settings.epochs > 0)
-    check_parts(settings, data, bool(seen.any()))
-    return data
-
-
-def leave_relatives(data: Data, seen: Tensor, is_trained: bool) -> Data:
-    """Leave out images that would judge a network that knows them.
-
-    These are copies and relatives of training images, if a network is trained on these, and images
-    that it has `seen` before, (N,) bool.
-    """
-    learnt = torch.zeros_like(seen)
-    learnt[data.trained()] = True
-    copies = ~learnt & ~seen & torch.isin(data.families, data.families[learnt]) & is_trained
-    left_out = copies | (seen & ~learnt)
-    if copies.any():
-        text = f"{int(copies.sum())} images are copies of training images, or of their families"
-        first = data.paths[int(copies.nonzero()[0])]
-        print(f"warning: {text}: left out, {printable(first)} for one", file=sys.stderr)
-    if seen.any():
-        text = f"the network of --weights has learnt {int(seen.sum())} of {len(seen)} images, or "
-        text += "others of their families; these do not judge"
-        if count := int((seen & left_out).sum()):
-            text += f", and {count} of them are left out"
-        print(f"note: {text}", file=sys.stderr)
-    kept = data.take((~left_out).nonzero().flatten())
-    return kept._replace(related=int(left_out.sum()))
-
-
-def check_parts(settings: Settings, data: Data, seen: bool) -> None:
-    """Raise `DataError` if a network has no image of a class to learn, or none to be judged by.
-
-    `seen` says that it had learnt some of them before.
-    """
-    for fold in range(settings.folds):
-        if bare := (data.counts(data.learns(fold)) == 0).nonzero().flatten().tolist():
-            text = "no image of this class to train on that can be read; "
-            text += "add one or remove the class"
-            if (data.labels == bare[0]).any():
-                text = "all images of this class validate; leave some of them to train on"
-            text = f"{data.classes[bare[0]]}: {text}; such classes: {len(bare)}"
-            raise DataError(f"{settings.split or settings.data}: {text}")
-        if not len(data.judges(fold)):
-            text = "no image differs from those trained on; nothing to validate on"
-            if seen:
-                text = "the network of --weights has learnt all images, or copies or relatives of "
-                text += "them; nothing to validate on: name other images by --val"
-            elif settings.split and set(data.parts) == {"train"} and not data.related:
-                text = "names no image to validate on, as part val or source"
-            raise DataError(f"{settings.val or settings.split or settings.data}: {text}")
-
-
-def take_split(table: Path, rows: list[Row]) -> list[Row]:
-    """Return the rows that the table `--split` names, each with its part; count the others."""
-    added = {row.name: row.part == "source" for row in rows}
-    parts: dict[str, str] = {}
-    wrong = []
-    for line in read_table(table, "path", "part"):
-        name = line["path"]
-        part = line["part"]
-        if part not in ("train", "val", "source"):
-            wrong.append(f"{name}: no part {part!r}; write train, val or source")
-        elif added.get(name) is not (part == "source"):
-            where = "among what --source SRC adds to DATA" if part == "source" else "in DATA"
-            wrong.append(f"{name}: not {where}; write class/file as there")
-        elif name in parts:
-            wrong.append(f"{name}: named before; leave one row of it")
-        parts[name] = part
-    if wrong:
-        raise DataError(f"{table}: {wrong[0]}; such rows: {len(wrong)}")
-    if left_out := len(rows) - len(parts):
-        text = f"{table}: {left_out} images are not named there; left out"
-        print(f"warning: {printable(text)}", file=sys.stderr)
-    return [row._replace(part=parts[row.name]) for row in rows if row.name in parts]
-
-
-def list_images(root: Path) -> tuple[list[str], list[Row]]:
-    """List the classes of `root` and its images, all of part "train" for now."""
-    classes = list_folders(root)
-    if len(classes) < 2:
-        raise DataError(f"{root}: fewer than two classes; pass the folder that holds the classes")
-    rows, others = make_rows(root, classes, "train")
-    refuse_parts(root, rows)
-    empty = sorted(set(classes).difference(classes[row.label] for row in rows))
-    if empty:
-        text = f"no image in it, of {', '.join(IMG_EXTENSIONS)}; add some or remove the folder"
-        raise DataError(f"{root / empty[0]}: {text}; such classes: {len(empty)}")
-    tell_left_out(root, others)
-    return classes, rows
-
-
-def tell_left_out(root: Path, files: Collection[str]) -> None:
-    """Print how many files are no images by their names, if any."""
-    if files:
-        kinds = ", ".join(sorted({Path(name).suffix or Path(name).name for name in files})[:9])
-        text = f"{root}: {len(files)} files left out, whose names end in {kinds}"
-        print(f"warning: {printable(text)}", file=sys.stderr)
-
-
-def list_folders(root: Path) -> list[str]:
-    """List the names of the folders in `root`, sorted, without hidden ones."""
-    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != ".")
-
-
-def list_others(root: Path, part: str, classes: list[str], ours: list[Row]) -> list[Row]:
-    """List the images of `--val`, or those of `--source` that have other names than `ours`."""
-    if strange := ", ".join(sorted(set(list_folders(root)).difference(classes))):
-        raise DataError(f"--{part} {root}: not classes of DATA: {strange}; rename or remove")
-    rows, _ = make_rows(root, classes, part)
-    known = {row.name for row in ours} if part == "source" else set()
-    return [row for row in rows if row.name not in known]
-
-
-def make_rows(root: Path, classes: list[str], part: str) -> tuple[list[Row], list[str]]:
-    """List the images in the class folders of `root`, and the other files there.
-
-    They come by class, and in a class by folder and name, as `torchvision.datasets.ImageFolder`
-    lists them.
-    """
-    labels = {name: label for label, name in enumerate(classes)}
-    rows = []
-    others = []
-    for path in walk_files(str(root)):
-        name = path.removeprefix(str(root)).replace(os.sep, "/").lstrip("/")
-        top, _, file = name.partition("/")
-        if not file or top not in labels:
-            continue
-        if name.lower().endswith(IMG_EXTENSIONS):
-            rows.append(Row(path, name, labels[top], part))
-        else:
-            others.append(path)
-    return sorted(rows, key=lambda row: (row.label, os.path.split(row.path))), others
-
-
-def walk_files(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
-    """Yield the path of every file below `folder`; follow links, leave out what is hidden.
-
-    Raises `DataError` for a link that leads back to one of the folders `above` it.
-    """
-    info = os.stat(folder)
-    # The same folder, whatever its name. Some drives of Windows number nothing.
-    here = info.st_dev, info.st_ino or hash(os.path.realpath(folder))
-    if here in above:
-        raise DataError(f"{folder}: this link leads back to a folder above it; remove it")
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from walk_files(entry.path, (*above, here))
-            else:
-                yield entry.path
-
-
-def refuse_parts(root: Path, rows: list[Row]) -> None:
-    """Raise `DataError` if the folders are parts of a data set, as `data_creation.py` tells them.
-
-    One is named for training, all its images in sub-folders, and another for validation or testing;
-    or each is named a fold and has sub-folders alone.
-    """
-    tops = [row.name.split("/") for row in rows]
-    words = {name: re.findall("[a-z]+", name.lower()) for name in sorted({top[0] for top in tops})}
-    places = {name: PARTS[word] for name in words for word in words[name] if word in PARTS}
-    flat = {top[0] for top in tops if len(top) == 2}
-    nested = [name for name in words if name not in flat]
-    if any(places.values()) and 0 in [places.get(name) for name in nested]:
-        nested = sorted(places.keys() & nested, key=lambda name: (places[name], name))
-    elif flat or not all({"fold", "split", "part"}.intersection(found) for found in words.values()):
-        return
-    train, *others = [root / name for name in nested]
-    command = f"data_training.py {train}" + (f" --val {others[0]}" if others else "")
-    names = " and ".join([train.name, others[0].name] if others else sorted(places))
-    text = f"{names} look like parts of a data set, not classes (else move their images up to them)"
-    raise DataError(f"{root}: {text}; run {command}")
-
-
-def find_families(settings: Settings, rows: list[Row], digests: Sequence[int]) -> list[int]:
-    """Return a number for each row, the same in a family: copies, and what `--group` matches."""
-    parent: dict[int | str, int | str] = {}  # a forest (union-find), in which each tree is a family
-
-    def root(key: int | str) -> int | str:
-        while parent.setdefault(key, key) != key:
-            parent[key] = key = parent[parent[key]]
-        return key
-
-    unmatched = 0
-    for row, content in zip(rows, digests, strict=True):
-        match = re.search(settings.group, row.name.partition("/")[2]) if settings.group else None
-        name = match and match[min(1, match.re.groups)]
-        unmatched += name is None
-        parent[root(content)] = root(row.path if name is None else f"--group {name}")
-    numbers: dict[int | str, int] = {}
-    families = [numbers.setdefault(root(content), len(numbers)) for content in digests]
-    if settings.group and unmatched == len(rows):
-        raise DataError(f"--group {settings.group}: matches no image, by its path below its class")
-    if settings.group and len(numbers) == 1:
-        raise DataError(f"--group {settings.group}: makes all images one family; name what differs")
-    if settings.group:
-        text = f"--group: {len(numbers)} families of {len(rows)} images"
-        text += f"; {unmatched} do not match and are one each" if unmatched else ""
-        print(text, file=sys.stderr)
-    elif settings.folds > 1 or not (settings.val or settings.split):
-        suggest_group(rows)
-    return families
-
-
-def suggest_group(rows: list[Row]) -> None:
-    """Print how to keep families together, if most classes have file names that suggest some."""
-    stems: dict[int, Counter[str]] = defaultdict(Counter)
-    for row in rows:
-        stems[row.label][re.sub(r"[\W_]*\d+$", "", Path(row.name).stem)] += 1
-    alike = sum(5 <= len(counts) <= counts.total() / 2 for counts in stems.values())
-    if alike > len(stems) / 2:
-        text = "note: file names differ in a last number alone; if those are images of one patient,"
-        text += " film or object, keep them together: --group "
-        print(text + quote(r"^(.+?)[\W_]*\d+\.\w+$"), file=sys.stderr)
-
-
-def hold_images(
-    settings: Settings, rows: list[Row], families: Sequence[int], seen: Sequence[bool]
-) -> list[Row]:
-    """Return the rows, each with the fold that holds it out; families stay together.
-
-    With folds, images from elsewhere than DATA test the vote. Images that the network has `seen`
-    before are not held out, unless the user has named them.
-    """
-    folds = settings.folds
-    elsewhere = TEST if folds > 1 else 0
-    held = [row._replace(held=EVERY if row.part == "train" else elsewhere) for row in rows]
-    ours = [i for i, row in enumerate(rows) if row.part == "train"]
-    settled = {families[i] for i in ours if seen[i]}
-    shares = [1 - settings.val_fraction, settings.val_fraction]
-    if folds > 1:
-        ours = [i for i in ours if not seen[i]]
-        check_folds(settings, rows, families, ours)
-        shares = [1 / folds] * folds
-    elif settings.val or settings.split:
-        return held
-    # Their order depends on their names and the seed alone, whatever else is there.
-    names = [f"{settings.seed}/{rows[i].name}".encode(errors="surrogateescape") for i in ours]
-    order = [hashlib.sha256(name).digest() for name in names]
-    labels = [rows[i].label for i in ours]
-    parts = deal(labels, [families[i] for i in ours], order, shares, settled)
-    for index, part in zip(ours, parts, strict=True):
-        if folds > 1:
-            held[index] = rows[index]._replace(held=part)
-        elif part == 1:
-            held[index] = rows[index]._replace(part="val", held=0)
-    return held
-
-
-def check_folds(
-    settings: Settings, rows: list[Row], families: Sequence[int], ours: list[int]
-) -> None:
-    """Raise `DataError` if the images at the indices `ours` cannot be cut into `--folds` parts."""
-    if settings.split and any(row.part == "val" for row in rows):
-        text = "names validation images, which folds choose themselves; name them train"
-        raise DataError(f"--folds {settings.folds}: {settings.split} {text}")
-    counts = Counter({row.name.split("/")[0]: 0 for row in rows if row.part == "train"})
-    counts.update(name for name, _ in {(rows[i].name.split("/")[0], families[i]) for i in ours})
-    # Of classes without any image `check_parts` tells.
-    fewest, name = min(((count, name) for name, count in counts.items()), default=(0, ""))
-    if name and fewest < settings.folds:
-        text = f"the largest that fits is {fewest}" if fewest >= 3 else "add images, or drop it"
-        kind = "families" if settings.group else "different images"
-        if len(ours) < sum(row.part == "train" for row in rows):
-            kind += " that the network of --weights has not learnt"
-        raise DataError(f"--folds {settings.folds}: class {name} has {fewest} {kind}; {text}")
-
-
-def deal(
-    labels: Sequence[int],
-    families: Sequence[Any],
-    order: Sequence[bytes],
-    shares: Sequence[float],
-    settled: Collection[Any] = (),
-) -> list[int]:
-    """Return the part of each image, so that each part gets about its share of each class.
-
-    The families that are `settled` go to the first part. The others, largest first and otherwise in
-    `order`, go where they bring the counts closest to those wanted, by the sum over classes of
-    squared differences / wanted. Every part gets every class that has enough families, the first
-    of two parts (the one to train on) first.
-    """
-    counts = Counter(labels)
-    members: dict[Any, list[int]] = defaultdict(list)
-    for index, family in enumerate(families):
-        members[family].append(index)
-    wanted = share_out(counts, shares)
-    missing = [dict(part) for part in wanted]
-    groups = sorted(
-        members.items(),
-        key=lambda item: (item[0] not in settled, -len(item[1]), min(order[i] for i in item[1])),
-    )
-    insides = [Counter(labels[index] for index in group) for _, group in groups]
-    left = Counter(label for inside in insides for label in inside)  # families to come
-    bare = {label: [part for part, each in enumerate(wanted) if each[label]] for label in counts}
-
-    def gain(part: int, inside: Counter[int]) -> tuple[bool, float, int]:
-        needed = any(left[c] <= len(bare[c]) and part in bare[c][: left[c]] for c in inside)
-        closer = sum(
-            n * (2 * missing[part][c] - n) / wanted[part][c] if wanted[part][c] else -math.inf
-            for c, n in inside.items()
-        )
-        return needed, closer, (min(inside) - part) % len(shares) if len(shares) > 2 else -part
-
-    parts = [0] * len(labels)
-    for (family, group), inside in zip(groups, insides, strict=True):
-        best = 0
-        if family not in settled:
-            best = max(range(len(shares)), key=lambda part: gain(part, inside))
-        for label in inside:
-            left[label] -= 1
-            bare[label] = [part for part in bare[label] if part != best]
-        for index in group:
-            parts[index] = best
-            missing[best][labels[index]] -= 1
-    return parts
-
-
-def share_out(counts: Mapping[int, int], shares: Sequence[float]) -> list[dict[int, float]]:
-    """Return how many images of each class each part should get; of two parts whole numbers."""
-    wanted = [{label: share * count for label, count in counts.items()} for share in shares]
-    if len(shares) == 2:
-        for label, count in counts.items():
-            wanted[1][label] = min(max(1, round(shares[1] * count)), count - 1)
-            wanted[0][label] = count - wanted[1][label]
-    return wanted
-
-
 # ----------------------------------------------------------------------------------------- reading
 
-
-# Crops of half to all of an image enlarge what they show, by a fifth on average; evaluation makes
-# up for most of it by images up to so much larger (Touvron et al. 2019, arXiv:1906.06423).
+CROP_SCALE = 0.5  # smallest part of an image that a training crop shows
+# Such crops enlarge what they show, by a fifth on average; evaluation makes up for most of it by
+# images up to so much larger (Touvron et al. 2019, arXiv:1906.06423).
 EVAL_SCALE = 8 / 7
-STRIDE = 32  # pixels a cell of a ResNet's last feature map
-COPIES = "data_training-copies-"  # begins the name of a temporary folder
-APART = 8  # largest values of images of over 8 bits that lie further apart get a warning
-# Pillow keeps the upper half of colours of 16 bits, which is black where 12 bits are used.
-DEEP_TIFF = "a TIFF with colours of over 8 bits"
-CONVERT = (  # 16 bits stay 16 bits
-    "import cv2, pathlib; [cv2.imwrite(f'{p}.png', i) for p in pathlib.Path('DATA').rglob('*.*') "
-    "if p.suffix.lower() in ('.tif', '.tiff') and (i := cv2.imread(str(p), -1)) is not None "
-    "and i.ndim == 3 and i.dtype == 'uint16']"
-)
-NO_ROOM = "out of memory as it was read; remove or shrink it, or close other programs"
-COPIED_TOGETHER = 100  # batches of features
+# What is white in grey images of over 8 bits: the first of these that no value in DATA exceeds.
+WHITES = (255, 1023, 4095, 16383, 65535)
+COPIES = ".copies"  # in a run folder
+# Sides to flip for each orientation of EXIF, after rows and columns are swapped from 5 on.
+FLIPS = {2: [2], 3: [1, 2], 4: [1], 5: [], 6: [2], 7: [1, 2], 8: [1]}
 
 
-class Checked(NamedTuple):
-    """A file that can be decoded."""
+def check_images(paths: list[str]) -> tuple[dict[str, int], int]:
+    """Decode every file: digests of those that can be, by path, and the largest grey value.
 
-    digest: int
-    kind: str  # as of `deep_pixels`
-    peak: float  # its largest value, 0 for images of 8 bits
-    pages: int  # in a TIFF
-
-
-def check_images(paths: list[str]) -> dict[str, Checked]:
-    """Decode every file: what is known of those that can be, by path.
-
-    The others are named on stderr. Raises `DataError` for values that are negative or not finite.
+    The others are named on stderr.
     """
-    checked: dict[str, Checked] = {}
-    deep = 0
+    digests: dict[str, int] = {}
+    peaks = [0]
+    several = []
     with ThreadPool() as pool:  # Pillow and hashlib let other threads run meanwhile
         found = pool.imap(check_image, paths, chunksize=16)
         bar = tqdm(found, "checking", len(paths), unit=" images", leave=False, disable=None)
         for path, result in zip(paths, bar, strict=True):
-            if isinstance(result, Checked):
-                checked[path] = result
+            if isinstance(result, str):
+                tqdm.write(f"warning: {printable(f'{path}: {result}')}; left out", sys.stderr)
                 continue
-            deep += result == DEEP_TIFF
-            tqdm.write(f"warning: {printable(f'{path}: {result}')}; left out", sys.stderr)
-    if deep:
-        text = f"{deep} TIFFs have colours of over 8 bits, which Pillow cannot read. This writes a "
-        text += "PNG beside each below DATA: pip install opencv-python-headless && python -c "
-        print(f'warning: {text}"{CONVERT}"', file=sys.stderr)
-    if several := [path for path, result in checked.items() if result.pages > 1]:
-        text = f"{len(several)} TIFFs have several pages, of which only the first is read"
+            digests[path], peak, pages = result
+            peaks.append(peak)
+            several += [path] if pages > 1 else []
+    if several:
+        text = f"{len(several)} files have several pages, of which only the first is read"
         print(f"warning: {text}, {printable(several[0])} for one", file=sys.stderr)
-    return checked
+    return digests, max(peaks)
 
 
-def check_image(path: str) -> Checked | str:
-    """Decode a file and return what is known of it, or else why it cannot be decoded."""
+def check_image(path: str) -> tuple[int, int, int] | str:
+    """Decode a file: its digest, the largest value of over 8 bits, its pages, or why it cannot be.
+
+    The digest is the first 64 bits of the SHA-256 of the content, as a signed integer.
+    """
     try:
         content = read_bytes(path)
         with Image.open(io.BytesIO(content)) as image:
+            pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
             image.draft("RGB", (1, 1))  # JPEG: every byte is decoded, to an eighth of the size
             image.load()
-            kind, values = deep_pixels(image, content)
-            pages = 1
-            if image.format == "TIFF":
-                with contextlib.suppress(Exception):  # of a later page that is broken
-                    pages = image.n_frames
+            peak = int(np.asarray(image).max()) if image.mode.startswith("I") else 0
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow raises nearly anything on a broken file
-        if isinstance(error, MemoryError):
-            raise DataError(f"{printable(path)}: {NO_ROOM}") from None
-        if getattr(error, "errno", None) in FAILING:
-            raise
-        known = {UnidentifiedImageError: "not an image", DataError: "no regular file"}
-        return known.get(type(error)) or str(error) or type(error).__name__
-    peak = float(values.max(initial=0))
-    if not 0 <= values.min(initial=0) <= peak < math.inf:
-        text = "values below 0 or not finite; shift them, or remove the image"
-        raise DataError(f"{printable(path)}: {text}")
-    return Checked(digest(content), kind, peak, pages)
+        return str(error).partition(" <_io")[0] or type(error).__name__
+    number = int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
+    return number, peak, pages
 
 
 def read_bytes(path: str) -> bytes:
     """Return the content of a regular file; to open a pipe would wait for ever."""
     if not os.path.isfile(path):
-        raise DataError(f"{printable(path)}: no regular file; remove it")
+        raise DataError(f"{path}: gone, or no regular file")
     try:
         return Path(path).read_bytes()
-    except OSError as error:  # a disk that fails names no file
-        raise OSError(error.errno, error.strerror, path) from None
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
 
 
-def digest(content: bytes) -> int:
-    """Return the first 64 bits of the SHA-256 of `content`, as a signed integer.
-
-    That any of a million images has the digest of one of a million others is a chance of 1 in 18
-    million.
-    """
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
-
-
-def deep_pixels(picture: Image.Image, content: bytes) -> tuple[str, np.ndarray[Any, Any]]:
-    """Return kind and values of an image of more than 8 bits a channel, else "" and none.
-
-    "I" are whole numbers, "F" fractions; (height, width) or (height, width, 3).
-    """
-    if picture.mode.startswith(("I", "F")):
-        return picture.mode[0], np.asarray(picture)
-    if picture.format == "TIFF" and max(getattr(picture, "tag_v2", {}).get(258, (8,))) > 8:
-        raise ValueError(DEEP_TIFF)
-    if picture.format == "PNG" and picture.mode in ("RGB", "RGBA", "LA") and content[24] == 16:
-        encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        return "I", decode_image(encoded, ImageReadMode.RGB).permute(1, 2, 0).numpy()
-    return "", np.empty(0)
-
-
-def pick_whites(checked: Mapping[str, Checked]) -> dict[str, float]:
-    """Return the value that is white in images of more than 8 bits, by kind.
-
-    One for all images of a kind: it must be the same in training and in use, files rarely tell
-    how many of their 16 bits are used, and a white of each image's own would make a dark image as
-    bright as any other. So images of 12 bits are nearly black beside one of 16: that is said.
-    """
-    whites = {}
-    for kind in sorted({result.kind for result in checked.values()} - {""}):
-        peaks = {path: result.peak for path, result in checked.items() if result.kind == kind}
-        whites[kind] = pick_white(kind, max(peaks.values()))
-        dark = [path for path, peak in peaks.items() if APART * peak < max(peaks.values())]
-        if dark:
-            text = f"{len(dark)} of {len(peaks)} images of more than 8 bits are nearly black: "
-            text += f"{dark[0]} has no value above {peaks[dark[0]]:g}, where {whites[kind]:g} is "
-            text += "white for all; if they use fewer bits, scale them up, or train without them"
-            print(f"warning: {printable(text)}", file=sys.stderr)
-    return whites
-
-
-def pick_white(kind: str, peak: float) -> float:
-    """Return what is white if no pixel exceeds `peak`: the next usual value, else that itself."""
-    usual = (255, 1023, 4095, 16383, 65535) if kind == "I" else (1, 255, 4095, 65535)
-    return next((white for white in usual if peak <= white), peak)
-
-
-def read_image(path: str, white: Mapping[str, float], least: int = 0) -> Tensor:
+def read_image(path: str, white: int, least: int) -> Tensor:
     """Decode an image upright and in RGB, over white where transparent: (3, H, W) uint8.
 
-    With `least` an image of over twice the pixels of `least` x `least` is shrunk, for training,
-    evaluation and `--predict` alike. Raises `DataError` if the file cannot be decoded.
+    An image of over twice the pixels of `least` x `least` is shrunk, for training, evaluation and
+    `--predict` alike. Raises `DataError` if the file cannot be decoded.
     """
     content = read_bytes(path)
     try:
-        # Reads the header alone, and raises if it claims too many pixels.
         picture: Image.Image = Image.open(io.BytesIO(content))
-        size = picture.size
-        large = 0 < 2 * least**2 < min(size) ** 2
-        if large:  # a JPEG is decoded to a half, quarter or eighth, no side shorter than `least`
+        is_large = 2 * least**2 < min(picture.size) ** 2
+        if is_large:  # a JPEG is decoded to a half, quarter or eighth, no side shorter than `least`
             picture.draft(None, (least, least))
-        kind, values = deep_pixels(picture, content)
-        plain = picture.size == size and not picture.has_transparency_data
-        if kind:
-            picture = to_8_bits(picture, values, white.get(kind) or pick_white(kind, values.max()))
-        elif plain and picture.format in ("JPEG", "PNG"):
-            with contextlib.suppress(RuntimeError):  # some rare files only Pillow reads
-                encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-                image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
-                return shrink(image, least) if large else image
-        picture = ImageOps.exif_transpose(picture)
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        if large and picture.mode == "L":  # one channel is shrunk in a third of the time
-            return shrink(v2.functional.pil_to_tensor(picture), least)
-        image = v2.functional.pil_to_tensor(picture.convert("RGB"))
-        return shrink(image, least) if large else image
+        image = to_pixels(picture, white)
+        orientation = 1
+        with contextlib.suppress(Exception):  # of tags that are broken; Pillow turns TIFFs itself
+            orientation = int(picture.getexif().get(274, 1))
+        if orientation in FLIPS:
+            image = image.transpose(1, 2) if orientation >= 5 else image
+            image = image.flip(FLIPS[orientation])
+        if is_large:  # each pixel is the mean of what it covers; a grey channel is shrunk once
+            image = v2.functional.resize(image, [least])
+        # Crops are taken faster where the colours of a pixel lie side by side.
+        return image.expand(3, -1, -1).permute(1, 2, 0).contiguous().permute(2, 0, 1)
     except MemoryError:
-        raise DataError(f"{printable(path)}: {NO_ROOM}") from None
+        raise
     except Exception as error:  # Pillow raises nearly anything on a broken file
-        known = str(error) if isinstance(error, ValueError) else type(error).__name__
-        reason = f"cannot be decoded ({known}); remove it"
-        raise DataError(f"{printable(path)}: {reason}") from None
+        raise DataError(f"{path}: cannot be decoded ({error}); remove it") from None
 
 
-def to_8_bits(picture: Image.Image, values: np.ndarray[Any, Any], white: float) -> Image.Image:
-    """Return a picture of 8 bits with `values` scaled so that `white` is 255."""
-    if not 0 <= values.min() <= values.max() < math.inf:
-        raise ValueError("below 0 or not finite")
-    with np.errstate(over="ignore"):  # of a photo to predict, which may be brighter than `white`
-        scaled = np.multiply(values, 255 / white, dtype=np.float32)
-    scaled += 0.5  # in place, as below: memory that is new takes longer than arithmetic
-    np.minimum(scaled, 255, out=scaled)
-    result = Image.fromarray(scaled.astype(np.uint8))
-    result.getexif().update(picture.getexif())
-    if "A" in picture.getbands():
-        result.putalpha(picture.getchannel("A"))
-    return result
+def to_pixels(picture: Image.Image, white: int) -> Tensor:
+    """Return the pixels of a picture, of 8 bits, in one or three channels: (1 or 3, H, W) uint8."""
+    if picture.mode.startswith("I"):  # grey, of whole numbers
+        values = np.asarray(picture).astype(np.float32)
+        if getattr(picture, "tag_v2", {}).get(262) == 0:  # a TIFF in which white is zero
+            values = white - values
+        scaled = (values * (255 / white) + 0.5).clip(0, 255).astype(np.uint8)
+        return torch.from_numpy(scaled)[None]
+    if picture.has_transparency_data:
+        rgba = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return v2.functional.pil_to_tensor(picture if picture.mode == "L" else picture.convert("RGB"))
 
 
-def shrink(image: Tensor, least: int) -> Tensor:
-    """Bring the shorter side to `least` pixels; each pixel is the mean of what it covers.
-
-    The colours of a pixel lie side by side in memory, as decoders leave them: crops are taken
-    faster from that. One channel becomes three.
-    """
-    small = v2.functional.resize(image, [least]).expand(3, -1, -1)
-    return small.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-
-
-class Copies(NamedTuple):
-    """Shrunk images in a temporary folder, a file each; all workers and processes share them.
-
-    A copy changes no pixel. Where none can be kept, the original is read and shrunk again.
-    """
-
-    folder: str
-    reserve: int = 0  # bytes of the disk that stay free
-    lock: int | None = None  # of process 0, while it reads; None where there is no folder
-
-    def load(self, index: int) -> Tensor | None:
-        """Load the copy of an image, if there is one: (3, H, W) uint8."""
-        try:
-            return torch.from_numpy(np.load(f"{self.folder}/{index}.npy")).permute(2, 0, 1)
-        except OSError:
-            return None
-
-    def keep(self, index: int, image: Tensor) -> None:
-        """Write a copy if there is room; others see the whole file or none."""
-        unfinished = f"{self.folder}/unfinished-{os.getpid()}.npy"
-        with contextlib.suppress(OSError):  # a full disk, or a run that is just ending
-            if shutil.disk_usage(self.folder).free - image.nbytes > self.reserve:
-                np.save(unfinished, image.permute(1, 2, 0).numpy())
-                os.replace(unfinished, f"{self.folder}/{index}.npy")
-
-    def describe(self) -> bool:
-        """Print how many copies there are, if any, and return whether there are."""
-        sizes = [file.stat().st_size for file in Path(self.folder).glob("[0-9]*.npy")]
-        if sizes:
-            text = f"copies of {len(sizes):,} images so far, {sum(sizes) / 1e9:.1f} GB"
-            print(f"{text}, in {self.folder}", file=sys.stderr)
-        return bool(sizes)
-
-
-def make_copies() -> Copies:
-    """Make a folder for copies, at most a quarter of the free disk; remove those of killed runs."""
-    try:
-        remove_leftovers(tempfile.gettempdir())
-        home = Path(tempfile.mkdtemp(prefix=COPIES))
-        lock = lock_file(home / LOCK)
-        (home / "kept").mkdir()
-        return Copies(f"{home}/kept", shutil.disk_usage(home).free * 3 // 4, lock)
-    except (OSError, DataError):  # nothing can be written
-        return Copies(os.devnull)  # below which there is no file
-
-
-@cache  # a process is not kept out by locks of its own
-def remove_leftovers(root: str) -> None:
-    """Remove the copies of processes that have ended."""
-    for lock in Path(root).glob(f"{COPIES}*/{LOCK}"):
-        with contextlib.suppress(OSError, DataError):  # of another user, or in use
-            remove_copies(lock.parent, lock_file(lock))
-
-
-def remove_copies(home: Path, lock: int) -> None:
-    """Remove the copies and their lock, which goes last: until then they are leftovers."""
-    with contextlib.suppress(OSError):  # renamed first, so that workers cannot add to it meanwhile
-        (home / "kept").rename(home / "removed")
-    shutil.rmtree(home / "removed", ignore_errors=True)
-    os.close(lock)
-    shutil.rmtree(home, ignore_errors=True)
-
-
-@dataclass(frozen=True)
 class Images(Dataset[tuple[Tensor, int]]):
     """Images by (index, seed): the same pair gives the same pixels in any process."""
 
-    data: Data
-    training: nn.Module  # draws its augmentation from torch's default generator
-    evaluation: nn.Module
-    least: int  # pixels a side that they need
-    copies: Copies
+    def __init__(self, paths: list[str], labels: Tensor, white: int, size: int, flip: str = "none"):
+        """Read images for training crops of `size` pixels, flipped as `--flip` says."""
+        self.paths = paths
+        self.labels = labels
+        self.white = white
+        self.least = least_side(size)
+        self.copies: Path | None = None  # a folder for large images, shrunk
+        self.reserve = 0.0  # bytes of its disk that stay free
+        crop = v2.RandomResizedCrop(size, (CROP_SCALE, 1.0))
+        flips = [v2.RandomHorizontalFlip(0.0 if flip == "none" else 0.5)]
+        self.training = v2.Compose([crop, *flips, *[turn] * (flip == "all")])
+        self.evaluation = central_square(eval_size(size))
 
     def __getitem__(self, item: Sequence[int]) -> tuple[Tensor, int]:
         """Return the image as (S, S, 3) uint8, and its label."""
         index, seed = map(int, item)
         transform = self.evaluation if seed == EVALUATED else self.training
         image = self.read(index)
-        torch.default_generator.manual_seed(seed)
-        return transform(image).permute(1, 2, 0), int(self.data.labels[index])
+        torch.default_generator.manual_seed(seed)  # which the transforms draw from
+        return transform(image).permute(1, 2, 0), int(self.labels[index])
+
+    def keep_copies(self, folder: Path) -> None:
+        """Keep copies of large images, shrunk, which may take a quarter of the disk that is free."""
+        folder.mkdir(exist_ok=True)
+        self.copies = folder
+        self.reserve = 0.75 * shutil.disk_usage(folder).free
 
     def read(self, index: int) -> Tensor:
-        """Return the image, shrunk, from its copy if there is one: (3, H, W) uint8."""
-        copied = self.copies.load(index)
-        if copied is not None:
-            return copied
-        image = read_image(self.data.paths[index], self.data.white, self.least)
-        if min(image.shape[1:]) == self.least:  # shrunk
-            self.copies.keep(index, image)
+        """Return the image, shrunk, from its copy if there is one: (3, H, W) uint8.
+
+        A copy changes no pixel.
+        """
+        if not self.copies:
+            return read_image(self.paths[index], self.white, self.least)
+        kept = self.copies / f"{index}.npy"
+        with contextlib.suppress(OSError, ValueError):  # not there, or cut short
+            return torch.from_numpy(np.load(kept)).permute(2, 0, 1)
+        image = read_image(self.paths[index], self.white, self.least)
+        if min(image.shape[1:]) == self.least:  # it was shrunk
+            unfinished = self.copies / f"{secrets.token_hex(8)}.npy"
+            with contextlib.suppress(OSError):  # a full disk
+                if shutil.disk_usage(self.copies).free > self.reserve:
+                    np.save(unfinished, image.permute(1, 2, 0).numpy())
+                    unfinished.replace(kept)  # others see the whole file or none
         return image
-
-
-def leave_interrupts(_: int) -> None:
-    """Leave Ctrl-C and the like, which may be sent to every process, to the first one."""
-    for number in (signal.SIGINT, *STOPS):
-        signal.signal(number, signal.SIG_IGN)
 
 
 class Reader:
@@ -1874,82 +2067,45 @@ class Reader:
     One loader does for the whole run: a spawned worker takes four seconds to its first batch.
     """
 
-    def __init__(self, given: Given):
-        """Read the images of a run."""
-        settings, data = given.settings, given.data
-        self.compute = given.compute
-        self.copies = first_makes(make_copies, given.compute)
-        self.described = self.compute.rank > 0
-        if self.compute.rank == 0 and self.copies.lock is not None:
-            # Removed with the reader, or at the end of the program.
-            weakref.finalize(self, remove_copies, Path(self.copies.folder).parent, self.copies.lock)
+    def __init__(self, images: Images, compute: Compute, workers: int, batch_size: int):
+        """Read the images in batches of so many, over all processes."""
+        self.labels = images.labels
+        self.features: Any = None  # (N, D) float16, once they are extracted
+        self.compute = compute
+        self.batch_size = batch_size
+        self.share = math.ceil(batch_size / compute.world_size)
         self.batches: list[Any] = []  # of a pass; the loader walks through them anew in each
-        training, evaluation = transforms(settings)
-        least = given.recorded.get("least_side", least_side(settings))
         self.loader = DataLoader(
-            Images(data, training, evaluation, least, self.copies),
+            images,
             batch_sampler=self.batches,
-            num_workers=settings.workers,
-            persistent_workers=settings.workers > 0,
+            num_workers=workers,
+            persistent_workers=workers > 0,
             worker_init_fn=leave_interrupts,
-            pin_memory=settings.device in PINNED,
-            multiprocessing_context=start_method() if settings.workers else None,
+            pin_memory=compute.device.type == PINNED,
         )
-        if settings.workers and given.compute.world_size > 1:
+        if workers and compute.world_size > 1:
             iter(self.loader)  # its workers start: once NCCL runs, a fork may hang (docs of DDP)
 
-    def read(self, batches: Sequence[Tensor], title: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images (B, S, S, 3) uint8 and labels (B,) of `batches`, behind a progress bar."""
-        self.described = self.described or self.copies.describe()
-        self.batches[:] = [batch.numpy() for batch in batches]
-        loaded = iter(self.loader)
-        for _ in show_progress(batches, title, self.compute):
-            yield next(loaded)
+    def read(
+        self, batches: Sequence[Tensor], title: str, on_features: bool = False
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        """Return images (B, S, S, 3) uint8, or features (B, D), and labels (B,) of `batches`.
+
+        A progress bar moves where stderr is a terminal, in process 0 alone.
+        """
+        loaded: Iterable[Any] = self.loader
+        if on_features:
+            places = (batch[:, 0] for batch in batches)
+            loaded = ((self.features[place].float(), self.labels[place]) for place in places)
+        else:
+            self.batches[:] = [batch.numpy() for batch in batches]
+        hidden = self.compute.rank > 0 or None  # None: unless it is a terminal
+        return tqdm(loaded, title, len(batches), unit=" batches", leave=False, disable=hidden)
 
 
-class Features(NamedTuple):
-    """A reader of features: what the backbone computed from every image."""
-
-    table: Tensor  # (N, D) float16
-    labels: Tensor
-    compute: Compute
-
-    def read(self, batches: Sequence[Tensor], title: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield features (B, D) float32 and labels (B,) of `batches`, behind a progress bar."""
-        for batch in show_progress(batches, title, self.compute):
-            yield self.table[batch[:, 0]].float(), self.labels[batch[:, 0]]
-
-
-Inputs = Reader | Features
-
-
-@torch.no_grad()
-def extract_features(given: Given, model: models.ResNet, reader: Reader) -> Tensor:
-    """Compute what the backbone makes of each image, BatchNorm as in evaluation: (N, D) float16.
-
-    Half precision is enough for the head, and each process holds the features of all images.
-    """
-    compute = given.compute
-    backbone = copy.deepcopy(model).eval()
-    backbone.fc = nn.Identity()
-    ours = torch.arange(compute.rank, len(given.data.labels), compute.world_size)
-    batches = cut_batches(ours, math.ceil(given.settings.batch_size / compute.world_size))
-    rows: list[Tensor] = []
-    on_device: list[Tensor] = []  # of the last batches: to copy each at once would wait for it
-    for images, _ in reader.read(batches, "features"):
-        with compute.autocast():
-            on_device.append(backbone(to_input(images, compute.device)).half())
-        if len(on_device) == COPIED_TOGETHER:
-            rows.append(torch.cat(on_device).cpu())
-            on_device.clear()
-    rows += [features.cpu() for features in on_device]
-    return gather(torch.cat(rows), compute)
-
-
-def show_progress(batches: Sequence[Tensor], title: str, compute: Compute) -> Iterable[Tensor]:
-    """Put `batches` behind a progress bar where stderr is a terminal, in process 0 alone."""
-    hidden = compute.rank > 0 or None  # None: unless it is a terminal
-    return tqdm(batches, title, unit=" batches", leave=False, disable=hidden)
+def leave_interrupts(_: int) -> None:
+    """Leave Ctrl-C, which is sent to every process, to the first one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def turn(image: Tensor) -> Tensor:
@@ -1957,26 +2113,17 @@ def turn(image: Tensor) -> Tensor:
     return image.rot90(int(torch.randint(4, ())), (-2, -1))
 
 
-def transforms(settings: Settings) -> tuple[nn.Module, nn.Module]:
-    """Return the transforms for training (a random crop, mirrored or not) and for evaluation."""
-    size = settings.image_size
-    crop = v2.RandomResizedCrop(size, (settings.crop_scale, 1.0))
-    flips = [v2.RandomHorizontalFlip(0.0 if settings.flip == "none" else 0.5)]
-    turns = [turn] if settings.flip == "all" else []
-    return v2.Compose([crop, *flips, *turns]), central_square(eval_size(size))
-
-
 def central_square(size: int) -> nn.Module:
     """Return the transform of evaluation: the central square, `size` pixels a side."""
     return v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
 
 
-def least_side(settings: Settings) -> int:
-    """Return the pixels a side that an image needs for its smallest crop not to be enlarged.
+def least_side(size: int) -> int:
+    """Return the pixels a side with which no training crop of `size` is enlarged.
 
-    A crop shows `--crop-scale` of the area at least, in proportions up to 3 : 4.
+    The smallest crop shows `CROP_SCALE` of the area, in proportions up to 3 : 4.
     """
-    return math.ceil(settings.image_size * math.sqrt(4 / 3 / settings.crop_scale))
+    return math.ceil(size * math.sqrt(4 / 3 / CROP_SCALE))
 
 
 def eval_size(size: int) -> int:
@@ -1989,12 +2136,9 @@ def eval_size(size: int) -> int:
 
 # ---------------------------------------------------------------------------------------- measures
 
-
 MANY = 100  # "many": more training images than that
 FEW = 20  # "few": fewer
-BINS = 15  # of probability, to measure calibration by
 ONE_TELLS = 0.3  # in place of n - 1 for a class of one image, among many
-PRIOR_FAMILIES = 2  # for which it counts that images of one family may all be alike
 
 
 def confusion_matrix(targets: Tensor, predicted: Tensor, classes: int) -> Tensor:
@@ -2006,13 +2150,6 @@ def confusion_matrix(targets: Tensor, predicted: Tensor, classes: int) -> Tensor
 def recall_by_class(confusion: Tensor) -> Tensor:
     """Return the recall of each class: (C,) float64, NaN for a class without images."""
     return confusion.diag().double() / confusion.sum(1)
-
-
-def f1_by_class(confusion: Tensor) -> Tensor:
-    """Return the F1 of each class, 0 if never right: (C,) float64, NaN without images."""
-    right = confusion.diag().double()
-    val_counts = confusion.sum(1)
-    return torch.where(val_counts > 0, 2 * right / (val_counts + confusion.sum(0)), math.nan)
 
 
 def precision_in_use(confusion: Tensor, frequency: Tensor) -> Tensor:
@@ -2046,34 +2183,19 @@ def auc_by_class(probabilities: Tensor, targets: Tensor) -> Tensor:
     return areas
 
 
-def effective_counts(
-    values: Tensor, targets: Tensor, families: Tensor, classes: int
-) -> tuple[Tensor, Tensor]:
-    """Return as how many independent images those of each class tell, and of how many families.
+def effective_counts(exam: Exam) -> tuple[Tensor, Tensor]:
+    """Return the effective sample size of each class, and its families: (C,) float64 and int64.
 
-    (C,) float64 and (C,) int64, of M images with `values` (1 where right, else 0), whose mean in
-    the class is asked for. Images of one family (scans of one patient) may be alike: the variance
-    of the mean is that between families, over what it would be without families the design effect
-    (Kish 1965). As few families estimate it badly, `PRIOR_FAMILIES` are added which say that all
-    images of a family are alike. Without families it is the number of images.
+    Images of one family (scans of one patient) may all be alike: then families of n_f images tell
+    as much as (sum of n_f)^2 / (sum of n_f^2) independent ones (Kish 1965).
     """
-    width = int(families.max()) + 1
-    pairs, member = (targets * width + families).unique(return_inverse=True)
-    label = pairs // width
-    values = values.double()
-    counts = torch.bincount(targets, minlength=classes).double()
-    mean = torch.bincount(targets, values, classes) / counts
-    square = torch.bincount(targets, values**2, classes) / counts - mean**2
-    sizes = torch.bincount(member, minlength=len(label)).double()
-    excess = torch.bincount(member, values, len(label)) - sizes * mean[label]
-    groups = torch.bincount(label, minlength=classes)
-    between = torch.bincount(label, excess**2, classes) / counts**2 * groups / (groups - 1)
-    # Both are 1 / (images - 1): if all of a family are alike, and as it was seen.
-    alike = 1 / (counts**2 / torch.bincount(label, sizes**2, classes) - 1)
-    seen = torch.where(square > 1e-9, between / square, alike)
-    mixed = ((groups - 1) * seen + PRIOR_FAMILIES * alike) / (groups - 1 + PRIOR_FAMILIES)
-    tells = (1 + 1 / mixed.clamp(min=1 / (counts - 1))).where(groups > 1, 1.0)
-    return torch.where(groups == counts, counts, tells), groups
+    classes = len(exam.train_counts)
+    pairs = exam.targets * (int(exam.families.max()) + 1) + exam.families
+    pairs, sizes = pairs.unique(return_counts=True)
+    label = pairs // (int(exam.families.max()) + 1)
+    images = torch.bincount(label, sizes.double(), classes)
+    squares = torch.bincount(label, sizes.double() ** 2, classes)
+    return (images**2 / squares).nan_to_num(), torch.bincount(label, minlength=classes)
 
 
 def measure_weights(val_counts: Tensor, train_counts: Tensor) -> Tensor:
@@ -2086,26 +2208,12 @@ def measure_weights(val_counts: Tensor, train_counts: Tensor) -> Tensor:
     return weights / weights.sum(1, keepdim=True)
 
 
-def wilson_interval(right: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the ends of the 95 % interval for the part that is right of `counts` images.
-
-    Those of Wilson 1927, with n - 1 in place of n, as the variance of a sample has it; of one image
-    all is possible, and so of none.
-    """
-    part = (right.double() / counts).nan_to_num()
-    n = (counts - 1).clamp(min=0)
-    centre = 2 * n * part + Z**2
-    half = Z * (Z**2 + 4 * n * part * (1 - part)).sqrt()
-    low, high = (end / (2 * (n + Z**2)) for end in (centre - half, centre + half))
-    return low.clamp(min=0), high.clamp(max=1)  # what rounding leaves would be shown as -0 %
-
-
 def mean_interval(recall: Tensor, counts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return means of C recalls by `weights` (K, C), and the ends of their 95 % intervals: (K,).
 
-    Score intervals (Martin Andres et al. 2011, Statistical Methods in Medical Research 20), which
-    for one class are Wilson's, with n - 1 in place of n. To add each class's own limits as squares
-    covers 86 % with 120 classes: most of those limits are lopsided, their mean is not.
+    Score intervals (Martin Andres et al. 2011, Statistical Methods in Medical Research 20), with
+    n - 1 in place of n, as the variance of a sample has it; for one class they are Wilson's (1927).
+    To add each class's own limits as squares covers 86 % with 120 classes.
     """
     recall = recall.nan_to_num()
     n = (counts - 1).clamp(min=ONE_TELLS)
@@ -2133,259 +2241,225 @@ def lowest_mean(recall: Tensor, n: Tensor, weights: Tensor) -> Tensor:
 
 
 def measure(confusion: Tensor, train_counts: Tensor, effective: Tensor) -> dict[str, float]:
-    """Return the measures of a confusion matrix, the interval of balanced accuracy, macro F1.
+    """Return the measures of a confusion matrix, and the interval of balanced accuracy.
 
     `effective` (C,) are the images of each class that the interval counts.
     """
     weights = measure_weights(confusion.sum(1), train_counts)
     values, low, high = mean_interval(recall_by_class(confusion), effective, weights)
-    f1 = f1_by_class(confusion).nanmean().item()
     measures = dict(zip(MEASURES, values.tolist(), strict=True))
-    return measures | {"low": low[1].item(), "high": high[1].item(), "macro_f1": f1}
+    return measures | {"low": low[1].item(), "high": high[1].item()}
 
 
-def measure_all(judged: Evaluation, data: Data) -> dict[str, float]:
-    """Return what the history holds of an evaluation: its measures, calibrated and as trained."""
-    trained = judged.as_trained.confusion
-    train_counts = data.train_counts()
-    right = judged.calibrated.predicted == judged.targets
-    families = data.families[judged.places]
-    effective, _ = effective_counts(right, judged.targets, families, len(train_counts))
-    before = measure(trained, train_counts, trained.sum(1))
-    return {
-        "val_loss": judged.loss,
-        **measure(judged.calibrated.confusion, train_counts, effective),
-        **{f"as_trained_{name}": before[name] for name in MEASURES},
-        "calibration_error": calibration_error(judged.targets, judged.calibrated),
-        "logit_scale": judged.calibration.scale,
-        "logit_shift": judged.calibration.shift,
-    }
-
-
-def calibration_error(targets: Tensor, answer: Answer) -> float:
-    """Return the gap between probability and being right, each class counting the same.
-
-    The expected calibration error of Guo et al. 2017 (arXiv:1706.04599), in `BINS` bins.
-    """
-    p = answer.probability.double()
-    right = (answer.predicted == targets).double()
-    gaps = class_weights(targets) * (p - right)
-    bins = (p * BINS).long().clamp(max=BINS - 1)
-    return torch.bincount(bins, gaps, BINS).abs().sum().item()
-
-
-def compare(
-    targets: Tensor, before: Tensor, after: Tensor, train_counts: Tensor, families: Tensor
-) -> Rows:
-    """Return what changed between two runs on the same images, by their answers: (M,) int64 each.
+def compare(before: Tensor, judged: Evaluation) -> Rows:
+    """Return what changed since another run, by its answers for the same images: (M,) int64.
 
     A row for each of `MEASURES`: fractions before and after, their difference and the ends of its
     interval. Within a class an image is lost, as it was or won: -1, 0 or 1. To both the lost and
     the won a quarter is added for the interval (Agresti and Min 2005, Statistics in Medicine 24),
-    since of few images none may differ. Images of one family count together.
+    since of few images none may differ.
     """
-    classes = len(train_counts)
-    old, new = (confusion_matrix(targets, predicted, classes) for predicted in (before, after))
-    weights = measure_weights(new.sum(1), train_counts)
-    change = (after == targets).double() - (before == targets).double()
-    lost, won = (
-        torch.bincount(targets[change == sign], minlength=classes).double() + 0.25
-        for sign in (-1, 1)
+    targets, classes = judged.exam.targets, len(judged.confusion)
+    new = judged.confusion
+    old = confusion_matrix(targets, before, classes)
+    weights = measure_weights(new.sum(1), judged.exam.train_counts)
+    change = (judged.predicted == targets).long() - (before == targets).long()
+    lost = torch.bincount(targets[change < 0], minlength=classes) + 0.25
+    won = torch.bincount(targets[change > 0], minlength=classes) + 0.25
+    n = new.sum(1).double() + 0.5
+    variance = ((won + lost) / n - ((won - lost) / n) ** 2) / (
+        effective_counts(judged.exam)[0] - 0.5
     )
-    effective, _ = effective_counts(change, targets, families, classes)
-    n = new.sum(1) + 0.5
-    variance = ((won + lost) / n - ((won - lost) / n) ** 2) / (effective - 0.5)
-    one, two = (weights @ recall_by_class(matrix).nan_to_num() for matrix in (old, new))
     half = Z * (weights**2 @ variance).sqrt()
-    low, high = (two - one - half).clamp(min=-1), (two - one + half).clamp(max=1)
-    columns = {"before": one, "after": two, "difference": two - one, "low": low, "high": high}
-    return to_rows({"measure": MEASURES, **columns})
+    means = [(weights @ recall_by_class(each).nan_to_num()).tolist() for each in (old, new)]
+    rows = []
+    for name, one, two, far in zip(MEASURES, *means, half.tolist(), strict=True):
+        low, high = max(two - one - far, -1.0), min(two - one + far, 1.0)
+        sure = "undecided" if low <= 0 <= high else "yes"
+        row = {"measure": name.replace("_", " "), "before": one, "after": two}
+        row |= {"difference": two - one, "low": low, "high": high, "more than chance": sure}
+        rows += [] if math.isnan(one) else [row]  # of an empty group
+    return rows
 
 
-# ---------------------------------------------------------------------------- records and going on
+# ----------------------------------------------------------------------------------------- devices
+
+PINNED = "cuda"  # the device to which pinned memory is copied while the host goes on
 
 
-SMALL_FOLDER = 2500  # files; of fewer images, batches are smaller
-RECORDED = ("train_images", "natural", "least_side", "folds")  # kept where nothing is trained
-STATE_FORMAT = 4  # of the state of a stopped run, to be raised where another one cannot be read
-RATE = 3e-4  # of AdamW, for pretrained weights
-SCRATCH_RATE = 1e-3  # and for random ones
+class Compute(NamedTuple):
+    """The device and precision a network runs in, and the rank of this process."""
+
+    device: torch.device
+    precision: str  # "float32", or that of mixed precision
+    rank: int = 0
+    world_size: int = 1
+
+    def autocast(self) -> torch.autocast:
+        """Return the context for a forward pass."""
+        is_mixed = self.precision != "float32"
+        dtype = getattr(torch, self.precision) if is_mixed else None
+        return torch.autocast(self.device.type, dtype, enabled=is_mixed)
+
+    def place(self, tensors: Any) -> Any:
+        """Move a network, or images, to the device and into its memory format."""
+        # On MPS gradients of BatchNorm are wrong: https://github.com/pytorch/pytorch/issues/175189
+        is_mps = self.device.type == "mps"
+        layout = torch.contiguous_format if is_mps else torch.channels_last
+        return tensors.to(self.device, memory_format=layout)
 
 
-def prepare(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
-    """Read and build all that a run needs before its first epoch, or where it was stopped."""
-    if args.resume:
-        return load_run(args, compute)
-    weights, content = find_weights(args.weights)
-    settings = resolve_settings(args, compute, weights, content)
-    if settings.epochs and len(content.get("networks", ())) == 2:  # without the head that votes
-        network = scale_head(content["networks"][0], 0.5 / (1 - HEAD_SHARE))
-        content = {**content, "networks": [network]}
-    HELD.enter_context(hold_folder(settings.output))
-    refuse_used(settings.output)  # once more: another run may just have ended there
-    classes, rows = list_rows(settings)  # in no time, before weights may be downloaded
-    content = content or load_pretrained(settings)
-    known = content.get("learnt", torch.empty(0, dtype=torch.int64))
-    data = load_data(settings, classes, rows, known)
-    check_batches(settings, data, compute.world_size)
-    baseline = load_baseline(settings.baseline, data) if settings.baseline else None
-    torch.manual_seed(settings.seed)
-    model, origin = build_model(settings.arch, data.classes, content)
-    recorded: dict[str, Any] = {}
-    if not settings.epochs:
-        if "head kept" not in origin:
-            text = "have no head for these classes; train one, or name folders as in its training"
-            raise DataError(f"--epochs 0: the weights {settings.weights} {text}")
-        data = data._replace(white=data.white | content.get("white", {}))
-        recorded = {name: content[name] for name in RECORDED if name in content}
-        if "train_images" in recorded:
-            data = data._replace(learnt=torch.tensor(recorded["train_images"]))
-    elif settings.weights != "none":
-        rescale(model)
-    given = Given(settings, data, known, baseline, origin, compute, recorded)
-    draws = torch.zeros(len(data.classes), dtype=torch.int64)
-    progress = Progress(copy_state(model), model, history=[], draws=draws)
-    write_file(settings.output / "split.csv", format_table(list_split(data)))
-    if settings.epochs:
-        save_tensors(settings.output / START, progress.start)
-        save_state(given, progress)
-    return given, progress
+def join_processes(name: str, amp: bool | None) -> Compute:
+    """Return the device and precision of this process; under torchrun, meet the others first."""
+    compute = pick_compute(name, amp)
+    if not dist.is_torchelastic_launched():
+        return compute
+    dist.init_process_group()
+    return compute._replace(rank=dist.get_rank(), world_size=dist.get_world_size())
 
 
-def resolve_settings(
-    args: Namespace, compute: Compute, weights: str, content: Mapping[str, Any]
-) -> Settings:
-    """Resolve what is "auto".
+def pick_compute(name: str, amp: bool | None) -> Compute:
+    """Return the device called `name` ("auto": an accelerator, else the CPU) and its precision.
 
-    The file of `--weights` may name the architecture and the image size; flags override it. Raises
-    `DataError` where settings do not go together.
+    Under torchrun each process gets a device of its own. Raises `DataError` for one not there.
     """
-    check_settings(args)
-    arch = args.arch or content.get("arch")
-    arch = arch or ("resnet18" if compute.device.type == "cpu" else "resnet50")
-    image_size = args.image_size or content.get("train_size") or 224
-    weights = check_weights(weights, content, arch, image_size, bool(args.epochs))
-    known = weights != "none"
-    chosen = {
-        "arch": arch,
-        "image_size": image_size,
-        "weights": os.path.abspath(weights) if content else weights,
-        "power": 0.0 if args.rebalance == "none" else args.power,
-        "batch_size": args.batch_size or pick_batch_size(args.data, compute.world_size),
-        "lr": args.lr or (RATE if known else SCRATCH_RATE),
-        "calibrate": not args.no_calibration,
-        "device": compute.device.type,
-        "amp": compute.amp is not None,
-        "workers": 0,
-    }
-    for name in PATHS:  # a run goes on from any folder
-        path = getattr(args, name)
-        chosen[name] = path and path.resolve()
-    same = {name: value for name, value in vars(args).items() if name in Settings.__annotations__}
-    settings = Settings(**same | chosen)
-    return replace(settings, workers=count_workers(settings, args.workers))
-
-
-def check_weights(
-    weights: str, content: Mapping[str, Any], arch: str, image_size: int, trains: bool
-) -> str:
-    """Return the full name of the weights; raises `DataError` where they do not fit."""
-    known = models.list_models(models, include=["resnet*", "resnext*", "wide_resnet*"])
-    if arch not in known:
-        raise DataError(f"--arch {arch}: unknown; choose from {', '.join(known)}")
-    if content.get("arch", arch) != arch:
-        raise DataError(f"--arch {arch}: the weights are of {content['arch']}; drop --arch")
-    size = content.get("train_size", image_size)
-    if size != image_size and not trains:  # which would ruin the result unseen
-        raise DataError(f"--image-size {image_size}: the weights are of {size}; drop --image-size")
-    if trains and len(content.get("networks", ())) > 1 and content.get("folds") != 1:
-        text = f"{len(content['networks'])} networks that vote; judge them with --epochs 0"
-        raise DataError(f"--weights {weights}: {text}, or train from one")
-    if content or weights == "none":
-        return weights
-    named = models.get_model_weights(arch)
-    if weights not in named.__members__:
-        names = ", ".join(named.__members__)
-        raise DataError(f"--weights {weights}: no such file; pass one, or {names}, or none")
-    return named[weights].name  # what DEFAULT means may change
-
-
-def pick_batch_size(folder: Path, processes: int) -> int:
-    """Choose the images of a step: half as many in a small folder, so that enough steps are taken.
-
-    Each process gets at least as many as BatchNorm needs.
-    """
-    files = sum(1 for _ in walk_files(str(folder)))
-    size = BATCH if files >= SMALL_FOLDER else BATCH // 2
-    share = max(SYNCHRONISED, math.ceil(size / processes))
-    if processes > 1:
-        text = f"{share} for each of {processes} processes; more may train faster"
-        print(f"--batch-size: {share * processes} images, {text}", file=sys.stderr)
-    return share * processes
-
-
-def check_batches(settings: Settings, data: Data, processes: int) -> None:
-    """Raise `DataError` where batches cannot be divided, or hold too little for BatchNorm."""
-    images = min(len(data.learns(fold)) for fold in range(data.folds))
-    smallest = images // math.ceil(images / settings.batch_size)
-    size = settings.image_size
-    trains_all = settings.frozen_epochs < settings.epochs
-    text = ""
-    if settings.batch_size % processes or smallest < processes:
-        text = f"cannot be divided among {processes} processes; take a multiple, or fewer processes"
-    elif trains_all and smallest // processes == 1 and size <= STRIDE:
-        text = f"one image of --image-size {size} is no batch for BatchNorm; take more"
-    if text:
-        raise DataError(f"--batch-size {settings.batch_size}: {text}")
-
-
-def read_table(path: Path, *columns: str) -> list[dict[str, str]]:
-    """Read the rows of a CSV file; `DataError` if there are none, or not with all of `columns`."""
-    reason = "no rows with these columns"
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    best = found or torch.device("cpu")
     try:
-        # Spreadsheets begin UTF-8 with a mark, which is no part of the first name.
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            rows = list(csv.DictReader(file))
-        if rows and rows[0].keys() >= set(columns):
-            return rows
-    except (OSError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-    raise DataError(f"{path}: {reason}; needed is a CSV file of {', '.join(columns)}")
+        device = best if name == "auto" else torch.device(name)
+        if device.type != "cpu" and dist.is_torchelastic_launched():
+            index = int(os.environ["LOCAL_RANK"]) % max(1, torch.accelerator.device_count())
+            device = torch.device(device.type, index)
+        probe = torch.ones(1, device=device)
+        probe.item()  # waits for a kernel: torch may have none for an old GPU
+    except (RuntimeError, AssertionError, ImportError):  # from builds without that device
+        text = "not on this machine, in use, or too old for this torch"
+        raise DataError(f"--device {name}: {text}; try cpu or {best}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(probe.device)  # later questions are about the current device
+    return Compute(probe.device, pick_precision(probe.device, amp))
 
 
-def load_baseline(run: Path, data: Data) -> Tensor:
-    """Return what an earlier run predicted for the validation images: (M,) int64.
+def pick_precision(device: torch.device, amp: bool | None) -> str:
+    """Return the precision on `device`: mixed if `amp`, or if that is None and hardware gains."""
+    mixed = "bfloat16"
+    gains = False
+    if device.type == "cuda":
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            mixed = "float16"
+        gains = torch.cuda.get_device_capability(device) >= (7, 0)  # tensor cores
+    elif device.type == "cpu":  # `get_capabilities` came with torch 2.10
+        units: Any = getattr(torch.cpu, "get_capabilities", dict)()
+        gains = bool(units.get("avx512_bf16") or units.get("amx_bf16"))
+    return mixed if amp or (amp is None and gains) else "float32"
 
-    Images are compared by their digests, whatever their names; copies come in the order of these.
+
+def count_workers(asked: int | None, device: str) -> int:
+    """Return the number of processes that read images: `--workers`, or what the cores allow."""
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    cores = len(affinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    best = min(4, cores // 2) if device == "cpu" else max(1, min(16, cores - 1))
+    return best if asked is None else asked
+
+
+@cache  # made once, since that waits for all the work of the device
+def normalisation(device: torch.device) -> Tensor:
+    """Return mean and deviation of ImageNet's pixels, 0 to 255, on `device`: (2, 3, 1, 1)."""
+    parts = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return torch.tensor([[255 * x for x in part] for part in parts], device=device)[..., None, None]
+
+
+def to_device(batch: Tensor, compute: Compute) -> Tensor:
+    """Return labels or features on the device; images (B, H, W, 3) uint8 as its float32 input.
+
+    Nothing waits where copies from pinned memory are safe. The input is (B, 3, H, W), normalised.
     """
-    labels = {name: label for label, name in enumerate(data.classes)}
+    if compute.device.type == PINNED:
+        batch = batch.pin_memory().to(compute.device, non_blocking=True)
+    else:
+        batch = batch.to(compute.device)
+    if batch.dtype != torch.uint8:
+        return batch
+    mean, std = normalisation(compute.device)
+    return compute.place(batch.permute(0, 3, 1, 2).float()).sub_(mean).div_(std)
+
+
+def wrap_ddp(network: nn.Module, compute: Compute) -> nn.Module:
+    """Return `network`, under torchrun with its gradients averaged over the processes."""
+    if compute.world_size == 1:
+        return network
+    # The statistics of BatchNorm matter in evaluation alone, which sends them round. The option has
+    # another name from torch 2.13 on, which torch 2.6 does not know.
+    warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)
+    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+
+
+def first_makes(compute: Compute, make: Callable[..., Any], *arguments: Any) -> Any:
+    """Call `make` in process 0 and return its result, which is not None, in every process.
+
+    Where it fails, process 0 raises the error and the others exit with status 2.
+    """
+    if compute.world_size == 1:
+        return make(*arguments)
+    made = [None]
     try:
-        split = read_table(run / "split.csv", "path", "class", "part", "digest")
-        folds = [row for row in split if row["part"].startswith("fold ")]
-        judging = folds or [row for row in split if row["part"] != "train"]
-        digests = {(row["path"], row["class"]): row["digest"] for row in judging}
-        theirs = []
-        for row in read_table(run / "predictions.csv", "path", "class", "predicted"):
-            image = digests.get((row["path"], row["class"]), "")
-            theirs.append((image, row["class"], row["path"], labels[row["predicted"]]))
-    except DataError as error:
-        raise DataError(f"--baseline: {error}; name an earlier run") from None
-    except KeyError as error:
-        raise DataError(f"--baseline {run}: not of these classes: {error}") from None
-    rows = list_split(data.take(data.judged()))
-    ours = [(row["digest"], row["class"], row["path"], place) for place, row in enumerate(rows)]
-    there, here = (Counter(row[:2] for row in side) for side in (theirs, ours))
-    if there != here:
-        name = min(row[2] for row in theirs + ours if there[row[:2]] != here[row[:2]])
-        raise DataError(
-            f"--baseline {run}: validated on other images: {(there - here).total()} only there and "
-            f"{(here - there).total()} only here, {name} for one; give both runs the same DATA, "
-            "--source, --val, --split, --val-fraction, --folds, --group and --seed"
-        )
-    predicted = torch.empty(len(ours), dtype=torch.int64)
-    for one, two in zip(sorted(theirs), sorted(ours), strict=True):
-        predicted[two[-1]] = one[-1]
-    return predicted
+        if compute.rank == 0:
+            made = [make(*arguments)]
+    finally:  # else the others would say that they have lost process 0
+        dist.broadcast_object_list(made, 0)
+    if made[0] is None:
+        sys.exit(2)
+    return made[0]
+
+
+def gather(part: Tensor, compute: Compute) -> Tensor:
+    """Return the rows of all processes; `part` of rank r are rows r, r + world_size, and so on."""
+    if compute.world_size == 1:
+        return part
+    parts = [part] * compute.world_size
+    dist.all_gather_object(parts, part)
+    table = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
+    for rank, rows in enumerate(parts):
+        table[rank :: compute.world_size] = rows.reshape(len(rows), *table.shape[1:])
+    return table
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def lock_folder(folder: Path, rank: int) -> Any:
+    """Make and lock the folder of a run in process 0; the lock holds while the result is there.
+
+    Raises `DataError` if another process has it. The system unlocks it where a process is killed.
+    """
+    if rank:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / LOCK, "ab")  # noqa: SIM115
+    try:
+        if sys.platform == "win32":
+            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+        else:  # not `flock`: forked workers would hold that until they notice that we are gone
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise DataError(f"{folder}: another process is at work there; wait for its end") from None
+    return lock
+
+
+def list_folders(root: Path) -> list[str]:
+    """List the names of the folders in `root`, sorted, without hidden ones."""
+    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != ".")
+
+
+def walk_files(root: str) -> Iterator[str]:
+    """Yield the path of every file below `root`; follow links, leave out what is hidden."""
+    for folder, folders, files in os.walk(root, followlinks=True):
+        here = os.path.realpath(folder) + os.sep
+        for name in list(folders):  # a link to a folder above it would be followed for ever
+            there = os.path.realpath(os.path.join(folder, name)) + os.sep
+            if name[0] == "." or here.startswith(there):
+                folders.remove(name)
+        yield from (os.path.join(folder, name) for name in files if name[0] != ".")
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
@@ -2396,7 +2470,7 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        replace_file(unfinished, path)
+        os.replace(unfinished, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
@@ -2410,18 +2484,31 @@ def save_tensors(path: Path, value: Any) -> None:
     write_file(path, content.getbuffer())
 
 
+def load_tensors(path: Path, flag: str) -> Any:
+    """Read tensors and plain values; `DataError` if the file is damaged or would run code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # a damaged file raises nearly anything
+        text = "damaged, or not of tensors alone, as torch.save writes a state_dict"
+        raise DataError(f"{flag} {path}: {text}; take another") from None
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Read the rows of a CSV file that this script has written."""
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def format_table(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """Format rows with the same columns as CSV; fractions with six digits, names unaltered."""
-    lines: list[str] = []
-    # The writer quotes what is part of its line ends: with these every carriage return in a name.
-    # It hands over a row at a time, whose own line end becomes "\n".
-    sink: Any = SimpleNamespace(write=lines.append)
-    writer = csv.DictWriter(sink, rows[0].keys())
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow({k: f"{x:.6g}" if isinstance(x, float) else x for k, x in row.items()})
-    text = "".join(line.removesuffix("\r\n") + "\n" for line in lines)
-    return text.encode(errors="surrogateescape")
+    return text.getvalue().encode(errors="surrogateescape")
 
 
 def to_rows(columns: Mapping[str, Sequence[Any] | Tensor]) -> Rows:
@@ -2430,1333 +2517,15 @@ def to_rows(columns: Mapping[str, Sequence[Any] | Tensor]) -> Rows:
     return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
 
 
-def list_split(data: Data) -> Rows:
-    """Return a row for each image: its class, its part of the data, 16 digits of its SHA-256."""
-    parts = list(data.parts)
-    for place, fold in enumerate(data.held.tolist() if data.folds > 1 else []):
-        if fold >= 0:
-            parts[place] = f"fold {fold + 1}"
-    classes = [data.classes[label] for label in data.labels.tolist()]
-    digests = [f"{number % 2**64:016x}" for number in data.digests.tolist()]
-    return to_rows({"path": data.names, "class": classes, "part": parts, "digest": digests})
-
-
-def list_predictions(data: Data, judged: Evaluation) -> Rows:
-    """Return a row for each judged image, the least probable first: their labels may be wrong."""
-    predicted, probability, _ = judged.calibrated
-    rows = to_rows({
-        "path": [data.names[place] for place in judged.places.tolist()],
-        "class": [data.classes[label] for label in judged.targets.tolist()],
-        "predicted": [data.classes[label] for label in predicted.tolist()],
-        "probability": probability,
-        "true_probability": judged.true_probability,
-    })  # fmt: skip
-    return sorted(rows, key=lambda row: row["true_probability"])
-
-
-def list_classes(data: Data, draws: Tensor, judged: Evaluation) -> Rows:
-    """Return a row for each class; NaN where nothing is known.
-
-    "in use" classes are as frequent as in training, "natural" are the answers for that. The last
-    two columns are the interval of the recall, were there twice as many images.
-    """
-    confusion = judged.calibrated.confusion
-    train_counts = data.train_counts()
-    natural = judged.natural.confusion
-    recall = judged.recall
-    right = judged.calibrated.predicted == judged.targets
-    kin = data.families[judged.places]
-    effective, families = effective_counts(right, judged.targets, kin, len(data.classes))
-    now = wilson_interval(recall * effective, effective)
-    twice = wilson_interval(2 * recall * effective, 2 * effective)
-    low, high, twice_low, twice_high = (end.where(effective > 0, math.nan) for end in now + twice)
-    return to_rows({
-        "class": data.classes,
-        "train_images": train_counts,
-        "val_images": judged.val_counts,
-        "draws": draws,
-        "recall": recall,
-        "low": low,
-        "high": high,
-        "precision": recall_by_class(confusion.T),  # NaN for a class never predicted
-        "f1": f1_by_class(confusion),
-        "auc": judged.auc,
-        "precision_in_use": precision_in_use(confusion, train_counts),
-        "natural_recall": recall_by_class(natural),
-        "natural_precision_in_use": precision_in_use(natural, train_counts),
-        "families": families,
-        "effective_images": effective.round().long(),
-        "low_if_twice": twice_low,
-        "high_if_twice": twice_high,
-    })  # fmt: skip
-
-
-def list_changes(given: Given, judged: Evaluation) -> Rows:
-    """Return what changed since the run `--baseline`, where there is one of the same images."""
-    data = given.data
-    predicted = judged.calibrated.predicted
-    if given.baseline is None or len(given.baseline) != len(predicted):
-        return []
-    families = data.families[judged.places]
-    counts = data.train_counts()
-    return compare(judged.targets, given.baseline, predicted, counts, families)
-
-
-def write_reports(given: Given, progress: Progress, result: Result) -> bool:
-    """Write the tables and the page of a run, and return whether all of them could be written.
-
-    What the world can do, as to take an image away or to fill the disk, is a warning: no epoch is
-    lost for it.
-    """
-    data, output = given.data, given.settings.output
-    tables = {"history.csv": progress.history, "comparison.csv": list_changes(given, result.last)}
-    for prefix, judged in (("", result.last), ("test_", result.tested)):
-        if judged:
-            tables[f"{prefix}predictions.csv"] = list_predictions(data, judged)
-            tables[f"{prefix}classes.csv"] = list_classes(data, progress.draws, judged)
-    try:
-        write_config(given, progress, result)
-        for name, rows in tables.items():
-            if rows:
-                write_file(output / name, format_table(rows))
-        for name, text in make_page(given, progress, result).items():
-            write_file(output / name, text.encode(errors="backslashreplace"))
-    except (DataError, OSError) as error:
-        text = f"{output}: not all reports could be written: {error}"
-        print(f"warning: {printable(text)}", file=sys.stderr)
-        return False
-    return True
-
-
-def write_network(given: Given, states: list[dict[str, Tensor]], fitted: Calibration) -> None:
-    """Write all that it takes to use the network; its heads are calibrated."""
-    settings, data = given.settings, given.data
-    shift = fitted.shift * data.log_share()
-    scaled = [scale_head(state, fitted.scale) for state in states]
-    networks = [state | {"fc.bias": state["fc.bias"] - shift} for state in scaled]
-    learnt = data.digests[data.trained()] if settings.epochs else given.known
-    content = {
-        "arch": settings.arch,
-        "classes": data.classes,
-        "train_images": data.train_counts().tolist(),
-        "natural": natural_shift(given),
-        "weights": settings.weights,
-        "folds": settings.folds,
-        "train_size": settings.image_size,
-        "eval_size": eval_size(settings.image_size),
-        "least_side": least_side(settings),  # what large images are shrunk to
-        "white": data.white,
-        "learnt": torch.cat([given.known, learnt]).unique(),  # digests of images, see `digest`
-        "networks": networks,
-    }
-    if not settings.epochs:  # unless recorded
-        del content["train_images"], content["natural"]
-    save_tensors(settings.output / NETWORK, content | given.recorded)
-
-
-def save_state(given: Given, progress: Progress) -> None:
-    """Write what a run needs to go on."""
-    settings = vars(given.settings)
-    data = given.data._asdict()
-    del data["paths"]  # which hang on where the folders are
-    state = {
-        "format": STATE_FORMAT,
-        "settings": settings | {k: str(v) for k, v in settings.items() if v and k in PATHS},
-        "data": data,
-        "known": given.known,
-        "baseline": given.baseline,
-        "history": progress.history,
-        "draws": progress.draws,
-        "head": progress.head,
-        "logits": progress.logits,
-        "model": progress.model.state_dict(),
-        "trainer": progress.trainer.state_dict() if progress.trainer else {},
-    }
-    save_tensors(given.settings.output / STATE, state)
-
-
-def load_tensors(path: Path, flag: str, cure: str) -> Any:
-    """Read tensors and plain values that `torch.save` wrote.
-
-    Raises `DataError`, which names the flag and the cure, if the file is damaged or would run code.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception:  # a damaged file raises nearly anything
-        raise DataError(f"{flag} {path}: damaged, or not of tensors alone; {cure}") from None
-
-
-def load_run(args: Namespace, compute: Compute) -> tuple[Given, Progress]:
-    """Take up the run in the folder `--resume` where it was stopped."""
-    output = args.resume
-    if not (output / STATE).exists():
-        reason = "no run to go on with; name its folder"
-        if (output / NETWORK).exists():
-            reason = "complete, or judged by --epochs 0; nothing is left to do"
-        raise DataError(f"--resume {output}: {reason}")
-    HELD.enter_context(hold_folder(output))
-    state = load_tensors(output / STATE, "--resume", "start a new run")
-    if state.get("format") != STATE_FORMAT:
-        text = "stopped by another version of this script; go on with that, or start a new run"
-        raise DataError(f"--resume {output}: {text}")
-    stored = {k: Path(v) if v and k in PATHS else v for k, v in state["settings"].items()}
-    settings = Settings(**stored | {"output": output.resolve(), "device": compute.device.type})
-    settings = replace(settings, workers=count_workers(settings, args.workers))
-    if args.amp is not None:
-        settings = replace(settings, amp=args.amp)
-    data = find_again(settings, state["data"])
-    check_batches(settings, data, compute.world_size)
-    given = Given(
-        settings=settings,
-        data=data,
-        known=state["known"],
-        baseline=state["baseline"],
-        origin="as it was stopped",
-        compute=compute,
-    )
-    progress = Progress(
-        start=load_tensors(output / START, "--resume", "start a new run"),
-        model=build_model(settings.arch, data.classes, {"networks": [state["model"]]})[0],
-        history=state["history"],
-        draws=state["draws"],
-        head=state["head"],
-        logits=state["logits"],
-        stored=state["trainer"],
-    )
-    for fold in range(settings.folds):
-        if progress.has_done(fold, settings.epochs):
-            finished = load_tensors(output / f"fold-{fold + 1}.pt", "--resume", "start a new run")
-            progress.finished.append(Fold(**finished))
-    return given, progress
-
-
-def find_again(settings: Settings, stored: dict[str, Any]) -> Data:
-    """Find the images of a stopped run; raises `DataError` if one is gone or has changed."""
-    folders = {
-        "train": settings.data,
-        "val": settings.val or settings.data,
-        "source": settings.source,
-    }
-    pairs = zip(stored["parts"], stored["names"], strict=True)
-    paths = [str(folders[part] / name) for part, name in pairs]
-
-    def find(path: str) -> int | None:
-        return digest(read_bytes(path)) if os.path.isfile(path) else None
-
-    with ThreadPool() as pool:  # to read all files costs a tenth of decoding them, or less
-        found = pool.imap(find, paths, chunksize=16)
-        for path, now, before in zip(paths, found, stored["digests"].tolist(), strict=True):
-            if now != before:
-                text = "gone" if now is None else "changed"
-                text += " since the run began; put it back, or start a new run"
-                raise DataError(f"{path}: {text}")
-    return Data(**stored | {"paths": paths})
-
-
-def write_config(given: Given, progress: Progress, result: Result | None = None) -> None:
-    """Write every setting as used, what the run is made of, and the measures of its network."""
-    settings, data, compute = given.settings, given.data, given.compute
-    content = {
-        "settings": vars(settings),
-        "versions": versions(),
-        "device": compute.name(),
-        "processes": compute.world_size,
-        "precision": compute.amp or torch.float32,
-        "classes": data.classes,
-        "train_images": data.train_counts().tolist(),
-        "white": data.white,
-        "left_out": data.unreadable,
-        "facts": list_facts(given, progress, result),
-    }
-    judged = {"result": result.last, "test": result.tested} if result else {}
-    for name, evaluation in judged.items():
-        if evaluation:
-            measures = evaluation.measures.items()
-            content[name] = {k: None if math.isnan(x) else x for k, x in measures}
-    text = json.dumps(content, indent=1, default=str)  # of paths and of the precision
-    write_file(settings.output / "config.json", text.encode())
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries."""
-    libraries = {library.__name__: library.__version__ for library in (torch, torchvision, np, PIL)}
-    return {"python": sys.version.split()[0], **libraries}
-
-
-# ----------------------------------------------------------------------------------------- console
-
-
-FEW_JUDGED = 10  # validation images of a class; with fewer `--folds` is suggested
-ADVISED = 5  # folds
-KINDS = {"I": "whole numbers", "F": "fractions"}
-HEADER = (
-    "fold   epoch  phase  train loss  val loss  accuracy  balanced [95 %]       as trained    many "
-    " medium     few  images/s   left"
-)
-
-
-class Result(NamedTuple):
-    """The evaluations of a run's network, after an epoch or at the end."""
-
-    last: Evaluation
-    tested: Evaluation | None = None  # by images that no network has learnt or is judged by
-    done: bool = False  # the run has come to its end
-
-
-def list_facts(given: Given, progress: Progress, result: Result | None = None) -> dict[str, str]:
-    """Return what is known of a run, by name; what does not apply is left out.
-
-    The console, the page and config.json say of a run what is here.
-    """
-    last, tested, done = result or (None, None, False)
-    data, settings = given.data, given.settings
-    test = related = ""
-    if tests := len(data.judges(TEST)):
-        where = settings.val or settings.source
-        test = f"all together by {tests} images of {where} that none has seen"
-    elif data.folds > 1 and (where := settings.val or settings.source):
-        test = f"none: {where} has no image that is neither learnt nor related to one that is"
-    if data.related:
-        related = f", {data.related} copies or relatives of training images"
-    facts = {
-        "unfinished": "" if done else describe_place(given, progress),
-        "network": describe_network(given, progress),
-        "images": describe_images(given),
-        "judged by": describe_judges(given, last),
-        "not judged": list_unjudged(data, last),
-        "test": test,
-        "not tested": list_unjudged(data, tested),
-        "left out": f"{len(data.unreadable)} unreadable images{related}",
-        **(describe_training(given, progress) if settings.epochs else {}),
-        "calibration": describe_calibration(given, last),
-        "intervals": "95 %: Wilson's for a class, score intervals for a mean; they say how far "
-        "other images could move a figure, not how far another training could. Images of one "
-        "family count together, as the variance between families tells",
-    }
-    return {name: fact for name, fact in facts.items() if fact}
-
-
-def describe_place(given: Given, progress: Progress) -> str:
-    """Return how far a run has come that is not done."""
-    if not progress.history:
-        return "before the first epoch"
-    row = progress.history[-1]
-    settings = given.settings
-    return f"fold {row['fold']} of {settings.folds}, epoch {row['epoch']} of {settings.epochs}"
-
-
-def describe_network(given: Given, progress: Progress) -> str:
-    """Return the architecture, how many of them vote, and where their weights are from."""
-    settings = given.settings
-    networks = max([settings.folds, *(len(done.networks) for done in progress.finished)])
-    if isinstance(progress.model, Vote):
-        networks = len(progress.model)
-    kind = settings.arch if networks == 1 else f"{networks} {settings.arch} that vote"
-    if not settings.epochs:
-        return f"{kind}, as in {settings.weights}, nothing trained"
-    if settings.weights == "none":
-        return f"{kind}, trained from random weights"
-    return f"{kind}, fine-tuned from {settings.weights}"
-
-
-def describe_images(given: Given) -> str:
-    """Return how many images were learnt, in how many classes of which sizes."""
-    counts = given.data.train_counts()
-    if not given.settings.epochs and given.data.learnt is None:
-        return f"{len(counts)} classes; what was learnt is not recorded"
-    most = int(counts.max())
-    fewest = int(counts.min())
-    return (
-        f"{int(counts.sum())} training images in {len(counts)} classes of {most} to {fewest}, "
-        f"imbalance ratio {most / fewest:.1f}"
-    )
-
-
-def describe_judges(given: Given, last: Evaluation | None) -> str:
-    """Return how many images the network is judged by, and where they are from."""
-    settings, data = given.settings, given.data
-    places = last.places if last else data.judged()
-    if data.folds > 1:
-        done = len(data.held[places].unique())
-        so_far = f" ({done} so far)" if done < data.folds else ""
-        text = f"{len(places)} images, each by the one of {data.folds} networks{so_far} that has "
-        text += "not seen it"
-    else:
-        text = f"{data.parts.count('val')} validation images"
-        if where := settings.val or settings.split:
-            text += f" of {where}"
-        if settings.source:
-            text += f" and {data.parts.count('source')} of {settings.source.name} that DATA leaves"
-            text += " out"
-    families = len(data.families[places].unique())
-    return text + (f", of {families} families" if families < len(places) else "")
-
-
-def list_unjudged(data: Data, judged: Evaluation | None) -> str:
-    """Return the classes that have no image among those of an evaluation, in words."""
-    if judged is None:
-        return ""
-    bare = (judged.val_counts == 0).nonzero().flatten().tolist()
-    names = ", ".join(data.classes[label] for label in bare[:3]) + (", ..." if bare[3:] else "")
-    return f"{len(bare)} of {len(data.classes)} classes: no image of {names}" if bare else ""
-
-
-def describe_training(given: Given, progress: Progress) -> dict[str, str]:
-    """Return what was trained, in which order, and how an epoch chooses its images."""
-    settings = given.settings
-    rates = f"AdamW, {settings.lr:g}"
-    if settings.weights != "none":
-        rates += f" at the top, each stage of layers at {RATE_BELOW:g} of the next one's rate"
-    layers = {
-        "head": "the last layer alone (SGD)",
-        "trial": f"all layers for a trial ({rates}), whose loss on the images that "
-        f"judge, against {TRIAL_FAILS:g} times that of the last layer alone, chooses the rest",
-        "whole": f"all layers ({rates})",
-        "upper": f"from the last layer on, the upper half (AdamW, {settings.lr * UPPER_FACTOR:g})",
-        BACK: "back to the last layer alone, whose loss on the images that judge was lower by "
-        f"over {SURE:g} standard errors",
-    }
-    phases = {row["phase"] for row in progress.history}
-    if BACK in phases and "upper" not in phases:
-        phases.add("whole")  # it may have been the phase of that epoch alone
-    training = f"{settings.epochs} epochs of images of {settings.image_size} pixels, in batches of "
-    training += f"{settings.batch_size}, seed {settings.seed}: "
-    training += " and then ".join(text for phase, text in layers.items() if phase in phases)
-    if head_votes(progress):
-        training += "; in the end the last layer alone, on the backbone of the start, makes "
-        training += f"{100 * HEAD_SHARE:.0f} % of the logits and all layers the rest, and the last "
-        training += "epoch is judged so"
-    draws = "each image once an epoch"
-    if settings.rebalance == "sampler":
-        draws = "by a WeightedRandomSampler, weights 1 / (images of the class) ** "
-        draws += f"{settings.power:g}; an epoch draws as many images as there are"
-    if HEAD.name in phases:
-        draws += f", for the last layer alone as often as it takes for {HEAD_STEPS:,} steps in all"
-    groups = f"mean recall of classes of over {MANY}, of {FEW} to {MANY} and of under {FEW} "
-    groups += "training images"
-    training = training.removesuffix(": ")
-    return {"training": training, "draws": draws, "many, medium, few": groups}
-
-
-def describe_calibration(given: Given, last: Evaluation | None) -> str:
-    """Return what was done to the logits."""
-    if last is None or not is_calibrated(given):
-        return ""
-    return (
-        "logits times {:.3f}, less {:.3f} times the log share of the class; each part of the "
-        "images is judged with numbers fitted on the others".format(*last.calibration)
-    )
-
-
-def is_calibrated(given: Given) -> bool:
-    """Return whether the run itself calibrates."""
-    return given.settings.epochs > 0 and given.settings.calibrate
-
-
-def start_run(given: Given, progress: Progress) -> None:
-    """Clear the run folder of what a killed run left half-written, and print what comes."""
-    data, settings, compute = given.data, given.settings, given.compute
-    for unfinished in settings.output.glob(".*.partial"):
-        unfinished.unlink()
-    if not progress.history:  # else it tells of the last epoch, or the result
-        write_config(given, progress)
-    facts = list_facts(given, progress)
-    precision = compute.amp or torch.float32
-    print(printable(f"{facts['network']} ({given.origin}); {compute.name()}, {precision}"))
-    print(printable("; ".join(facts[name] for name in ("images", "judged by", "left out"))))
-    if "test" in facts:
-        print(printable(facts["test"]))
-    for kind, white in data.white.items():
-        print(f"images of more than 8 bits ({KINDS[kind]}): a value of {white:g} is white")
-    lines = [format_epoch(row, settings) for row in progress.history]
-    print("", HEADER, *lines, sep="\n", flush=True)
-
-
-def format_epoch(row: dict[str, Any], settings: Settings) -> str:
-    """Return the line of an epoch, as wide as `HEADER`, with the time left if all take as long."""
-    numbers = {key: value for key, value in row.items() if isinstance(value, float)}
-    cells = {key: "-" if math.isnan(x) else f"{x:.1%}" for key, x in numbers.items()}
-    epochs = settings.epochs * (settings.folds - row["fold"] + 1) - row["epoch"]
-    hours, minutes = divmod(round(row["seconds"] * epochs / 60), 60)
-    # The head's first epoch computes the features, and after its last one come slower ones.
-    left = "-" if row["phase"] == "head" else f"{hours}h{minutes:02}"
-    return (
-        f"{row['fold']:2}/{settings.folds:<2} {row['epoch']:3}/{settings.epochs:<3} "
-        f"{row['phase']:5}  "
-        f"{row['train_loss']:10.3f}  {row['val_loss']:8.3f}  {cells['accuracy']:>8}  "
-        f"{format_range(row):<20}  {cells['as_trained_balanced_accuracy']:>10}  "
-        f"{cells['many']:>6}  {cells['medium']:>6}  {cells['few']:>6}  "
-        f"{row['images_per_second']:8.1f}  {left:>5}"
-    )
-
-
-def format_range(measures: Mapping[str, float]) -> str:
-    """Return a balanced accuracy with its interval, in per cent."""
-    ends = f"{100 * measures['low']:.1f}, {100 * measures['high']:.1f}"
-    return f"{measures['balanced_accuracy']:.1%} [{ends}]"
-
-
-def print_end(given: Given, progress: Progress, result: Result) -> None:
-    """Print, in one screen, the result, what is recognised least, and where the rest is."""
-    settings = given.settings
-    last = result.last
-    facts = list_facts(given, progress, result)
-    classes = list_classes(given.data, progress.draws, last)
-    judges = printable(facts["judged by"])
-    print(f"\nbalanced accuracy {format_range(last.measures)}  ({judges})")
-    if kept := sum(row["phase"] == BACK for row in progress.history):
-        text = f"of {kept} of {settings.folds} networks " if settings.folds > 1 else ""
-        print(f"note: {text}the last layer alone is kept: its loss is surely lower")
-    if head_votes(progress):
-        print("note: all layers and the last layer alone vote; the last epoch is judged so")
-    if is_calibrated(given):
-        print(f"as trained        {last.measures['as_trained_balanced_accuracy']:.1%}")
-    if result.tested:
-        print(f"untouched test    {format_range(result.tested.measures)}, by vote")
-    for name in ("not judged", "not tested"):
-        if name in facts:
-            print(printable(f"warning: {name}: {facts[name]}"))
-    print_lowest(given.data, last)
-    for change in show_changes(list_changes(given, last)):
-        name, before, now, points, ends, sure = change.values()
-        since = f"{before:.1%} in {printable(str(settings.baseline))}, now {now:.1%}"
-        print(f"{name:17} {since}: {points} points, {ends}; more than chance? {sure}")
-    print_precision(classes)
-    print_advice(given, classes)
-    print(f"everything else is in {printable(str(settings.output / 'report.html'))}")
-
-
-def print_lowest(data: Data, last: Evaluation) -> None:
-    """Print the classes that are recognised least, and what they are taken for most often."""
-    print("lowest recall:")
-    known = [label for label in last.recall.argsort(stable=True) if last.val_counts[label]]
-    for label in known[:3]:
-        text = printable(data.classes[label])
-        wrong = last.calibrated.confusion[label].clone()
-        wrong[label] = 0
-        if wrong.any():
-            text += f"; most often taken for {printable(data.classes[wrong.argmax()])}"
-        print(f"{last.recall[label]:8.1%} of {last.val_counts[label]:4}  {text}")
-
-
-def print_precision(classes: Rows) -> None:
-    """Print it where most of what is called a class would not be of it in use."""
-    low = [row for row in classes if row["precision_in_use"] < 0.5]
-    if low:
-        worst = min(low, key=lambda row: row["precision_in_use"])
-        text = f"{100 * worst['precision_in_use']:.0f} of 100 images called {worst['class']} are"
-        if len(low) > 1:
-            text += f", and {len(low) - 1} more classes have under 50"
-        if worst["natural_precision_in_use"] != worst["precision_in_use"]:
-            text += "; predict with --natural there"
-        print(printable(f"note: where classes are as frequent as in training, {text}"))
-
-
-def print_advice(given: Given, classes: Rows) -> None:
-    """Print it where the recall of the rarest class is known from few images or families alone."""
-    data, settings = given.data, given.settings
-    rarest = min(classes, key=lambda row: row["train_images"])
-    judged = rarest["families"]
-    if judged >= FEW_JUDGED or settings.folds > 1 or not settings.epochs:
-        return
-    one, many = ("image", "images") if judged == rarest["val_images"] else ("family", "families")
-    text = f"known from {judged} {one if judged == 1 else many} alone"
-    if judged:
-        text += f" [{rarest['low']:.0%}, {rarest['high']:.0%}]"
-    pairs = torch.stack([data.labels, data.families]).unique(dim=1)
-    enough = pairs[0].bincount().min() >= ADVISED
-    if enough and not (settings.val or settings.split or settings.source):
-        text += f"; --folds {ADVISED} would tell it from all of its images in DATA, and takes "
-        text += "five times as long"
-    print(printable(f"note: the recall of {rarest['class']} is {text}"))
-
-
-def show_changes(changes: Rows) -> Rows:
-    """Return what `list_changes` found, in words; "undecided" where an interval holds 0."""
-    return [
-        {
-            "measure": change["measure"].replace("_", " "),
-            "before": change["before"],
-            "now": change["after"],
-            "points": f"{100 * change['difference']:+.1f}",
-            "95 % interval": f"{100 * change['low']:+.1f} to {100 * change['high']:+.1f}",
-            "more than chance?": "undecided" if change["low"] <= 0 <= change["high"] else "yes",
-        }
-        for change in changes
-        if not math.isnan(change["before"])  # as of an empty group
-    ]
-
-
-# -------------------------------------------------------------------------------------------- page
-
-
-MOST_CLASSES = 30  # with a matrix of confusions
-MOST_LETTERS = 28  # of a class in the chart
-MISTAKES = 24  # how many are shown
-THUMBNAIL = 160  # pixels a side
-PLOT = 'class="open" x="41%" width="41%"'  # beside names, before values
-IN_USE = (
-    "Precision: the part of the judged images called a class that is of it; F1: its harmonic mean "
-    "with recall. Precision in use: the same where classes are as frequent as in training. "
-    "“Natural”: the answers of --predict --natural, for classes so frequent. AUC: how often "
-    "an image of the class has a higher probability of it than one of another class, each class "
-    "counting the same. Effective images: so many independent images would tell as much as these, "
-    "of which those of a family may be alike. If twice: the 95 % interval with twice as many "
-    "effective images and the same recall."
-)
-STYLE = """:root{color-scheme:light dark;background:Canvas;color:CanvasText;font:16px/1.5 system-ui,
-sans-serif}body{max-width:1040px;margin:auto;padding:8px 14px 64px;overflow-wrap:anywhere}h1,h2,b,
-small{line-height:1.3}h2{margin-top:44px;border-top:1px solid #8884;padding-top:18px}p{
-max-width:78ch}small,.soft{opacity:.75;font-size:12.5px}.tiles,.pairs{display:grid;gap:14px;
-margin:20px 0;grid-template-columns:repeat(auto-fit,minmax(170px,1fr))}.tiles div{padding:10px 14px;
-border-left:4px solid #3987c9;background:#8881}div>b,small{display:block}.tiles b{font-size:30px}
-.pairs{gap:28px;grid-template-columns:repeat(auto-fill,minmax(290px,1fr))}figure{display:grid;
-margin:0;gap:8px;grid-template-columns:1fr 1fr;break-inside:avoid}img{width:100%}.wide{
-overflow-x:auto}table{border-collapse:collapse}td,th{padding:5px 0 5px 20px;text-align:right;
-border-bottom:1px solid #8883;white-space:nowrap;font-weight:400}th{vertical-align:bottom}
-th:first-child{text-align:left;white-space:normal;position:sticky;left:0;background:Canvas;
-overflow-wrap:break-word;max-width:50vw;padding-left:0}.matrix td{padding:1px}span{display:block;
-min-width:34px;padding:4px;text-align:center}.matrix tr:first-child td{writing-mode:vertical-rl;
-padding:4px}dt{font-weight:600}dd{margin:0 0 10px;max-width:78ch}
-pre{white-space:pre-wrap;padding:12px;background:#8882}body .chart{width:100%;
-max-width:800px}.chart{font-size:14px}.open{overflow:visible}.chart *{fill:currentColor}.head{
-font-weight:600}.end{text-anchor:end}.middle{text-anchor:middle}line,polyline{stroke:currentColor;
-stroke-width:2;stroke-linecap:round;vector-effect:non-scaling-stroke}.chart polyline{fill:none}
-.new{color:#3987c9}.old{color:#e08214}.grid{color:#8884;stroke-width:1}.bar{opacity:.4;
-stroke-width:8}@media print{*{print-color-adjust:exact}.wide{overflow:visible}
-details::details-content{block-size:auto;content-visibility:visible}}"""
-
-
-def show(value: Any) -> str:
-    """Return a fraction in per cent, NaN as a dash, all else as text that HTML does not obey."""
-    if isinstance(value, float):
-        return "–" if math.isnan(value) else f"{100 * value:.1f}\u00a0%"
-    return html.escape(printable(str(value)))
-
-
-def svg(body: str, height: int) -> str:
-    """Return a chart for a page or a file: widths in parts of the whole, to be read on a phone."""
-    start = f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" width="760" height="{height}">'
-    return f"{start}<style>{STYLE}</style>{body}</svg>"
-
-
-def write(text: str, x: float, y: float, kind: str = "") -> str:
-    """Return text at a part of the width, in per cent, and a pixel of the height."""
-    return f'<text class="{kind}" x="{x:g}%" y="{y:g}">{text}</text>'
-
-
-def write_title(title: str, *names: str) -> str:
-    """Return the title of a chart, and below it what is orange and what is blue."""
-    kinds = zip(("old", "new"), names, strict=False)
-    spots = (f'<tspan class="{kind}">●</tspan> {show(name)}' for kind, name in kinds)
-    return write(title, 0, 14, "head") + write(" &#160; ".join(spots), 0, 34, "soft")
-
-
-def draw_row(row: Mapping[str, Any], y: int) -> str:
-    """Draw the recall of a class, its interval, and above it the recall before, if known."""
-    marks = ""
-    if not math.isnan(row.get("before", math.nan)):
-        marks += f'<circle class="old" cx="{row["before"]:.2%}" cy="9" r="5.5"/>'
-    if row["val_images"]:
-        marks += f'<line class="new bar" x1="{row["low"]:.2%}" x2="{row["high"]:.2%}" y1="21" '
-        marks += f'y2="21"/><circle class="new" cx="{row["recall"]:.2%}" cy="21" r="5.5"/>'
-    name = row["class"]
-    if len(name) > MOST_LETTERS:  # the middle goes: names often begin, or end, alike
-        name = f"{name[: MOST_LETTERS // 2]}…{name[-MOST_LETTERS // 2 :]}"
-    texts = write(show(name), 38, 14, "end") + write(show(row["recall"]), 100, 26, "end")
-    images = f"{row['train_images']} / {row['val_images']} images"
-    texts += write(images, 38, 29, "soft end")
-    title = f"<title>{show(row['class'])}</title>"
-    return f'<svg y="{y}" height="40">{title}{texts}<svg {PLOT}>{marks}</svg></svg>'
-
-
-def recall_chart(classes: Rows, before_name: str = "") -> str:
-    """Return a chart of the recall of each class, most training images first: SVG."""
-    order = sorted(classes, key=lambda row: -row["train_images"])
-    names = [f"before: {before_name}", "now"] if before_name else []
-    title = "Recall, 95 % interval (training / validation images)"
-    height = 62 + 40 * len(order)
-    body = write_title(title, *names) + f"<svg {PLOT}>"
-    for x in range(0, 101, 25):
-        body += f'<line class="grid" x1="{x}%" x2="{x}%" y1="58" y2="{height}"/>'
-        body += write(str(x), x, 52, "soft middle")
-    rows = (draw_row(row, 60 + 40 * place) for place, row in enumerate(order))
-    return svg(f"{body}</svg>{''.join(rows)}", height)
-
-
-def draw_panel(history: Rows, keys: Sequence[str], scale: int) -> str:
-    """Draw columns by epoch, a line for each fold; what is far above most values is cut off."""
-    values = sorted(row[key] for row in history for key in keys if math.isfinite(row[key])) or [0]
-    top = min(values[-1], 2 * values[len(values) * 9 // 10])
-    low = math.floor(2 * values[0]) / 2
-    height = max(1, math.ceil(2 * (top - low))) / 2  # often from 50 to 100 %
-    epochs = [row["epoch"] for row in history]
-    first = min(epochs)
-    width = max(1, max(epochs) - min(epochs))
-    body = ""
-    for y in range(0, 101, 20):
-        body += f'<line class="grid" x2="100%" y1="{y}%" y2="{y}%"/><text class="soft end" x="-8" '
-        body += f'y="{y}%" dy="4">{scale * (low + height * (1 - y / 100)):g}</text>'
-    for epoch in range(first, first + width + 1, math.ceil(width / 10)):
-        body += write(str(epoch), 100 * (epoch - first) / width, 198, "soft middle")
-    body += f'<svg viewBox="{first} {-low - height} {width} {height}" preserveAspectRatio="none">'
-    for kind, key in zip(("old", "new"), keys, strict=False):
-        for fold in {row["fold"] for row in history}:
-            rows = [row for row in history if row["fold"] == fold and math.isfinite(row[key])]
-            line = [f"{row['epoch']},{-row[key]:.6g}" for row in rows[:1] + rows]
-            dot = " bar" if len(rows) == 1 else ""
-            body += f'<polyline class="{kind}{dot}" points="{" ".join(line)}"/>'
-    return f'<svg class="open" x="10%" y="52" width="86%" height="180">{body}</svg></svg>'
-
-
-def curve_chart(history: Rows, calibrated: bool) -> str:
-    """Return a chart of loss and balanced accuracy by epoch, before and after calibration: SVG."""
-    names = ["as trained", "calibrated"] if calibrated else ["as trained"]
-    judged = "validation, calibrated" if calibrated else "validation"
-    body = write_title("Loss by epoch", "training", judged)
-    body += draw_panel(history, ("train_loss", "val_loss"), 1) + '<svg y="270">'
-    body += write_title("Balanced accuracy in % by epoch", *names)
-    keys = ("as_trained_balanced_accuracy", "balanced_accuracy")
-    body += draw_panel(history, keys[: len(names)], 100)
-    return svg(f"{body}</svg>", 530)
-
-
-def make_table(rows: Iterable[Iterable[str]]) -> str:
-    """Return a table of safe text, its first column of names; it scrolls where it is too wide."""
-    body = ""
-    for name, *cells in rows:
-        body += f"<tr><th>{name}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-    return f'<div class="wide"><table>{body}</table></div>'
-
-
-def show_rows(rows: Rows) -> str:
-    """Return a table of rows with the same columns."""
-    names = [name.replace("_", " ") for name in rows[0]]
-    return make_table(map(show, row) for row in (names, *(row.values() for row in rows)))
-
-
-def show_confusions(data: Data, last: Evaluation) -> str:
-    """Return a matrix of what is taken for what, or of many classes the commonest mistakes."""
-    names = [show(name) for name in data.classes]
-    confusion = last.calibrated.confusion.tolist()
-    order = data.train_counts().argsort(descending=True, stable=True).tolist()
-    if len(names) > MOST_CLASSES:
-        pairs = ((confusion[true][taken], true, taken) for true, taken in permutations(order, 2))
-        rows = [["confusion", "images"]]
-        for images, true, taken in heapq.nlargest(20, pairs):
-            if images:
-                name = f"{names[true]} taken for {names[taken]}"
-                rows.append([name, f"{images} of {sum(confusion[true])}"])
-        return make_table(rows)
-    rows = [["is ↓ taken for →", *(names[label] for label in order)]]
-    for true in order:
-        rows.append([names[true]])
-        for taken in order:
-            images = confusion[true][taken]
-            colour = "57,135,201" if true == taken else "224,130,20"
-            shade = f"rgba({colour},{0.8 * images / max(1, sum(confusion[true])):.2f})"
-            rows[-1].append(f'<span style="background:{shade}">{images or ""}</span>')
-    return f'<div class="matrix">{make_table(rows)}</div>'
-
-
-def show_mistakes(given: Given, last: Evaluation) -> str:
-    """Return the images that are wrong with the most confidence, each beside a training image.
-
-    It is of the class that the wrong one was taken for: the one in the middle of their names.
-    """
-    data = given.data
-    predicted, probability, _ = last.calibrated
-    wrong = (predicted != last.targets).nonzero().flatten()
-    order = probability[wrong].argsort(descending=True, stable=True)
-    text = ""
-    for row in wrong[order][:MISTAKES].tolist():
-        place = int(last.places[row])
-        taken = int(predicted[row])
-        learnt = data.learns(int(data.held[place]))
-        alike = learnt[data.labels[learnt] == taken]
-        middle = int(alike[len(alike) // 2]) if len(alike) else None
-        relation = f"taken for ({show(probability[row].item())})"
-        text += f"<figure>{show_image(data, place, 'is', int(last.targets[row]))}"
-        text += f"{show_image(data, middle, relation, taken)}</figure>"
-    kind = "training image" if given.settings.epochs else "image of DATA"
-    return text and (
-        f"<p>Wrong with the most confidence. Beside each image: a {kind} of the class it was taken "
-        f'for.</p><div class="pairs">{text}</div>'
-    )
-
-
-def show_image(data: Data, place: int | None, relation: str, label: int) -> str:
-    """Return the image at a place of `data`, if any, its relation to a class, and the class."""
-    image = ""
-    if place is not None:
-        pixels = central_square(THUMBNAIL)(read_image(data.paths[place], data.white, THUMBNAIL))
-        content = io.BytesIO()
-        v2.functional.to_pil_image(pixels).save(content, "JPEG", quality=80)
-        encoded = base64.b64encode(content.getvalue()).decode()
-        image = f'<img alt="" src="data:image/jpeg;base64,{encoded}">'
-    return f"<div>{image}<small>{relation}</small><b>{show(data.classes[label])}</b></div>"
-
-
-def show_result(given: Given, result: Result, classes: Rows) -> str:
-    """Return tiles: the result, the most frequent, the rarest and the worst class."""
-    last = result.last
-    tested = result.tested
-    usual = max(classes, key=lambda row: row["train_images"])
-    rarest = min(classes, key=lambda row: row["train_images"])
-    worst = classes[int(last.recall.argsort(stable=True)[0])]  # NaN is last
-    tiles = {}
-    for name, judged in (("balanced accuracy", last), ("untouched test", tested)):
-        if judged:
-            _, ends = format_range(judged.measures).split(maxsplit=1)
-            tiles[name] = (judged.measures["balanced_accuracy"], ends)
-    if is_calibrated(given):
-        before = last.measures["as_trained_balanced_accuracy"]
-        tiles["as trained"] = (before, "balanced accuracy before calibration")
-    tiles["most frequent class"] = (usual["recall"], f"recall of {usual['class']}")
-    tiles["rarest class"] = (rarest["recall"], f"recall of {rarest['class']}{foresee(rarest)}")
-    tiles["lowest recall"] = (worst["recall"], worst["class"])
-    text = ""
-    for name, (part, note) in tiles.items():
-        text += f"<div>{name}<b>{show(part)}</b><small>{show(note)}</small></div>"
-    return f'<div class="tiles">{text}</div>'
-
-
-def foresee(row: Mapping[str, Any]) -> str:
-    """Return the interval of a class's recall, and what it would be with twice as many images."""
-    if not row["val_images"]:
-        return ""
-    low, high, least, most = (
-        f"{100 * row[key]:.0f}" for key in ("low", "high", "low_if_twice", "high_if_twice")
-    )
-    return f" [{low}, {high}]; with twice as many independent images [{least}, {most}]"
-
-
-def make_page(given: Given, progress: Progress, result: Result) -> dict[str, str]:
-    """Return, by their files' names, the charts and the page, which is one file without scripts."""
-    settings, data, last = given.settings, given.data, result.last
-    changes = list_changes(given, last)
-    facts = list_facts(given, progress, result)
-    classes = list_classes(data, progress.draws, last)
-    table = show_rows(classes)
-    baseline = ""
-    if changes and given.baseline is not None:
-        baseline = settings.baseline.name if settings.baseline else ""
-        before = confusion_matrix(last.targets, given.baseline, len(classes))
-        for row, recall in zip(classes, recall_by_class(before).tolist(), strict=True):
-            row["before"] = recall
-    charts = {"recall.svg": recall_chart(classes, baseline)}
-    if progress.history:
-        charts["curves.svg"] = curve_chart(progress.history, is_calibrated(given))
-    terms = "".join(f"<dt>{show(name)}</dt><dd>{show(fact)}</dd>" for name, fact in facts.items())
-    sections = {
-        f"Compared with {show(baseline)}, on the same images": changes
-        and show_rows(show_changes(changes)),
-        "Recall": f"{charts['recall.svg']}<details><summary>Images, draws, measures of each class"
-        f"</summary>{table}<p>{IN_USE}</p></details>",
-        "Mistakes": show_mistakes(given, last),
-        "Confusions": show_confusions(data, last),
-        "Training": charts.get("curves.svg"),
-        "Make it again": show_command(given),
-        "How this was measured": f"<dl>{terms}</dl>",
-    }
-    title = show(settings.data.name)
-    lead = f"{facts['network']}; {facts['images']}. Judged by {facts['judged by']}."
-    body = f"<h1>{title}</h1><p>{show(lead)}</p>"
-    for name in ("unfinished", "not judged", "not tested"):
-        if name in facts:
-            body += f"<p><b>{name.capitalize()}: {show(facts[name])}.</b></p>"
-    body += show_result(given, result, classes)
-    body += "".join(f"<h2>{name}</h2>{text}" for name, text in sections.items() if text)
-    page = (
-        '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width='
-        f'device-width"><title>{title}</title><style>{STYLE}</style>{body}</html>\n'
-    )
-    return charts | {"report.html": page}
-
-
-def show_command(given: Given) -> str:
-    """Return the command that makes the run again, to be pasted, and the versions it depends on.
-
-    It names no run folder, which is there already, and as many processes as there were.
-    """
-    words = shlex.split(given.settings.command)
-    processes = given.compute.world_size
-    for place in reversed(range(len(words))):
-        flag, _, value = words[place].partition("=")
-        if len(flag) > 2 and "--output".startswith(flag):  # argparse takes its beginnings, too
-            del words[place : place + (1 if value else 2)]
-    if processes > 1:
-        words[:1] = ["torchrun", f"--nproc-per-node={processes}"]
-    made_with = " · ".join(f"{name} {version}" for name, version in versions().items())
-    return f"<pre>{show(' '.join(map(quote, words)))}</pre><p><small>{made_with}</small></p>"
-
-
-# -------------------------------------------------------------------------------------- predicting
-
-
-def predict_photos(settings: Namespace) -> None:
-    """Write what the network of a run says of each image below DATA, as CSV."""
-    if dist.is_torchelastic_launched():  # each process would say it all
-        raise DataError("--predict: takes one process; start it without torchrun")
-    run = load_network(settings)
-    out = settings.output
-    if out and out.exists():
-        raise DataError(f"--output {out}: there already; name a new file")
-    if out and not out.parent.is_dir():
-        raise DataError(f"--output {out}: no folder to write it in; make that first")
-    compute = pick_compute(settings.device, settings.amp)
-    paths = list_photos(settings.data)
-    model: Any = build_model(run["arch"], run["classes"], run)[0].eval()
-    model.to(compute.device, memory_format=memory_format(compute.device))
-    if settings.natural and "natural" not in run:
-        raise DataError("--natural: the network does not say how frequent classes were; drop it")
-    natural = run["natural"] if settings.natural else 0.0
-    rows: Rows = []
-    for views, read in read_photos(paths, run, settings.batch_size or BATCH):
-        with torch.no_grad(), compute.autocast():
-            logits = model(to_input(views, compute.device)).float().cpu()
-        if logits.isnan().any():
-            raise DataError(f"--predict {settings.predict}: no numbers come out; try --no-amp")
-        probability, best = (logits.clamp(-HIGHEST, HIGHEST) + natural).softmax(1).topk(2)
-        for path, (p, q), (one, two) in zip(read, probability.tolist(), best.tolist(), strict=True):
-            answer = {"path": path, "class": run["classes"][one], "probability": p}
-            rows.append(answer | {"second": run["classes"][two], "second_probability": q})
-    if not rows:
-        raise DataError(f"{settings.data}: no image that can be read")
-    print(f"{len(rows)} images", file=sys.stderr)
-    if out:
-        write_file(out, format_table(rows))
-    else:
-        sys.stdout.buffer.write(format_table(rows))
-
-
-def load_network(settings: Namespace) -> dict[str, Any]:
-    """Return what a run wrote of its network; raises `DataError` if there is none."""
-    file = settings.predict / NETWORK if settings.predict.is_dir() else settings.predict
-    if not file.is_file():
-        raise DataError(f"--predict {settings.predict}: no network there; name a run that has one")
-    with contextlib.suppress(DataError):
-        run = read_weights(str(file))
-        if run.keys() >= {"classes", "least_side"}:
-            return run
-    raise DataError(f"--predict {file}: not a network of this script; train one first")
-
-
-def list_photos(place: Path) -> list[str]:
-    """Return the images at or below `place`, sorted by name; hidden ones are left out."""
-    if place.is_file():
-        return [str(place)]
-    files = {*walk_files(str(place))} if place.is_dir() else set()
-    found = sorted((file for file in files if file.lower().endswith(IMG_EXTENSIONS)), key=Path)
-    if not found:
-        raise DataError(f"DATA {place}: no image there; known are {', '.join(IMG_EXTENSIONS)}")
-    tell_left_out(place, files.difference(found))
-    return found
-
-
-def read_photos(
-    paths: list[str], run: Mapping[str, Any], batch_size: int
-) -> Iterator[tuple[Tensor, list[str]]]:
-    """Yield batches of views (B, S, S, 3) uint8 and their paths; what cannot be read is named.
-
-    While a batch is used the next one is read.
-    """
-    view = central_square(run["eval_size"])
-    least = run["least_side"]
-
-    def read(path: str) -> Tensor | str:
-        try:
-            return view(read_image(path, run["white"], least)).permute(1, 2, 0)
-        except (DataError, PermissionError) as error:
-            return str(error)
-
-    parts = [paths[first : first + batch_size] for first in range(0, len(paths), batch_size)]
-    bar = tqdm(total=len(paths), desc="predicting", unit=" images", leave=False, disable=None)
-    with ThreadPool() as pool, bar:
-        ahead = pool.map_async(read, parts[0])
-        for part, following in zip(parts, [*parts[1:], []], strict=True):
-            found = ahead.get()
-            views: dict[str, Tensor] = {}
-            ahead = pool.map_async(read, following)
-            for path, image in zip(part, found, strict=True):
-                if isinstance(image, Tensor):
-                    views[path] = image
-                else:
-                    reason = image.removesuffix("; remove it")
-                    tqdm.write(f"warning: {reason}; left out", sys.stderr)
-            if views:
-                yield torch.stack([*views.values()]), [*views]
-            bar.update(len(part))
-
-
-# --------------------------------------------------------------------------- devices and processes
-
-
-LOCK = ".lock"  # in the folder of a run, while it is running
-HELD = contextlib.ExitStack()  # what this process holds until its run ends: the run folder
-REPLACE_TRIES = 11  # attempts to replace a file
-REPLACE_PAUSE = 0.1  # seconds between them
-TIME_TOLD_AFTER = 10.0  # seconds of training that tell how long all of it takes
-TIME_WORTH_TELLING = 2.0  # minutes
-# With fewer images than this per process and step, BatchNorm takes its statistics over all
-# processes. That waits for the GPU 159 times a step of a ResNet-50 (torch's _functions.py).
-SYNCHRONISED = 8
-# Tensor cores came with this compute capability; float16 gains nothing on GPUs before it.
-TENSOR_CORES = (7, 0)
-WITHOUT_TENSOR_CORES = "GTX 16"  # Turing all the same, and float16 turns into NaN on them
-PINNED = ("cuda",)  # devices to which pinned memory is copied while the host goes on
-MOST_BESIDE = 4  # workers beside a CPU that trains
-MOST_FORKED = 64  # workers of one process
-MOST_SPAWNED = 8  # they take 2 GB
-MOST_ON_WINDOWS = 4  # of one machine: each reserves gigabytes of the page file (pytorch 53695)
-NCCL_SHARE = 2**25  # bytes of /dev/shm for each process: NCCL takes segments of 9.6 MB there
-# A batch system ends a program by the first, a terminal that is closed by the second.
-STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-# Sockets of workers lie in the folder for temporary files, by names of up to 34 bytes more; macOS
-# allows 103 bytes, Linux 107.
-LONGEST_TMPDIR = 69
-
-
-class Compute(NamedTuple):
-    """The device and precision a network runs in, and the rank of this process."""
-
-    device: torch.device
-    amp: torch.dtype | None  # of mixed precision; None: float32 alone
-    rank: int = 0
-    world_size: int = 1
-
-    def autocast(self) -> torch.autocast:
-        """Return the context for a forward pass."""
-        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
-
-    def name(self) -> str:
-        """Return the name of the device as it is sold, or its kind."""
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        return str(self.device)
-
-
-def join_processes(name: str, amp: bool | None) -> Compute:
-    """Return the device and precision of this process; under torchrun, meet the others first."""
-    compute = pick_compute(name, amp)
-    if not dist.is_torchelastic_launched():
-        return compute
-    # Process 0 checks all images while the others wait; torchrun ends them where one has died.
-    dist.init_process_group(pick_backend(compute.device.type), timeout=timedelta(days=7))
-    return compute._replace(
-        amp=agree_precision(compute.amp), rank=dist.get_rank(), world_size=dist.get_world_size()
-    )
-
-
-def pick_backend(kind: str) -> str:
-    """Return the backend that processes on devices of this kind talk by.
-
-    Raises `DataError` where there is none.
-    """
-    if kind == "cpu":
-        return "gloo"
-    backend = {"cuda": "nccl", "xpu": "xccl"}.get(kind)
-    if backend is None:
-        raise DataError(f"--device {kind}: serves one process alone; start without torchrun")
-    # There is no nccl on Windows, and no xccl in some builds of torch; both refuse to share a GPU.
-    available = getattr(dist, f"is_{backend}_available", lambda: False)()
-    if available and int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.accelerator.device_count():
-        return f"cpu:gloo,{kind}:{backend}"
-    if kind == "xpu":  # which gloo does not serve: github.com/intel/torch-xpu-ops/issues/5387
-        text = "several processes need a GPU each, and a torch with xccl; start without torchrun"
-        raise DataError(f"--device xpu: {text}")
-    return "gloo"
-
-
-def pick_compute(name: str, amp: bool | None) -> Compute:
-    """Return the device called `name` ("auto": an accelerator, else the CPU) and its precision.
-
-    `amp` None stands for mixed precision where the hardware gains from it. Raises `DataError` for
-    a device that is not on this machine.
-    """
-    device = find_device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # later questions are about the current device
-        if sys.platform == "win32":  # its driver would spill into main memory and crawl, not fail
-            free, total = torch.cuda.mem_get_info()
-            torch.cuda.set_per_process_memory_fraction(free / total)
-    return Compute(device, pick_precision(device, amp))
-
-
-def find_device(name: str) -> torch.device:
-    """Return the device called `name`; under torchrun each process gets its own."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    best = found or torch.device("cpu")
-    try:
-        device = best if name == "auto" else torch.device(name)
-        if device.type != "cpu" and dist.is_torchelastic_launched():
-            index = int(os.environ["LOCAL_RANK"]) % max(1, torch.accelerator.device_count())
-            device = torch.device(device.type, index)
-        probe = torch.ones(1, device=device)
-        probe.item()  # waits for a kernel: torch may have none for an old GPU
-        return probe.device
-    except (RuntimeError, AssertionError, ImportError):  # from builds without that device
-        text = "not on this machine, in use, or too old for this torch"
-        cure = "cpu" if name in ("auto", best.type) else f"auto, or {best}"
-        raise DataError(f"--device {name}: {text}; try {cure}") from None
-
-
-def pick_precision(device: torch.device, amp: bool | None) -> torch.dtype | None:
-    """Return the dtype of mixed precision on `device`, None for float32 alone."""
-    dtype = torch.bfloat16
-    gains = False
-    if device.type == "cuda":
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
-            dtype = torch.float16
-        capable = torch.cuda.get_device_capability(device) >= TENSOR_CORES
-        gains = capable and WITHOUT_TENSOR_CORES not in torch.cuda.get_device_name(device)
-    elif device.type == "xpu":
-        properties = torch.xpu.get_device_properties(device)
-        gains = getattr(properties, "has_bfloat16_conversions", False)
-    elif device.type == "cpu":  # `get_capabilities` came with torch 2.10
-        units: Any = getattr(torch.cpu, "get_capabilities", dict)()
-        gains = bool(units.get("avx512_bf16") or units.get("amx_bf16"))
-    return dtype if amp or (amp is None and gains) else None
-
-
-def agree_precision(precision: torch.dtype | None) -> torch.dtype | None:
-    """Return the precision of all processes: the first of float32, float16, bfloat16 one picked.
-
-    Unlike GPUs pick unlike ones. Then gradients would be scaled in some processes alone, and
-    values sent from one to the other be read as another type.
-    """
-    if not dist.is_initialized():
-        return precision
-    picked: list[torch.dtype | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(picked, precision)
-    return next(each for each in (None, torch.float16, torch.bfloat16) if each in picked)
-
-
-def to_device(batch: Tensor, device: torch.device) -> Tensor:
-    """Return `batch` on `device`, without waiting where copies from pinned memory are safe."""
-    if device.type not in PINNED:
-        return batch.to(device)
-    return batch.pin_memory().to(device, non_blocking=True)
-
-
-def memory_format(device: torch.device) -> torch.memory_format:
-    """Return the layout of images in memory: channels last, but on MPS contiguous."""
-    # There gradients of BatchNorm are wrong: https://github.com/pytorch/pytorch/issues/175189
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
-
-
-@cache  # made once, since that waits for all the work of the device
-def normalisation(device: torch.device) -> Tensor:
-    """Return mean and deviation of ImageNet's pixels, 0 to 255, on `device`: (2, 3, 1, 1)."""
-    parts = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    return torch.tensor([[255 * x for x in part] for part in parts], device=device)[..., None, None]
-
-
-def to_input(batch: Tensor, device: torch.device) -> Tensor:
-    """Return images (B, H, W, 3) uint8 as normalised (B, 3, H, W) float32 on `device`.
-
-    Features, which are no bytes, stay as they are.
-    """
-    batch = to_device(batch, device)
-    if batch.dtype != torch.uint8:
-        return batch
-    images = batch.permute(0, 3, 1, 2).to(torch.float32, memory_format=memory_format(device))
-    mean, std = normalisation(device)
-    return images.sub_(mean).div_(std)
-
-
-def wrap_ddp(network: nn.Module, given: Given) -> nn.Module:
-    """Return `network`, under torchrun with its gradients averaged over the processes."""
-    compute = given.compute
-    if compute.world_size == 1:
-        return network
-    small = given.settings.batch_size // compute.world_size < SYNCHRONISED
-    if small and compute.device.type != "cpu":  # PyTorch has no synchronised BatchNorm for CPUs
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    # The statistics of BatchNorm matter in evaluation alone, which sends them round. The option has
-    # another name from torch 2.13 on, which torch 2.6 does not know.
-    warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)
-    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
-
-
-def first_makes(make: Callable[[], Any], compute: Compute) -> Any:
-    """Call `make` in process 0 and return its result in every process.
-
-    Where it fails, process 0 raises the error and the others exit with status 2.
-    """
-    made = [None]
-    problem = None
-    if compute.rank == 0:
-        try:
-            made = [make()]
-        except Exception as error:  # the others would say that they have lost process 0
-            problem = error
-    if dist.is_initialized():
-        dist.broadcast_object_list(made, 0)
-    if problem:
-        raise problem
-    if made[0] is None:
-        sys.exit(2)
-    return made[0]
-
-
-def gather(part: Tensor, compute: Compute) -> Tensor:
-    """Return the rows of all processes; `part` of rank r are rows r, r + world_size, and so on."""
-    if not dist.is_initialized():
-        return part
-    count = torch.tensor(len(part))
-    dist.all_reduce(count)
-    table = part.new_empty(int(count), *part.shape[1:])
-    for rank in range(compute.world_size):  # one after the other, to need little memory
-        rows = table[rank :: compute.world_size]
-        sent = part if rank == compute.rank else rows.contiguous()
-        dist.broadcast(sent, rank)
-        rows.copy_(sent)
-    return table
-
-
-def start_method() -> str:
-    """Return the way in which workers start: forked on Linux, as Python's default elsewhere."""
-    # A forked worker takes 16 ms, a spawned one 4 s and 229 MB. Python 3.14 would take a fork
-    # server, whose workers cost as much as spawned ones.
-    return "fork" if sys.platform == "linux" else get_start_method()
-
-
-def count_workers(settings: Settings, asked: int | None) -> int:
-    """Return the number of processes that read images: `--workers`, or as many as fit."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = asked
-    if workers is None:
-        workers = pick_workers(settings.device, processes)
-    shared = Path("/dev/shm")  # through which, where there is one, workers hand their batches over
-    if workers and not has_room_for_sockets():
-        text = f"with a path of at most {LONGEST_TMPDIR} bytes; set TMPDIR. Until then none reads"
-        print(f"warning: workers need a folder for temporary files {text}", file=sys.stderr)
-        return 0
-    if workers and shared.is_dir():  # a worker that writes beyond its end is killed
-        nccl = NCCL_SHARE * processes if processes > 1 and settings.device == "cuda" else 0
-        batch = 3 * eval_size(settings.image_size) ** 2 * settings.batch_size
-        # Each worker has two batches on the way, and one is in use.
-        room = max(0, (shutil.disk_usage(shared).free - nccl) // batch - 1) // 2
-        if room < workers:
-            text = f"room for batches of {room} workers, not {workers}; docker run has --shm-size"
-            print(f"warning: {shared}: {text}", file=sys.stderr)
-            return room
-    return workers
-
-
-def has_room_for_sockets() -> bool:
-    """Return whether workers can make sockets: without them one would wait for batches for ever."""
-    try:
-        return os.name != "posix" or len(os.fsencode(tempfile.gettempdir())) <= LONGEST_TMPDIR
-    except OSError:  # no folder can be written
-        return False
-
-
-def pick_workers(device: str, processes: int) -> int:
-    """Return how many workers one of the machine's `processes` has.
-
-    Beside a CPU that trains they have half of the cores, else all but one.
-    """
-    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    # Nothing here tells how many of the cores a container may use.
-    cores = getattr(os, "process_cpu_count", lambda: len(affinity(0)))() or 1
-    share = cores // processes
-    most = MOST_FORKED if start_method() == "fork" else MOST_SPAWNED
-    if sys.platform == "win32":
-        most = MOST_ON_WINDOWS // processes
-    if device == "cpu":
-        return min(most, MOST_BESIDE, share // 2)
-    return max(1, min(most, share - 1 if share > 2 else share))
-
-
-@contextlib.contextmanager
-def hold_folder(folder: Path) -> Iterator[None]:
-    """Make the folder of a run and hold it against other processes.
-
-    What a run that fails before there is anything to go on with has written is removed again, so
-    that the same `--output` can be used. Raises `DataError` if another process holds the folder.
-    """
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = lock_file(folder / LOCK)
-    try:
-        yield
-    except BaseException:
-        if not (folder / STATE).exists() and not (folder / NETWORK).exists():
-            for name in ("split.csv", "config.json", START):
-                (folder / name).unlink(missing_ok=True)
-        raise
-    finally:
-        unlock_file(lock, folder / LOCK)
-        with contextlib.suppress(OSError):  # not empty: a run has come of it
-            for parent in made:
-                parent.rmdir()
-
-
-def lock_file(path: Path) -> int:
-    """Make and lock the file, and return its descriptor, which this process alone has.
-
-    The operating system unlocks it as the process ends, however it does. Raises `DataError` if
-    another process has locked it.
-    """
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    taken = False
-    try:
-        if sys.platform == "win32":
-            msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
-        else:  # not `flock`: forked workers would hold that until they notice that we are killed
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Unlinked meanwhile? Windows unlinks no open file, and some of its drives change numbers.
-        taken = not path.exists() or (
-            sys.platform != "win32" and not os.path.samestat(os.fstat(lock), path.stat())
-        )
-    except (BlockingIOError, PermissionError):
-        taken = True
-    except OSError:  # a file system without locks
-        pass
-    if taken:
-        os.close(lock)
-        raise DataError(f"{path.parent}: another process is at work there; wait until it is done")
-    return lock
-
-
-def unlock_file(lock: int, path: Path) -> None:
-    """Remove and unlock a file that this process has locked."""
-    if sys.platform == "win32":  # which removes no file that is open, by this process or another
-        os.close(lock)
-    with contextlib.suppress(OSError):
-        path.unlink()
-    if sys.platform != "win32":  # the other way round it might be the lock of another process
-        os.close(lock)
-
-
-def replace_file(unfinished: Path, path: Path) -> None:
-    """Move a file to where another may be; if that is in use, try again for a second."""
-    for _ in range(REPLACE_TRIES - 1):
-        with contextlib.suppress(PermissionError):  # on Windows, from a virus scanner for example
-            return os.replace(unfinished, path)
-        time.sleep(REPLACE_PAUSE)
-    os.replace(unfinished, path)
-
-
-def tell_time_left(seconds: float, part: float, epochs: int) -> bool:
-    """Say how long training takes as soon as that can be told; return whether it could be.
-
-    `part` (0 to 1) of the first of `epochs` took so many seconds. The first batches alone say
-    little: workers start, and the device is set up.
-    """
-    if seconds < TIME_TOLD_AFTER or part < 0.1:
-        return False
-    minutes = (seconds / part * epochs - seconds) / 60
-    if minutes >= TIME_WORTH_TELLING:
-        tqdm.write(f"about {math.ceil(minutes)} min to go", sys.stderr)
-    return True
+def printable(text: str) -> str:
+    """Return `text` on one line, with control characters and undecodable bytes as escapes."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 # ------------------------------------------------------------------------------------ command line
+
+WITH_RESUME = {"resume", "device", "workers", "amp"}  # where a run goes on, not what comes out
+WITH_PREDICT = {"predict", "data", "output", "natural", "batch_size", "device", "workers", "amp"}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -3767,88 +2536,79 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {printable(message)}; see --help\n")
 
 
+def number(kind: type, least: float, most: float) -> Callable[[str], Any]:
+    """Return a parser of numbers for argparse."""
+
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if least <= kind(text) <= most:
+                return kind(text)
+        wanted = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"{text!r} is no {wanted} from {least:g} to {most:g}")
+
+    return parse
+
+
+def pattern(text: str) -> str:
+    """Return a regular expression for argparse, if it is one."""
+    try:
+        return re.compile(text).pattern
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"no regular expression: {error}") from None
+
+
 # fmt: off
 def make_parser() -> OneLineParser:
-    """Return the parser of all flags; it gives `None` for "auto"."""
+    """Return the parser of all flags; what is resolved later is `None`."""
     purpose = str(__doc__).partition("\n\nDATA")[0]  # with the commands
     raw = argparse.RawDescriptionHelpFormatter
     parser = OneLineParser(prog="data_training.py", description=purpose, formatter_class=raw)
-
-    def add(flag: str, metavar: str, kind: Any, default: Any, text: str) -> None:
-        parse = kind
-        if default == "auto":
-            parse = lambda word: None if word == "auto" else kind(word)  # noqa: E731
-        if default is not None:
-            text += f" (default: {default})"
-        group.add_argument(flag, metavar=metavar, type=parse, default=default, help=text)
-
-    not_negative = number(int, lambda n: n >= 0, "a whole number of at least 0")
-    at_least_one = number(int, lambda n: n >= 1, "a whole number of at least 1")
-    three_to_ten = number(int, lambda n: 3 <= n <= 10, "a whole number from 3 to 10")
-    below_one = number(float, lambda x: 0 < x < 1, "a number between 0 and 1")
-    at_most_one = number(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
-    positive = number(float, lambda x: 0 < x < math.inf, "a number above 0")
-    zero_to_ten = number(float, lambda x: 0 <= x <= 10, "a number from 0 to 10")
-    of_64_bits = number(int, lambda n: -(2**63) <= n < 2**63, "a whole number of 64 bits")
     parser.add_argument("data", metavar="DATA", type=Path, nargs="?",
         help="folder with one folder per class; with --predict an image, or a folder of images")
+
+    def add(flag: str, metavar: str, kind: Any, default: Any, text: str) -> None:
+        group.add_argument(flag, metavar=metavar, type=kind, default=default,
+            help=text if default is None else f"{text} (default: {default})")
+
+    many = 2**62
     group = parser.add_argument_group("data")
-    add("--val-fraction", "F", below_one, 0.2, "part of each class that is kept for validation")
-    add("--folds", "K", three_to_ten, 1, "train K networks (3 to 10), each on all but one part of "
-        "the images; together they vote, and images of --val or --source test the vote")
-    add("--val", "DIR", Path, None, "folder with one folder per class to validate on, in place of "
-        "a part of DATA")
-    add("--split", "FILE", Path, None, "CSV file with columns path (class/file) and part (train, "
-        "val, or source for images of SRC), like a run's split.csv; other images are left out")
+    add("--folds", "K", number(int, 3, 10), 1, "train K networks, 3 to 10, each judged by the part "
+        "of the images that it has not learnt; images of --val or --source test the ensemble")
+    add("--val", "DIR", Path, None, "class folders to validate on, in place of a fifth of DATA")
     add("--source", "SRC", Path, None, "folder that DATA was made from: images that are only there "
-        "are validated on, too")
-    add("--group", "PATTERN", str, None, "regular expression for paths below the class folder: "
+        "validate, too")
+    add("--group", "PATTERN", pattern, None, "regular expression for paths below the class folder: "
         "images with the same first group, or match, are of one family (patient, film) and stay "
         "together, in training or in validation")
-    add("--image-size", "PX", at_least_one, "auto", "pixels per side of a training crop; images "
-        "are evaluated at up to 8/7 of that, 256 for 224; auto: that of --weights, else 224")
-    add("--crop-scale", "F", at_most_one, 0.5, "smallest part of an image that a training crop "
-        "shows")
+    add("--image-size", "PX", number(int, 1, many), None, "pixels per side of a training crop; "
+        "images are evaluated at up to 8/7 of that (default: that of --weights, else 224)")
     group.add_argument("--flip", choices=("sides", "none", "all"), default="sides",
         help="sides (default): mirror half of the training images; none: for text, signs, left and "
         "right; all: also turn them by 90, 180 or 270 degrees, for microscopes and from above")
-    add("--workers", "N", not_negative, "auto", "processes that read images; auto: on a CPU half "
-        f"of the cores, at most {MOST_BESIDE}; else the number of cores minus 1, at most "
-        f"{MOST_FORKED} ({MOST_SPAWNED} on macOS, {MOST_ON_WINDOWS} on Windows)")
+    add("--workers", "N", number(int, 0, many), None, "processes that read images (default: half "
+        "of the cores, at most 4, beside a CPU that trains, else all but one, at most 16)")
     group = parser.add_argument_group("model")
-    add("--arch", "NAME", str, "auto", "a ResNet of torchvision; auto: that of --weights, else "
-        "resnet50 on an accelerator and resnet18 on a CPU")
-    add("--weights", "NAME|PATH", str, "DEFAULT", "torchvision weights by name, a file, a run, or "
-        "none")
+    add("--arch", "NAME", str, None, "a ResNet of torchvision (default: that of --weights, else "
+        "resnet50 on an accelerator and resnet18 on a CPU)")
+    add("--weights", "NAME|PATH", str, "DEFAULT", "of torchvision, a file, a run, or none")
     group = parser.add_argument_group("training")
-    add("--epochs", "N", not_negative, 10, "each draws as many images as there are to train on; "
-        "with 0 the given weights are evaluated")
-    add("--frozen-epochs", "N", not_negative, 0, "first epochs, which train the last layer (the "
-        "head) alone, and from which all layers go on; with 0 it is trained in an extra epoch, and "
-        "in short runs all layers begin anew")
-    group.add_argument("--rebalance", choices=("sampler", "none"), default="sampler",
-        help="sampler (default): draw every class equally often; none: every image once")
-    add("--power", "P", zero_to_ten, 1.0, "the sampler weighs by 1 / count ** P; 0.5: square root")
-    add("--batch-size", "N", at_least_one, "auto", "images per step, over all processes; auto: 64, "
-        f"or 32 where DATA has under {SMALL_FOLDER:,} files, and at least 8 for each process")
-    add("--lr", "X", positive, "auto", "highest learning rate of AdamW, which trains all "
-        f"layers, pretrained ones in smaller steps the lower they are; auto: {RATE:g}, with "
-        f"--weights none {SCRATCH_RATE:g}")
-    group.add_argument("--no-calibration", action="store_true",
-        help="keep the outputs as trained, which favour frequent classes and are too sure")
+    add("--epochs", "N", number(int, 1, many), 10, "each draws as many images as there are to "
+        "train on")
+    add("--power", "P", number(float, 0, 10), 1.0, "the sampler draws images by 1 / (images of "
+        "their class) ** P; 0: no sampler, each image once")
+    add("--batch-size", "N", number(int, 2, many), None, "images per step, rounded up to a "
+        f"multiple of the processes (default: {BATCH}, half for under {SMALL:,} training images)")
     group = parser.add_argument_group("use")
     add("--predict", "RUN", Path, None, "predict the class of each image in DATA with the network "
         "of a run (its folder, or its network.pt); writes CSV to stdout, or to --output FILE")
-    group.add_argument("--natural", action="store_true",
+    group.add_argument("--natural", action="store_true", default=None,
         help="predict for classes as frequent as in training, not for equally frequent ones")
     group = parser.add_argument_group("run")
-    add("--output", "DIR", Path, "auto", "new folder for the results; auto: runs/DATE-TIME")
+    add("--output", "DIR", Path, None, "new folder for the results (default: runs/DATE-TIME)")
     add("--resume", "RUN", Path, None, "go on with the run in this folder")
-    add("--baseline", "RUN", Path, None, "earlier run on the same validation images to compare "
-        "with")
-    add("--seed", "N", of_64_bits, 0, "of split, draws, augmentation and random weights")
-    group.add_argument("--device", metavar="NAME", default="auto",
-        help="auto (default): an accelerator, else cpu")
+    add("--baseline", "RUN", Path, None, "earlier run judged by the same images, to compare with")
+    add("--seed", "N", number(int, 0, many), 0, "of split, draws, augmentation, random weights")
+    add("--device", "NAME", str, "auto", "cpu, cuda, ...; auto: an accelerator, else cpu")
     group.add_argument("--amp", action=argparse.BooleanOptionalAction,
         help="mixed precision (default: where the hardware gains from it)")
     return parser
@@ -3861,217 +2621,57 @@ def parse_args(argv: list[str] | None) -> Namespace:
     defaults = vars(parser.parse_args([]))
     given = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(defaults))))
     given = {name: value for name, value in given.items() if value is not None}
-    clashes = {
-        "resume": given.keys() - {"resume", *WITH_RESUME},
-        "predict": given.keys() - {"predict", *WITH_PREDICT},
-        "val_fraction": given.keys() & {"folds", "val", "split"},
-        "val": given.keys() & {"source", "split"},  # whose names may be those of other images
-    }
+    clashes = {"resume": given.keys() - WITH_RESUME, "predict": given.keys() - WITH_PREDICT}
+    clashes["val"] = given.keys() & {"source"}  # whose names may be those of other images
     for name, others in clashes.items():
-        for other in sorted(others) if name in given else ():
-            flag = "DATA" if other == "data" else f"--{other.replace('_', '-')}"
-            parser.error(f"{flag}: not with --{name.replace('_', '-')}; drop one of them")
-    if "data" not in given and "resume" not in given:
+        if name in given and others:
+            parser.error(f"{min(others).replace('_', '-')} and --{name}: drop one of them")
+    if not given.keys() & {"data", "resume"}:
         parser.error("the following arguments are required: DATA")
     if "natural" in given and "predict" not in given:
         parser.error("--natural: only with --predict; drop it")
-    if "power" in given and given.get("rebalance") == "none":
-        parser.error("--power: of the sampler; drop it or --rebalance none")
     if not given.keys() & {"output", "predict", "resume"}:
-        given["output"] = unused(Path(f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"))
+        given["output"] = Path(f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}")
     words = sys.argv if argv is None else ["data_training.py", *argv]
     return Namespace(**defaults | given, command=shlex.join(["python", *words]))
 
 
-def number(kind: type, accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
-    """Return a parser of numbers for argparse, which refuses those that `accepts` does not take."""
-
-    def parse(text: str) -> Any:
-        with contextlib.suppress(ValueError):
-            if accepts(kind(text)):
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-
-    return parse
-
-
-def check_settings(args: Namespace) -> None:
-    """Raise `DataError` where settings do not go together."""
-    if args.frozen_epochs > args.epochs:
-        raise DataError(f"--frozen-epochs {args.frozen_epochs}: more than --epochs {args.epochs}")
-    if args.folds > 1 and not args.epochs:
-        raise DataError("--folds: nothing is trained with --epochs 0; drop one of them")
-    try:
-        re.compile(args.group or "")
-    except re.error as error:
-        raise DataError(f"--group {args.group}: no regular expression: {error}") from None
-    refuse_used(args.output)
-    folders = {"DATA": args.data, "--source": args.source, "--val": args.val}
-    for flag, folder in folders.items():
-        if folder and not folder.is_dir():
-            raise DataError(f"{flag} {folder}: no such folder; pass one that holds class folders")
-        if folder and args.output.resolve().is_relative_to(folder.resolve()):
-            raise DataError(f"--output {args.output}: would be a class of {folder}; move it out")
-
-
-def unused(path: Path) -> Path:
-    """Return `path`, or with the first number behind it that makes it new."""
-    names = (path.with_name(f"{path.name}-{number}") for number in range(2, 10**6))
-    return path if not path.exists() else next(name for name in names if not name.exists())
-
-
-def refuse_used(output: Path) -> None:
-    """Raise `DataError` if there is a file, or anything that is not hidden in a folder."""
-    if output.exists() and not output.is_dir():
-        raise DataError(f"--output {output}: a file; name a new folder")
-    if output.exists() and any(path.name[0] != "." for path in output.iterdir()):
-        raise DataError(f"--output {output}: not empty; name a new folder, or --resume a run")
-
-
-def quote(word: str) -> str:
-    """Return a word as a shell takes it; Windows' `cmd` knows double quotes alone."""
-    if sys.platform == "win32":
-        end = "\\" if word.endswith("\\") else ""  # one alone would escape the quote
-        return word if re.fullmatch(r"[\w.:=\\/-]+", word) else f'"{word}{end}"'
-    return shlex.quote(word)
-
-
-def printable(text: str) -> str:
-    """Return `text` on one line, with control characters and undecodable bytes as escapes."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
 # -------------------------------------------------------------------------------------------- main
 
-
-# What a RuntimeError says where memory is out: on CUDA, in main memory that is pinned for it and on
-# MPS; in main memory of Unix and of Windows; in cuBLAS, cuDNN and others; on Intel GPUs. Only the
-# first has a class of its own.
-NO_MEMORY = (
-    *("out of memory", "allocate memory", "not enough memory"),
-    *("ALLOC_FAILED", "ALLOCATION_FAILED", "OUT_OF_DEVICE_MEMORY"),
-)
-# What an `OSError` says that a process which reads images had with a file.
-READ_ELSEWHERE = r"Original Traceback[^\0]+\[Errno \d+\] .+: ['\"].+['\"]$"
-KILLED = "DataLoader worker (pid"  # what torch says of a process that reads images, and is gone
-LOST = "pair.cc"  # where gloo, by which processes talk, finds that another one is gone
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-# What the world does to any program: disks, rights, other programs. With another number and no
-# file's name an `OSError` is taken for a mistake in this one.
-NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
-# The same, and no file is to blame.
-FAILING = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
-WORLDLY = (*DISK_FULL, *NO_ACCESS, *FAILING, errno.EPIPE)
+FROM_WORKER = f"{DataError.__module__}.DataError: "
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     args = parse_args(argv)
+    status = 2
     try:
         if args.predict:
-            predict_photos(args)
+            predict(args)
         else:
-            with HELD:
-                run_cleanly(args)
-        if dist.is_initialized():  # only now that `run` holds no network that would still use it
+            run(args)
+        if dist.is_initialized():
             dist.destroy_process_group()
         return 0
-    except DataError as error:
-        message = last_words(error)
+    except KeyboardInterrupt:
+        status = 130
+        text = "interrupted"
+    except DataError as error:  # in a process that reads images behind a traceback of its own
+        text = f"error: {str(error).rstrip().splitlines()[-1].removeprefix(FROM_WORKER)}"
     except OSError as error:
-        is_worldly = error.filename is not None or error.errno in WORLDLY
-        if not is_worldly and not re.search(READ_ELSEWHERE, str(error)):
+        if error.filename is None:
             raise
-        message = describe_os_error(error, args)
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or any(text in str(error) for text in NO_MEMORY):
-            message = describe_full_memory(args)
-        elif KILLED in str(error):
-            message = "a process that reads images was killed, or crashed; try fewer --workers"
-            if flag := resume_flag(args):
-                message += f", by {flag}"
-        elif LOST in str(error):
-            message = "another process of this run has ended; see what it says"
-            if flag := resume_flag(args):
-                message += f", then {flag}"
-        else:
-            raise
-    except KeyboardInterrupt as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            flag = resume_flag(args)
-            text = f"; go on with {flag}" if flag else "; start again"
-            with contextlib.suppress(OSError):  # of a terminal that is closed
-                print(f"\ndata_training.py: interrupted{printable(text)}", file=sys.stderr)
-        return 128 + (error.args[0] if error.args else signal.SIGINT)
-    print(f"data_training.py: error: {printable(message)}", file=sys.stderr)
-    return 2
-
-
-def run_cleanly(args: Namespace) -> None:
-    """Call `run`; where that fails, end the processes that read images."""
-    try:
-        run(args)
-    except BaseException as error:
-        # The frames of the traceback hold them, and Python would wait for them for ever: they leave
-        # SIGTERM, by which it ends others, to this process.
-        traceback.clear_frames(error.__traceback__)
-        raise
-
-
-def last_words(error: Exception) -> str:
-    """Return what an error says; in a process that reads images, behind a traceback of its own."""
-    message = str(error).rstrip()
-    if "Original Traceback" in message:
-        message = message.splitlines()[-1].partition(": ")[2]
-    return message
-
-
-def describe_os_error(error: OSError, args: Namespace) -> str:
-    """Return in one line what went wrong with which file, and what to do."""
-    text = error.strerror or last_words(error)
-    if error.filename is not None:
-        text = f"{os.fsdecode(error.filename)}: {text}"
-    cure = "mend that"
-    if error.errno in DISK_FULL:
-        cure = "make room"
-    elif error.errno in NO_ACCESS:
-        cure = "allow access, or close what has it open"
-    if flag := resume_flag(args):
-        return f"{text}; what was written before is whole: {cure}, then {flag}"
-    return f"{text}; {cure}, then start again"
-
-
-def describe_full_memory(args: Namespace) -> str:
-    """Return in one line that memory is out, and what may fit."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    cures = []
-    if half := (args.batch_size or BATCH) // 2 // processes * processes:
-        cures.append(f"--batch-size {half}" if args.batch_size else "a smaller --batch-size")
-    if not args.predict:
-        cures.append("a smaller --image-size, in a new run")
-    text = f"out of memory on --device {args.device}"
-    return f"{text}; try {' or '.join(cures) or '--device cpu'}"
-
-
-def resume_flag(args: Namespace) -> str:
-    """Return the flag that goes on with the run, as a shell reads it; "" without a state of it."""
+        text = f"error: {os.fsdecode(error.filename)}: {error.strerror}; mend that"
+    except (MemoryError, torch.OutOfMemoryError):
+        text = "error: out of memory; try a smaller --batch-size or --image-size, or --device cpu"
     folder = args.resume or args.output
-    if args.predict or not (folder / STATE).exists():
-        return ""
-    device = "" if args.device == "auto" else f" --device {args.device}"
-    return f"--resume {quote(str(folder))}{device}"
-
-
-def stop(signum: int, _: Any) -> NoReturn:
-    """End as by Ctrl-C; a second such signal would stop the cleaning."""
-    for each in STOPS:
-        signal.signal(each, signal.SIG_IGN)
-    raise KeyboardInterrupt(signum)
+    if folder and not args.predict and os.path.exists(folder / STATE):
+        text += f"; go on with --resume {shlex.quote(str(folder))}"
+    if status == 2 or os.environ.get("RANK", "0") == "0":
+        print(f"data_training.py: {printable(text)}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":
-    for each in STOPS:
-        if signal.getsignal(each) is signal.SIG_DFL:  # `nohup` has SIGHUP ignored
-            signal.signal(each, stop)
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.exit(main())
