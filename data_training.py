@@ -61,7 +61,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache
-from itertools import permutations, zip_longest
+from itertools import permutations
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -133,13 +133,11 @@ def run(args: Namespace) -> None:
         print_start(describe_run(settings, data, compute))
         for row in progress.history:
             print(format_epoch(row, settings))
-    trial = count_trial(settings, len(data.learns(0)))
     for fold in range(settings.folds):
-        learnt = len(data.learns(fold))
-        for stage in plan_opening(settings, fold, learnt, trial):
+        for stage in plan(settings, data, fold)[:-1]:
             train_stage(given, progress, stage)
-        failed = trial > 0 and first_makes(compute, trial_failed, progress.history)
-        train_stage(given, progress, plan_rest(settings, fold, learnt, trial, failed))
+        failed = first_makes(compute, trial_failed, progress.history)
+        train_stage(given, progress, plan(settings, data, fold, failed)[-1])
     finish(given, progress)
     del lock
 
@@ -378,52 +376,41 @@ class Stage(NamedTuple):
     steps: int = 0  # of the optimizer, in all epochs
 
 
-def plan_opening(settings: Settings, fold: int, images: int, trial: int) -> list[Stage]:
-    """Return the first stages of a fold that learns so many images.
+def plan(settings: Settings, data: Data, fold: int, failed: bool = False) -> list[Stage]:
+    """Return the stages of a fold: its head, in long runs a trial, and the rest.
 
-    The head is trained in an extra epoch 0. In long runs the first `trial` epochs of all layers, in
-    the first fold, show from there whether they do harm.
+    The head is trained in an extra epoch 0. In long runs the first epochs of all layers, in the
+    first fold, show from there whether they do harm. All layers go on from a passed trial. After
+    one that `failed` the network goes back to its head, and only its upper half is trained; the
+    other folds follow. Without a trial, in short runs, all layers begin from the start.
     """
     stages = []
+    steps = [math.ceil(len(data.learns(each)) / settings.batch_size) for each in (0, fold)]
+    trial = math.ceil(TRIAL_STEPS / steps[0])
+    if 5 * trial > settings.epochs or settings.weights == "none":
+        trial = 0
+    epochs = range(1, settings.epochs + 1)
     if settings.weights != "none":
-        # Few images make few steps: they are drawn several times.
+        images = len(data.learns(fold))  # few make few steps: they are drawn several times
         passes = math.ceil(HEAD_STEPS * settings.batch_size / images)
-        steps = math.ceil(passes * images / settings.batch_size)
-        head = HEAD._replace(fold=fold, epochs=range(1), passes=passes, steps=steps)
-        stages.append(head)
+        in_all = math.ceil(passes * images / settings.batch_size)
+        stages.append(HEAD._replace(epochs=range(1), passes=passes, steps=in_all))
     if trial and fold == 0:
-        steps = trial * math.ceil(images / settings.batch_size)
-        stages.append(TRIAL._replace(epochs=range(1, trial + 1), steps=steps))
-    return stages
-
-
-def plan_rest(settings: Settings, fold: int, images: int, trial: int, failed: bool) -> Stage:
-    """Return the last stage of a fold, after a trial that `failed` or not.
-
-    All layers go on from a passed trial. After a failed one the network goes back to its head, and
-    only its upper half is trained. Without a trial, in short runs, all layers begin from the start.
-    """
-    first = trial + 1 if fold == 0 else 1  # the other folds follow the outcome of its trial
-    epochs = range(first, settings.epochs + 1)
-    steps = len(epochs) * math.ceil(images / settings.batch_size)
+        stages.append(TRIAL._replace(epochs=epochs[:trial], steps=trial * steps[0]))
+        epochs = epochs[trial:]
     begins_from = "" if trial else "start"
     if failed and fold == 0:
         begins_from = "head"
-    stage = UPPER if failed else WHOLE
-    return stage._replace(fold=fold, epochs=epochs, steps=steps, begins_from=begins_from)
-
-
-def count_trial(settings: Settings, images: int) -> int:
-    """Return the number of epochs that a trial takes; 0 if none is made."""
-    epochs = math.ceil(TRIAL_STEPS / math.ceil(images / settings.batch_size))
-    is_short = 5 * epochs <= settings.epochs
-    return epochs if is_short and settings.weights != "none" else 0
+    rest = UPPER if failed else WHOLE
+    in_all = len(epochs) * steps[1]
+    stages.append(rest._replace(epochs=epochs, steps=in_all, begins_from=begins_from))
+    return [stage._replace(fold=fold) for stage in stages]
 
 
 def trial_failed(history: Rows) -> bool:
     """Return whether a trial made the first network clearly worse than its head alone."""
     losses = {row["stage"]: row["val_loss"] for row in history if row["fold"] == 1}
-    return losses[TRIAL.name] > TRIAL_FAILS * losses[HEAD.name]
+    return TRIAL.name in losses and losses[TRIAL.name] > TRIAL_FAILS * losses[HEAD.name]
 
 
 def is_surely_better(one: Evaluation, other: Evaluation) -> bool:
@@ -634,6 +621,8 @@ class Evaluation:
         """Return what the history holds of an evaluation."""
         exam = self.exam
         effective, _ = effective_counts(exam)
+        spans = spanning_factor(self.predicted == exam.targets, exam)
+        effective = 1 + (effective - 1) / spans
         before = measure(self.as_trained, exam.train_counts, self.as_trained.sum(1))
         return {
             "val_loss": self.loss,
@@ -741,17 +730,22 @@ def assess(
         true_probability=(-losses).exp(),
         confusion=confusion_matrix(targets, predicted, classes),
         as_trained=confusion_matrix(targets, logits.float().log_softmax(1).argmax(1), classes),
-        auc=auc_by_class(log_probability.exp(), targets),
+        auc=auc_by_class(calibration.apply(logits, exam.log_share).softmax(1), exam),
         loss=(class_weights(targets) @ losses.double()).item(),
     )
 
 
 def cut_parts(targets: Tensor, families: Tensor) -> Tensor:
-    """Cut M images at random into parts with as many families of each class: (M,) int64."""
+    """Cut M images at random into parts with as many families of each class: (M,) int64.
+
+    A family of several classes counts for the rarest of these.
+    """
     unique, family = families.unique(return_inverse=True)
-    labels = torch.zeros_like(unique).scatter(0, family, targets)  # the class of each family
+    by_size = targets.bincount().argsort(stable=True)
+    rank = by_size.argsort()[targets]
+    rarest = torch.full_like(unique, len(by_size)).scatter_reduce(0, family, rank, "amin")
     order = torch.randperm(len(unique), generator=seeded("parts", 0, 0))
-    order = order[labels[order].argsort(stable=True)]
+    order = order[by_size[rarest][order].argsort(stable=True)]
     part = torch.zeros_like(unique)
     part[order] = torch.arange(len(unique)) % CALIBRATION_PARTS
     return part[family]
@@ -848,6 +842,8 @@ def describe_state(outcome: Outcome) -> list[str]:
     if "head" in kept:
         text = f"In {kept.count('head')} of {folds} networks the head alone is kept"
         lines.append(f"{text}: it is better")
+    if folds > 1:
+        lines.append("Shown is what single networks do; together they were better in all of 8 runs")
     if bare := [row["class"] for row in outcome.classes if not row["val_images"]]:
         lines.append(f"Classes without an image to judge them by: {len(bare)}, as {bare[0]}")
     return lines
@@ -900,6 +896,7 @@ def list_classes(names: list[str], draws: Any, judged: Evaluation) -> Rows:
         "precision": recall_by_class(confusion.T),  # NaN for a class never predicted
         "auc": judged.auc,
         "precision_in_use": precision_in_use(confusion, exam.train_counts),
+        "false_answers": confusion.sum(0) - confusion.diag(),
         "families": families,
         "effective_images": effective.round().long(),
     })  # fmt: skip
@@ -971,33 +968,30 @@ def print_end(outcome: Outcome) -> None:
 
 # -------------------------------------------------------------------------------------------- page
 
-MOST_LETTERS = 28  # of a class in the chart
 MISTAKES = 24  # how many are shown
 THUMBNAIL = 160  # pixels a side
 TERMS = (
     "Balanced accuracy: the mean recall of the classes; many, medium, few: of classes of over 100, "
     "20 to 100, under 20 training images. Intervals: 95 %, over images; another training can move "
     "a figure further. Calibration: logits times a scale, less a shift times the log share of the "
-    "class; each part of the images is judged with numbers fitted on the others. Precision: the "
-    "part of the judged images called a class that is of it; in use: the same where classes are as "
-    "frequent as in training. AUC: how often an image of the class has a higher probability of it "
-    "than one of another class. Effective images: so many independent ones would tell as much."
+    "class; each part of the images is judged with numbers fitted on the others. Precision in use: "
+    "the part of what is called a class that is of it, where classes are as frequent as in "
+    "training; 100 % where no false answer was seen. AUC: how often an image of the class has a "
+    "higher probability of it than another. Effective images: as many independent ones tell as much."
 )
 STYLE = """:root{color-scheme:light dark;background:Canvas;color:CanvasText;font:16px/1.5 system-ui,
 sans-serif}body{max-width:1040px;margin:auto;padding:8px 14px 64px;overflow-wrap:anywhere}h2{
 margin-top:44px;border-top:1px solid #8884;padding-top:18px}p,dd{max-width:78ch}dt{font-weight:600}
-small,.soft{opacity:.75;font-size:12.5px}.tiles,.pairs{display:grid;gap:14px;margin:20px 0;
+small{opacity:.75}.tiles,.pairs{display:grid;gap:14px;margin:20px 0;
 grid-template-columns:repeat(auto-fit,minmax(170px,1fr))}.tiles div{padding:10px 14px;
 border-left:4px solid #3987c9;background:#8881}div>b,small{display:block}.tiles b{font-size:30px}
 .pairs{grid-template-columns:repeat(auto-fill,minmax(290px,1fr))}figure{display:grid;margin:0;
 gap:8px;grid-template-columns:1fr 1fr;break-inside:avoid}img{width:100%}.wide{overflow-x:auto}
-table{border-collapse:collapse}td,th{padding:5px 0 5px 20px;text-align:right;font-weight:400;
-border-bottom:1px solid #8883;white-space:nowrap}th:first-child{text-align:left;padding-left:0;
-white-space:normal;max-width:50vw}pre{white-space:pre-wrap;padding:12px;background:#8882}
-.chart{width:100%;max-width:800px;font-size:14px;overflow:visible}.chart *{fill:currentColor}
-.end{text-anchor:end}line,polyline{stroke:currentColor;stroke-width:2;stroke-linecap:round;
-vector-effect:non-scaling-stroke}.chart polyline{fill:none}.new{color:#3987c9}.old{color:#e08214}
-.grid{color:#8884;stroke-width:1}.bar{opacity:.4;stroke-width:8}"""
+table{border-collapse:collapse}td{padding:5px 0 5px 20px;text-align:right;white-space:nowrap;
+border-bottom:1px solid #8883}td:first-child{text-align:left;white-space:normal;max-width:40vw}
+svg{width:100%;max-width:800px;overflow:visible}text{fill:currentColor;font-size:14px}
+line,polyline{fill:none;stroke:currentColor;stroke-width:2;vector-effect:non-scaling-stroke}
+.old{color:#e08214}.new{color:#3987c9}.bar{opacity:.4;stroke-width:8}.grid{color:#8884}"""
 
 
 def make_page(outcome: Outcome) -> bytes:
@@ -1008,18 +1002,16 @@ def make_page(outcome: Outcome) -> bytes:
         before = confusion_matrix(last.exam.targets, outcome.baseline, len(classes))
         recalls = recall_by_class(before).tolist()
         classes = [row | {"before": x} for row, x in zip(classes, recalls, strict=True)]
-    losses = {"training": "train_loss", "validation, calibrated": "val_loss"}
-    results = {"as trained": "as_trained_balanced_accuracy", "calibrated": "balanced_accuracy"}
-    curves = curve_chart(history, "Loss by epoch", losses)
-    curves += curve_chart(history, "Balanced accuracy by epoch", results)
+    loss = ("Loss (orange: training, blue: validation)", "train_loss", "val_loss")
+    balanced = "Balanced accuracy (orange: as trained, blue: calibrated)"
+    results = (balanced, "as_trained_balanced_accuracy", "balanced_accuracy")
     facts = "".join(f"<dt>{show(k)}</dt><dd>{show(v)}</dd>" for k, v in outcome.facts.items())
-    table = f"<details><summary>All of each class</summary>{show_rows(classes)}</details>"
     sections = {
         "Compared with the baseline, on the same images": show_rows(changes) if changes else "",
-        "Recall": recall_chart(classes) + table,
+        "Recall of each class": recall_chart(classes) + show_rows(classes),
         "Mistakes": show_mistakes(outcome.data, last),
         "Confusions": show_confusions(outcome.data.classes, last.confusion),
-        "Training": curves,
+        "Training": curve_chart(history, *loss) + curve_chart(history, *results),
         "How this was measured": f"<p>{TERMS}</p><dl>{facts}</dl>",
     }
     title = show(outcome.settings.data.name)
@@ -1060,69 +1052,46 @@ def show(value: Any) -> str:
     return html.escape(printable(str(value)))
 
 
-def write(text: str, x: float, y: float, kind: str = "") -> str:
-    """Return text at a part of a chart's width, in per cent, and a pixel of its height."""
-    return f'<text class="{kind}" x="{x:g}%" y="{y:g}">{text}</text>'
-
-
-def make_chart(title: str, names: Sequence[str], body: str, height: int) -> str:
-    """Return a chart: its title, what is orange and what is blue, and below them its body."""
-    spots = zip(("old", "new"), names, strict=False)
-    legend = " &#160; ".join(f'<tspan class="{kind}">●</tspan> {name}' for kind, name in spots)
-    text = write(f"<tspan font-weight='600'>{title}</tspan>", 0, 14) + write(legend, 0, 34, "soft")
-    return f'<svg class="chart" width="760" height="{height}">{text}{body}</svg>'
-
-
-def draw_row(row: Mapping[str, Any], y: int) -> str:
-    """Draw the recall of a class, its interval, and above it the recall before, if known."""
-    marks = ""
-    if not math.isnan(row.get("before", math.nan)):
-        marks += f'<circle class="old" cx="{row["before"]:.2%}" cy="9" r="5.5"/>'
-    if row["val_images"]:
-        marks += f'<line class="new bar" x1="{row["low"]:.2%}" x2="{row["high"]:.2%}" y1="21" '
-        marks += f'y2="21"/><circle class="new" cx="{row["recall"]:.2%}" cy="21" r="5.5"/>'
-    name = row["class"]
-    if len(name) > MOST_LETTERS:  # the middle goes: names often begin, or end, alike
-        name = f"{name[: MOST_LETTERS // 2]}…{name[-MOST_LETTERS // 2 :]}"
-    texts = write(show(name), 38, 14, "end") + write(show(row["recall"]), 100, 26, "end")
-    texts += write(f"{row['train_images']} / {row['val_images']} images", 38, 29, "soft end")
-    return f'<svg y="{y}" height="40">{texts}<svg x="41%" width="41%">{marks}</svg></svg>'
-
-
 def recall_chart(classes: Rows) -> str:
-    """Return a chart of the recall of each class, most training images first: SVG."""
-    height = 62 + 40 * len(classes)
-    names = ["before", "now"] if "before" in classes[0] else []
-    body = '<svg x="41%" width="41%" overflow="visible">'
+    """Return a chart of the recall of each class, most training images first: SVG.
+
+    A bar is its interval, a blue dot the recall, an orange one that of the baseline.
+    """
+    body = ""
     for x in range(0, 101, 25):
-        body += f'<line class="grid" x1="{x}%" x2="{x}%" y1="58" y2="{height}"/>'
-        body += write(str(x), x, 52, "soft")
-    body += "</svg>"
+        body += f'<line class="grid" x1="{40 + x / 2}%" x2="{40 + x / 2}%" y1="20" y2="100%"/>'
+        body += f'<text x="{40 + x / 2}%" y="14">{x} %</text>'
     order = sorted(classes, key=lambda row: -row["train_images"])
-    body += "".join(draw_row(row, 60 + 40 * place) for place, row in enumerate(order))
-    return make_chart("Recall in % (training / validation images)", names, body, height)
+    for y, row in enumerate(order):
+        body += f'<svg y="{30 + 26 * y}" height="24"><text y="17">{show(row["class"])}</text>'
+        if row["val_images"]:
+            ends = f'x1="{row["low"]:.2%}" x2="{row["high"]:.2%}"'
+            body += f'<svg x="40%" width="50%"><line class="new bar" {ends} y1="12" y2="12"/>'
+            for kind, key in (("old", "before"), ("new", "recall")):
+                place = row.get(key, math.nan)
+                if not math.isnan(place):
+                    body += f'<circle class="{kind}" fill="currentColor" r="5" cy="12" '
+                    body += f'cx="{place:.2%}"/>'
+            body += "</svg>"
+        body += "</svg>"
+    return f'<svg height="{40 + 26 * len(order)}">{body}</svg>'
 
 
-def curve_chart(history: Rows, title: str, lines: Mapping[str, str]) -> str:
-    """Return a chart of columns by epoch, a line for each fold; `lines` are columns by name: SVG."""
-    values = [row[key] for row in history for key in lines.values()]
-    low = math.floor(20 * min(values)) / 20
-    height = max(0.05, max(values) - low)
+def curve_chart(history: Rows, title: str, before: str, after: str) -> str:
+    """Return a chart of two columns by epoch, orange and blue, a line for each fold: SVG."""
+    values = [row[key] for row in history for key in (before, after)]
+    low, high = min(values), max(values) + 1e-9
     epochs = [row["epoch"] for row in history]
     width = max(1, max(epochs) - min(epochs))
-    body = ""
-    for y in range(0, 101, 25):
-        body += f'<line class="grid" x2="100%" y1="{y}%" y2="{y}%"/><text class="soft end" x="-8" '
-        body += f'y="{y}%" dy="4">{low + height * (1 - y / 100):.2f}</text>'
-    body += f'<svg viewBox="{min(epochs)} {-low - height} {width} {height}" '
-    body += 'preserveAspectRatio="none">'
-    for kind, key in zip(("old", "new"), lines.values(), strict=True):
+    body = f'<text y="14">{title}: from {low:.3g} to {high:.3g}, epochs {min(epochs)} to '
+    body += f'{max(epochs)}</text><svg y="24" height="160" preserveAspectRatio="none" '
+    body += f'viewBox="{min(epochs)} {-high} {width} {high - low}">'
+    for kind, key in (("old", before), ("new", after)):
         for fold in {row["fold"] for row in history}:
             rows = [row for row in history if row["fold"] == fold]
             points = " ".join(f"{row['epoch']},{-row[key]:.6g}" for row in rows[:1] + rows)
             body += f'<polyline class="{kind}" points="{points}"/>'
-    plot = f'<svg x="10%" y="52" width="86%" height="180" overflow="visible">{body}</svg></svg>'
-    return make_chart(title, [*lines], plot, 260)
+    return f'<svg height="210">{body}</svg></svg>'
 
 
 def show_rows(rows: Rows) -> str:
@@ -1170,7 +1139,7 @@ def show_image(data: Data, place: int, relation: str, label: int) -> str:
     """Return the image at a place of `data`, its relation to a class, and the class."""
     image = ""
     with contextlib.suppress(DataError):  # a picture that is gone does not cost the page
-        pixels = central_square(THUMBNAIL)(read_image(data.paths[place], data.white, THUMBNAIL))
+        pixels = central_square(read_image(data.paths[place], data.white, THUMBNAIL), THUMBNAIL)
         content = io.BytesIO()
         v2.functional.to_pil_image(pixels).save(content, "JPEG", quality=80)
         encoded = base64.b64encode(content.getvalue()).decode()
@@ -1247,11 +1216,11 @@ def list_photos(place: Path, classes: list[str]) -> list[Row]:
     labels = {name: label for label, name in enumerate(classes)}
     paths = sorted(walk_files(str(place)), key=Path) if place.is_dir() else [str(place)]
     rows = []
-    for path in paths:
+    for path in filter(os.path.isfile, paths):
         name = os.path.relpath(path, place)
         if path.lower().endswith(IMG_EXTENSIONS):
-            rows.append(Row(path, name, labels.get(Path(name).parts[0], -1), ""))
-    if not (rows and place.exists()):
+            rows.append(Row(path, name, labels.get(name.split(os.sep)[0], -1), ""))
+    if not rows:
         raise DataError(f"DATA {place}: no image there; known are {', '.join(IMG_EXTENSIONS)}")
     is_labelled = all(row.label >= 0 for row in rows)
     return rows if is_labelled else [row._replace(label=-1) for row in rows]
@@ -1312,18 +1281,14 @@ def load_progress(
 ) -> Progress:
     """Return how far a stopped run has come, or begin to store a new one."""
     output = settings.output
-    split = format_table(list_split(data))
     if "history" not in stored:
-        write_file(output / "split.csv", split)
+        write_file(output / "split.csv", format_table(list_split(data)))
         progress = Progress(copy_state(model), torch.zeros(len(data.classes), dtype=torch.int64))
         save_tensors(output / START, progress.start)
         return progress
-    before = (output / "split.csv").read_bytes().splitlines()
-    for old, new in zip_longest(before, split.splitlines(), fillvalue=b""):
-        if old != new:
-            name = (old or new).decode(errors="surrogateescape").split(",")[0]
-            text = "gone, new or changed since the run began; put it back, or start a new run"
-            raise DataError(f"{settings.data}: {name}: {text}")
+    if changed := find_difference(list_split(data), read_table(output / "split.csv")):
+        text = "gone, new or changed since the run began; put it back, or start a new run"
+        raise DataError(f"{settings.data}: {changed}: {text}")
     start = load_tensors(output / START, "--resume")
     names = set(Progress.__annotations__).difference(NOT_IN_STATE)
     progress = Progress(start, **{name: stored[name] for name in names})
@@ -1390,18 +1355,21 @@ def load_baseline(run: Path | None, data: Data) -> Tensor:
     """Return what an earlier run predicted for the same judged images: (M,) int64."""
     if not run:
         return torch.empty(0)
-    theirs, ours = read_table(run / "split.csv"), list_split(data)
-    keys = [
-        {tuple(row.values()) for row in rows if row["part"] not in ("train", "test")}
-        for rows in (theirs, ours)
-    ]
-    if different := keys[0] ^ keys[1]:
-        text = f"judged by other images, {min(different)[0]} for one of {len(different)}"
-        raise DataError(f"--baseline {run}: {text}; give both runs the same DATA and flags")
+    tables = [list_split(data), read_table(run / "split.csv")]
+    judged = [[row for row in rows if row["part"] not in ("train", "test")] for rows in tables]
+    if different := find_difference(*judged):
+        text = f"judged by other images, {different} for one; give both runs the same DATA, flags"
+        raise DataError(f"--baseline {run}: {text}")
     labels = {name: label for label, name in enumerate(data.classes)}
     rows = read_table(run / "predictions.csv")
     predicted = {row["path"]: labels[row["predicted"]] for row in rows}
     return torch.tensor([predicted[data.names[place]] for place in data.judged().tolist()])
+
+
+def find_difference(ours: Rows, theirs: Rows) -> str:
+    """Return the path of the first image that only one of two splits has, "" if there is none."""
+    sides = [{(row["path"], row["digest"]) for row in rows} for rows in (ours, theirs)]
+    return min(sides[0] ^ sides[1], default=("",))[0]
 
 
 # ---------------------------------------------------------------------------------------- settings
@@ -1441,7 +1409,13 @@ def open_run(args: Namespace, compute: Compute) -> tuple[Settings, Listing, dict
     What is stored is the state of a stopped run, or the content of a file of weights.
     """
     if args.resume:
-        stored = load_state(args.resume)
+        path = args.resume / STATE
+        if not path.exists():
+            raise DataError(f"--resume {args.resume}: no stopped run there, or a complete one")
+        stored = load_tensors(path, "--resume")
+        if stored.get("format") != STATE_FORMAT:
+            text = "stopped by another version of this script; go on with that, or start a new run"
+            raise DataError(f"--resume {args.resume}: {text}")
         chosen = stored["settings"] | {"output": args.resume}
         if args.amp is not None:
             chosen["precision"] = compute.precision
@@ -1464,18 +1438,6 @@ def open_run(args: Namespace, compute: Compute) -> tuple[Settings, Listing, dict
     chosen |= {name: Path(chosen[name]).resolve() for name in PATHS if chosen[name]}
     known = {name: value for name, value in chosen.items() if name in Settings.__annotations__}
     return Settings(**known), listing, stored
-
-
-def load_state(output: Path) -> dict[str, Any]:
-    """Read the state of the stopped run in a folder."""
-    if not (output / STATE).exists():
-        reason = "complete" if (output / NETWORK).exists() else "no run to go on with"
-        raise DataError(f"--resume {output}: {reason}; name the folder of a stopped run")
-    stored: dict[str, Any] = load_tensors(output / STATE, "--resume")
-    if stored.get("format") != STATE_FORMAT:
-        text = "stopped by another version of this script; go on with that, or start a new run"
-        raise DataError(f"--resume {output}: {text}")
-    return stored
 
 
 def check_paths(args: Namespace) -> None:
@@ -1569,8 +1531,8 @@ class Data(NamedTuple):
         return torch.bincount(self.labels[indices], minlength=len(self.classes))
 
     def train_counts(self) -> Tensor:
-        """Count the images of each class that at least one network learns: (C,) int64."""
-        return self.counts(self.trained())
+        """Count the images of each class that a network, the first, learns: (C,) int64."""
+        return self.counts(self.learns(0))
 
 
 def load_data(settings: Settings, listing: Listing, stored: Mapping[str, Any]) -> Data:
@@ -1588,31 +1550,30 @@ def load_data(settings: Settings, listing: Listing, stored: Mapping[str, Any]) -
     digests = torch.tensor([checked[row.path] for row in rows])
     families = torch.tensor(find_families(rows, digests.tolist(), settings.group))
     known = families[torch.isin(digests, stored.get("learnt", digests[:0]))]
-    is_known = torch.isin(families, known)
-    held = torch.tensor(hold_images(settings, rows, families.tolist(), is_known.tolist()))
+    is_known = torch.isin(families, known).tolist()
+    held = torch.tensor(hold_images(settings, rows, families.tolist(), is_known))
     is_ours = torch.tensor([row.part == "train" for row in rows])
     is_learnt = is_ours & ((held != 0) | (settings.folds > 1))
     leaks = ~is_ours & torch.isin(families, torch.cat([families[is_learnt], known]))
+    kept = (~leaks).nonzero().flatten()
     if leaks.any():
         text = f"{int(leaks.sum())} validation images leak from training (copies, or families of "
         text += f"learnt images): left out, {rows[int(leaks.nonzero()[0])].path} for one"
         print(f"warning: {printable(text)}", file=sys.stderr)
-    kept = (~leaks).nonzero().flatten()
     rows = [rows[place] for place in kept.tolist()]
-    held = held[kept]
-    parts = [row.part for row in rows]
-    for place in (held != EVERY).nonzero().flatten().tolist():
-        if settings.folds > 1:
-            parts[place] = "test" if held[place] == TEST else f"fold {held[place] + 1}"
-        elif parts[place] == "train":
-            parts[place] = "val"
+    parts = []
+    for row, fold in zip(rows, held[kept].tolist(), strict=True):
+        part = "val" if row.part == "train" and fold == 0 else row.part
+        if settings.folds > 1 and fold != EVERY:
+            part = "test" if fold == TEST else f"fold {fold + 1}"
+        parts.append(part)
     data = Data(
         classes=classes,
         paths=[row.path for row in rows],
         names=[row.name for row in rows],
         labels=torch.tensor([row.label for row in rows]),
         parts=parts,
-        held=held,
+        held=held[kept],
         families=families[kept],
         digests=digests[kept],
         white=next((white for white in WHITES if peak <= white), peak),
@@ -1861,18 +1822,19 @@ def load_model(settings: Settings, classes: list[str], stored: Mapping[str, Any]
 
 
 def read_weights(place: str) -> dict[str, Any]:
-    """Read the network of a run, or the state_dict of a file as one of "networks"; {} for a name."""
+    """Read the network of a run, or a state_dict as one of "networks"; {} for a name."""
     path = os.path.join(place, NETWORK) if os.path.isdir(place) else place
     if not os.path.isfile(path):
         return {}
     content = load_tensors(Path(path), "--weights")
     state: Any = content if isinstance(content, dict) else {}
-    if "networks" in state and "classes" in state:
+    if state.get("networks") and "classes" in state:
         return state
     state = state.get("state_dict", state.get("model", state))
-    if not (state and all(isinstance(value, Tensor) for value in state.values())):
+    items = state.items() if isinstance(state, dict) else ()
+    if not (items and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in items)):
         raise DataError(f"--weights {path}: no weights in it; torch.save a state_dict there")
-    return {"networks": [{key.removeprefix("module."): value for key, value in state.items()}]}
+    return {"networks": [{key.removeprefix("module."): value for key, value in items}]}
 
 
 @torch.no_grad()
@@ -2025,18 +1987,21 @@ class Images(Dataset[tuple[Tensor, int]]):
         crop = v2.RandomResizedCrop(size, (CROP_SCALE, 1.0))
         flips = [v2.RandomHorizontalFlip(0.0 if flip == "none" else 0.5)]
         self.training = v2.Compose([crop, *flips, *[turn] * (flip == "all")])
-        self.evaluation = central_square(eval_size(size))
+        self.eval_size = eval_size(size)
 
     def __getitem__(self, item: Sequence[int]) -> tuple[Tensor, int]:
         """Return the image as (S, S, 3) uint8, and its label."""
         index, seed = map(int, item)
-        transform = self.evaluation if seed == EVALUATED else self.training
         image = self.read(index)
-        torch.default_generator.manual_seed(seed)  # which the transforms draw from
-        return transform(image).permute(1, 2, 0), int(self.labels[index])
+        if seed == EVALUATED:
+            image = central_square(image, self.eval_size)
+        else:
+            torch.default_generator.manual_seed(seed)  # which the transforms draw from
+            image = self.training(image)
+        return image.permute(1, 2, 0), int(self.labels[index])
 
     def keep_copies(self, folder: Path) -> None:
-        """Keep copies of large images, shrunk, which may take a quarter of the disk that is free."""
+        """Keep copies of large images, shrunk; they may take a quarter of the disk that is free."""
         folder.mkdir(exist_ok=True)
         self.copies = folder
         self.reserve = 0.75 * shutil.disk_usage(folder).free
@@ -2113,9 +2078,12 @@ def turn(image: Tensor) -> Tensor:
     return image.rot90(int(torch.randint(4, ())), (-2, -1))
 
 
-def central_square(size: int) -> nn.Module:
-    """Return the transform of evaluation: the central square, `size` pixels a side."""
-    return v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
+def central_square(image: Tensor, size: int) -> Tensor:
+    """Return the central square of an image (3, H, W), `size` pixels a side."""
+    side = min(image.shape[1:])
+    if max(image.shape[1:]) > 8 * side:  # to enlarge a thin line as a whole would take gigabytes
+        image = v2.functional.center_crop(image, [min(8 * side, n) for n in image.shape[1:]])
+    return v2.functional.center_crop(v2.functional.resize(image, [size]), [size])
 
 
 def least_side(size: int) -> int:
@@ -2163,24 +2131,28 @@ def precision_in_use(confusion: Tensor, frequency: Tensor) -> Tensor:
     return called.diag() / called.nansum(0)
 
 
-def auc_by_class(probabilities: Tensor, targets: Tensor) -> Tensor:
+def auc_by_class(scores: Tensor, exam: Exam) -> Tensor:
     """Return the area under the ROC curve of each class against the rest: (C,) float64.
 
-    That is how often an image of the class has a higher probability of it than an image of another
-    class, ties half; each other class counts the same. NaN for a class without images, or alone.
-    `probabilities` are (M, C), `targets` (M,) int64.
+    That is how often an image of the class has a higher score for it, of (M, C), than an image of
+    another class that was judged by the same network, ties half; each other class counts the same.
+    NaN for a class without images, or alone.
     """
-    counts = torch.bincount(targets, minlength=probabilities.shape[1])
-    known = counts.nonzero().flatten().tolist()
-    areas = torch.full((len(counts),), math.nan, dtype=torch.float64)
-    for label in known:
-        ours = targets == label
-        weights = torch.where(ours, 0, 1 / counts[targets].double()) / (len(known) - 1)
-        _, rank = probabilities[:, label].unique(return_inverse=True)
-        others = torch.bincount(rank, weights)
-        lower = others.cumsum(0) - others / 2
-        areas[label] = lower[rank[ours]].mean()
-    return areas
+    areas = torch.zeros(scores.shape[1], dtype=torch.float64)
+    images = torch.zeros_like(areas)
+    for fold in exam.folds.unique():
+        targets = exam.targets[exam.folds == fold]
+        counts = targets.bincount(minlength=len(areas))
+        known = counts.nonzero().flatten().tolist()
+        for label in known if len(known) > 1 else []:
+            ours = targets == label
+            weights = torch.where(ours, 0, 1 / counts[targets].double()) / (len(known) - 1)
+            _, rank = scores[exam.folds == fold, label].unique(return_inverse=True)
+            others = torch.bincount(rank, weights)
+            lower = others.cumsum(0) - others / 2
+            areas[label] += lower[rank[ours]].sum()
+            images[label] += counts[label]
+    return areas / images
 
 
 def effective_counts(exam: Exam) -> tuple[Tensor, Tensor]:
@@ -2190,22 +2162,27 @@ def effective_counts(exam: Exam) -> tuple[Tensor, Tensor]:
     as much as (sum of n_f)^2 / (sum of n_f^2) independent ones (Kish 1965).
     """
     classes = len(exam.train_counts)
-    pairs = exam.targets * (int(exam.families.max()) + 1) + exam.families
-    pairs, sizes = pairs.unique(return_counts=True)
-    label = pairs // (int(exam.families.max()) + 1)
+    width = int(exam.families.max()) + 1
+    pairs, sizes = (exam.targets * width + exam.families).unique(return_counts=True)
+    label = pairs // width
     images = torch.bincount(label, sizes.double(), classes)
     squares = torch.bincount(label, sizes.double() ** 2, classes)
     return (images**2 / squares).nan_to_num(), torch.bincount(label, minlength=classes)
 
 
-def measure_weights(val_counts: Tensor, train_counts: Tensor) -> Tensor:
-    """Return the weight of each class's recall in each of `MEASURES`: (5, C) float64, or NaN."""
-    many = train_counts > MANY
-    few = train_counts < FEW
-    known = val_counts > 0
-    rows = [val_counts, known, known & many, known & ~many & ~few, known & few]
-    weights = torch.stack(rows).double()
-    return weights / weights.sum(1, keepdim=True)
+def spanning_factor(values: Tensor, exam: Exam) -> float:
+    """Return how many times as large families that span classes make the variance of a mean.
+
+    That is the mean over classes of the means of (M,) `values`. What a family has in common moves
+    several classes at once: the squares of its sums over all classes, by those in each class.
+    """
+    counts = exam.targets.bincount(minlength=len(exam.train_counts)).double()
+    means = torch.bincount(exam.targets, values.double(), len(counts)) / counts
+    errors = (values - means[exam.targets]) / counts[exam.targets]
+    together = torch.bincount(exam.families, errors).square().sum()
+    _, pairs = (exam.families * len(counts) + exam.targets).unique(return_inverse=True)
+    apart = torch.bincount(pairs, errors).square().sum()
+    return max(1.0, float(together / apart)) if apart > 0 else 1.0
 
 
 def mean_interval(recall: Tensor, counts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -2241,7 +2218,7 @@ def lowest_mean(recall: Tensor, n: Tensor, weights: Tensor) -> Tensor:
 
 
 def measure(confusion: Tensor, train_counts: Tensor, effective: Tensor) -> dict[str, float]:
-    """Return the measures of a confusion matrix, and the interval of balanced accuracy.
+    """Return `MEASURES` of a confusion matrix, and the interval of balanced accuracy.
 
     `effective` (C,) are the images of each class that the interval counts.
     """
@@ -2249,6 +2226,16 @@ def measure(confusion: Tensor, train_counts: Tensor, effective: Tensor) -> dict[
     values, low, high = mean_interval(recall_by_class(confusion), effective, weights)
     measures = dict(zip(MEASURES, values.tolist(), strict=True))
     return measures | {"low": low[1].item(), "high": high[1].item()}
+
+
+def measure_weights(val_counts: Tensor, train_counts: Tensor) -> Tensor:
+    """Return the weight of each class's recall in each of `MEASURES`: (5, C) float64, or NaN."""
+    many = train_counts > MANY
+    few = train_counts < FEW
+    known = val_counts > 0
+    rows = [val_counts, known, known & many, known & ~many & ~few, known & few]
+    weights = torch.stack(rows).double()
+    return weights / weights.sum(1, keepdim=True)
 
 
 def compare(before: Tensor, judged: Evaluation) -> Rows:
@@ -2259,25 +2246,24 @@ def compare(before: Tensor, judged: Evaluation) -> Rows:
     the won a quarter is added for the interval (Agresti and Min 2005, Statistics in Medicine 24),
     since of few images none may differ.
     """
-    targets, classes = judged.exam.targets, len(judged.confusion)
-    new = judged.confusion
+    exam, new = judged.exam, judged.confusion
+    targets, classes = exam.targets, len(new)
     old = confusion_matrix(targets, before, classes)
-    weights = measure_weights(new.sum(1), judged.exam.train_counts)
+    weights = measure_weights(new.sum(1), exam.train_counts)
     change = (judged.predicted == targets).long() - (before == targets).long()
     lost = torch.bincount(targets[change < 0], minlength=classes) + 0.25
     won = torch.bincount(targets[change > 0], minlength=classes) + 0.25
     n = new.sum(1).double() + 0.5
-    variance = ((won + lost) / n - ((won - lost) / n) ** 2) / (
-        effective_counts(judged.exam)[0] - 0.5
-    )
-    half = Z * (weights**2 @ variance).sqrt()
+    variance = ((won + lost) / n - ((won - lost) / n) ** 2) / (effective_counts(exam)[0] - 0.5)
+    half = Z * (weights**2 @ variance * spanning_factor(change, exam)).sqrt()
     means = [(weights @ recall_by_class(each).nan_to_num()).tolist() for each in (old, new)]
     rows = []
     for name, one, two, far in zip(MEASURES, *means, half.tolist(), strict=True):
         low, high = max(two - one - far, -1.0), min(two - one + far, 1.0)
-        sure = "undecided" if low <= 0 <= high else "yes"
+        sure = "undecided" if low <= 0 <= high else "yes; another seed may move it as much"
         row = {"measure": name.replace("_", " "), "before": one, "after": two}
-        row |= {"difference": two - one, "low": low, "high": high, "more than chance": sure}
+        row |= {"difference": two - one, "low": low, "high": high}
+        row["more than the chance of these images?"] = sure
         rows += [] if math.isnan(one) else [row]  # of an empty group
     return rows
 
@@ -2399,17 +2385,14 @@ def first_makes(compute: Compute, make: Callable[..., Any], *arguments: Any) -> 
 
     Where it fails, process 0 raises the error and the others exit with status 2.
     """
-    if compute.world_size == 1:
-        return make(*arguments)
     made = [None]
     try:
         if compute.rank == 0:
             made = [make(*arguments)]
     finally:  # else the others would say that they have lost process 0
-        dist.broadcast_object_list(made, 0)
-    if made[0] is None:
-        sys.exit(2)
-    return made[0]
+        if compute.world_size > 1:
+            dist.broadcast_object_list(made, 0)
+    return sys.exit(2) if made[0] is None else made[0]
 
 
 def gather(part: Tensor, compute: Compute) -> Tensor:
@@ -2454,10 +2437,10 @@ def list_folders(root: Path) -> list[str]:
 def walk_files(root: str) -> Iterator[str]:
     """Yield the path of every file below `root`; follow links, leave out what is hidden."""
     for folder, folders, files in os.walk(root, followlinks=True):
-        here = os.path.realpath(folder) + os.sep
+        here = Path(folder).absolute()
+        above = {os.path.realpath(each) for each in (here, *here.parents)}
         for name in list(folders):  # a link to a folder above it would be followed for ever
-            there = os.path.realpath(os.path.join(folder, name)) + os.sep
-            if name[0] == "." or here.startswith(there):
+            if name[0] == "." or os.path.realpath(os.path.join(folder, name)) in above:
                 folders.remove(name)
         yield from (os.path.join(folder, name) for name in files if name[0] != ".")
 
@@ -2631,7 +2614,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     if "natural" in given and "predict" not in given:
         parser.error("--natural: only with --predict; drop it")
     if not given.keys() & {"output", "predict", "resume"}:
-        given["output"] = Path(f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}")
+        given["output"] = Path(f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(2)}")
     words = sys.argv if argv is None else ["data_training.py", *argv]
     return Namespace(**defaults | given, command=shlex.join(["python", *words]))
 
@@ -2673,5 +2656,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, closed by `>&-`
+    sys.stderr = sys.stderr or sys.stdout
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.exit(main())

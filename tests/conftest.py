@@ -3,18 +3,17 @@
 import contextlib
 import csv
 import io
+import json
 import math
 import os
 import random
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -36,6 +35,7 @@ import data_training as training  # noqa: E402
 
 Run = SimpleNamespace  # a whole run: its folder, what it printed, its bars
 SCRIPT = Path(training.__file__)
+HEAD_STEPS, SURE = training.HEAD_STEPS, training.SURE  # of the script as it is
 COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan", "white", "black")
 
 
@@ -50,29 +50,18 @@ class Narrow(models.ResNet):
         return super()._make_layer(block, planes // 8, *others, **more)
 
 
-HEAD_STEPS, SURE = training.HEAD_STEPS, training.SURE  # of the script as it is
-CODE = SCRIPT.read_text(encoding="utf-8").replace(f"STEPS = {HEAD_STEPS} ", "STEPS = 100 ")
-CODE = CODE.replace(f"\nSURE = {SURE}\n", "\nSURE = math.inf\n")
-# It rests where an epoch is told of, so that there is time to stop it.
-RESTING = CODE.replace("settings), flush=True)", "settings), flush=True), time.sleep(0.5)")
-
-
-def make_quick(patch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def quick() -> Iterator[None]:
     """Nothing waits for the disk, networks are narrow, and heads are trained for 100 steps.
 
     No head is kept in place of all layers, of which so small a training makes little.
     """
-    patch.setattr(os, "fsync", lambda _: None)
-    patch.setattr(os, "sync", lambda: None, raising=False)
-    patch.setattr(models.resnet, "ResNet", Narrow)  # what `models.resnet18` makes
-    patch.setattr(training, "HEAD_STEPS", 100)
-    patch.setattr(training, "SURE", math.inf)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        make_quick(patch)
+        patch.setattr(os, "fsync", lambda _: None)
+        patch.setattr(os, "sync", lambda: None, raising=False)
+        patch.setattr(models.resnet, "ResNet", Narrow)  # what `models.resnet18` makes
+        patch.setattr(training, "HEAD_STEPS", 100)
+        patch.setattr(training, "SURE", math.inf)
         yield
 
 
@@ -103,63 +92,63 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("data") / "src", {"ape": 30, "bee": 18, "cat": 9})
 
 
-NOTHING = torch.empty(0, dtype=torch.int64)  # that the network has learnt before
+CPU = training.Compute(torch.device("cpu"), "float32")
 
 
-def load(folder: Path, *arguments: str, known: torch.Tensor = NOTHING) -> training.Data:
-    """The images of the folder, as the script reads them; the network has learnt the `known`."""
-    args = training.parse_args([str(folder), *arguments])
-    return training.load_data(args, *training.list_rows(args), known)
+def open_run(*command: object) -> tuple[training.Settings, training.Listing, dict[str, Any]]:
+    """Settings, images and weights of a run with this command."""
+    return training.open_run(training.parse_args([*map(str, command)]), CPU)
 
 
-def images(labels: list[int], held: list[int], folds: int = 1, **others: Any) -> training.Data:
+def load(*command: object, known: torch.Tensor | None = None) -> training.Data:
+    """The images of a run with this command; its network has learnt the `known`."""
+    settings, listing, _ = open_run(*command)
+    return training.load_data(settings, listing, {} if known is None else {"learnt": known})
+
+
+def images(labels: list[int], held: list[int], **others: Any) -> training.Data:
     """Images that are not there, with these labels, held out by these folds."""
     names = [f"{label}/{at}.jpg" for at, label in enumerate(labels)]
     parts = ["val" if fold == 0 else "train" for fold in held]
     numbers = torch.arange(len(labels))
     fields = {"classes": ["no", "yes"], "paths": names, "names": names, "parts": parts}
-    fields |= {"labels": torch.tensor(labels), "held": torch.tensor(held)}
-    fields |= {"families": numbers, "digests": numbers, "white": {}, "related": 0}
-    data = training.Data(**fields | {"unreadable": []} | others)
-    assert data.folds == folds
-    return data
+    fields |= {"labels": torch.tensor(labels), "held": torch.tensor(held), "white": 255}
+    fields |= {"families": numbers, "digests": numbers, "leaks": 0, "unreadable": []}
+    return training.Data(**fields | others)
 
 
-CPU = training.Compute(torch.device("cpu"), None)
+def exam_of(
+    targets: list[int], train_counts: list[int], families: list[int] | None = None
+) -> training.Exam:
+    """Images of these classes that judge one fold."""
+    places, counts = torch.arange(len(targets)), torch.tensor(train_counts)
+    kin = places if families is None else torch.tensor(families)
+    share = counts.log() - counts.log().mean()
+    return training.Exam(places, torch.tensor(targets), kin, 0 * places, counts, share, 1.0)
 
 
-def prepare(folder: Path, *arguments: str) -> tuple[training.Given, training.Progress]:
-    """A run of a ResNet-18 on the images of the folder, before its first epoch."""
-    command = [str(folder), "--arch", "resnet18", "--device", "cpu", "--workers", "0", *arguments]
-    with training.HELD:  # so that another process may go on with it
-        return training.prepare(training.parse_args(command), CPU)
+def prepare(*command: object) -> tuple[training.Given, training.Progress]:
+    """A run of a ResNet-18 with this command, as it is before its first epoch."""
+    words = [*command, "--device", "cpu", "--workers", "0"]
+    words += [] if "--resume" in words else ["--arch", "resnet18"]
+    settings, listing, stored = open_run(*words)
+    data = training.load_data(settings, listing, stored)
+    baseline = training.load_baseline(settings.baseline, data)
+    model = CPU.place(training.load_model(settings, data.classes, stored))
+    settings.output.mkdir(parents=True, exist_ok=True)
+    progress = training.load_progress(settings, data, model, stored)
+    views = data.white, settings.image_size, settings.flip
+    pictures = training.Images(data.paths, data.labels, *views)
+    reader = training.Reader(pictures, CPU, 0, settings.batch_size)
+    known = stored.get("learnt", data.digests[:0])
+    return training.Given(settings, data, CPU, baseline, known, model, reader), progress
 
 
-def resolve(flags: str, content: Mapping[str, Any] | None = None) -> training.Settings:
-    """The settings of a run with these flags and weights whose file holds `content`."""
-    command = [str(Path(__file__).parent), "--output", "new", *flags.split()]
-    args = training.parse_args(command)
-    return training.resolve_settings(args, CPU, args.weights, content or {})
-
-
-def begin(given: training.Given, progress: training.Progress, epoch: int) -> SimpleNamespace:
-    """The stage of an epoch, as `run` begins it: stage, trainer, reader and inputs."""
-    stages, reader = training.plan(given, progress, 0), training.Reader(given)
+def begin(given: training.Given, progress: training.Progress, epoch: int) -> training.Trainer:
+    """The trainer of an epoch of the first fold, as `run` sets it up."""
+    stages = training.plan(given.settings, given.data, 0)
     stage = next(stage for stage in stages if epoch in stage.epochs)
-    inputs = training.begin(given, progress, stage, reader)
-    return SimpleNamespace(stage=stage, trainer=progress.trainer, reader=reader, inputs=inputs)
-
-
-def png(width: int, height: int, bits: int, rows: bytes, kind: int = 2) -> bytes:
-    """A PNG of three channels, or of `kind` 6 with transparency, as Pillow would not write it."""
-
-    def chunk(name: bytes, content: bytes) -> bytes:
-        checksum = struct.pack(">I", zlib.crc32(name + content))
-        return struct.pack(">I", len(content)) + name + content + checksum
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
-    content = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + header + content
+    return training.begin_stage(given, progress, stage)
 
 
 class Terminal(io.StringIO):
@@ -197,7 +186,7 @@ def refused(
     assert status == 2 and tree(*unchanged) == before and not (unchanged and printed.out)
     *warnings, error = printed.err.splitlines()
     assert error.startswith(f"{Path(script.__file__).name}: error: ")
-    assert all(line.startswith(("warning: ", "note: ", "--group: ", "about ")) for line in warnings)
+    assert all(line.startswith(("warning: ", "--group ")) for line in warnings)
     return [*warnings, error]
 
 
@@ -209,19 +198,31 @@ def weights_file(path: Path, size: int = 7) -> Path:
 
 
 class Process:
-    """The script in a process of its own, or in several as under torchrun.
+    """`main` in a process of its own, or in several as under torchrun.
 
-    They are forked from this one, which has torch loaded already, and run `code` as Python would.
+    They are forked from this one, which has torch loaded already, with all that is patched here.
+    With `rest` there are so many seconds before each epoch, in which to stop a run.
     """
 
-    def __init__(self, *command: object, processes: int = 0, code: str = CODE, **where: Any):
-        script = where.get("script", SCRIPT)
+    def __init__(
+        self,
+        *command: object,
+        processes: int = 0,
+        rest: float = 0.0,
+        folder: str | Path = ".",
+        main: Callable[[list[str]], Any] = training.main,
+    ):
         self.files = [tempfile.TemporaryFile() for _ in "oe"]  # noqa: SIM115
         with socket.socket() as free:
             free.bind(("localhost", 0))
             alike = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
         alike |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
         alike["TORCHELASTIC_RUN_ID"] = "none"
+        train_epoch = training.train_epoch
+
+        def train_later(*arguments: Any) -> float:
+            time.sleep(rest)
+            return train_epoch(*arguments)
 
         def execute(rank: str) -> None:
             for number, file in enumerate(self.files, 1):
@@ -231,10 +232,9 @@ class Process:
             # Tests run in the background may have been told to ignore SIGINT, and would pass it on.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.environ |= alike | {"RANK": rank, "LOCAL_RANK": rank} if processes else {}
-            os.chdir(where.get("folder", "."))
-            sys.argv = [*map(str, (script, *command))]
-            main = sys.modules["__main__"] = ModuleType("__main__")
-            exec(compile(code, script, "exec"), vars(main))
+            os.chdir(folder)
+            training.train_epoch = train_later
+            sys.exit(main([*map(str, command)]))
 
         fork = get_context("fork").Process
         self.all = [fork(target=execute, args=str(rank)) for rank in range(processes or 1)]
@@ -273,42 +273,23 @@ def torchrun(*command: object, script: Path = SCRIPT) -> subprocess.CompletedPro
     return done
 
 
-class Trigger(io.StringIO):
-    """A text that does something as soon as `text` is printed, once."""
+def interrupt_after(epochs: int, command: list[str], output: Path, fold: int = 1) -> Path:
+    """The run, stopped by Ctrl-C once epoch number `epochs` of a fold is stored."""
+    format_epoch = training.format_epoch
 
-    def __init__(self, text: str, action: Callable[[], object]):
-        super().__init__()
-        self.text, self.action = text, action
+    def stop(row: dict[str, Any], settings: training.Settings) -> str:
+        if (row["fold"], row["epoch"]) == (fold, epochs):
+            raise KeyboardInterrupt
+        return format_epoch(row, settings)
 
-    def write(self, written: str) -> int:
-        count = super().write(written)
-        if self.text in written:
-            self.text = "\0"
-            self.action()
-        return count
-
-
-def raises(error: BaseException) -> Callable[[], object]:
-    """Something to do that raises `error`."""
-
-    def action() -> None:
-        raise error
-
-    return action
-
-
-def interrupt_after(epochs: int, command: list[str], output: Path, fold: str = "") -> Path:
-    """The run, stopped by Ctrl-C once epoch number `epochs` of a fold (the first) is stored."""
-    stdout = Trigger(f"{fold}{epochs:3}/", raises(KeyboardInterrupt()))
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "WRITE_EVERY", 0.0)
+        patch.setattr(training, "format_epoch", stop)
         assert training.main([*command, "--output", str(output)]) == 130
     return output
 
 
-def assert_moved_alike(
-    state: dict[str, torch.Tensor], model: torch.nn.Module, start: dict[str, torch.Tensor]
-) -> None:
+def assert_moved_alike(state: training.State, model: nn.Module, start: training.State) -> None:
     """The same way from the start, but for rounding, of which Adam makes much in a few weights."""
     for name, value in model.state_dict().items():
         way = (value - start[name]).float().norm()
@@ -321,7 +302,7 @@ def assert_moved_alike(
 TINY = ["--image-size", "32", "--batch-size", "12", "--device", "cpu", "--no-amp"]
 
 
-def run(*arguments: object) -> SimpleNamespace:
+def run(*arguments: object) -> Run:
     """A run that succeeds: its folder (that behind `--output`), what it printed, its bars."""
     out, err = io.TextIOWrapper(io.BytesIO(), "utf-8", newline=""), Terminal()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -329,15 +310,7 @@ def run(*arguments: object) -> SimpleNamespace:
     assert status == 0, err.getvalue()
     path = Path(arguments[arguments.index("--output") + 1]) if "--output" in arguments else None
     out.flush()
-    printed = out.buffer.getvalue().decode()
-    return SimpleNamespace(path=path, out=printed, err=err.getvalue())
-
-
-# What is in a run folder.
-FILES = {
-    *("config.json", "split.csv", "history.csv", "classes.csv", "predictions.csv"),
-    *("recall.svg", "curves.svg", "report.html", "network.pt"),
-}
+    return Run(path=path, out=out.buffer.getvalue().decode(), err=err.getvalue())
 
 
 def network_of(run: Path) -> dict[str, Any]:
@@ -345,26 +318,29 @@ def network_of(run: Path) -> dict[str, Any]:
     return torch.load(run / "network.pt", weights_only=True)
 
 
-def whole_of(run: Path) -> dict[str, torch.Tensor]:
-    """The network of all layers of a run of one fold that is not calibrated.
-
-    In the file its last layer is 1.5 times as large: so it makes three quarters of a mean of two.
-    """
-    state = network_of(run)["networks"][0]
-    return state | {name: state[name] / 1.5 for name in ("fc.weight", "fc.bias")}
+def as_trained(run: Path) -> dict[str, Any]:
+    """What is in the network file of a run, but for the calibration of its heads."""
+    network = network_of(run)
+    result = json.loads((run / "config.json").read_text())["result"]
+    for state in network["networks"]:
+        state["fc.bias"] += result["logit_shift"] * network["natural"]
+        state["fc.bias"] /= result["logit_scale"]
+        state["fc.weight"] /= result["logit_scale"]
+    return network
 
 
 def by_hand(network: dict[str, Any], paths: Iterable[Path | str]) -> torch.Tensor:
     """The mean logits of the networks, by torchvision alone: what the README shows."""
-    size = network["eval_size"]
-    view = [v2.PILToTensor(), v2.Resize(size), v2.CenterCrop(size)]
-    norm = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    prepare = v2.Compose([*view, v2.ToDtype(torch.float32, scale=True), norm])
-    photos = [prepare(ImageOps.exif_transpose(Image.open(path)).convert("RGB")) for path in paths]
-    model, logits = models.get_model(network["arch"], num_classes=len(network["classes"])), []
+    size, logits = network["eval_size"], []
+    steps = [v2.PILToTensor(), v2.Resize(size), v2.CenterCrop(size)]
+    steps += [v2.ToDtype(torch.float32, scale=True)]
+    steps += [v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
+    photos = [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in paths]
+    views = torch.stack([v2.Compose(steps)(photo) for photo in photos])
+    model = models.get_model(network["arch"], num_classes=len(network["classes"])).eval()
     for state in network["networks"]:
         model.load_state_dict(state)
-        logits.append(model.eval()(torch.stack(photos)).detach())
+        logits.append(model(views).detach())
     return torch.stack(logits).mean(0)
 
 
@@ -391,22 +367,22 @@ def pretrained(animals: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def default_run(animals: Path, pretrained: Path) -> SimpleNamespace:
+def default_run(animals: Path, pretrained: Path) -> Run:
     """A run with the defaults but for TINY: two epochs of all layers."""
     output = animals.parent / "default"
     return run(animals, "--weights", pretrained, "--epochs", 2, *TINY, "--output", output)
 
 
 @pytest.fixture(scope="session")
-def scratch_run(animals: Path) -> SimpleNamespace:
+def scratch_run(animals: Path) -> Run:
     """Two epochs from random weights."""
     output = animals.parent / "scratch"
     return run(animals, "--weights", "none", "--epochs", 2, *TINY, "--output", output)
 
 
 @pytest.fixture(scope="session")
-def folds_run(animals: Path, others: Path, pretrained: Path) -> SimpleNamespace:
-    """Three folds of an epoch each, not calibrated, and `others` to test them together."""
-    flags = ["--folds", 3, "--val", others, "--epochs", 1, "--no-calibration"]
+def folds_run(animals: Path, others: Path, pretrained: Path) -> Run:
+    """Three folds of an epoch each, and `others` to test them together."""
+    flags = ["--folds", 3, "--val", others, "--epochs", 1]
     output = animals.parent / "folds"
     return run(animals, "--weights", pretrained, *flags, *TINY, "--output", output)

@@ -1,43 +1,53 @@
-"""What `data_training.py` promises of runs that are stopped or moved.
+"""What `data_training.py` promises of runs that are stopped or moved, and of copies they keep.
 
 A process that is killed leaves its folder as it is at that moment. So a run is recorded once, its
 folder kept at each of the moments below, and each of these goes on and must end as the run did.
 """
 
-import contextlib
 import math
 import os
 import shutil
 import signal
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
-    CPU,
-    RESTING,
     TINY,
     Process,
-    Run,
-    Trigger,
     begin,
     interrupt_after,
-    network_of,
     prepare,
-    raises,
     refused,
     rows_of,
     run,
     write_folder,
 )
+from PIL import Image
 
 import data_training as training
 
-Kept = dict[str, Path]  # folders of a run, by the moment they were copied at
-TIMES = ("images_per_second", "data_wait", "seconds")
+TIMES = ("images_per_second", "seconds")
+# The file that is being written, and for which time.
+MOMENTS = {
+    "resume.pt 2": "nothing is trained",
+    "network.pt 1": "the head is stored, its files are not",
+    "resume.pt 3": "the first epoch of all layers is trained, but the state is of the head",
+    "fold-1.pt 1": "the network is trained, but the state is of the epoch before",
+    "resume.pt 4": "so it is, but the network is stored",
+    "network.pt 4": "all epochs are stored, the result is not",
+    "report.html 4": "the result is stored, but for the page",
+}
+FOLD_MOMENTS = {
+    "resume.pt 4": "between the first fold and the second",
+    "fold-2.pt 1": "the second fold is trained, but the state is of its head",
+    "resume.pt 7": "the last network is stored, but the state is of its head",
+    "test_predictions.csv 1": "all epochs are stored, the result is not",
+}
+SETTINGS = {"default": (["--epochs", "2"], MOMENTS), "folds": (["--folds", "3"], FOLD_MOMENTS)}
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -49,188 +59,87 @@ def assert_same_run(one: Path, other: Path) -> None:
     histories = [
         [{k: v for k, v in row.items() if k not in TIMES} for row in rows_of(each / "history.csv")]
         for each in (one, other)
-        if (each / "history.csv").exists()  # a run that only judges has none
     ]
-    assert histories[:1] == histories[1:]
-    for each in (one, other):  # the command that makes it again
-        assert "--resume" not in (each / "report.html").read_text()
+    assert histories[0] == histories[1]
 
 
-# The file that is being written, and for which time.
-MOMENTS = {
-    "config.json 1": "nothing is trained",
-    "network.pt 1": "the network of the head waits, but nothing of it is stored",
-    "history.csv 1": "the head is stored",
-    "network.pt 2": "the network of the first epoch waits, but the state is of the head",
-    "history.csv 2": "the first epoch of all layers is stored",
-    "network.pt 3": "the trained network waits, but the state is of the epoch before",
-    "network.pt 4": "all epochs are stored, the result is not",
-    "report.html 4": "the result is stored, but for the page",
-}
-FOLD_MOMENTS = {
-    "network.pt 4": "between the first fold and the second",
-    "network.pt 6": "the second network waits, but the state is of its head",
-    "network.pt 8": "one of two epochs of the last head",
-    "network.pt 10": "all epochs are stored, the result is not",
-}
-
-
-def record(command: list[str], output: Path, moments: dict[str, str]) -> Kept:
-    """The run, and copies of its folder at these moments; every epoch is written."""
-    seen, kept = Counter[str](), {"end": output}
+@pytest.fixture(scope="module")
+def recorded(
+    animals: Path, others: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Runs of both kinds, named by relative paths, and copies of their folders at each moment."""
+    root, kept = tmp_path_factory.mktemp("recorded"), {}
+    seen = Counter[Path]()
 
     def keep(_: int) -> None:
-        for unfinished in output.glob(".*.partial"):
-            name = unfinished.name[1:].removesuffix(".partial")
-            seen[name] += 1
-            if (moment := f"{name} {seen[name]}") in moments:
-                kept[moment] = output.parent / moment
-                shutil.copytree(output, kept[moment], copy_function=os.link)
-                (kept[moment] / unfinished.name).unlink()
-                (kept[moment] / unfinished.name).write_bytes(b"half of it")
+        for kind, (_, moments) in SETTINGS.items():
+            for unfinished in (root / kind).glob(".*.partial"):
+                seen[unfinished] += 1
+                moment = f"{unfinished.name[1:].removesuffix('.partial')} {seen[unfinished]}"
+                if moment in moments:
+                    copy = kept[f"{kind} {moment}"] = root / f"{kind} {moment}"
+                    shutil.copytree(root / kind, copy, copy_function=os.link)
+                    (copy / unfinished.name).unlink()
+                    (copy / unfinished.name).write_bytes(b"half of it")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "WRITE_EVERY", 0.0)
         patch.setattr(os, "fsync", keep)
-        run(*command, "--output", str(output))
-    assert kept.keys() - {"end"} == moments.keys()
+        patch.chdir(animals.parent)
+        for kind, (flags, _) in SETTINGS.items():
+            flags = [*flags, "--val", others.name] if kind == "folds" else flags
+            flags += [] if kind == "default" else ["--epochs", "1"]
+            command = ["animals", "--weights", pretrained, *flags, *TINY]
+            kept[kind] = run(*command, "--output", root / kind).path
     return kept
 
 
-@pytest.fixture(scope="module")
-def recorded(animals: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Kept:
-    """`default_run`, at its moments."""
-    command = [str(animals), "--weights", str(pretrained), "--epochs", "2", *TINY]
-    return record(command, tmp_path_factory.mktemp("default") / "run", MOMENTS)
-
-
-@pytest.fixture(scope="module")
-def recorded_folds(
-    animals: Path, others: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Kept:
-    """Three folds with two epochs of the head and one of all layers, named by relative paths."""
-    root = tmp_path_factory.mktemp("folds")
-    shutil.copytree(animals, root / "animals")
-    shutil.copytree(others, root / "others")
-    command = ["animals", "--val", "others", "--weights", str(pretrained), "--folds", "3"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        flags = ["--epochs", "3", "--frozen-epochs", "2", *TINY]
-        kept = record([*command, *flags], root / "run", FOLD_MOMENTS)
-    write_folder(root / "animals/ape/more", {"new": 3})  # what comes later changes nothing
-    (root / "animals/dog").mkdir()
-    return kept
-
-
-def copy_run(source: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(source, tmp_path / "moved", copy_function=os.link)
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_run_goes_on_from_any_moment_to_the_same_bytes(
-    moment, recorded, default_run, tmp_path, monkeypatch
-):
-    copy = copy_run(recorded[moment], tmp_path)
+@pytest.mark.parametrize(
+    "moment", [f"{kind} {each}" for kind in SETTINGS for each in SETTINGS[kind][1]]
+)
+def test_a_run_goes_on_from_any_moment_to_the_same_bytes(moment, recorded, tmp_path, monkeypatch):
+    copy = shutil.copytree(recorded[moment], tmp_path / "moved", copy_function=os.link)
     # On a CPU that would take bfloat16, from another folder, and in another.
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": 1}, raising=False)
     monkeypatch.chdir(tmp_path)
     printed = run("--resume", "moved").out
-    assert "(as it was stopped); cpu, torch.float32\n" in printed  # as --no-amp had said
-    assert printed.count("\n 1/1 ") == 3  # what was there before is shown as well
-    assert_same_run(default_run.path, copy)
+    assert "; cpu, float32, " in printed  # as --no-amp had said
+    kind, _, _ = moment.partition(" ")
+    rows = 3 if kind == "default" else 6  # what was there before is shown as well
+    assert sum(line.startswith((" 1/", " 2/", " 3/")) for line in printed.splitlines()) == rows
+    assert_same_run(recorded[kind], copy)
 
 
-@pytest.mark.parametrize("moment", FOLD_MOMENTS)
-def test_folds_go_on_from_any_moment_to_the_same_bytes(
-    moment, recorded_folds, tmp_path, monkeypatch
-):
-    copy = copy_run(recorded_folds[moment], tmp_path)
-    run("--resume", copy)
-    assert_same_run(recorded_folds["end"], copy)
-
-
-@pytest.mark.parametrize(
-    ("number", "status", "kind", "line"),
-    [
-        (signal.SIGINT, 130, "default_run", " 1/1    1/2 "),
-        (signal.SIGTERM, 143, "default_run", " 1/1    1/2 "),
-        (signal.SIGHUP, 129, "default_run", " 1/1    1/2 "),
-        (signal.SIGKILL, -9, "folds_run", " 2/3    1/1 "),
-    ],
-)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_process_that_is_stopped_leaves_a_run_that_goes_on(
-    number, status, kind, line, pretrained, animals, others, tmp_path, request
+    number, default_run, animals, pretrained, tmp_path
 ):
-    whole: Run = request.getfixturevalue(kind)
-    command, output = [str(animals), "--weights", str(pretrained), *TINY], tmp_path / "run"
-    command += ["--epochs", "2"] if kind == "default_run" else ["--epochs", "1", "--folds", "3"]
-    if kind == "folds_run":  # a worker lives on for a while, and does not hold the folder
-        command += ["--val", str(others), "--no-calibration", "--workers", "1"]
-    process = Process(*command, "--output", output, code=RESTING)
-    process.wait_for(lambda: f"\n{line}" in process.printed()[0])
+    """A worker may live on for a while, and does not hold the folder."""
+    command, output = [animals, "--weights", pretrained, "--epochs", 2, *TINY], tmp_path / "run"
+    process = Process(*command, "--workers", 1, "--output", output, rest=0.5)
+    process.wait_for(lambda: "\n 1/1    1/2 " in process.printed()[0])
     process.kill(number)
-    sent = time.monotonic()
-    _, error = process.end(status)
-    assert "Traceback" not in error and time.monotonic() - sent < 20
-    if number != signal.SIGKILL:
-        last = error.splitlines()[-1]
-        assert last.endswith(f"interrupted; go on with --resume {output} --device cpu")
-        assert not list(output.glob(".*"))
-        # What comes after the head would be written at the end, or half a minute later.
-        assert [row["epoch"] for row in rows_of(output / "history.csv")] == ["0"]
+    _, error = process.end(130 if number == signal.SIGINT else -9)
+    last = f"data_training.py: interrupted; go on with --resume {output}\n"
+    assert error == (last if number == signal.SIGINT else "")
     run("--resume", output)
-    assert_same_run(whole.path, output)
+    assert_same_run(default_run.path, output)
 
 
-def test_a_run_that_is_stopped_before_its_state_is_written_leaves_nothing(animals, tmp_path):
-    folder = shutil.copytree(animals, tmp_path / "animals")
-    (folder / "ape/broken.jpg").write_text("no image")
-    command = [str(folder), "--weights", "none", *TINY, "--output", str(tmp_path / "runs/new")]
-    stderr = Trigger("left out", raises(KeyboardInterrupt()))
-    with contextlib.redirect_stderr(stderr):
-        assert training.main(command) == 130
-    assert stderr.getvalue().endswith("\ndata_training.py: interrupted; start again\n")
-    assert not (tmp_path / "runs").exists()
-
-
-def test_a_trial_that_failed_is_remembered(animals, pretrained, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "TRIAL_STEPS", 3)  # an epoch
-    command = [str(animals), "--weights", str(pretrained), "--epochs", "5", "--lr", "0.1", *TINY]
-    whole = run(*command, "--output", tmp_path / "whole").path
-    stages = [row["phase"] for row in rows_of(whole / "history.csv")]
-    assert stages == ["head", "trial", *["upper"] * 4]
-    start = prepare(animals, *command[1:], "--output", str(tmp_path / "other"))[1].start
-    [end] = network_of(whole)["networks"]
-    moved = [key for key in start if not torch.equal(start[key], end[key])]
-    assert {key.split(".")[0] for key in moved} <= {"layer3", "layer4", "fc"}
-    assert not any("running" in key for key in moved)
-    interrupt_after(2, command, tmp_path / "run")
-    run("--resume", tmp_path / "run")
-    assert_same_run(whole, tmp_path / "run")
-
-
-def test_a_run_that_keeps_its_head_alone_has_the_backbone_it_began_with(
-    animals, pretrained, tmp_path, monkeypatch
+@pytest.mark.parametrize("kept", ["all", "head"])
+def test_a_failed_trial_and_a_head_kept_alone_are_remembered(
+    kept, animals, pretrained, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(training, "SURE", -math.inf)
-    monkeypatch.setattr(training, "FEWEST_FAMILIES", 1)
-    command = [str(animals), "--weights", str(pretrained), "--epochs", "2", *TINY]
-    done = run(*command, "--output", tmp_path / "whole")
-    assert "\nnote: the last layer alone is kept" in done.out
-    whole = done.path
-    head, _, last = rows_of(whole / "history.csv")
-    assert [head["phase"], last["phase"]] == ["head", "back"]
-    # What is said is said of the head. Its stage saw features of half the precision.
-    assert float(last["val_loss"]) == pytest.approx(float(head["val_loss"]), rel=1e-2)
-    assert "and then back to the last layer alone" in (whole / "report.html").read_text()
-    start = prepare(animals, *command[1:], "--output", str(tmp_path / "other"))[1].start
-    [end] = network_of(whole)["networks"]
-    assert all(torch.equal(end[key], start[key]) for key in start if not key.startswith("fc."))
-    judged = run(animals, "--weights", whole, "--epochs", 0, *TINY, "--output", tmp_path / "again")
-    tables = [rows_of(path / "predictions.csv") for path in (whole, judged.path)]
-    answers = [{row["path"]: row["predicted"] for row in table} for table in tables]
-    assert answers[0] == answers[1]
+    monkeypatch.setattr(training, "FEWEST_EFFECTIVE", 1)
+    monkeypatch.setattr(training, "SURE", math.inf if kept == "all" else -math.inf)
+    monkeypatch.setattr(training, "TRIAL_STEPS", 3)  # an epoch
+    monkeypatch.setattr(training, "TRIAL_FAILS", 0.0)
+    command = [str(animals), "--weights", str(pretrained), "--epochs", "5", *TINY]
+    whole = run(*command, "--output", tmp_path / "whole").path
+    stages = [row["stage"] for row in rows_of(whole / "history.csv")]
+    assert stages == ["head", "trial", *["upper"] * 4]
     interrupt_after(2, command, tmp_path / "run")
+    monkeypatch.setattr(training, "TRIAL_FAILS", 0.0)
     run("--resume", tmp_path / "run")
     assert_same_run(whole, tmp_path / "run")
 
@@ -239,25 +148,24 @@ def test_a_run_that_keeps_its_head_alone_has_the_backbone_it_began_with(
 def begun(animals: Path, tmp_path: Path) -> Path:
     """A run that has just begun, on images that may be changed."""
     shutil.copytree(animals, tmp_path / "animals")
-    command = ["--weights", "none", *TINY, "--output", str(tmp_path / "run")]
-    prepare(tmp_path / "animals", *command)
-    return tmp_path / "run"
+    command = ["--weights", "none", "--epochs", "2", *TINY]
+    return interrupt_after(1, [str(tmp_path / "animals"), *command], tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    ("damage", "expected"),
-    [
-        (Path.unlink, "gone since the run began"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b" "), "changed since the run"),
-    ],
-)
 @pytest.mark.parametrize("part", ["train", "val"])
-def test_an_image_that_is_gone_or_changed_is_named(part, damage, expected, begun, capsys):
+@pytest.mark.parametrize("change", ["gone", "changed", "new"])
+def test_an_image_that_is_gone_changed_or_new_is_named(part, change, begun, capsys):
     name = next(row["path"] for row in rows_of(begun / "split.csv") if row["part"] == part)
     image = begun.parent / "animals" / name
-    damage(image)
+    if change == "gone":
+        image.unlink()
+    elif change == "changed":
+        image.write_bytes(image.read_bytes() + b" ")
+    else:
+        name = f"{name.partition('/')[0]}/a.jpg"
+        Image.new("RGB", (32, 32)).save(image.with_name("a.jpg"))
     [error] = refused(["--resume", begun], capsys, begun)
-    assert str(image) in error and expected in error
+    assert f"animals: {name}: gone, new or changed since the run began" in error
 
 
 @pytest.mark.parametrize("name", [training.STATE, training.START])
@@ -265,7 +173,7 @@ def test_a_damaged_state_is_named_and_one_that_would_run_code_is_never_run(name,
     content = (begun / name).read_bytes()
     (begun / name).write_bytes(content[: len(content) // 2])
     [error] = refused(["--resume", begun], capsys, begun)
-    assert f"{name}: damaged, or not of tensors alone; start a new run" in error
+    assert f"{name}: damaged, or not of tensors alone" in error
 
     class Trap:
         def __reduce__(self) -> tuple[Any, ...]:
@@ -278,32 +186,89 @@ def test_a_damaged_state_is_named_and_one_that_would_run_code_is_never_run(name,
 
 def test_a_state_of_another_version_is_named_as_one(begun, capsys):
     state = torch.load(begun / training.STATE, weights_only=True)
-    del state["format"]
-    for other in (state, state | {"format": training.STATE_FORMAT + 1}):
-        torch.save(other, begun / training.STATE)
-        [error] = refused(["--resume", begun], capsys, begun)
-        assert f"--resume {begun}: stopped by another version of this script" in error
+    torch.save(state | {"format": training.STATE_FORMAT + 1}, begun / training.STATE)
+    [error] = refused(["--resume", begun], capsys, begun)
+    assert f"--resume {begun}: stopped by another version of this script" in error
 
 
-def test_what_is_said_beside_resume_holds(recorded, tmp_path):
-    copy = copy_run(recorded["network.pt 3"], tmp_path)
-    done = run("--resume", copy, "--device", "cpu", "--workers", "1", "--amp")
-    assert "cpu, torch.bfloat16" in done.out.splitlines()[0]
-
-
-def test_a_run_goes_on_where_weights_are_laid_out_in_another_way(recorded, tmp_path):
+def test_what_is_said_beside_resume_holds_and_moments_follow_the_layout_of_weights(begun):
     """The optimizer's kernels read weights and moments in the order of memory."""
-    copy = str(copy_run(recorded["history.csv 2"], tmp_path))
-    command = ["--resume", copy, "--workers", "0", "--device", "cpu"]
-    with training.HELD:
-        given, progress = training.prepare(training.parse_args(command), CPU)
-    progress.model.to(memory_format=torch.channels_last)
-    stored = progress.stored["optimizer"]["state"]
+    given, progress = prepare("--resume", begun)
+    stored = progress.trainer["optimizer"]["state"]
     for state in stored.values():
         state["exp_avg"] = state["exp_avg"].contiguous()  # as from where that is the layout
-    optimizer, differ = begin(given, progress, 2).trainer.optimizer, 0
+    optimizer, differ = begin(given, progress, 2).optimizer, 0
     for weight, before in zip(optimizer.state, stored.values(), strict=True):
         after = optimizer.state[weight]["exp_avg"]
-        assert after.stride() == weight.stride() and torch.equal(after, before["exp_avg"])
+        assert after.stride() == weight.stride()
+        assert torch.equal(after, before["exp_avg"])
         differ += before["exp_avg"].stride() != weight.stride()
     assert differ
+    assert "cpu, bfloat16" in run("--resume", begun, "--workers", "1", "--amp").out.splitlines()[0]
+
+
+# ----------------------------------------------------------- large images and their copies
+
+# Crops of 24 pixels need 40 a side: what has over twice the pixels of 40 x 40 is shrunk.
+SIDES = {(40, 40): 40, (56, 90): 56, (57, 90): 40, (90, 57): 40, (300, 400): 40, (20, 999): 20}
+SMALL = ["--weights", "none", "--image-size", "24", "--batch-size", "12", "--epochs", "2"]
+SMALL += ["--power", "0", "--arch", "resnet18", "--device", "cpu", "--no-amp", "--output"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("sides", SIDES)
+def test_an_image_of_over_twice_the_pixels_is_shrunk_smoothly(sides, channels, tmp_path):
+    cells = np.random.default_rng(0).integers(256, size=(*sides, channels), dtype=np.uint8)
+    picture, shorter = Image.fromarray(cells.squeeze()), SIDES[sides]
+    picture.save(tmp_path / "x.png")
+    shrunk = training.read_image(str(tmp_path / "x.png"), 255, training.least_side(24))
+    height, width = (int(side * shorter / min(sides)) for side in sides)
+    assert shrunk.shape == (3, height, width)
+    expected = picture.resize((width, height), Image.Resampling.BILINEAR)  # of all it covers
+    difference = shrunk.permute(1, 2, 0).int().numpy() - np.array(expected.convert("RGB"), int)
+    assert np.abs(difference).max() <= (1 if shorter < min(sides) else 0)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In each of two classes three large images and two small ones."""
+    root = tmp_path_factory.mktemp("large") / "src"
+    write_folder(root, {"ape": 3, "bee": 3}, size=250)
+    for small in write_folder(root.parent / "small", {"ape": 5, "bee": 5}).rglob("*_00[34].jpg"):
+        small.rename(root / small.relative_to(root.parent / "small"))
+    return root
+
+
+def copies(run: Path) -> list[str]:
+    """The copies that a run has kept."""
+    return sorted(path.name for path in (run / training.COPIES).glob("*.npy"))
+
+
+def test_copies_change_no_pixel_are_read_again_and_go_at_the_end(large, tmp_path, monkeypatch):
+    folder, output = shutil.copytree(large, tmp_path / "src"), tmp_path / "run"
+    usual = run(folder, *SMALL, tmp_path / "usual", "--workers", 2).path
+    assert copies(usual) == []
+    interrupt_after(1, [str(folder), *SMALL[:-1]], output)
+    assert copies(output) == [f"{place}.npy" for place in (0, 1, 2, 5, 6, 7)]
+    opened: list[str] = []
+    read_image = training.read_image
+    monkeypatch.setattr(training, "read_image", lambda *x: opened.append(x[0]) or read_image(*x))
+    monkeypatch.setattr(training, "make_page", lambda _: b"")  # which shows the originals
+    run("--resume", output, "--workers", 0)
+    assert opened
+    assert all(path.endswith(("_003.jpg", "_004.jpg")) for path in opened)
+    assert_same_run(usual, output)
+
+
+@pytest.mark.parametrize(("room", "count"), [(0, 0), (4 * 9_000, 2)])
+def test_copies_take_a_quarter_of_the_free_disk_at_most(room, count, large, tmp_path, monkeypatch):
+    """Each takes about 5,000 bytes."""
+    real = shutil.disk_usage
+
+    def usage(path: Path) -> Any:
+        used = sum(file.stat().st_size for file in path.glob("*.npy"))
+        return real(path)._replace(free=room - used)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    output = interrupt_after(1, [str(large), *SMALL[:-1]], tmp_path / "run")
+    assert len(copies(output)) == count
