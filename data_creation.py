@@ -210,8 +210,9 @@ def check_places(src: Path, scan: Scan, out: Path, files: list[Path]) -> None:
     if os.path.ismount(out):  # `Path.is_mount` is not there on Windows, before Python 3.12
         raise DataError(f"{out}: a mount point, which cannot be replaced; name a folder inside it")
     for path in files:
-        usable = path.parent.is_dir() and not path.is_dir() and not path.is_relative_to(out)
-        if not usable or files.count(path) > 1:
+        usable = path.parent.is_dir() and (path.is_file() or not path.exists())
+        apart = not path.is_relative_to(out) and not out.is_relative_to(path)
+        if not (usable and apart) or files.count(path) > 1:
             raise DataError(f"{path}: not a file of its own in a folder outside OUT; name another")
 
 

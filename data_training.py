@@ -63,6 +63,7 @@ from datetime import datetime
 from functools import cache
 from itertools import permutations
 from multiprocessing.pool import ThreadPool
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -126,7 +127,7 @@ def run(args: Namespace) -> None:
     images = Images(data.paths, data.labels, data.white, settings.image_size, settings.flip)
     images.keep_copies(settings.output / COPIES)
     reader = Reader(images, compute, settings.workers, settings.batch_size)
-    known = stored.get("learnt", torch.empty(0, dtype=torch.int64))
+    known = {name: stored[name] for name in LEARNT if name in stored}
     given = Given(settings, data, compute, baseline, known, compute.place(model), reader)
     if compute.rank == 0:
         save_tensors(settings.output / STATE, state_of(given, progress))
@@ -977,7 +978,7 @@ TERMS = (
     "class; each part of the images is judged with numbers fitted on the others. Precision in use: "
     "the part of what is called a class that is of it, where classes are as frequent as in "
     "training; 100 % where no false answer was seen. AUC: how often an image of the class has a "
-    "higher probability of it than another. Effective images: as many independent ones tell as much."
+    "higher probability of it than others. Effective images: so many independent ones tell as much."
 )
 STYLE = """:root{color-scheme:light dark;background:Canvas;color:CanvasText;font:16px/1.5 system-ui,
 sans-serif}body{max-width:1040px;margin:auto;padding:8px 14px 64px;overflow-wrap:anywhere}h2{
@@ -1193,8 +1194,9 @@ def predict(args: Namespace) -> None:
     print(f"{len(rows)} images", file=sys.stderr)
     if is_labelled:
         digests = torch.tensor([checked[row.path] for row in rows])
-        is_new = ~torch.isin(digests, run["learnt"])
-        print(f"{int((~is_new).sum())} of them were learnt: not in these figures", file=sys.stderr)
+        is_new = ~find_known(rows, digests, run)
+        text = f"{int((~is_new).sum())} of them, or their families, were learnt: not in the figures"
+        print(text, file=sys.stderr)
         print_recalls(classes, confusion_matrix(labels[is_new], best[is_new, 0], len(classes)))
 
 
@@ -1229,6 +1231,8 @@ def list_photos(place: Path, classes: list[str]) -> list[Row]:
 # -------------------------------------------------------------------------------------- run folder
 
 START = "start.pt"  # the network before its first step
+LEARNT = ("learnt", "group", "families")  # digests of images, `--group`, names of families
+NONE = torch.empty(0, dtype=torch.int64)
 NOT_IN_STATE = ("start", "finished")  # what of `Progress` has files of its own
 STATE_FORMAT = 5  # of the state of a stopped run, to be raised where another one cannot be read
 
@@ -1241,7 +1245,7 @@ class Given:
     data: Data
     compute: Compute  # of this process
     baseline: Tensor  # what the run `--baseline` predicted for the judged images: (M,), or none
-    known: Tensor  # (K,) int64, digests of the images that the network of `--weights` has learnt
+    known: dict[str, Any]  # what the network of `--weights` has learnt, by the names `LEARNT`
     model: models.ResNet  # in training
     reader: Reader
 
@@ -1302,12 +1306,15 @@ def state_of(given: Given, progress: Progress) -> dict[str, Any]:
     """Return what is stored to go on with a run."""
     stored = {name: value for name, value in vars(progress).items() if name not in NOT_IN_STATE}
     settings = vars(given.settings).items()
-    return stored | {
-        "format": STATE_FORMAT,
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in settings},
-        "learnt": given.known,
-        "networks": [given.model.state_dict()],
-    }
+    return (
+        stored
+        | given.known
+        | {
+            "format": STATE_FORMAT,
+            "settings": {k: str(v) if isinstance(v, Path) else v for k, v in settings},
+            "networks": [given.model.state_dict()],
+        }
+    )
 
 
 def remove_state(output: Path) -> None:
@@ -1329,6 +1336,11 @@ def write_network(given: Given, folds: list[Fold], judged: Evaluation) -> None:
     for state, _, _ in folds:
         head = {weight: state[weight] * scale, bias: state[bias] * scale - shift * log_share}
         networks.append(state | head)
+    learnt = data.trained()
+    names = [data.names[place] for place in learnt.tolist()]
+    families = {family_name(name, settings.group) for name in names}
+    if given.known.get("group") == settings.group:
+        families.update(given.known.get("families", ()))
     content = {
         "arch": settings.arch,
         "classes": data.classes,
@@ -1338,7 +1350,9 @@ def write_network(given: Given, folds: list[Fold], judged: Evaluation) -> None:
         "eval_size": eval_size(settings.image_size),
         "least_side": least_side(settings.image_size),  # what large images are shrunk to
         "white": data.white,
-        "learnt": torch.cat([given.known, data.digests[data.trained()]]).unique(),  # see `digest`
+        "learnt": torch.cat([data.digests[learnt], given.known.get("learnt", NONE)]).unique(),
+        "group": settings.group,
+        "families": sorted(name for name in families if name is not None),
         "networks": networks,
     }
     save_tensors(settings.output / NETWORK, content)
@@ -1549,7 +1563,7 @@ def load_data(settings: Settings, listing: Listing, stored: Mapping[str, Any]) -
         raise DataError(f"{settings.data}: no image that can be read")
     digests = torch.tensor([checked[row.path] for row in rows])
     families = torch.tensor(find_families(rows, digests.tolist(), settings.group))
-    known = families[torch.isin(digests, stored.get("learnt", digests[:0]))]
+    known = families[find_known(rows, digests, stored)]
     is_known = torch.isin(families, known).tolist()
     held = torch.tensor(hold_images(settings, rows, families.tolist(), is_known))
     is_ours = torch.tensor([row.part == "train" for row in rows])
@@ -1639,6 +1653,19 @@ def make_rows(root: Path, classes: list[str], part: str) -> list[Row]:
     return sorted(rows, key=lambda row: (row.label, os.path.split(row.path)))
 
 
+def family_name(name: str, group: str | None) -> str | None:
+    """Return what `group` matches in the name of an image, class/file, below its class, if so."""
+    match = re.search(group, name.partition("/")[2]) if group else None
+    return match and match[min(1, match.re.groups)]
+
+
+def find_known(rows: list[Row], digests: Tensor, content: Mapping[str, Any]) -> Tensor:
+    """Return which images a network, or a state, has learnt, itself or its family: (N,) bool."""
+    names = [family_name(row.name, content.get("group")) for row in rows]
+    is_relative = torch.tensor([name in content.get("families", ()) for name in names])
+    return is_relative | torch.isin(digests, content.get("learnt", digests[:0]))
+
+
 def find_families(rows: list[Row], digests: Sequence[int], group: str | None) -> list[int]:
     """Return a number for each row, the same in a family: copies, and what `group` matches."""
     parent: dict[int | str, int | str] = {}  # a forest (union-find), in which each tree is a family
@@ -1648,18 +1675,15 @@ def find_families(rows: list[Row], digests: Sequence[int], group: str | None) ->
             parent[key] = key = parent[parent[key]]
         return key
 
-    matched = 0
-    for row, content in zip(rows, digests, strict=True):
-        match = re.search(group, row.name.partition("/")[2]) if group else None
-        name = match and match[min(1, match.re.groups)]
-        matched += name is not None
+    names = [family_name(row.name, group) for row in rows]
+    for row, name, content in zip(rows, names, digests, strict=True):
         parent[root(content)] = root(row.path if name is None else f"--group {name}")
     numbers: dict[int | str, int] = {}
     families = [numbers.setdefault(root(content), len(numbers)) for content in digests]
     if group:
         text = f"--group {group}: {len(numbers)} families of {len(rows)} images, of which "
-        text += f"{len(rows) - matched} do not match"
-        if not matched or len(numbers) == 1:
+        text += f"{names.count(None)} do not match"
+        if names.count(None) == len(rows) or len(numbers) == 1:
             raise DataError(f"{text}; match what differs in the paths below the class folders")
         print(printable(text), file=sys.stderr)
     return families
@@ -2039,6 +2063,12 @@ class Reader:
         self.compute = compute
         self.batch_size = batch_size
         self.share = math.ceil(batch_size / compute.world_size)
+        if workers:
+            try:
+                get_temp_dir()  # in which workers make their sockets: here once, not in each
+            except OSError as error:
+                print(f"warning: no worker processes: {printable(str(error))}", file=sys.stderr)
+                workers = 0
         self.batches: list[Any] = []  # of a pass; the loader walks through them anew in each
         self.loader = DataLoader(
             images,
@@ -2177,7 +2207,8 @@ def spanning_factor(values: Tensor, exam: Exam) -> float:
     several classes at once: the squares of its sums over all classes, by those in each class.
     """
     counts = exam.targets.bincount(minlength=len(exam.train_counts)).double()
-    means = torch.bincount(exam.targets, values.double(), len(counts)) / counts
+    values = values.double()
+    means = torch.bincount(exam.targets, values, len(counts)) / counts
     errors = (values - means[exam.targets]) / counts[exam.targets]
     together = torch.bincount(exam.families, errors).square().sum()
     _, pairs = (exam.families * len(counts) + exam.targets).unique(return_inverse=True)

@@ -1,5 +1,6 @@
 """What the measures and their intervals promise: by hand, by other formulas, by simulation."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -100,9 +101,9 @@ def test_a_comparison_adds_a_quarter_of_an_image_to_both_who_won_and_who_lost():
     assert [*rows[3].values()][1:6] == pytest.approx([0.5, 0.5, 0, -half, half])
     assert (rows[0]["before"], rows[0]["after"]) == pytest.approx((0.5, 0.7))
     assert (rows[1]["before"], rows[1]["after"]) == (0.5, 0.625)
-    assert {row["more than chance"] for row in rows} == {"undecided"}
+    assert {[*row.values()][-1] for row in rows} == {"undecided"}
     clear = training.compare(1 - torch.tensor(targets), judged(targets, targets, [101, 5]))
-    assert [row["more than chance"] for row in clear] == ["yes"] * 4
+    assert all([*row.values()][-1].startswith("yes") for row in clear)
     # Twice each image, in one family, tells as much as once: 8 images and not 16.
     twice = [each for each in targets for _ in "12"], [each for each in after for _ in "12"]
     families = [at // 2 for at in range(20)]
@@ -160,20 +161,23 @@ def test_precision_in_use_is_that_of_classes_as_frequent_as_in_training():
     assert never[1].isnan()  # nothing is called so
 
 
-def test_auc_is_how_often_an_image_of_the_class_is_ahead_of_one_of_another():
+def test_auc_is_how_often_an_image_of_the_class_is_ahead_of_one_of_another_of_its_fold():
     """By all pairs, each other class counting the same, ties half; one of four has no image."""
     stream = torch.Generator().manual_seed(0)
-    targets = torch.tensor([0] * 9 + [1] * 4 + [2] * 2)
-    probabilities = torch.randint(6, (15, 4), generator=stream) / 6
-    areas = training.auc_by_class(probabilities, targets)
+    targets = torch.tensor(([0] * 9 + [1] * 4 + [2] * 2) * 2)
+    scores = torch.randint(6, (30, 4), generator=stream) / 6
+    scores[15:] += 9  # so much more are all the logits of the second network
+    exam = exam_of(targets.tolist(), [1] * 4)._replace(folds=torch.arange(30) // 15)
+    areas = training.auc_by_class(scores, exam)
     for label in range(3):
-        p, parts = probabilities[:, label], []
-        for other in {0, 1, 2} - {label}:
-            ahead = p[targets == label][:, None] - p[targets == other]
+        parts = []
+        for fold, other in itertools.product((0, 1), {0, 1, 2} - {label}):
+            of_fold, own = exam.folds == fold, scores[:, label]
+            ahead = own[of_fold & (targets == label)][:, None] - own[of_fold & (targets == other)]
             parts.append(((ahead > 0).double() + (ahead == 0).double() / 2).mean().item())
-        assert areas[label].item() == pytest.approx(sum(parts) / 2)
+        assert areas[label].item() == pytest.approx(sum(parts) / 4)
     assert areas[3].isnan()
-    assert training.auc_by_class(probabilities[:9], targets[:9]).isnan().all()
+    assert training.auc_by_class(scores[:9], exam_of([0] * 9, [1] * 4)).isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -193,28 +197,54 @@ def test_images_tell_as_much_as_their_families_let_them(families, effective, gro
     assert told.tolist() == [groups, 1, 0]
 
 
-@pytest.mark.parametrize(("alike", "classes"), [(0.0, 1), (0.3, 1), (1.0, 1), (0.3, 8), (1.0, 8)])
-@pytest.mark.parametrize("sizes", [[10] * 5, [20, 9, 9, 6, 3, 2, 1, 1]])
-def test_intervals_count_families(sizes, alike, classes):
-    """From families that say nothing (0) to those of which all are right or all wrong (1).
+def test_families_that_span_classes_widen_intervals_of_means_and_of_differences():
+    """Each family has an image in both classes and is right, or won, as a whole: twice the variance.
 
-    The rates of families are of a beta distribution. Intervals of images alone would be too narrow.
+    Of a family the errors, each 1/2 by 4 images, add up: 4 * (2 / 8)^2 by 8 * (1 / 8)^2.
     """
-    stream, runs, count = np.random.default_rng(0), 1000, sum(sizes)
-    families = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).repeat(classes)
+    targets, wrong = [0, 0, 0, 0, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0, 1, 1]
+    spanning = judged(targets, wrong, [9, 9], families=[0, 1, 2, 3] * 2)
+    apart = judged(targets, wrong, [9, 9])
+    right = spanning.predicted == spanning.exam.targets
+    assert training.spanning_factor(right, spanning.exam) == pytest.approx(2)
+    assert training.spanning_factor(right, apart.exam) == 1
+    half = torch.full((1, 2), 0.5).double()
+    ends = training.mean_interval(half[0], torch.tensor([1 + 3 / 2] * 2), half)[1:]
+    found = [spanning.measures[end] for end in ("low", "high")]
+    assert found == pytest.approx([end.item() for end in ends])
+    rows = [training.compare(torch.tensor(targets), each)[1] for each in (spanning, apart)]
+    wide, narrow = (row["difference"] - row["low"] for row in rows)
+    assert wide == pytest.approx(narrow * 2**0.5)
+
+
+@pytest.mark.parametrize("spanning", [False, True])
+@pytest.mark.parametrize(("alike", "classes"), [(0.3, 2), (1.0, 2), (1.0, 8)])
+@pytest.mark.parametrize("sizes", [[10] * 5, [20, 9, 9, 6, 3, 2, 1, 1]])
+def test_intervals_count_families(sizes, alike, classes, spanning):
+    """The rates of families are of a beta distribution, and with 1 all images are alike.
+
+    Intervals of images alone would be too narrow.
+    """
+    stream, runs, count = np.random.default_rng(0), 150, sum(sizes)
+    inside = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).repeat(classes)
     targets = torch.arange(classes).repeat_interleave(count)
-    exam = exam_of(targets.tolist(), [99] * classes, families=families.tolist())
-    spread = (1 - alike) / max(alike, 1e-9) or 1e-9
-    rates = stream.beta(0.8 * spread, 0.2 * spread, (runs, classes, len(sizes)))
-    right = stream.random((runs, classes * count)) < rates[:, targets, families]
-    recalls = torch.tensor(right).reshape(runs, classes, count).double().mean(2)
-    weights = torch.full((runs, classes), 1 / classes).double()
+    families = inside if spanning else inside + len(sizes) * targets
+    spread = (1 - alike) / alike or 1e-9
+    shape = (runs, 1 if spanning else classes, len(sizes))
+    rates = np.broadcast_to(
+        stream.beta(0.8 * spread, 0.2 * spread, shape), (runs, classes, len(sizes))
+    )
+    right = torch.tensor(stream.random((runs, len(targets))) < rates[:, targets, inside])
     held = []
-    for counts in (training.effective_counts(exam)[0], torch.full((classes,), count)):
-        _, low, high = training.mean_interval(recalls, counts, weights)
-        held.append(((low <= 0.8) & (0.8 <= high)).double().mean())
-    assert held[0] >= 0.92
-    assert alike < 1 or held[1] < 0.8
+    for kin in (families, torch.arange(len(targets))):
+        result = judged(targets.tolist(), targets.tolist(), [99] * classes, families=kin.tolist())
+        for values in right:
+            predicted = torch.where(values, targets, (targets + 1) % classes)
+            confusion = training.confusion_matrix(targets, predicted, classes)
+            ends = replace(result, predicted=predicted, confusion=confusion).measures
+            held.append(ends["low"] <= 0.8 <= ends["high"])
+    assert sum(held[:runs]) >= 0.9 * runs
+    assert alike < 1 or sum(held[runs:]) < 0.75 * runs
 
 
 def test_loss_counts_classes_alike_and_intervals_count_families():

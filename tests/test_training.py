@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -365,6 +366,29 @@ def network_with(state: dict[str, Tensor]) -> models.ResNet:
     return model.to(memory_format=torch.channels_last)
 
 
+def train_by_hand(
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Tensor],
+    logits_of: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    rising: float,
+) -> list[float]:
+    """Take a step for each batch, of groups with a `peak` of their rate; the sums of the losses."""
+    losses = []
+    for step, batch in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * rate_by_hand(step, len(batches), rising)
+        loss = F.cross_entropy(logits_of(batch), labels[batch[:, 0]])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item() * len(batch))
+    return losses
+
+
+PARTS = {"conv1": 0.343, "bn1": 0.343, "layer1": 0.343, "layer2": 0.49, "layer3": 0.7}
+
+
 def test_a_run_of_all_layers_ends_as_a_loop_that_is_written_by_hand(
     default_run, animals, pretrained, tmp_path
 ):
@@ -372,40 +396,36 @@ def test_a_run_of_all_layers_ends_as_a_loop_that_is_written_by_hand(
     command = [animals, "--weights", pretrained, "--epochs", 2, *TINY]
     given, progress = prepare(*command, "--output", tmp_path / "run")
     _, stage = training.plan(given.settings, given.data, 0)
-    model, step = network_with(progress.start), 0
-    parts = {"conv1": 0.343, "bn1": 0.343, "layer1": 0.343, "layer2": 0.49, "layer3": 0.7}
-    layers = [layer for layer in model.named_children() if list(layer[1].parameters())]
-    groups = [{"params": layer.parameters(), "part": parts.get(name, 1)} for name, layer in layers]
-    optimizer = torch.optim.AdamW(groups)
-    losses: list[float] = []
-    for epoch in (1, 2):
-        total = 0.0
-        for batch in batches_of(given, stage, epoch):  # 31 images: three steps
-            for group in optimizer.param_groups:
-                group["lr"] = 3e-4 * group["part"] * rate_by_hand(step, 6, 1)
-            loss = F.cross_entropy(model(normalised(given, batch)), given.data.labels[batch[:, 0]])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total, step = total + loss.item() * len(batch), step + 1
-        losses.append(total / 31)
-    assert step == 6
+    model = network_with(progress.start)
+    groups = [
+        {"params": layer.parameters(), "peak": 3e-4 * PARTS.get(name, 1)}
+        for name, layer in model.named_children()
+        if list(layer.parameters())
+    ]
+    batches = [*batches_of(given, stage, 1), *batches_of(given, stage, 2)]
+    assert len(batches) == 6  # 31 images: three steps an epoch
+    losses = train_by_hand(
+        torch.optim.AdamW(groups),
+        batches,
+        lambda batch: model(normalised(given, batch)),
+        given.data.labels,
+        1,
+    )
     assert_moved_alike(as_trained(default_run.path)["networks"][0], model, progress.start)
-    head, *history = rows_of(default_run.path / "history.csv")
-    assert [row["stage"] for row in (head, *history)] == ["head", "whole", "whole"]
-    assert [float(row["train_loss"]) for row in history] == pytest.approx(losses, rel=1e-3)
+    _, *history = rows_of(default_run.path / "history.csv")
+    found = [float(row["train_loss"]) for row in history]
+    assert found == pytest.approx([sum(losses[:3]) / 31, sum(losses[3:]) / 31], rel=1e-3)
     rate = 3e-4 * rate_by_hand(3, 6, 1)  # of the next step
     assert float(history[0]["learning_rate"]) == pytest.approx(rate, rel=1e-4)
 
 
 def test_pretrained_layers_learn_more_slowly_the_lower_they_are_and_none_is_forgotten():
-    parts = {"conv1": 0.343, "bn1": 0.343, "layer1": 0.343, "layer2": 0.49, "layer3": 0.7}
     model = models.resnet18(num_classes=3)
     for is_pretrained in (True, False):
         groups = training.whole_optimizer(model, is_pretrained).param_groups
         found = {id(weight): group["lr"] for group in groups for weight in group["params"]}
         for name, weight in model.named_parameters():
-            part = 3e-4 * parts.get(name.split(".")[0], 1)
+            part = 3e-4 * PARTS.get(name.split(".")[0], 1)
             assert found[id(weight)] == pytest.approx(part if is_pretrained else 1e-3)
     model.layer5 = nn.Linear(1, 1)
     optimizer = training.whole_optimizer(model, True)
@@ -429,23 +449,22 @@ def test_a_head_that_is_kept_alone_ends_as_a_loop_that_is_written_by_hand(
     with torch.no_grad():
         features = backbone(normalised(given, views))
     square = (features[given.data.learns(0)] ** 2).sum(1).mean().item() / 512
-    weight, bias = (progress.start[f"fc.{x}"].requires_grad_() for x in ("weight", "bias"))
-    pace = [[weight, 0.02 / square, 0.002 * square, 0.0], [bias, 0.02, 0.002, 0.0]]
+    head = network_with(progress.start).fc
+    groups = [
+        {"params": [head.weight], "peak": 0.02 / square, "weight_decay": 0.002 * square},
+        {"params": [head.bias], "peak": 0.02, "weight_decay": 0.002},
+    ]
     batches = batches_of(given, training.plan(given.settings, given.data, 0)[0], 0)
     assert len(batches) == 62
-    for step, batch in enumerate(batches):
-        indices = batch[:, 0]
-        loss = F.cross_entropy(features[indices] @ weight.T + bias, given.data.labels[indices])
-        for each, slope in zip(pace, torch.autograd.grad(loss, [weight, bias]), strict=True):
-            each[3] = 0.9 * each[3] + slope + each[2] * each[0].detach()  # momentum
-            each[0].data -= each[1] * rate_by_hand(step, 62, 5.2) * each[3]
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    train_by_hand(optimizer, batches, lambda x: head(features[x[:, 0]]), given.data.labels, 5.2)
     [state] = as_trained(done.path)["networks"]
-    torch.testing.assert_close(state["fc.weight"], weight.detach(), rtol=0.01, atol=2e-3)
-    torch.testing.assert_close(state["fc.bias"], bias.detach(), rtol=0.01, atol=2e-3)
+    torch.testing.assert_close(state["fc.weight"], head.weight.detach(), rtol=0.01, atol=2e-3)
+    torch.testing.assert_close(state["fc.bias"], head.bias.detach(), rtol=0.01, atol=2e-3)
     assert all(torch.equal(v, progress.start[k]) for k, v in state.items() if "fc" not in k)
     # What is said is said of the head, which was trained on features of half the precision.
-    head, last = rows_of(done.path / "history.csv")
-    assert float(last["val_loss"]) == pytest.approx(float(head["val_loss"]), rel=1e-2)
+    losses = [float(row["val_loss"]) for row in rows_of(done.path / "history.csv")]
+    assert losses[-1] == pytest.approx(losses[0], rel=1e-2)
     assert "\nIn 1 of 1 networks the head alone is kept" in done.out
 
 
@@ -458,33 +477,33 @@ def test_after_a_trial_training_goes_on_or_with_the_upper_half_from_before_it(
     model, given.reader.features = given.model, torch.ones(38, 64).half()
     progress.head = {"weight": torch.full((3, 64), 5.0), "bias": torch.full((3,), 6.0)}
     progress.history = [{"fold": 1, "epoch": 1}]
+    start = progress.start
 
-    def changed() -> dict[str, set[float]]:
-        """What is not as at the start."""
-        now, start = model.state_dict(), progress.start
-        return {k: {*v.flatten().tolist()} for k, v in now.items() if not torch.equal(v, start[k])}
-
-    for failed in (False, True):
+    def begin_with(fold: int, place: int, failed: bool) -> training.Trainer:
+        """Begin a stage of a fold with a network in which each number is 7."""
         for value in model.state_dict().values():
             value.fill_(7)
-        stage = training.plan(given.settings, given.data, 0, failed)[-1]
-        trainer = training.begin_stage(given, progress, stage)
-        if not failed:
-            assert {7.0} == set().union(*changed().values())
-    assert changed() == {"fc.weight": {5.0}, "fc.bias": {6.0}}
+        stage = training.plan(given.settings, given.data, fold, failed)[place]
+        return training.begin_stage(given, progress, stage)
+
+    def has(expected: dict[str, Tensor]) -> bool:
+        return all(torch.equal(value, expected[k]) for k, value in model.state_dict().items())
+
+    begin_with(0, -1, failed=False)
+    assert all((value == 7).all() for value in model.state_dict().values())
+    trainer = begin_with(0, -1, failed=True)
+    assert has(start | {f"fc.{name}": value for name, value in progress.head.items()})
+    assert not model.training  # so BatchNorm keeps its statistics
     [group] = trainer.optimizer.param_groups
     assert group["max_lr"] == pytest.approx(2e-5)
     named = {id(weight): name for name, weight in model.named_parameters()}
     trained = {named[id(weight)].split(".")[0] for weight in group["params"]}
     assert trained == {"layer3", "layer4", "fc"}
-    assert not model.training  # so BatchNorm keeps its statistics
     # The next fold begins where the first one did, and does as that one, with the head as it is.
-    head, upper = training.plan(given.settings, given.data, 1, failed=True)
-    training.begin_stage(given, progress, head)
-    assert changed() == {}
-    nn.init.constant_(model.fc.weight, 5.0)
-    training.begin_stage(given, progress, upper)
-    assert changed() == {"fc.weight": {5.0}}
+    begin_with(1, 0, failed=True)
+    assert has(start)
+    begin_with(1, -1, failed=True)
+    assert all((value == 7).all() for value in model.state_dict().values())
 
 
 # ------------------------------------------------------------------------------ whole runs
