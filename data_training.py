@@ -7,27 +7,16 @@
     python data_training.py --resume RUN                # go on where a run was stopped
     torchrun --nproc-per-node=K data_training.py DATA   # one run on several devices
 
-DATA holds one folder per class; a fifth of each class is kept for validation. Training images are
-drawn by a `WeightedRandomSampler` with weights 1 / (training images of the class), so that every
-class is seen about equally often. The head of a pretrained ResNet is trained first, then all
-layers; the head alone is kept if it is better. Two numbers, fitted on the validation images, reduce
-the remaining bias towards frequent classes (calibration). With `--folds K` each of K networks is
+DATA holds one folder per class; a fifth of each class is kept for validation. A
+`WeightedRandomSampler` draws training images with weights 1 / (training images of the class), so
+that every class is seen about equally often. The head of a pretrained ResNet is trained first, then
+all layers; the head alone is kept if it is better. Two numbers, fitted on the validation images,
+reduce the remaining bias towards frequent classes (calibration). With `--folds K` each network is
 judged by the validation fold that it has not learnt; together they answer, as an ensemble.
 
-The sections of this file use each other in one direction:
-
-    run                         the story: from folders of images to a network and its report
-    sampling                    weights 1 / count, `WeightedRandomSampler`, batches
-    training                    stages, optimizers, a step, an epoch
-    evaluation and calibration  logits of the validation images, and what they say
-    results, console, page      what people read
-    predicting                  `--predict`
-    run folder                  what is stored, and going on from it
-    settings, data              flags resolved; images listed, checked and split
-    model, reading              the ResNet and its weights; decoding, augmenting and storing images
-    measures                    recall, intervals, comparisons
-    devices, files              GPUs, precision, torchrun; tables, whole files, a lock
-    command line, main          flags, errors, exit status
+The sections use each other in one direction: run (the story), sampling, training, evaluation and
+calibration, results, page, predicting, run folder, settings, data, model, reading (of images),
+measures, devices, files, command line.
 
 Exit status: 0 done, 2 bad input (one line on stderr says where and what to do), 130 interrupted.
 """
@@ -40,7 +29,6 @@ import contextlib
 import copy
 import csv
 import hashlib
-import heapq
 import html
 import io
 import json
@@ -59,9 +47,7 @@ from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import cache
-from itertools import permutations
 from multiprocessing.pool import ThreadPool
 from multiprocessing.util import get_temp_dir
 from pathlib import Path
@@ -74,12 +60,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 from torchvision import models
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.models import ResNet
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -94,12 +81,13 @@ LOCK = ".lock"  # of a run at work, beside it
 EVERY = -1  # instead of the validation fold of an image: every network learns it
 TEST = -2  # no network learns it; it tests the ensemble
 EVALUATED = -1  # instead of the seed of an image: it is evaluated, not augmented
-# The part of the images that is right, and the mean recall: of all classes, and of those with many,
-# in between and few training images. NaN where there is no such class.
+# The part that is right, the mean recall, and that of classes of many, medium, few training images.
 MEASURES = ("accuracy", "balanced_accuracy", "many", "medium", "few")
 Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
 Rows = list[dict[str, Any]]
 State = dict[str, Tensor]  # of a network
+Stored = Mapping[str, Any]  # of a stopped run, or in a file of weights; may be empty
+Batches = Iterable[tuple[Tensor, Tensor]]  # inputs and labels
 
 
 class DataError(Exception):
@@ -112,26 +100,30 @@ WRITE_EVERY = 30.0  # seconds; on a fast GPU the files of an epoch take longer t
 
 
 def run(args: Namespace) -> None:
-    """Train a network, or one for each fold, judge it, and fill the run folder.
-
-    Under torchrun process 0 reads and decides, and the others receive what it has made.
-    """
+    """Train a network, or one for each fold, judge it, and fill the run folder."""
     compute = join_processes(args.device, args.amp)
     settings, listing, stored = first_makes(compute, open_run, args, compute)
     compute = compute._replace(precision=settings.precision)
     data = first_makes(compute, load_data, settings, listing, stored)
+    smallest = min(map(len, cut_batches(data.learns(0), settings.batch_size)))
+    if smallest // compute.world_size < (2 if settings.image_size <= STRIDE else 1):
+        raise DataError(f"--batch-size {settings.batch_size}: too few images for BatchNorm")
     baseline = first_makes(compute, load_baseline, settings.baseline, data)
     model = first_makes(compute, load_model, settings, data.classes, stored)
-    lock = lock_folder(settings.output, compute.rank)
+    lock = None if compute.rank else lock_folder(settings.output)
     progress = first_makes(compute, load_progress, settings, data, model, stored)
-    images = Images(data.paths, data.labels, data.white, settings.image_size, settings.flip)
+    paths = [row.path for row in data.rows]
+    images = Images(paths, data.labels, data.white, settings.image_size, settings.flip)
     images.keep_copies(settings.output / COPIES)
     reader = Reader(images, compute, settings.workers, settings.batch_size)
     known = {name: stored[name] for name in LEARNT if name in stored}
     given = Given(settings, data, compute, baseline, known, compute.place(model), reader)
     if compute.rank == 0:
         save_tensors(settings.output / STATE, state_of(given, progress))
-        print_start(describe_run(settings, data, compute))
+        facts = describe_run(settings, data, compute)
+        for names in (("network", "device", "training images"), ("judged by", "left out")):
+            print(printable("; ".join(f"{name}: {facts[name]}" for name in names)))
+        print("", HEADER, sep="\n", flush=True)
         for row in progress.history:
             print(format_epoch(row, settings))
     for fold in range(settings.folds):
@@ -155,10 +147,9 @@ def train_stage(given: Given, progress: Progress, stage: Stage) -> None:
     written = -math.inf
     for epoch in epochs:
         started = time.perf_counter()
-        stream = seeded("draw", settings.seed, stage.fold, epoch)
-        drawn = draw_epoch(data.labels, learnt, settings.power, stage.passes, stream)
-        seeds = seeded("augment", settings.seed, stage.fold, epoch)
-        loss = train_epoch(trainer, reader, drawn, seeds)
+        key = (settings.seed, stage.fold, epoch)
+        drawn = draw_epoch(data.labels, learnt, settings.power, stage.passes, seeded("draw", *key))
+        loss = train_epoch(trainer, reader, drawn, seeded("augment", *key))
         seconds = time.perf_counter() - started
         progress.logits = evaluate(trainer.evaluated, reader, exam.places, stage.on_features)
         progress.trainer = trainer.state_dict()
@@ -200,7 +191,10 @@ def begin_stage(given: Given, progress: Progress, stage: Stage) -> Trainer:
         model.load_state_dict(progress.start_with_head())
     if stage.on_features:
         if reader.features is None:
-            reader.features = extract_features(model, reader)
+            backbone: Any = copy.deepcopy(model)
+            backbone.fc = nn.Identity()
+            places = torch.arange(len(reader.labels))
+            reader.features = forward(backbone, reader, places).half()  # enough for a head
         optimizer = head_optimizer(model.fc, reader.features[given.data.learns(stage.fold)])
     else:
         optimizer = stage.make_optimizer(model, given.settings.weights != "none")
@@ -211,11 +205,7 @@ def begin_stage(given: Given, progress: Progress, stage: Stage) -> Trainer:
 
 
 def end_fold(given: Given, progress: Progress, exam: Exam) -> Fold:
-    """Return the network that is kept of a fold: of all layers, or with the head alone trained.
-
-    On photographs that the weights know already, training all layers does harm: so the head alone
-    is kept where it is surely better.
-    """
+    """Return what is kept of a fold: all layers, or the head alone if it is surely better."""
     model = given.model
     trained = Fold(copy_state(model), progress.logits, "all")
     if not progress.head:
@@ -234,8 +224,7 @@ def store_epoch(given: Given, progress: Progress) -> None:
     if len(progress.finished) == fold:
         save_tensors(output / f"fold-{fold}.pt", progress.finished[-1]._asdict())
     save_tensors(output / STATE, state_of(given, progress))
-    unfinished = Fold(copy_state(given.model), progress.logits, "all")
-    folds = progress.finished or [unfinished]
+    folds = progress.finished or [Fold(copy_state(given.model), progress.logits, "all")]
     judged = judge_folds(given, folds)
     write_network(given, folds, judged)
     write_reports(given, progress, judged)
@@ -259,9 +248,7 @@ def write_reports(
         history=progress.history,
         kept=[fold.kept for fold in progress.finished],
         baseline=given.baseline,
-        changes=compare(given.baseline, judged)
-        if len(given.baseline) == len(judged.predicted)
-        else [],
+        changes=compare(given.baseline, judged),
         classes=list_classes(data.classes, progress.draws, judged),
         last=judged,
         tested=tested,
@@ -286,7 +273,11 @@ def finish(given: Given, progress: Progress) -> None:
     if compute.rank == 0:
         write_network(given, progress.finished, judged)
         print_end(write_reports(given, progress, judged, tested))
-        remove_state(settings.output)
+        for name in (STATE, START, LOCK, "fold-*.pt"):  # only a run that goes on needs these
+            for file in settings.output.glob(name):
+                with contextlib.suppress(PermissionError):  # Windows keeps what is open
+                    file.unlink()
+        shutil.rmtree(settings.output / COPIES, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------- sampling
@@ -298,19 +289,14 @@ def sample_weights(labels: Tensor, power: float) -> Tensor:
 
 
 def draw_epoch(
-    labels: Tensor, learnt: Tensor, power: float, passes: int, stream: torch.Generator
+    labels: Tensor, learnt: Tensor, power: float, passes: int, stream: Generator
 ) -> Tensor:
-    """Draw the training images of an epoch among those at `learnt`: indices, int64.
-
-    As many as there are, `passes` times: with replacement, every class about equally often, or with
-    `power` 0 each image once.
-    """
+    """Draw images at `learnt` for an epoch, `passes` times as many as there are: indices, int64."""
     weights = sample_weights(labels[learnt], power)
     drawn = []
     for _ in range(passes):
         if power > 0:
-            # A sampler inside of a DataLoader would draw anew in each process. As a list the draw
-            # is the same for any number of workers and processes.
+            # As a list the draw is the same for any number of workers and processes.
             sampler = WeightedRandomSampler(weights.tolist(), len(weights), generator=stream)
             places = torch.tensor(list(sampler))
         else:
@@ -319,44 +305,35 @@ def draw_epoch(
     return torch.cat(drawn)
 
 
-def cut_batches(
-    indices: Tensor, batch_size: int, seeds: torch.Generator | None = None
-) -> tuple[Tensor, ...]:
-    """Cut images into batches of (index, seed of the augmentation), (B, 2) int64.
-
-    Without `seeds` the images are to be evaluated. The sizes of the batches differ by one at most:
-    a last batch of a few images would weigh too much, and one of a single image break BatchNorm.
-    """
+def cut_batches(indices: Tensor, batch_size: int, seeds: Generator | None = None) -> list[Tensor]:
+    """Cut images into batches of (index, seed), (B, 2) int64; without `seeds`, to be evaluated."""
     if not len(indices):  # of a process that has no image to evaluate
-        return ()
+        return []
     drawn = torch.full_like(indices, EVALUATED)
     if seeds:
         drawn = torch.randint(2**62, (len(indices),), generator=seeds)
     pairs = torch.stack([indices, drawn], 1)
-    return pairs.tensor_split(math.ceil(len(indices) / batch_size))
+    # Of sizes that differ by one at most: a last batch of a single image would break BatchNorm.
+    return list(pairs.tensor_split(math.ceil(len(indices) / batch_size)))
 
 
-def seeded(purpose: str, *numbers: int) -> torch.Generator:
+def seeded(purpose: str, *numbers: int) -> Generator:
     """Return a random stream that only this purpose and these numbers have."""
     text = "/".join(map(str, (purpose, *numbers)))
-    return torch.Generator().manual_seed(random.Random(text).getrandbits(63))
+    return Generator().manual_seed(random.Random(text).getrandbits(63))
 
 
 # ---------------------------------------------------------------------------------------- training
 
 RATE = 3e-4  # of AdamW, for pretrained weights
 SCRATCH_RATE = 1e-3  # and for random ones
-# What the lower layers see is in all photographs: each pretrained group of layers learns at this
-# part of the next one's rate (Howard & Ruder 2018, arXiv:1801.06146).
-RATE_BELOW = 0.7
-UPPER_RATE = RATE / 15  # for the upper half of a network that failed the trial
-WARM_UP = 0.1  # part of the steps in which the learning rate rises
+RATE_BELOW = 0.7  # part of the rate of the layers above (Howard & Ruder 2018, arXiv:1801.06146)
+WARM_UP = 0.1  # part of the steps in which the rate rises
 HEAD_STEPS = 1000  # at least, of training the head alone: on features they cost next to nothing
 HEAD_RATE = 0.02  # of SGD, for features of squared length 512, as those of a ResNet-18
 HEAD_DECAY = 0.002  # its weight decay
-# On images like those that the weights were trained on, training all layers does more harm than
-# good. A trial of this many steps shows it; it is made if that is at most a fifth of all steps.
-TRIAL_STEPS = 190
+# On images like those that the weights were trained on, training all layers may do harm.
+TRIAL_STEPS = 190  # show it; such a trial is made if that is at most a fifth of all steps
 TRIAL_FAILS = 1.1  # a trial fails above 1.1 times the loss of the head
 SURE = 1.645  # keep the head alone only if it is better at one-sided p < 0.05
 FEWEST_EFFECTIVE = 10  # skip this test below ten independent images
@@ -380,30 +357,28 @@ class Stage(NamedTuple):
 def plan(settings: Settings, data: Data, fold: int, failed: bool = False) -> list[Stage]:
     """Return the stages of a fold: its head, in long runs a trial, and the rest.
 
-    The head is trained in an extra epoch 0. In long runs the first epochs of all layers, in the
-    first fold, show from there whether they do harm. All layers go on from a passed trial. After
-    one that `failed` the network goes back to its head, and only its upper half is trained; the
-    other folds follow. Without a trial, in short runs, all layers begin from the start.
+    A trial, the first epochs of all layers in the first fold, shows whether they do harm: if it
+    `failed`, each fold trains its upper half alone, from its head. Else all layers go on.
     """
     stages = []
-    steps = [math.ceil(len(data.learns(each)) / settings.batch_size) for each in (0, fold)]
-    trial = math.ceil(TRIAL_STEPS / steps[0])
-    if 5 * trial > settings.epochs or settings.weights == "none":
-        trial = 0
     epochs = range(1, settings.epochs + 1)
+    images = len(data.learns(fold))
+    steps = math.ceil(images / settings.batch_size)
+    first_steps = math.ceil(len(data.learns(0)) / settings.batch_size)
+    trial = math.ceil(TRIAL_STEPS / first_steps)
+    begins_from = "start"
     if settings.weights != "none":
-        images = len(data.learns(fold))  # few make few steps: they are drawn several times
+        # Few images make few steps: they are drawn several times.
         passes = math.ceil(HEAD_STEPS * settings.batch_size / images)
         in_all = math.ceil(passes * images / settings.batch_size)
         stages.append(HEAD._replace(epochs=range(1), passes=passes, steps=in_all))
-    if trial and fold == 0:
-        stages.append(TRIAL._replace(epochs=epochs[:trial], steps=trial * steps[0]))
-        epochs = epochs[trial:]
-    begins_from = "" if trial else "start"
-    if failed and fold == 0:
-        begins_from = "head"
+        if 5 * trial <= settings.epochs:
+            begins_from = "head" if failed and fold == 0 else ""
+            if fold == 0:
+                stages.append(TRIAL._replace(epochs=epochs[:trial], steps=trial * steps))
+                epochs = epochs[trial:]
     rest = UPPER if failed else WHOLE
-    in_all = len(epochs) * steps[1]
+    in_all = len(epochs) * steps
     stages.append(rest._replace(epochs=epochs, steps=in_all, begins_from=begins_from))
     return [stage._replace(fold=fold) for stage in stages]
 
@@ -415,11 +390,7 @@ def trial_failed(history: Rows) -> bool:
 
 
 def is_surely_better(one: Evaluation, other: Evaluation) -> bool:
-    """Return whether the loss of `one` is lower by over `SURE` standard errors of the difference.
-
-    Images of one family count together. A weighted mean of families tells as much as 1 / (sum of
-    squared weights) independent ones (Kish 1965).
-    """
+    """Return whether the loss of `one` is surely lower; families count, not their images."""
     exam = one.exam
     weights = class_weights(exam.targets)
     if 1 / torch.bincount(exam.families, weights).square().sum() < FEWEST_EFFECTIVE:
@@ -432,10 +403,7 @@ def is_surely_better(one: Evaluation, other: Evaluation) -> bool:
 
 
 def head_optimizer(head: nn.Linear, features: Tensor) -> Optimizer:
-    """Make SGD for the head alone, which learns from (N, D) `features`.
-
-    The largest stable step depends on their norm; `HEAD_RATE` is for those of a ResNet-18.
-    """
+    """Make SGD for the head; its largest stable step depends on the norm of the (N, D) features."""
     lengths = torch.linalg.vector_norm(features, dim=1, dtype=torch.float32)
     square = max(lengths.square().mean().item() / 512, 1e-12)
     groups = [
@@ -445,7 +413,7 @@ def head_optimizer(head: nn.Linear, features: Tensor) -> Optimizer:
     return torch.optim.SGD(groups, momentum=0.9, fused=True)
 
 
-def whole_optimizer(model: models.ResNet, is_pretrained: bool) -> Optimizer:
+def whole_optimizer(model: ResNet, is_pretrained: bool) -> Optimizer:
     """Make AdamW for all layers; pretrained ones take smaller steps the lower they are."""
     groups = []
     for above, layers in zip((3, 2, 1, 0), LAYERS, strict=True):
@@ -455,12 +423,12 @@ def whole_optimizer(model: models.ResNet, is_pretrained: bool) -> Optimizer:
     return torch.optim.AdamW(groups, fused=True)
 
 
-def upper_optimizer(model: models.ResNet, _: bool) -> Optimizer:
+def upper_optimizer(model: ResNet, _: bool) -> Optimizer:
     """Make AdamW for the upper half of the layers, in small steps; the lower half is frozen."""
     for name, weight in model.named_parameters():
         weight.requires_grad = not name.startswith(LOWER)
     upper = [weight for weight in model.parameters() if weight.requires_grad]
-    return torch.optim.AdamW(upper, UPPER_RATE, fused=True)
+    return torch.optim.AdamW(upper, RATE / 15, fused=True)
 
 
 HEAD = Stage("head", head_optimizer, True, updates_batch_norm=False, begins_from="start")
@@ -472,7 +440,7 @@ UPPER = Stage("upper", upper_optimizer, updates_batch_norm=False, averages=True)
 class Trainer:
     """The model, optimizer, schedule, scaler and mean weights of one stage."""
 
-    def __init__(self, model: models.ResNet, stage: Stage, optimizer: Optimizer, compute: Compute):
+    def __init__(self, model: ResNet, stage: Stage, optimizer: Optimizer, compute: Compute):
         """Set up the beginning of a stage; a weight that would never be trained is an error."""
         self.stage = stage
         self.compute = compute
@@ -490,40 +458,31 @@ class Trainer:
         steps = max(4, stage.steps)
         rising = max(WARM_UP, 2 / steps)
         self.scheduler = OneCycleLR(optimizer, peaks, steps, pct_start=rising, cycle_momentum=False)
-        is_float16 = compute.precision == "float16"
-        self.scaler = torch.amp.GradScaler(compute.device.type, enabled=is_float16)
+        is_scaled = compute.precision == "float16"
+        self.scaler = torch.amp.GradScaler(compute.device.type, enabled=is_scaled)
         self.mean: list[Tensor] = []  # of the weights after each step so far
 
     def step(self, loss: Tensor) -> None:
-        """Take a step against the gradient of `loss`."""
+        """Take a step against the gradient of `loss`; the last one may end at the mean weights."""
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
-        if self.stage.averages:
-            self.average(self.scheduler.last_epoch)
-
-    @torch.no_grad()
-    def average(self, steps: int) -> None:
-        """Add the weights after `steps` steps to their mean; after the last one, set them to it."""
-        # `AveragedModel` does the same, but waits for the device at every step.
-        if not self.mean:
-            self.mean = [weight.detach().clone() for weight in self.weights]
-        torch._foreach_lerp_(self.mean, self.weights, 1 / steps)
-        if steps == self.stage.steps:
-            torch._foreach_copy_(self.weights, self.mean)
+        steps = self.scheduler.last_epoch
+        if self.stage.averages:  # `AveragedModel` would wait for the device at every step
+            with torch.no_grad():
+                self.mean = self.mean or [weight.clone() for weight in self.weights]
+                torch._foreach_lerp_(self.mean, self.weights, 1 / steps)
+                if steps == self.stage.steps:
+                    torch._foreach_copy_(self.weights, self.mean)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on as if nothing had happened."""
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "mean": self.mean,
-        }
+        names = ("optimizer", "scheduler", "scaler")
+        return {name: getattr(self, name).state_dict() for name in names} | {"mean": self.mean}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Stored) -> None:
         """Go on with what was stored in this stage."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -537,11 +496,8 @@ class Trainer:
                     moments[name] = torch.empty_like(weight).copy_(value)
 
 
-def train_epoch(trainer: Trainer, reader: Reader, drawn: Tensor, seeds: torch.Generator) -> float:
-    """Train on the images that an epoch has drawn, and return the loss averaged over images.
-
-    Each process takes its part of each batch. Raises `DataError` if the loss is not finite.
-    """
+def train_epoch(trainer: Trainer, reader: Reader, drawn: Tensor, seeds: Generator) -> float:
+    """Train on the drawn images; return their mean loss, or raise `DataError` if not finite."""
     compute = trainer.compute
     batches = cut_batches(drawn, reader.batch_size, seeds)
     ours = [batch[compute.rank :: compute.world_size] for batch in batches]
@@ -566,11 +522,8 @@ def train_epoch(trainer: Trainer, reader: Reader, drawn: Tensor, seeds: torch.Ge
 # ---------------------------------------------------------------------- evaluation and calibration
 
 PRIOR = 2.0  # images: the weight of what is expected
-CALIBRATION_PARTS = 5  # of the validation images; of two, one is too little to fit numbers on
 EXPECTED_SHIFT = 1.0  # in log class shares: what balanced training leaves in the logits
 LEAST_SCALE = 0.01
-LEAST_SPREAD = 0.05  # of log shares; what differs less in frequency is not shifted by much
-HIGHEST = 1e4  # logit
 
 
 class Exam(NamedTuple):
@@ -586,13 +539,10 @@ class Exam(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """Two numbers, fitted on the validation images, reduce the bias towards frequent classes.
+    """Calibrated logits are scale * logits - shift * log_share, the log of the class shares.
 
-    Calibrated logits are scale * logits - shift * log_share. Although all classes are drawn equally
-    often, a rare class is still recognised less often in the end: its few images are memorised and
-    teach nothing more. `shift` takes back what frequent classes gained by that (logit adjustment,
-    Menon et al. 2021, arXiv:2007.07314), and `scale` makes a network less sure that is too sure
-    (temperature, Guo et al. 2017, arXiv:1706.04599).
+    Rare classes are recognised less often even if drawn as often: `shift` takes that back
+    (arXiv:2007.07314, Menon et al. 2021); `scale` corrects confidence (arXiv:1706.04599, Guo 2017).
     """
 
     scale: float = 1.0
@@ -603,8 +553,7 @@ class Calibration(NamedTuple):
         return self.scale * logits.float() - self.shift * log_share
 
 
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(NamedTuple):
     """What (M, C) calibrated logits say of the images of an exam."""
 
     exam: Exam
@@ -638,68 +587,49 @@ def make_exam(data: Data, folds: Iterable[int], power: float) -> Exam:
     """Return the images that judge these folds, one fold after the other."""
     judges = {fold: data.judges(fold) for fold in folds}
     places = torch.cat([*judges.values()])
-    logs = data.train_counts().log()
+    train_counts = data.counts(data.learns(0))
+    logs = train_counts.log()
     return Exam(
         places=places,
         targets=data.labels[places],
         families=data.families[places],
         folds=torch.cat([torch.full_like(part, fold) for fold, part in judges.items()]),
-        train_counts=data.train_counts(),
+        train_counts=train_counts,
         log_share=logs - logs.mean(),  # a constant changes nothing, but costs digits
         expected_shift=EXPECTED_SHIFT + 1 - power,
     )
 
 
 @torch.no_grad()
-def forward(
-    network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], compute: Compute
-) -> Tensor:
-    """Compute the outputs of a network in evaluation mode, in main memory: (M, C or D)."""
-    was_training = network.training
-    network.eval()
-    outputs = []
-    for images, _ in batches:
-        with compute.autocast():
-            outputs.append(network(to_device(images, compute)))
-    network.train(was_training)
-    return torch.cat([each.cpu() for each in outputs]) if outputs else torch.empty(0)
-
-
-def evaluate(
-    network: nn.Module, reader: Reader, places: Tensor, on_features: bool = False
-) -> Tensor:
-    """Compute the logits of the images at `places`, of which each process takes its part: (M, C).
-
-    Raises `DataError` where they are NaN.
-    """
+def forward(model: nn.Module, reader: Reader, places: Tensor, on_features: bool = False) -> Tensor:
+    """Compute outputs in evaluation mode, each process for its part of `places`: (M, C or D)."""
     compute = reader.compute
-    if compute.world_size > 1:  # BatchNorm gathers its statistics in each process for itself
-        for buffer in network.buffers():
-            dist.broadcast(buffer, 0)
     batches = cut_batches(places[compute.rank :: compute.world_size], reader.share)
-    loaded = reader.read(batches, "evaluating", on_features)
-    logits = gather(forward(network, loaded, compute), compute)
+    was_training = model.training
+    model.eval()
+    outputs = []
+    for inputs, _ in reader.read(batches, "evaluating", on_features):
+        with compute.autocast():
+            outputs.append(model(to_device(inputs, compute)))
+    model.train(was_training)
+    part = torch.cat([each.cpu() for each in outputs]) if outputs else torch.empty(0)
+    return gather(part, compute)
+
+
+def evaluate(model: nn.Module, reader: Reader, places: Tensor, on_features: bool = False) -> Tensor:
+    """Compute the logits of the images at `places`: (M, C); raises `DataError` for NaN."""
+    if reader.compute.world_size > 1:  # BatchNorm has the statistics of its own process
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+    logits = forward(model, reader, places, on_features)
     if logits.isnan().any():
         raise DataError("the network's outputs are NaN; try --no-amp, or other weights")
-    return logits.clamp(-HIGHEST, HIGHEST)  # float16 overflows
-
-
-def extract_features(model: models.ResNet, reader: Reader) -> Tensor:
-    """Compute what the backbone makes of all images: (N, D) float16, which is enough for a head."""
-    backbone: Any = copy.deepcopy(model)
-    backbone.fc = nn.Identity()
-    ours = torch.arange(reader.compute.rank, len(reader.labels), reader.compute.world_size)
-    loaded = reader.read(cut_batches(ours, reader.share), "features")
-    return gather(forward(backbone, loaded, reader.compute).half(), reader.compute)
+    return logits.clamp(-1e4, 1e4)  # float16 overflows
 
 
 def judge(logits: Tensor, exam: Exam) -> Evaluation:
-    """Evaluate the (M, C) logits of the images of an exam.
-
-    Calibration is cross-fitted: no image influences its own numbers. They are fitted on the images
-    of the other folds, or, with one fold, of its other parts; families stay together.
-    """
-    parts = exam.folds
+    """Evaluate the (M, C) logits of an exam; no image influences its own calibration."""
+    parts = exam.folds  # calibrated by the images of the others
     if len(parts.unique()) < 2:
         parts = cut_parts(exam.targets, exam.families)
     calibrated = torch.empty(logits.shape)
@@ -717,8 +647,6 @@ def assess(
     targets = exam.targets
     if calibrated is None:
         calibrated = calibration.apply(logits, exam.log_share)
-    # The probabilities of the true and of the predicted class come from one table: where these are
-    # the same class, so are the two numbers.
     log_probability = calibrated.log_softmax(1)
     best, predicted = log_probability.max(1)
     losses = -log_probability.gather(1, targets[:, None]).squeeze(1)
@@ -737,10 +665,7 @@ def assess(
 
 
 def cut_parts(targets: Tensor, families: Tensor) -> Tensor:
-    """Cut M images at random into parts with as many families of each class: (M,) int64.
-
-    A family of several classes counts for the rarest of these.
-    """
+    """Cut M images at random into parts with as many families of each class: (M,) int64."""
     unique, family = families.unique(return_inverse=True)
     by_size = targets.bincount().argsort(stable=True)
     rank = by_size.argsort()[targets]
@@ -748,7 +673,7 @@ def cut_parts(targets: Tensor, families: Tensor) -> Tensor:
     order = torch.randperm(len(unique), generator=seeded("parts", 0, 0))
     order = order[by_size[rarest][order].argsort(stable=True)]
     part = torch.zeros_like(unique)
-    part[order] = torch.arange(len(unique)) % CALIBRATION_PARTS
+    part[order] = torch.arange(len(unique)) % 5  # numbers fitted on half of them would be poor
     return part[family]
 
 
@@ -761,10 +686,7 @@ def class_weights(targets: Tensor) -> Tensor:
 def fit_calibration(logits: Tensor, targets: Tensor, exam: Exam) -> Calibration:
     """Fit the numbers with the lowest cross entropy of (M, C) logits; each class counts the same.
 
-    The problem is convex. Few images tell little, so a prior worth `PRIOR` images holds the numbers
-    near what is usual: a scale of 1, and the expected shift times the scale. Images with weights
-    w that sum to 1 tell as much as 1 / sum(w^2) images of equal weight (Kish 1965). A class without
-    images counts as half an image in this, otherwise never predicting it would be the optimum.
+    A prior worth `PRIOR` images holds them near a scale of 1, and the expected shift times that.
     """
     expected = exam.expected_shift
     if not len(targets):
@@ -772,9 +694,10 @@ def fit_calibration(logits: Tensor, targets: Tensor, exam: Exam) -> Calibration:
     logits = logits.double()
     log_share = exam.log_share.double()
     weights = class_weights(targets)
+    # Of a class without images it would be best never to predict it: it counts as half an image.
     counts = torch.bincount(targets, minlength=len(log_share)).clamp(min=0.5)
-    prior = PRIOR * (1 / counts).mean() / len(counts)
-    spread = max(log_share.std(correction=0).item(), LEAST_SPREAD)
+    prior = PRIOR * (1 / counts).mean() / len(counts)  # by the effective sample size (Kish 1965)
+    spread = max(log_share.std(correction=0).item(), 0.05)  # of less no great shift is to come
     steps = (log_share - log_share.mean()) / spread
     numbers = torch.tensor([1.0, expected * spread], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([numbers], max_iter=50, line_search_fn="strong_wolfe")
@@ -816,17 +739,15 @@ class Outcome(NamedTuple):
 
 def describe_run(settings: Settings, data: Data, compute: Compute) -> dict[str, str]:
     """Return what a run is made of; config.json and the page hold it."""
-    counts = data.train_counts()
-    most = int(counts.max())
-    fewest = int(counts.min())
+    counts = data.counts(data.learns(0))
     versions = [f"{each.__name__} {each.__version__}" for each in (torch, torchvision, np, PIL)]
     return {
         "network": f"{settings.folds} x {settings.arch}, from {settings.weights}",
         "device": f"{compute.device}, {settings.precision}, processes: {compute.world_size}",
-        "training images": f"{int(counts.sum())} in {len(counts)} classes of {most} to {fewest}, "
-        f"imbalance ratio {most / fewest:.1f}",
-        "judged by": f"{len(data.judged())} images, each by a network that has not learnt it",
-        "test images": f"{len(data.judges(TEST))}, for all networks together",
+        "training images": f"{counts.sum()} in {len(counts)} classes of {counts.max()} to "
+        f"{counts.min()}, imbalance ratio {counts.max() / counts.min():.1f}",
+        "judged by": f"{int((data.held >= 0).sum())} images, by a network that has not learnt it; "
+        f"all networks together by {len(data.judges(TEST))} others",
         "left out": f"{len(data.unreadable)} unreadable images, {data.leaks} leaks from training",
         "versions": ", ".join([f"python {sys.version.split()[0]}", *versions]),
         **{name: str(value) for name, value in vars(settings).items()},
@@ -841,8 +762,7 @@ def describe_state(outcome: Outcome) -> list[str]:
         row = outcome.history[-1]
         lines.append(f"Unfinished: fold {row['fold']} of {folds}, epoch {row['epoch']}")
     if "head" in kept:
-        text = f"In {kept.count('head')} of {folds} networks the head alone is kept"
-        lines.append(f"{text}: it is better")
+        lines.append(f"The head alone is kept, it is better: {kept.count('head')} of {folds}")
     if folds > 1:
         lines.append("Shown is what single networks do; together they were better in all of 8 runs")
     if bare := [row["class"] for row in outcome.classes if not row["val_images"]]:
@@ -853,12 +773,9 @@ def describe_state(outcome: Outcome) -> list[str]:
 def make_tables(outcome: Outcome) -> dict[str, bytes]:
     """Return, by their files' names, config.json and the tables of a run."""
     data = outcome.data
-    config: dict[str, Any] = {
-        "settings": vars(outcome.settings),
-        "classes": data.classes,
-        "kept": outcome.kept,
-    }
-    config |= {"facts": outcome.facts, "left_out": data.unreadable, "white": data.white}
+    config: dict[str, Any] = {"settings": vars(outcome.settings), "classes": data.classes}
+    config |= {"kept": outcome.kept, "facts": outcome.facts}
+    config |= {"left_out": data.unreadable, "white": data.white}
     draws = [row["draws"] for row in outcome.classes]
     tables = {"history.csv": outcome.history, "comparison.csv": outcome.changes}
     for name, prefix, judged in (("result", "", outcome.last), ("test", "test_", outcome.tested)):
@@ -867,7 +784,7 @@ def make_tables(outcome: Outcome) -> dict[str, bytes]:
             config[name] = {key: None if math.isnan(x) else x for key, x in measures}
             tables[f"{prefix}classes.csv"] = list_classes(data.classes, draws, judged)
             predictions = to_rows({
-                "path": [data.names[place] for place in judged.exam.places.tolist()],
+                "path": [data.rows[place].name for place in judged.exam.places.tolist()],
                 "class": [data.classes[label] for label in judged.exam.targets.tolist()],
                 "predicted": [data.classes[label] for label in judged.predicted.tolist()],
                 "probability": judged.probability,
@@ -909,19 +826,10 @@ def format_range(measures: Mapping[str, float]) -> str:
     return f"{measures['balanced_accuracy']:.1%} [{ends}]"
 
 
-# ----------------------------------------------------------------------------------------- console
-
 HEADER = (
     "fold   epoch  stage  train loss  val loss  accuracy  balanced [95 %]       as trained    many "
     " medium     few  images/s   left"
 )
-
-
-def print_start(facts: Mapping[str, str]) -> None:
-    """Print in two lines what is trained on what, and the names of the columns below."""
-    print(printable("; ".join(facts[name] for name in ("network", "device", "training images"))))
-    print(printable("; ".join(f"{name}: {facts[name]}" for name in ("judged by", "left out"))))
-    print("", HEADER, sep="\n", flush=True)
 
 
 def format_epoch(row: dict[str, Any], settings: Settings) -> str:
@@ -933,38 +841,31 @@ def format_epoch(row: dict[str, Any], settings: Settings) -> str:
     left = f"{hours}h{minutes:02}" if row["epoch"] else "-"  # epoch 0 is of another kind
     return (
         f"{row['fold']:2}/{settings.folds:<2} {row['epoch']:3}/{settings.epochs:<3} "
-        f"{row['stage']:5}  "
-        f"{row['train_loss']:10.3f}  {row['val_loss']:8.3f}  {cells['accuracy']:>8}  "
-        f"{format_range(row):<20}  {cells['as_trained_balanced_accuracy']:>10}  "
-        f"{cells['many']:>6}  {cells['medium']:>6}  {cells['few']:>6}  "
-        f"{row['images_per_second']:8.1f}  {left:>5}"
+        f"{row['stage']:5}  {row['train_loss']:10.3f}  {row['val_loss']:8.3f}  "
+        f"{cells['accuracy']:>8}  {format_range(row):<20}  "
+        f"{cells['as_trained_balanced_accuracy']:>10}  {cells['many']:>6}  {cells['medium']:>6}  "
+        f"{cells['few']:>6}  {row['images_per_second']:8.1f}  {left:>5}"
     )
 
 
 def print_end(outcome: Outcome) -> None:
     """Print, in one screen, the result, what is recognised least, and where the rest is."""
-    last, classes = outcome.last, outcome.classes
-    print(f"\nbalanced accuracy {format_range(last.measures)}")
-    print(f"as trained        {last.measures['as_trained_balanced_accuracy']:.1%}")
+    lines = ["", f"balanced accuracy {format_range(outcome.last.measures)}"]
+    lines.append(f"as trained        {outcome.last.measures['as_trained_balanced_accuracy']:.1%}")
     if outcome.tested:
-        print(f"untouched test    {format_range(outcome.tested.measures)}")
-    print(*map(printable, [*describe_state(outcome), "Lowest recall:"]), sep="\n")
-    judged = [label for label, row in enumerate(classes) if row["val_images"]]
-    for label in sorted(judged, key=lambda each: classes[each]["recall"])[:3]:
-        row = classes[label]
-        wrong = last.confusion[label].clone()
-        wrong[label] = 0
-        taken = f", most often taken for {classes[int(wrong.argmax())]['class']}" * bool(
-            wrong.any()
-        )
+        lines.append(f"untouched test    {format_range(outcome.tested.measures)}")
+    lines += [*describe_state(outcome), "Lowest recall:"]
+    judged = [row for row in outcome.classes if row["val_images"]]
+    for row in sorted(judged, key=lambda row: row["recall"])[:3]:
         text = f"{row['recall']:8.1%} [{row['low']:.0%}, {row['high']:.0%}] of {row['val_images']}"
-        print(printable(f"{text:26} {row['class']}{taken}"))
+        lines.append(f"{text:26} {row['class']}")
     for change in outcome.changes:
         name, before, now, points, low, high, is_sure = change.values()
         text = f"{name:17} {before:.1%} in {outcome.settings.baseline}, now {now:.1%}: "
         text += f"{100 * points:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
-        print(printable(f"{text}, more than the chance of these images? {is_sure}"))
-    print(f"Everything else is in {printable(str(outcome.settings.output))}, see report.html there")
+        lines.append(f"{text}, more than the chance of these images? {is_sure}")
+    lines.append(f"Everything else is in {outcome.settings.output}, see report.html there")
+    print(*map(printable, lines), sep="\n")
 
 
 # -------------------------------------------------------------------------------------------- page
@@ -975,10 +876,9 @@ TERMS = (
     "Balanced accuracy: the mean recall of the classes; many, medium, few: of classes of over 100, "
     "20 to 100, under 20 training images. Intervals: 95 %, over images; another training can move "
     "a figure further. Calibration: logits times a scale, less a shift times the log share of the "
-    "class; each part of the images is judged with numbers fitted on the others. Precision in use: "
-    "the part of what is called a class that is of it, where classes are as frequent as in "
-    "training; 100 % where no false answer was seen. AUC: how often an image of the class has a "
-    "higher probability of it than others. Effective images: so many independent ones tell as much."
+    "class; each part of the images with numbers fitted on the others. Precision in use: where "
+    "classes are as frequent as in training. AUC: how often an image of the class has a higher "
+    "probability of it than others. Effective images: so many independent ones tell as much."
 )
 STYLE = """:root{color-scheme:light dark;background:Canvas;color:CanvasText;font:16px/1.5 system-ui,
 sans-serif}body{max-width:1040px;margin:auto;padding:8px 14px 64px;overflow-wrap:anywhere}h2{
@@ -989,17 +889,18 @@ border-left:4px solid #3987c9;background:#8881}div>b,small{display:block}.tiles 
 .pairs{grid-template-columns:repeat(auto-fill,minmax(290px,1fr))}figure{display:grid;margin:0;
 gap:8px;grid-template-columns:1fr 1fr;break-inside:avoid}img{width:100%}.wide{overflow-x:auto}
 table{border-collapse:collapse}td{padding:5px 0 5px 20px;text-align:right;white-space:nowrap;
-border-bottom:1px solid #8883}td:first-child{text-align:left;white-space:normal;max-width:40vw}
-svg{width:100%;max-width:800px;overflow:visible}text{fill:currentColor;font-size:14px}
-line,polyline{fill:none;stroke:currentColor;stroke-width:2;vector-effect:non-scaling-stroke}
-.old{color:#e08214}.new{color:#3987c9}.bar{opacity:.4;stroke-width:8}.grid{color:#8884}"""
+border-bottom:1px solid #8883}td:first-child{text-align:left;white-space:normal;
+min-width:12ch;max-width:40vw}td[style]{min-width:12ch;background:linear-gradient(90deg,
+#0000 var(--low),#3987c966 0,#3987c966 var(--high),#0000 0)}
+svg{width:100%;max-width:800px;overflow:visible}text{fill:currentColor;font-size:14px}polyline{
+fill:none;stroke:currentColor;stroke-width:2;vector-effect:non-scaling-stroke}.old{color:#e08214}
+.new{color:#3987c9}"""
 
 
 def make_page(outcome: Outcome) -> bytes:
     """Return the page of a run, which is one file without scripts."""
-    last, history, changes = outcome.last, outcome.history, outcome.changes
-    classes = outcome.classes
-    if changes:
+    last, history, classes = outcome.last, outcome.history, outcome.classes
+    if outcome.changes:
         before = confusion_matrix(last.exam.targets, outcome.baseline, len(classes))
         recalls = recall_by_class(before).tolist()
         classes = [row | {"before": x} for row, x in zip(classes, recalls, strict=True)]
@@ -1008,29 +909,29 @@ def make_page(outcome: Outcome) -> bytes:
     results = (balanced, "as_trained_balanced_accuracy", "balanced_accuracy")
     facts = "".join(f"<dt>{show(k)}</dt><dd>{show(v)}</dd>" for k, v in outcome.facts.items())
     sections = {
-        "Compared with the baseline, on the same images": show_rows(changes) if changes else "",
-        "Recall of each class": recall_chart(classes) + show_rows(classes),
+        "Compared with the baseline": show_rows(outcome.changes) if outcome.changes else "",
+        "Classes": show_rows(sorted(classes, key=lambda row: -row["train_images"])),
         "Mistakes": show_mistakes(outcome.data, last),
         "Confusions": show_confusions(outcome.data.classes, last.confusion),
         "Training": curve_chart(history, *loss) + curve_chart(history, *results),
         "How this was measured": f"<p>{TERMS}</p><dl>{facts}</dl>",
     }
     title = show(outcome.settings.data.name)
-    body = f"<h1>{title}</h1>{show_result(outcome)}"
-    body += "".join(f"<h2>{name}</h2>{text}" for name, text in sections.items() if text)
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    head += f"<title>{title}</title><style>{STYLE}</style>"
-    return f'<!DOCTYPE html><html lang="en">{head}{body}</html>\n'.encode(errors="backslashreplace")
+    page = '<!DOCTYPE html><html lang="en"><meta charset="utf-8">'
+    page += '<meta name="viewport" content="width=device-width">'
+    page += f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>{show_result(outcome)}"
+    page += "".join(f"<h2>{name}</h2>{text}" for name, text in sections.items() if text)
+    return f"{page}</html>\n".encode(errors="backslashreplace")
 
 
 def show_result(outcome: Outcome) -> str:
     """Return what was judged in words, and tiles: the result, the rarest and the worst class."""
-    known = [row for row in outcome.classes if row["val_images"]]
-    tiles = {"balanced accuracy": format_range(outcome.last.measures)}
+    last = outcome.last.measures
+    tiles = {"balanced accuracy": format_range(last)}
     if outcome.tested:
         tiles["untouched test"] = format_range(outcome.tested.measures)
-    before = outcome.last.measures["as_trained_balanced_accuracy"]
-    tiles["as trained"] = f"{before:.1%} balanced accuracy before calibration"
+    tiles["as trained"] = f"{last['as_trained_balanced_accuracy']:.1%} before calibration"
+    known = [row for row in outcome.classes if row["val_images"]]
     named = {
         "most frequent class": max(known, key=lambda row: row["train_images"]),
         "rarest class": min(known, key=lambda row: row["train_images"]),
@@ -1053,31 +954,6 @@ def show(value: Any) -> str:
     return html.escape(printable(str(value)))
 
 
-def recall_chart(classes: Rows) -> str:
-    """Return a chart of the recall of each class, most training images first: SVG.
-
-    A bar is its interval, a blue dot the recall, an orange one that of the baseline.
-    """
-    body = ""
-    for x in range(0, 101, 25):
-        body += f'<line class="grid" x1="{40 + x / 2}%" x2="{40 + x / 2}%" y1="20" y2="100%"/>'
-        body += f'<text x="{40 + x / 2}%" y="14">{x} %</text>'
-    order = sorted(classes, key=lambda row: -row["train_images"])
-    for y, row in enumerate(order):
-        body += f'<svg y="{30 + 26 * y}" height="24"><text y="17">{show(row["class"])}</text>'
-        if row["val_images"]:
-            ends = f'x1="{row["low"]:.2%}" x2="{row["high"]:.2%}"'
-            body += f'<svg x="40%" width="50%"><line class="new bar" {ends} y1="12" y2="12"/>'
-            for kind, key in (("old", "before"), ("new", "recall")):
-                place = row.get(key, math.nan)
-                if not math.isnan(place):
-                    body += f'<circle class="{kind}" fill="currentColor" r="5" cy="12" '
-                    body += f'cx="{place:.2%}"/>'
-            body += "</svg>"
-        body += "</svg>"
-    return f'<svg height="{40 + 26 * len(order)}">{body}</svg>'
-
-
 def curve_chart(history: Rows, title: str, before: str, after: str) -> str:
     """Return a chart of two columns by epoch, orange and blue, a line for each fold: SVG."""
     values = [row[key] for row in history for key in (before, after)]
@@ -1096,29 +972,32 @@ def curve_chart(history: Rows, title: str, before: str, after: str) -> str:
 
 
 def show_rows(rows: Rows) -> str:
-    """Return a table of rows with the same columns; it scrolls where it is too wide."""
-    body = ""
-    for cells in ([name.replace("_", " ") for name in rows[0]], *(row.values() for row in rows)):
-        body += "<tr>" + "".join(f"<td>{show(cell)}</td>" for cell in cells) + "</tr>"
+    """Return a table of rows with the same columns, with a bar for the interval of a recall."""
+    body = "".join(f"<td>{show(name.replace('_', ' '))}</td>" for name in rows[0])
+    for row in rows:
+        body += "<tr>"
+        for name, cell in row.items():
+            style = ""
+            if name == "recall" and row["val_images"]:
+                style = f' style="--low:{row["low"]:.1%};--high:{row["high"]:.1%}"'
+            body += f"<td{style}>{show(cell)}</td>"
     return f'<div class="wide"><table>{body}</table></div>'
 
 
 def show_confusions(classes: list[str], confusion: Tensor) -> str:
     """Return a table of what is most often taken for what."""
-    pairs = permutations(range(len(classes)), 2)
-    worst = heapq.nlargest(20, pairs, key=lambda pair: int(confusion[pair]))
+    wrong = confusion.clone().fill_diagonal_(-1).flatten()
+    worst = wrong.argsort(descending=True, stable=True)[: len(wrong) - len(classes)]
     rows = []
-    for true, taken in worst:
-        share = f"{confusion[true, taken]} of {confusion[true].sum()}"
+    for pair in worst[:20].tolist():
+        true, taken = divmod(pair, len(classes))
+        share = f"{wrong[pair]} of {confusion[true].sum()}"
         rows.append({"class": classes[true], "taken for": classes[taken], "images": share})
     return show_rows(rows)
 
 
 def show_mistakes(data: Data, last: Evaluation) -> str:
-    """Return the images that are wrong with the most confidence, each beside a training image.
-
-    It is of the class that the wrong one was taken for: the one in the middle of their names.
-    """
+    """Return the images that are wrong with the most confidence, each beside a training image."""
     wrong = (last.predicted != last.exam.targets).nonzero().flatten()
     order = last.probability[wrong].argsort(descending=True, stable=True)
     text = ""
@@ -1130,17 +1009,15 @@ def show_mistakes(data: Data, last: Evaluation) -> str:
         relation = f"taken for ({show(last.probability[row].item())})"
         text += f"<figure>{show_image(data, place, 'is', int(data.labels[place]))}"
         text += f"{show_image(data, int(alike[len(alike) // 2]), relation, taken)}</figure>"
-    return text and (
-        "<p>Wrong with the most confidence. Beside each image: a training image of the class it "
-        f'was taken for.</p><div class="pairs">{text}</div>'
-    )
+    said = "Wrong with the most confidence, beside a training image of the class it was taken for."
+    return text and f'<p>{said}</p><div class="pairs">{text}</div>'
 
 
 def show_image(data: Data, place: int, relation: str, label: int) -> str:
     """Return the image at a place of `data`, its relation to a class, and the class."""
     image = ""
     with contextlib.suppress(DataError):  # a picture that is gone does not cost the page
-        pixels = central_square(read_image(data.paths[place], data.white, THUMBNAIL), THUMBNAIL)
+        pixels = central_square(read_image(data.rows[place].path, data.white, THUMBNAIL), THUMBNAIL)
         content = io.BytesIO()
         v2.functional.to_pil_image(pixels).save(content, "JPEG", quality=80)
         encoded = base64.b64encode(content.getvalue()).decode()
@@ -1152,11 +1029,7 @@ def show_image(data: Data, place: int, relation: str, label: int) -> str:
 
 
 def predict(args: Namespace) -> None:
-    """Write what the network of a run says of each image below DATA, as CSV.
-
-    Where all images lie in folders named as its classes, that is their `true` class, and how many
-    of those that it has not learnt are right is said on stderr.
-    """
+    """Write what a run says of each image below DATA, as CSV; recalls, if folders are classes."""
     run = read_weights(str(args.predict))
     if "image_size" not in run:
         raise DataError(f"--predict {args.predict}: no network of this version; train one first")
@@ -1194,10 +1067,9 @@ def predict(args: Namespace) -> None:
     print(f"{len(rows)} images", file=sys.stderr)
     if is_labelled:
         digests = torch.tensor([checked[row.path] for row in rows])
-        is_new = ~find_known(rows, digests, run)
-        text = f"{int((~is_new).sum())} of them, or their families, were learnt: not in the figures"
-        print(text, file=sys.stderr)
-        print_recalls(classes, confusion_matrix(labels[is_new], best[is_new, 0], len(classes)))
+        known = find_known(rows, digests, run)
+        print(f"{known.sum()} of them, or their families, were learnt: left out", file=sys.stderr)
+        print_recalls(classes, confusion_matrix(labels[~known], best[~known, 0], len(classes)))
 
 
 def print_recalls(classes: list[str], confusion: Tensor) -> None:
@@ -1211,10 +1083,7 @@ def print_recalls(classes: list[str], confusion: Tensor) -> None:
 
 
 def list_photos(place: Path, classes: list[str]) -> list[Row]:
-    """Return the images at or below `place`, sorted by name; hidden ones are left out.
-
-    Their labels are the classes that their folders in `place` are named for, or else all are -1.
-    """
+    """Return the images at or below `place` by name, labelled by their folders, or all by -1."""
     labels = {name: label for label, name in enumerate(classes)}
     paths = sorted(walk_files(str(place)), key=Path) if place.is_dir() else [str(place)]
     rows = []
@@ -1232,13 +1101,11 @@ def list_photos(place: Path, classes: list[str]) -> list[Row]:
 
 START = "start.pt"  # the network before its first step
 LEARNT = ("learnt", "group", "families")  # digests of images, `--group`, names of families
-NONE = torch.empty(0, dtype=torch.int64)
 NOT_IN_STATE = ("start", "finished")  # what of `Progress` has files of its own
 STATE_FORMAT = 5  # of the state of a stopped run, to be raised where another one cannot be read
 
 
-@dataclass(frozen=True)
-class Given:
+class Given(NamedTuple):
     """All that a run has before its first epoch."""
 
     settings: Settings
@@ -1246,7 +1113,7 @@ class Given:
     compute: Compute  # of this process
     baseline: Tensor  # what the run `--baseline` predicted for the judged images: (M,), or none
     known: dict[str, Any]  # what the network of `--weights` has learnt, by the names `LEARNT`
-    model: models.ResNet  # in training
+    model: ResNet  # in training
     reader: Reader
 
 
@@ -1272,17 +1139,14 @@ class Progress:
 
     def has_done(self, fold: int, epoch: int) -> bool:
         """Return whether this epoch of this fold, or a later one, is done."""
-        last = self.history[-1] if self.history else {"fold": 0, "epoch": 0}
-        return (fold + 1, epoch) <= (last["fold"], last["epoch"])
+        return any((row["fold"], row["epoch"]) >= (fold + 1, epoch) for row in self.history)
 
     def start_with_head(self) -> State:
         """Return the network at the start, but with its trained head."""
         return self.start | {HEAD_NAME + name: value for name, value in self.head.items()}
 
 
-def load_progress(
-    settings: Settings, data: Data, model: models.ResNet, stored: Mapping[str, Any]
-) -> Progress:
+def load_progress(settings: Settings, data: Data, model: ResNet, stored: Stored) -> Progress:
     """Return how far a stopped run has come, or begin to store a new one."""
     output = settings.output
     if "history" not in stored:
@@ -1293,9 +1157,9 @@ def load_progress(
     if changed := find_difference(list_split(data), read_table(output / "split.csv")):
         text = "gone, new or changed since the run began; put it back, or start a new run"
         raise DataError(f"{settings.data}: {changed}: {text}")
-    start = load_tensors(output / START, "--resume")
     names = set(Progress.__annotations__).difference(NOT_IN_STATE)
-    progress = Progress(start, **{name: stored[name] for name in names})
+    kept = {name: stored[name] for name in names}
+    progress = Progress(start=load_tensors(output / START, "--resume"), **kept)
     for fold in range(1, settings.folds + 1):
         if progress.has_done(fold - 1, settings.epochs):
             progress.finished.append(Fold(**load_tensors(output / f"fold-{fold}.pt", "--resume")))
@@ -1306,24 +1170,10 @@ def state_of(given: Given, progress: Progress) -> dict[str, Any]:
     """Return what is stored to go on with a run."""
     stored = {name: value for name, value in vars(progress).items() if name not in NOT_IN_STATE}
     settings = vars(given.settings).items()
-    return (
-        stored
-        | given.known
-        | {
-            "format": STATE_FORMAT,
-            "settings": {k: str(v) if isinstance(v, Path) else v for k, v in settings},
-            "networks": [given.model.state_dict()],
-        }
-    )
-
-
-def remove_state(output: Path) -> None:
-    """Remove what only a run that goes on needs."""
-    for name in (STATE, START, LOCK, "fold-*.pt"):
-        for file in output.glob(name):
-            with contextlib.suppress(PermissionError):  # Windows keeps what is open
-                file.unlink()
-    shutil.rmtree(output / COPIES, ignore_errors=True)
+    stored["settings"] = {k: str(v) if isinstance(v, Path) else v for k, v in settings}
+    stored["format"] = STATE_FORMAT
+    stored["networks"] = [given.model.state_dict()]
+    return stored | given.known
 
 
 def write_network(given: Given, folds: list[Fold], judged: Evaluation) -> None:
@@ -1336,21 +1186,21 @@ def write_network(given: Given, folds: list[Fold], judged: Evaluation) -> None:
     for state, _, _ in folds:
         head = {weight: state[weight] * scale, bias: state[bias] * scale - shift * log_share}
         networks.append(state | head)
-    learnt = data.trained()
-    names = [data.names[place] for place in learnt.tolist()]
-    families = {family_name(name, settings.group) for name in names}
+    learnt = torch.cat([data.learns(fold) for fold in range(settings.folds)]).unique()
+    digests = torch.cat([data.digests[learnt], given.known.get("learnt", data.digests[:0])])
+    families = {family_name(data.rows[place].name, settings.group) for place in learnt.tolist()}
     if given.known.get("group") == settings.group:
         families.update(given.known.get("families", ()))
     content = {
         "arch": settings.arch,
         "classes": data.classes,
-        "train_images": data.train_counts().tolist(),
+        "train_images": judged.exam.train_counts.tolist(),
         "natural": log_share,  # to add where classes are as frequent as in training
         "image_size": settings.image_size,
         "eval_size": eval_size(settings.image_size),
         "least_side": least_side(settings.image_size),  # what large images are shrunk to
         "white": data.white,
-        "learnt": torch.cat([data.digests[learnt], given.known.get("learnt", NONE)]).unique(),
+        "learnt": digests.unique(),
         "group": settings.group,
         "families": sorted(name for name in families if name is not None),
         "networks": networks,
@@ -1360,9 +1210,16 @@ def write_network(given: Given, folds: list[Fold], judged: Evaluation) -> None:
 
 def list_split(data: Data) -> Rows:
     """Return a row for each image: its class, its part of the data, 16 digits of its SHA-256."""
-    classes = [data.classes[label] for label in data.labels.tolist()]
-    digests = [f"{number % 2**64:016x}" for number in data.digests.tolist()]
-    return to_rows({"path": data.names, "class": classes, "part": data.parts, "digest": digests})
+    has_folds = bool(data.held.max() > 0)
+    table = []
+    for row, fold, number in zip(data.rows, data.held.tolist(), data.digests.tolist(), strict=True):
+        part = "val" if row.part == "train" and fold == 0 else row.part
+        if has_folds and fold != EVERY:
+            part = "test" if fold == TEST else f"fold {fold + 1}"
+        label = data.classes[row.label]
+        digest = f"{number % 2**64:016x}"
+        table.append({"path": row.name, "class": label, "part": part, "digest": digest})
+    return table
 
 
 def load_baseline(run: Path | None, data: Data) -> Tensor:
@@ -1377,7 +1234,8 @@ def load_baseline(run: Path | None, data: Data) -> Tensor:
     labels = {name: label for label, name in enumerate(data.classes)}
     rows = read_table(run / "predictions.csv")
     predicted = {row["path"]: labels[row["predicted"]] for row in rows}
-    return torch.tensor([predicted[data.names[place]] for place in data.judged().tolist()])
+    judges = [data.judges(fold) for fold in range(int(data.held.max()) + 1)]
+    return torch.tensor([predicted[data.rows[at].name] for at in torch.cat(judges).tolist()])
 
 
 def find_difference(ours: Rows, theirs: Rows) -> str:
@@ -1418,19 +1276,15 @@ class Settings:
 
 
 def open_run(args: Namespace, compute: Compute) -> tuple[Settings, Listing, dict[str, Any]]:
-    """Return the settings of a new or a stopped run, its images, and what is stored for it.
-
-    What is stored is the state of a stopped run, or the content of a file of weights.
-    """
+    """Return the settings of a run, its images, and what is stored: its state, or its weights."""
     if args.resume:
-        path = args.resume / STATE
-        if not path.exists():
-            raise DataError(f"--resume {args.resume}: no stopped run there, or a complete one")
-        stored = load_tensors(path, "--resume")
+        run = args.resume
+        if not (run / STATE).exists():
+            raise DataError(f"--resume {run}: no stopped run there, or a complete one")
+        stored = load_tensors(run / STATE, "--resume")
         if stored.get("format") != STATE_FORMAT:
-            text = "stopped by another version of this script; go on with that, or start a new run"
-            raise DataError(f"--resume {args.resume}: {text}")
-        chosen = stored["settings"] | {"output": args.resume}
+            raise DataError(f"--resume {run}: stopped by another version of this script; use that")
+        chosen = stored["settings"] | {"output": run}
         if args.amp is not None:
             chosen["precision"] = compute.precision
         listing = list_data(*(chosen[name] and Path(chosen[name]) for name in PATHS[:3]))
@@ -1443,34 +1297,29 @@ def open_run(args: Namespace, compute: Compute) -> tuple[Settings, Listing, dict
         chosen["arch"] = args.arch or stored.get("arch", default_arch)
         chosen["image_size"] = args.image_size or stored.get("image_size", 224)
         chosen["weights"] = check_weights(args.weights, stored, chosen["arch"])
-        images = sum(row.part == "train" for row in listing.rows)
+        images = sum(row.part == "train" for row in listing[1])
         if args.folds > 1 or not args.val:
             images -= round(images * (1 / args.folds if args.folds > 1 else VAL_FRACTION))
         size = args.batch_size or (BATCH if images >= SMALL else BATCH // 2)
         chosen["batch_size"] = math.ceil(size / compute.world_size) * compute.world_size
     chosen["workers"] = count_workers(args.workers, compute.device.type)
     chosen |= {name: Path(chosen[name]).resolve() for name in PATHS if chosen[name]}
-    known = {name: value for name, value in chosen.items() if name in Settings.__annotations__}
-    return Settings(**known), listing, stored
+    return Settings(**{name: chosen[name] for name in Settings.__annotations__}), listing, stored
 
 
 def check_paths(args: Namespace) -> None:
     """Raise `DataError` where the paths of a command line are of no use."""
     output = args.output
-    is_used = (
-        output.is_file() or output.is_dir() and any(x.name[0] != "." for x in output.iterdir())
-    )
-    if is_used:
+    if output.is_file() or output.is_dir() and any(x.name[0] != "." for x in output.iterdir()):
         raise DataError(f"--output {output}: not empty; name a new folder, or --resume a run")
-    folders = {"DATA": args.data, "--source": args.source, "--val": args.val}
-    for flag, folder in folders.items():
+    for flag, folder in (("DATA", args.data), ("--source", args.source), ("--val", args.val)):
         if folder and not folder.is_dir():
             raise DataError(f"{flag} {folder}: no such folder; pass one that holds class folders")
         if folder and output.resolve().is_relative_to(folder.resolve()):
             raise DataError(f"--output {output}: would be a class of {folder}; move it out")
 
 
-def check_weights(weights: str, content: Mapping[str, Any], arch: str) -> str:
+def check_weights(weights: str, content: Stored, arch: str) -> str:
     """Return the full name of the weights; raises `DataError` where they do not fit."""
     known = models.list_models(models, include=["resnet*", "resnext*", "wide_resnet*"])
     if arch not in known or content.get("arch", arch) != arch:
@@ -1482,15 +1331,14 @@ def check_weights(weights: str, content: Mapping[str, Any], arch: str) -> str:
         return os.path.abspath(weights)
     names = models.get_model_weights(arch).__members__
     if weights not in ("none", *names):
-        text = f"no such file; pass one, or {', '.join(names)}, or none"
-        raise DataError(f"--weights {weights}: {text}")
+        choice = ", ".join(names)
+        raise DataError(f"--weights {weights}: no such file; pass one, or {choice}, or none")
     return "none" if weights == "none" else names[weights].name  # what DEFAULT means may change
 
 
 # -------------------------------------------------------------------------------------------- data
 
 VAL_FRACTION = 0.2  # part of each class that is kept for validation
-PARTS = {"val", "valid", "validation", "test"}  # of a data set beside "train", not classes
 
 
 class Row(NamedTuple):
@@ -1502,21 +1350,15 @@ class Row(NamedTuple):
     part: str  # "train", "val", or "source" for an image of SRC
 
 
-class Listing(NamedTuple):
-    """The classes of DATA, and all images."""
-
-    classes: list[str]
-    rows: list[Row]
+Listing = tuple[list[str], list[Row]]  # the classes of DATA, and all images
 
 
 class Data(NamedTuple):
     """A table of N images of C classes. `learns` and `judges` say which network takes which."""
 
     classes: list[str]
-    paths: list[str]
-    names: list[str]  # as in `Row`
+    rows: list[Row]
     labels: Tensor  # (N,) int64
-    parts: list[str]  # "train", "val", "source" or "test"; with folds "fold 1" and so on
     held: Tensor  # (N,) int64, its validation fold; `EVERY`: all learn it, `TEST`: none
     families: Tensor  # (N,) int64, the same for images that stay together: copies, or `--group`
     digests: Tensor  # (N,) int64, see `digest`
@@ -1532,29 +1374,13 @@ class Data(NamedTuple):
         """Return the images that judge a fold, or with `TEST` the ensemble: indices, int64."""
         return (self.held == fold).nonzero().flatten()
 
-    def judged(self) -> Tensor:
-        """Return the images that judge the folds, one fold after the other: indices, int64."""
-        return torch.cat([self.judges(fold) for fold in range(int(self.held.max()) + 1)])
-
-    def trained(self) -> Tensor:
-        """Return the images that at least one network learns: indices, int64."""
-        return self.learns(0) if self.held.max() == 0 else (self.held != TEST).nonzero().flatten()
-
     def counts(self, indices: Tensor) -> Tensor:
         """Count the images of each class among `indices`: (C,) int64."""
         return torch.bincount(self.labels[indices], minlength=len(self.classes))
 
-    def train_counts(self) -> Tensor:
-        """Count the images of each class that a network, the first, learns: (C,) int64."""
-        return self.counts(self.learns(0))
 
-
-def load_data(settings: Settings, listing: Listing, stored: Mapping[str, Any]) -> Data:
-    """Read the listed images and decide who learns and who judges.
-
-    What the network of `--weights` has learnt before, and its families, only trains. Validation
-    images from elsewhere that are learnt, or of a family that is, leak: they are left out.
-    """
+def load_data(settings: Settings, listing: Listing, stored: Stored) -> Data:
+    """Read the listed images and decide who learns and who judges; leaks are left out."""
     classes, rows = listing
     checked, peak = check_images([row.path for row in rows])
     unreadable = [row.path for row in rows if row.path not in checked]
@@ -1563,30 +1389,20 @@ def load_data(settings: Settings, listing: Listing, stored: Mapping[str, Any]) -
         raise DataError(f"{settings.data}: no image that can be read")
     digests = torch.tensor([checked[row.path] for row in rows])
     families = torch.tensor(find_families(rows, digests.tolist(), settings.group))
-    known = families[find_known(rows, digests, stored)]
-    is_known = torch.isin(families, known).tolist()
-    held = torch.tensor(hold_images(settings, rows, families.tolist(), is_known))
+    known = families[find_known(rows, digests, stored)]  # these only train
+    held = hold_images(settings, rows, families, torch.isin(families, known))
     is_ours = torch.tensor([row.part == "train" for row in rows])
     is_learnt = is_ours & ((held != 0) | (settings.folds > 1))
     leaks = ~is_ours & torch.isin(families, torch.cat([families[is_learnt], known]))
     kept = (~leaks).nonzero().flatten()
     if leaks.any():
-        text = f"{int(leaks.sum())} validation images leak from training (copies, or families of "
-        text += f"learnt images): left out, {rows[int(leaks.nonzero()[0])].path} for one"
-        print(f"warning: {printable(text)}", file=sys.stderr)
-    rows = [rows[place] for place in kept.tolist()]
-    parts = []
-    for row, fold in zip(rows, held[kept].tolist(), strict=True):
-        part = "val" if row.part == "train" and fold == 0 else row.part
-        if settings.folds > 1 and fold != EVERY:
-            part = "test" if fold == TEST else f"fold {fold + 1}"
-        parts.append(part)
+        first = printable(rows[int(leaks.nonzero()[0])].path)
+        text = f"{leaks.sum()} validation images leak from training: left out, {first} for one"
+        print(f"warning: {text}", file=sys.stderr)
     data = Data(
         classes=classes,
-        paths=[row.path for row in rows],
-        names=[row.name for row in rows],
-        labels=torch.tensor([row.label for row in rows]),
-        parts=parts,
+        rows=[rows[place] for place in kept.tolist()],
+        labels=torch.tensor([row.label for row in rows])[kept],
         held=held[kept],
         families=families[kept],
         digests=digests[kept],
@@ -1599,15 +1415,14 @@ def load_data(settings: Settings, listing: Listing, stored: Mapping[str, Any]) -
             text = "no image that can be read is left to train on; add some or remove the class"
             raise DataError(f"{settings.data}: {classes[bare[0]]}: {text}")
         if not len(data.judges(fold)):
-            text = "nothing to validate on: all images are learnt, or in families that are"
-            raise DataError(f"{settings.val or settings.data}: {text}; add others by --val")
+            raise DataError(f"{settings.val or settings.data}: nothing to validate on; pass --val")
     return data
 
 
 def list_data(data: Path, val: Path | None, source: Path | None) -> Listing:
     """List the classes, and the images of DATA, `--val` and `--source`, each with its part."""
     classes = list_folders(data)
-    parts = sorted(PARTS.intersection(classes), reverse=True)
+    parts = sorted({"val", "valid", "validation", "test"}.intersection(classes), reverse=True)
     if "train" in classes and parts:
         text = f"train and {parts[0]} look like parts of a data set, not classes"
         command = f"data_training.py {data / 'train'} --val {data / parts[0]}"
@@ -1628,15 +1443,11 @@ def list_data(data: Path, val: Path | None, source: Path | None) -> Listing:
                 raise DataError(f"--{part} {folder}: {text}")
             others = make_rows(folder, classes, part)
             rows += [row for row in others if part == "val" or row.name not in names]
-    return Listing(classes, rows)
+    return classes, rows
 
 
 def make_rows(root: Path, classes: list[str], part: str) -> list[Row]:
-    """List the images in the class folders of `root`, and count the other files there.
-
-    They come by class, and in a class by folder and name, as `torchvision.datasets.ImageFolder`
-    lists them.
-    """
+    """List the images in the class folders of `root` as `ImageFolder` does; count other files."""
     labels = {name: label for label, name in enumerate(classes)}
     rows = []
     others = []
@@ -1659,10 +1470,11 @@ def family_name(name: str, group: str | None) -> str | None:
     return match and match[min(1, match.re.groups)]
 
 
-def find_known(rows: list[Row], digests: Tensor, content: Mapping[str, Any]) -> Tensor:
+def find_known(rows: list[Row], digests: Tensor, content: Stored) -> Tensor:
     """Return which images a network, or a state, has learnt, itself or its family: (N,) bool."""
     names = [family_name(row.name, content.get("group")) for row in rows]
-    is_relative = torch.tensor([name in content.get("families", ()) for name in names])
+    families = set(content.get("families", ()))
+    is_relative = torch.tensor([name in families for name in names])
     return is_relative | torch.isin(digests, content.get("learnt", digests[:0]))
 
 
@@ -1681,36 +1493,30 @@ def find_families(rows: list[Row], digests: Sequence[int], group: str | None) ->
     numbers: dict[int | str, int] = {}
     families = [numbers.setdefault(root(content), len(numbers)) for content in digests]
     if group:
-        text = f"--group {group}: {len(numbers)} families of {len(rows)} images, of which "
-        text += f"{names.count(None)} do not match"
+        text = f"--group {group}: {len(numbers)} families; unmatched images: {names.count(None)}"
         if names.count(None) == len(rows) or len(numbers) == 1:
             raise DataError(f"{text}; match what differs in the paths below the class folders")
         print(printable(text), file=sys.stderr)
     return families
 
 
-def hold_images(
-    settings: Settings, rows: list[Row], families: Sequence[int], is_known: Sequence[bool]
-) -> list[int]:
-    """Return the validation fold of each row, `EVERY` or `TEST`; families stay together.
-
-    With folds, images from elsewhere than DATA test the ensemble. What is known is not held out.
-    """
+def hold_images(settings: Settings, rows: list[Row], families: Tensor, is_known: Tensor) -> Tensor:
+    """Return the validation fold of each row, `EVERY` or `TEST`; families stay together."""
     folds = settings.folds
-    elsewhere = TEST if folds > 1 else 0
+    elsewhere = TEST if folds > 1 else 0  # of images that are not in DATA
     held = [EVERY if row.part == "train" else elsewhere for row in rows]
     if settings.val and folds == 1:
-        return held
+        return torch.tensor(held)
     ours = [i for i, row in enumerate(rows) if row.part == "train" and not is_known[i]]
     shares = [1 / folds] * folds if folds > 1 else [1 - VAL_FRACTION, VAL_FRACTION]
     # Their order depends on their names and the seed alone, whatever else is there.
     names = [f"{settings.seed}/{rows[i].name}".encode(errors="surrogateescape") for i in ours]
     order = [hashlib.sha256(name).digest() for name in names]
-    parts = deal([rows[i].label for i in ours], [families[i] for i in ours], order, shares)
+    parts = deal([rows[i].label for i in ours], families[ours].tolist(), order, shares)
     for index, part in zip(ours, parts, strict=True):
         if folds > 1 or part == 1:
             held[index] = part if folds > 1 else 0
-    return held
+    return torch.tensor(held)
 
 
 def deal(
@@ -1718,9 +1524,8 @@ def deal(
 ) -> list[int]:
     """Return the part of each image, so that each part gets about its share of each class.
 
-    The families, largest first and otherwise in `order`, go where they bring the counts closest to
-    those wanted, by the sum over classes of squared differences / wanted. Every part gets every
-    class that has enough families, the first of two parts (the one to train on) first.
+    The families, largest first, then in `order`, go where they most reduce the sum of squared
+    differences / wanted. Every part gets every class that has enough families.
     """
     counts = Counter(labels)
     wanted = [{c: share * count for c, count in counts.items()} for share in shares]
@@ -1764,16 +1569,13 @@ HEAD_NAME = "fc."
 LAYERS = (("conv1.", "bn1.", "layer1."), ("layer2.",), ("layer3.",), ("layer4.", HEAD_NAME))
 LOWER = LAYERS[0] + LAYERS[1]  # the lower half
 STRIDE = 32
-# The scale of weights that the learning rates are for, see `rescale`.
-CONV_SCALE = 0.5
-FEATURE_SCALE = 2.0
+# AdamW changes a weight by about the rate, whatever its size, and files differ a hundredfold.
+CONV_SCALE = 0.5  # root mean square of weights, times sqrt(fan-in), that the rates are for
+FEATURE_SCALE = 2.0  # and of the BatchNorms that add up to the features
 
 
 class Head(nn.Linear):
-    """The last layer. It computes in float32 also where the others do not.
-
-    bfloat16 has 8 bits: of 120 logits the best two would often be equal.
-    """
+    """The last layer, in float32 everywhere: in bfloat16 the best two of 120 logits often tie."""
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the logits of (B, D) features: (B, C) float32."""
@@ -1799,19 +1601,13 @@ def build_ensemble(arch: str, classes: list[str], states: list[State]) -> Ensemb
     return Ensemble(build_model(arch, classes, state, classes) for state in states)
 
 
-def build_model(
-    arch: str, classes: list[str], state: State, state_classes: list[str] | None
-) -> models.ResNet:
-    """Build the network for `classes`, with the weights of a state unless that is empty.
-
-    Their head is kept if it has the right size and, as far as known, these classes.
-    """
+def build_model(arch: str, classes: list[str], state: State, known: list[str] | None) -> ResNet:
+    """Build the network for `classes` from a state, if any; its head stays if it is of these."""
     model = models.get_model(arch, weights=None, num_classes=len(classes))
     model.fc = Head(model.fc.in_features, len(classes))
     if not state:
         return model
-    old = state.get(f"{HEAD_NAME}bias", torch.empty(0))
-    if old.shape != (len(classes),) or state_classes not in (None, classes):
+    if not keeps_head(state, classes, known):
         state = {key: value for key, value in state.items() if not key.startswith(HEAD_NAME)}
         state |= model.fc.state_dict(prefix=HEAD_NAME)
     try:
@@ -1824,22 +1620,30 @@ def build_model(
     return model
 
 
-def load_model(settings: Settings, classes: list[str], stored: Mapping[str, Any]) -> models.ResNet:
+def keeps_head(state: State, classes: list[str], known: list[str] | None) -> bool:
+    """Return whether the head of a state is of these classes, as far as that is known."""
+    bias = state.get(f"{HEAD_NAME}bias", torch.empty(0))
+    return bias.shape == (len(classes),) and known in (None, classes)
+
+
+def load_model(settings: Settings, classes: list[str], stored: Stored) -> ResNet:
     """Build the pretrained network of a new run, or that of a stopped one."""
-    arch, name = settings.arch, settings.weights
+    name = settings.weights
     torch.manual_seed(settings.seed)
-    state: State = {}
-    if stored:
-        state = stored["networks"][0]
-    elif name != "none":
-        weights = models.get_model_weights(arch)[name]
+    state: State = stored["networks"][0] if stored else {}
+    if not stored and name != "none":
+        weights = models.get_model_weights(settings.arch)[name]
         try:
             state = weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
         except Exception as error:  # a damaged file raises nearly anything
-            text = f"{weights.url} could not be fetched or read ({error}); put the file into "
-            text += f"{torch.hub.get_dir()}/checkpoints, or take --weights PATH or --weights none"
+            text = f"{weights.url} could not be fetched or read ({error}); put it into "
+            text += f"{torch.hub.get_dir()}/checkpoints, or pass a file, or --weights none"
             raise DataError(f"--weights {name}: {text}") from None
-    model = build_model(arch, classes, state, stored.get("classes"))
+    model = build_model(settings.arch, classes, state, stored.get("classes"))
+    # A new head of zeros is better by a point with the sampler, and worse by eleven without it.
+    if settings.power > 0 and not keeps_head(state, classes, stored.get("classes")):
+        nn.init.zeros_(model.fc.weight)
+        nn.init.zeros_(model.fc.bias)
     if state and "history" not in stored:
         rescale(model)
     return model
@@ -1863,13 +1667,7 @@ def read_weights(place: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def rescale(model: Any) -> None:
-    """Bring weights to the scale that the learning rates are for; the outputs do not change.
-
-    AdamW changes a weight by about the learning rate, whatever its size, and weight files differ a
-    hundredfold in size. BatchNorm undoes the scale of a convolution, so each convolution gets a
-    root mean square of `CONV_SCALE` / sqrt(fan-in). The head undoes the scale of the features, so
-    the BatchNorms that add up to these get a root mean square of `FEATURE_SCALE`.
-    """
+    """Bring weights to the scale that the learning rates are for; the outputs do not change."""
     blocks = list(model.layer4)
     added = [getattr(block, "bn3", block.bn2) for block in blocks] + [blocks[0].downsample[1]]
     size = sum((norm.weight**2 + norm.bias**2).mean() for norm in added).sqrt()
@@ -1890,21 +1688,15 @@ def rescale(model: Any) -> None:
 # ----------------------------------------------------------------------------------------- reading
 
 CROP_SCALE = 0.5  # smallest part of an image that a training crop shows
-# Such crops enlarge what they show, by a fifth on average; evaluation makes up for most of it by
-# images up to so much larger (Touvron et al. 2019, arXiv:1906.06423).
-EVAL_SCALE = 8 / 7
-# What is white in grey images of over 8 bits: the first of these that no value in DATA exceeds.
-WHITES = (255, 1023, 4095, 16383, 65535)
+EVAL_SCALE = 8 / 7  # of larger images, as crops enlarge (Touvron et al. 2019, arXiv:1906.06423)
+WHITES = (255, 1023, 4095, 16383, 65535)  # in grey images: the first that no value exceeds
 COPIES = ".copies"  # in a run folder
 # Sides to flip for each orientation of EXIF, after rows and columns are swapped from 5 on.
 FLIPS = {2: [2], 3: [1, 2], 4: [1], 5: [], 6: [2], 7: [1, 2], 8: [1]}
 
 
 def check_images(paths: list[str]) -> tuple[dict[str, int], int]:
-    """Decode every file: digests of those that can be, by path, and the largest grey value.
-
-    The others are named on stderr.
-    """
+    """Decode every file: the digests of those that can be, by path, and the largest grey value."""
     digests: dict[str, int] = {}
     peaks = [0]
     several = []
@@ -1919,16 +1711,13 @@ def check_images(paths: list[str]) -> tuple[dict[str, int], int]:
             peaks.append(peak)
             several += [path] if pages > 1 else []
     if several:
-        text = f"{len(several)} files have several pages, of which only the first is read"
-        print(f"warning: {text}, {printable(several[0])} for one", file=sys.stderr)
+        text = f"of {len(several)} files with several pages the first is read, as {several[0]}"
+        print(f"warning: {printable(text)}", file=sys.stderr)
     return digests, max(peaks)
 
 
 def check_image(path: str) -> tuple[int, int, int] | str:
-    """Decode a file: its digest, the largest value of over 8 bits, its pages, or why it cannot be.
-
-    The digest is the first 64 bits of the SHA-256 of the content, as a signed integer.
-    """
+    """Return a file's digest (64 bits of SHA-256), deepest grey and pages; or what is wrong."""
     try:
         content = read_bytes(path)
         with Image.open(io.BytesIO(content)) as image:
@@ -1947,22 +1736,14 @@ def check_image(path: str) -> tuple[int, int, int] | str:
 def read_bytes(path: str) -> bytes:
     """Return the content of a regular file; to open a pipe would wait for ever."""
     if not os.path.isfile(path):
-        raise DataError(f"{path}: gone, or no regular file")
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
+        raise OSError("gone, or no regular file")
+    return Path(path).read_bytes()
 
 
 def read_image(path: str, white: int, least: int) -> Tensor:
-    """Decode an image upright and in RGB, over white where transparent: (3, H, W) uint8.
-
-    An image of over twice the pixels of `least` x `least` is shrunk, for training, evaluation and
-    `--predict` alike. Raises `DataError` if the file cannot be decoded.
-    """
-    content = read_bytes(path)
+    """Return an image upright, RGB on white, shrunk if large: (3, H, W) uint8; or `DataError`."""
     try:
-        picture: Image.Image = Image.open(io.BytesIO(content))
+        picture: Image.Image = Image.open(io.BytesIO(read_bytes(path)))
         is_large = 2 * least**2 < min(picture.size) ** 2
         if is_large:  # a JPEG is decoded to a half, quarter or eighth, no side shorter than `least`
             picture.draft(None, (least, least))
@@ -1980,7 +1761,8 @@ def read_image(path: str, white: int, least: int) -> Tensor:
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises nearly anything on a broken file
-        raise DataError(f"{path}: cannot be decoded ({error}); remove it") from None
+        text = f"cannot be read ({error}); mend it, or start a new run without it"
+        raise DataError(f"{path}: {text}") from None
 
 
 def to_pixels(picture: Image.Image, white: int) -> Tensor:
@@ -2009,8 +1791,8 @@ class Images(Dataset[tuple[Tensor, int]]):
         self.copies: Path | None = None  # a folder for large images, shrunk
         self.reserve = 0.0  # bytes of its disk that stay free
         crop = v2.RandomResizedCrop(size, (CROP_SCALE, 1.0))
-        flips = [v2.RandomHorizontalFlip(0.0 if flip == "none" else 0.5)]
-        self.training = v2.Compose([crop, *flips, *[turn] * (flip == "all")])
+        mirror = v2.RandomHorizontalFlip(0.0 if flip == "none" else 0.5)
+        self.training = v2.Compose([crop, mirror, turn] if flip == "all" else [crop, mirror])
         self.eval_size = eval_size(size)
 
     def __getitem__(self, item: Sequence[int]) -> tuple[Tensor, int]:
@@ -2031,10 +1813,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         self.reserve = 0.75 * shutil.disk_usage(folder).free
 
     def read(self, index: int) -> Tensor:
-        """Return the image, shrunk, from its copy if there is one: (3, H, W) uint8.
-
-        A copy changes no pixel.
-        """
+        """Return the image, shrunk, from its copy, of the same pixels, if there is one."""
         if not self.copies:
             return read_image(self.paths[index], self.white, self.least)
         kept = self.copies / f"{index}.npy"
@@ -2051,10 +1830,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 
 class Reader:
-    """Reads images, by workers that live as long as it does.
-
-    One loader does for the whole run: a spawned worker takes four seconds to its first batch.
-    """
+    """Reads images by workers that live as long as it does: one starts in four seconds."""
 
     def __init__(self, images: Images, compute: Compute, workers: int, batch_size: int):
         """Read the images in batches of so many, over all processes."""
@@ -2081,13 +1857,8 @@ class Reader:
         if workers and compute.world_size > 1:
             iter(self.loader)  # its workers start: once NCCL runs, a fork may hang (docs of DDP)
 
-    def read(
-        self, batches: Sequence[Tensor], title: str, on_features: bool = False
-    ) -> Iterable[tuple[Tensor, Tensor]]:
-        """Return images (B, S, S, 3) uint8, or features (B, D), and labels (B,) of `batches`.
-
-        A progress bar moves where stderr is a terminal, in process 0 alone.
-        """
+    def read(self, batches: Sequence[Tensor], title: str, on_features: bool = False) -> Batches:
+        """Return images (B, S, S, 3) uint8, or features (B, D), and labels (B,) of `batches`."""
         loaded: Iterable[Any] = self.loader
         if on_features:
             places = (batch[:, 0] for batch in batches)
@@ -2117,26 +1888,18 @@ def central_square(image: Tensor, size: int) -> Tensor:
 
 
 def least_side(size: int) -> int:
-    """Return the pixels a side with which no training crop of `size` is enlarged.
-
-    The smallest crop shows `CROP_SCALE` of the area, in proportions up to 3 : 4.
-    """
+    """Return the pixels a side with which no training crop of `size` is enlarged."""
+    # A crop shows `CROP_SCALE` of the area at least, in proportions up to 3 : 4.
     return math.ceil(size * math.sqrt(4 / 3 / CROP_SCALE))
 
 
 def eval_size(size: int) -> int:
-    """Return the side of the images that are evaluated, for crops of `size`: 256 for 224.
-
-    A last feature map with a part of a cell more, 3 x 3 for 2 x 2, can ruin a small network.
-    """
+    """Return the side of the images that are evaluated, for crops of `size`: 256 for 224."""
+    # A part of a cell more in the last feature map can ruin a small network.
     return max(size, int(EVAL_SCALE * size) // STRIDE * STRIDE)
 
 
 # ---------------------------------------------------------------------------------------- measures
-
-MANY = 100  # "many": more training images than that
-FEW = 20  # "few": fewer
-ONE_TELLS = 0.3  # in place of n - 1 for a class of one image, among many
 
 
 def confusion_matrix(targets: Tensor, predicted: Tensor, classes: int) -> Tensor:
@@ -2151,26 +1914,17 @@ def recall_by_class(confusion: Tensor) -> Tensor:
 
 
 def precision_in_use(confusion: Tensor, frequency: Tensor) -> Tensor:
-    """Return the part of what would be called each class that is of it: (C,) float64.
-
-    Where classes are as frequent as `frequency` (C,) says, whatever the skew of the images that
-    judge. NaN for a class without images, or that nothing is taken for.
-    """
+    """Return the precision of each class where classes have this `frequency`: (C,) float64."""
     rates = confusion.double() / confusion.sum(1, keepdim=True)
     called = frequency.double()[:, None] * rates
     return called.diag() / called.nansum(0)
 
 
 def auc_by_class(scores: Tensor, exam: Exam) -> Tensor:
-    """Return the area under the ROC curve of each class against the rest: (C,) float64.
-
-    That is how often an image of the class has a higher score for it, of (M, C), than an image of
-    another class that was judged by the same network, ties half; each other class counts the same.
-    NaN for a class without images, or alone.
-    """
+    """Return the area under the ROC curve of each class against each other: (C,) float64."""
     areas = torch.zeros(scores.shape[1], dtype=torch.float64)
     images = torch.zeros_like(areas)
-    for fold in exam.folds.unique():
+    for fold in exam.folds.unique():  # scores of one network are compared
         targets = exam.targets[exam.folds == fold]
         counts = targets.bincount(minlength=len(areas))
         known = counts.nonzero().flatten().tolist()
@@ -2186,11 +1940,7 @@ def auc_by_class(scores: Tensor, exam: Exam) -> Tensor:
 
 
 def effective_counts(exam: Exam) -> tuple[Tensor, Tensor]:
-    """Return the effective sample size of each class, and its families: (C,) float64 and int64.
-
-    Images of one family (scans of one patient) may all be alike: then families of n_f images tell
-    as much as (sum of n_f)^2 / (sum of n_f^2) independent ones (Kish 1965).
-    """
+    """Return each class's effective sample size (Kish 1965) and number of families: (C,) each."""
     classes = len(exam.train_counts)
     width = int(exam.families.max()) + 1
     pairs, sizes = (exam.targets * width + exam.families).unique(return_counts=True)
@@ -2201,30 +1951,25 @@ def effective_counts(exam: Exam) -> tuple[Tensor, Tensor]:
 
 
 def spanning_factor(values: Tensor, exam: Exam) -> float:
-    """Return how many times as large families that span classes make the variance of a mean.
-
-    That is the mean over classes of the means of (M,) `values`. What a family has in common moves
-    several classes at once: the squares of its sums over all classes, by those in each class.
-    """
+    """Return how much families that span classes enlarge the variance of the mean of classes."""
     counts = exam.targets.bincount(minlength=len(exam.train_counts)).double()
     values = values.double()
     means = torch.bincount(exam.targets, values, len(counts)) / counts
-    errors = (values - means[exam.targets]) / counts[exam.targets]
+    errors = values - means[exam.targets]
+    if not errors.any():  # all are right: how alike families are is not known, as in Kish's count
+        errors = torch.ones_like(errors)
+    errors = errors / counts[exam.targets]
     together = torch.bincount(exam.families, errors).square().sum()
     _, pairs = (exam.families * len(counts) + exam.targets).unique(return_inverse=True)
     apart = torch.bincount(pairs, errors).square().sum()
-    return max(1.0, float(together / apart)) if apart > 0 else 1.0
+    return max(1.0, float(together / apart))
 
 
 def mean_interval(recall: Tensor, counts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return means of C recalls by `weights` (K, C), and the ends of their 95 % intervals: (K,).
-
-    Score intervals (Martin Andres et al. 2011, Statistical Methods in Medical Research 20), with
-    n - 1 in place of n, as the variance of a sample has it; for one class they are Wilson's (1927).
-    To add each class's own limits as squares covers 86 % with 120 classes.
-    """
+    """Return means of C recalls by `weights` (K, C), and their 95 % score intervals: (K,) each."""
     recall = recall.nan_to_num()
-    n = (counts - 1).clamp(min=ONE_TELLS)
+    n = (counts - 1).clamp(min=0.3)  # as the variance of a sample has it; or of one image
+    # Martin Andres et al. 2011, Statistical Methods in Medical Research 20.
     below, above = (lowest_mean(part, n, weights) for part in (recall, 1 - recall))
     mean = (weights * recall).sum(1)
     return mean, mean - below, mean + above
@@ -2233,9 +1978,8 @@ def mean_interval(recall: Tensor, counts: Tensor, weights: Tensor) -> tuple[Tens
 def lowest_mean(recall: Tensor, n: Tensor, weights: Tensor) -> Tensor:
     """Return how far below the mean that was seen the true one may be: (K,) float64.
 
-    Of all recalls with a lower mean the likeliest ones are pulled down by r - p = pull * w * p *
-    (1 - p) / n. The mean is then `pull` times its own variance lower, and that is Z of its standard
-    deviations where pull * distance = Z^2.
+    Of all recalls with a lower mean the likeliest are pulled down by r - p = pull * w * p * (1 - p)
+    / n. That is `pull` variances of the mean, or Z of its deviations if pull * distance = Z^2.
     """
     low, high = (torch.full((len(weights), 1), end, dtype=torch.float64) for end in (Z**2, 1e12))
     for _ in range(60):
@@ -2249,10 +1993,7 @@ def lowest_mean(recall: Tensor, n: Tensor, weights: Tensor) -> Tensor:
 
 
 def measure(confusion: Tensor, train_counts: Tensor, effective: Tensor) -> dict[str, float]:
-    """Return `MEASURES` of a confusion matrix, and the interval of balanced accuracy.
-
-    `effective` (C,) are the images of each class that the interval counts.
-    """
+    """Return `MEASURES`, and the interval of balanced accuracy from (C,) `effective` images."""
     weights = measure_weights(confusion.sum(1), train_counts)
     values, low, high = mean_interval(recall_by_class(confusion), effective, weights)
     measures = dict(zip(MEASURES, values.tolist(), strict=True))
@@ -2261,8 +2002,8 @@ def measure(confusion: Tensor, train_counts: Tensor, effective: Tensor) -> dict[
 
 def measure_weights(val_counts: Tensor, train_counts: Tensor) -> Tensor:
     """Return the weight of each class's recall in each of `MEASURES`: (5, C) float64, or NaN."""
-    many = train_counts > MANY
-    few = train_counts < FEW
+    many = train_counts > 100
+    few = train_counts < 20
     known = val_counts > 0
     rows = [val_counts, known, known & many, known & ~many & ~few, known & few]
     weights = torch.stack(rows).double()
@@ -2270,19 +2011,15 @@ def measure_weights(val_counts: Tensor, train_counts: Tensor) -> Tensor:
 
 
 def compare(before: Tensor, judged: Evaluation) -> Rows:
-    """Return what changed since another run, by its answers for the same images: (M,) int64.
-
-    A row for each of `MEASURES`: fractions before and after, their difference and the ends of its
-    interval. Within a class an image is lost, as it was or won: -1, 0 or 1. To both the lost and
-    the won a quarter is added for the interval (Agresti and Min 2005, Statistics in Medicine 24),
-    since of few images none may differ.
-    """
+    """Return what changed since another run, by its answers `before` (M,): a row for a measure."""
     exam, new = judged.exam, judged.confusion
     targets, classes = exam.targets, len(new)
+    if len(before) != len(targets):  # no other run, or this one is unfinished
+        return []
     old = confusion_matrix(targets, before, classes)
     weights = measure_weights(new.sum(1), exam.train_counts)
     change = (judged.predicted == targets).long() - (before == targets).long()
-    lost = torch.bincount(targets[change < 0], minlength=classes) + 0.25
+    lost = torch.bincount(targets[change < 0], minlength=classes) + 0.25  # Agresti, Min 2005
     won = torch.bincount(targets[change > 0], minlength=classes) + 0.25
     n = new.sum(1).double() + 0.5
     variance = ((won + lost) / n - ((won - lost) / n) ** 2) / (effective_counts(exam)[0] - 0.5)
@@ -2314,9 +2051,8 @@ class Compute(NamedTuple):
 
     def autocast(self) -> torch.autocast:
         """Return the context for a forward pass."""
-        is_mixed = self.precision != "float32"
-        dtype = getattr(torch, self.precision) if is_mixed else None
-        return torch.autocast(self.device.type, dtype, enabled=is_mixed)
+        dtype = getattr(torch, self.precision)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32)
 
     def place(self, tensors: Any) -> Any:
         """Move a network, or images, to the device and into its memory format."""
@@ -2336,10 +2072,7 @@ def join_processes(name: str, amp: bool | None) -> Compute:
 
 
 def pick_compute(name: str, amp: bool | None) -> Compute:
-    """Return the device called `name` ("auto": an accelerator, else the CPU) and its precision.
-
-    Under torchrun each process gets a device of its own. Raises `DataError` for one not there.
-    """
+    """Return the device called `name` and its precision; raises `DataError` if it is not there."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     best = found or torch.device("cpu")
     try:
@@ -2350,8 +2083,7 @@ def pick_compute(name: str, amp: bool | None) -> Compute:
         probe = torch.ones(1, device=device)
         probe.item()  # waits for a kernel: torch may have none for an old GPU
     except (RuntimeError, AssertionError, ImportError):  # from builds without that device
-        text = "not on this machine, in use, or too old for this torch"
-        raise DataError(f"--device {name}: {text}; try cpu or {best}") from None
+        raise DataError(f"--device {name}: not on this machine, or too old; try {best}") from None
     if device.type == "cuda":
         torch.cuda.set_device(probe.device)  # later questions are about the current device
     return Compute(probe.device, pick_precision(probe.device, amp))
@@ -2387,14 +2119,10 @@ def normalisation(device: torch.device) -> Tensor:
 
 
 def to_device(batch: Tensor, compute: Compute) -> Tensor:
-    """Return labels or features on the device; images (B, H, W, 3) uint8 as its float32 input.
-
-    Nothing waits where copies from pinned memory are safe. The input is (B, 3, H, W), normalised.
-    """
-    if compute.device.type == PINNED:
-        batch = batch.pin_memory().to(compute.device, non_blocking=True)
-    else:
-        batch = batch.to(compute.device)
+    """Return labels or features on the device; images (B, H, W, 3) uint8 as normalised input."""
+    is_pinned = compute.device.type == PINNED
+    batch = batch.pin_memory() if is_pinned else batch
+    batch = batch.to(compute.device, non_blocking=is_pinned)
     if batch.dtype != torch.uint8:
         return batch
     mean, std = normalisation(compute.device)
@@ -2405,17 +2133,13 @@ def wrap_ddp(network: nn.Module, compute: Compute) -> nn.Module:
     """Return `network`, under torchrun with its gradients averaged over the processes."""
     if compute.world_size == 1:
         return network
-    # The statistics of BatchNorm matter in evaluation alone, which sends them round. The option has
-    # another name from torch 2.13 on, which torch 2.6 does not know.
+    # Evaluation sends the statistics round. From torch 2.13 on the option has another name, too.
     warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)
     return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 
 def first_makes(compute: Compute, make: Callable[..., Any], *arguments: Any) -> Any:
-    """Call `make` in process 0 and return its result, which is not None, in every process.
-
-    Where it fails, process 0 raises the error and the others exit with status 2.
-    """
+    """Call `make` in process 0 and return its result, not None, in all; where it fails, all end."""
     made = [None]
     try:
         if compute.rank == 0:
@@ -2441,13 +2165,8 @@ def gather(part: Tensor, compute: Compute) -> Tensor:
 # ------------------------------------------------------------------------------------------- files
 
 
-def lock_folder(folder: Path, rank: int) -> Any:
-    """Make and lock the folder of a run in process 0; the lock holds while the result is there.
-
-    Raises `DataError` if another process has it. The system unlocks it where a process is killed.
-    """
-    if rank:
-        return None
+def lock_folder(folder: Path) -> Any:
+    """Make the folder of a run and lock it while the result is there, or raise `DataError`."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / LOCK, "ab")  # noqa: SIM115
     try:
@@ -2505,8 +2224,7 @@ def load_tensors(path: Path, flag: str) -> Any:
     except OSError:
         raise
     except Exception:  # a damaged file raises nearly anything
-        text = "damaged, or not of tensors alone, as torch.save writes a state_dict"
-        raise DataError(f"{flag} {path}: {text}; take another") from None
+        raise DataError(f"{flag} {path}: damaged, or not of tensors alone; take another") from None
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -2584,44 +2302,37 @@ def make_parser() -> OneLineParser:
         group.add_argument(flag, metavar=metavar, type=kind, default=default,
             help=text if default is None else f"{text} (default: {default})")
 
-    many = 2**62
+    natural = number(int, 0, 2**62)
+    positive = number(int, 1, 2**62)
     group = parser.add_argument_group("data")
     add("--folds", "K", number(int, 3, 10), 1, "train K networks, 3 to 10, each judged by the part "
         "of the images that it has not learnt; images of --val or --source test the ensemble")
     add("--val", "DIR", Path, None, "class folders to validate on, in place of a fifth of DATA")
-    add("--source", "SRC", Path, None, "folder that DATA was made from: images that are only there "
-        "validate, too")
+    add("--source", "SRC", Path, None, "folder that DATA was made from: its other images validate")
     add("--group", "PATTERN", pattern, None, "regular expression for paths below the class folder: "
-        "images with the same first group, or match, are of one family (patient, film) and stay "
-        "together, in training or in validation")
-    add("--image-size", "PX", number(int, 1, many), None, "pixels per side of a training crop; "
-        "images are evaluated at up to 8/7 of that (default: that of --weights, else 224)")
-    group.add_argument("--flip", choices=("sides", "none", "all"), default="sides",
-        help="sides (default): mirror half of the training images; none: for text, signs, left and "
-        "right; all: also turn them by 90, 180 or 270 degrees, for microscopes and from above")
-    add("--workers", "N", number(int, 0, many), None, "processes that read images (default: half "
-        "of the cores, at most 4, beside a CPU that trains, else all but one, at most 16)")
+        "images with the same first group, or match, stay on one side (patient, film)")
+    add("--image-size", "PX", positive, None, "of a training crop (default: of --weights, or 224)")
+    group.add_argument("--flip", choices=("sides", "none", "all"), default="sides", help="mirror "
+        "half of the training images (default), none (text, signs), or also turn them (from above)")
+    add("--workers", "N", natural, None, "processes that read images (default: by the cores)")
     group = parser.add_argument_group("model")
-    add("--arch", "NAME", str, None, "a ResNet of torchvision (default: that of --weights, else "
-        "resnet50 on an accelerator and resnet18 on a CPU)")
+    add("--arch", "NAME", str, None, "default: of --weights, or resnet50, resnet18 on a CPU")
     add("--weights", "NAME|PATH", str, "DEFAULT", "of torchvision, a file, a run, or none")
     group = parser.add_argument_group("training")
-    add("--epochs", "N", number(int, 1, many), 10, "each draws as many images as there are to "
-        "train on")
-    add("--power", "P", number(float, 0, 10), 1.0, "the sampler draws images by 1 / (images of "
-        "their class) ** P; 0: no sampler, each image once")
-    add("--batch-size", "N", number(int, 2, many), None, "images per step, rounded up to a "
-        f"multiple of the processes (default: {BATCH}, half for under {SMALL:,} training images)")
+    add("--epochs", "N", positive, 10, "each draws as many images as there are to train on")
+    add("--power", "P", number(float, 0, 10), 1.0, "draw by (images of class) ** -P; 0: no sampler")
+    add("--batch-size", "N", number(int, 2, 2**62), None, "images per step, a multiple of the "
+        f"processes (default: {BATCH}, half for under {SMALL:,} training images)")
     group = parser.add_argument_group("use")
-    add("--predict", "RUN", Path, None, "predict the class of each image in DATA with the network "
-        "of a run (its folder, or its network.pt); writes CSV to stdout, or to --output FILE")
+    add("--predict", "RUN", Path, None, "predict the class of each image in DATA by a run (its "
+        "folder, or network.pt); writes CSV to stdout, or to --output FILE")
     group.add_argument("--natural", action="store_true", default=None,
         help="predict for classes as frequent as in training, not for equally frequent ones")
     group = parser.add_argument_group("run")
     add("--output", "DIR", Path, None, "new folder for the results (default: runs/DATE-TIME)")
     add("--resume", "RUN", Path, None, "go on with the run in this folder")
     add("--baseline", "RUN", Path, None, "earlier run judged by the same images, to compare with")
-    add("--seed", "N", number(int, 0, many), 0, "of split, draws, augmentation, random weights")
+    add("--seed", "N", natural, 0, "of split, draws, augmentation, random weights")
     add("--device", "NAME", str, "auto", "cpu, cuda, ...; auto: an accelerator, else cpu")
     group.add_argument("--amp", action=argparse.BooleanOptionalAction,
         help="mixed precision (default: where the hardware gains from it)")
@@ -2645,14 +2356,9 @@ def parse_args(argv: list[str] | None) -> Namespace:
     if "natural" in given and "predict" not in given:
         parser.error("--natural: only with --predict; drop it")
     if not given.keys() & {"output", "predict", "resume"}:
-        given["output"] = Path(f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(2)}")
+        given["output"] = Path(time.strftime(f"runs/%Y-%m-%d_%H-%M-%S_{secrets.token_hex(2)}"))
     words = sys.argv if argv is None else ["data_training.py", *argv]
     return Namespace(**defaults | given, command=shlex.join(["python", *words]))
-
-
-# -------------------------------------------------------------------------------------------- main
-
-FROM_WORKER = f"{DataError.__module__}.DataError: "
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -2660,18 +2366,19 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     status = 2
     try:
-        if args.predict:
-            predict(args)
-        else:
-            run(args)
+        command = predict if args.predict else run
+        command(args)
         if dist.is_initialized():
             dist.destroy_process_group()
         return 0
     except KeyboardInterrupt:
         status = 130
         text = "interrupted"
-    except DataError as error:  # in a process that reads images behind a traceback of its own
-        text = f"error: {str(error).rstrip().splitlines()[-1].removeprefix(FROM_WORKER)}"
+    except DataError as error:
+        text = str(error).rstrip()
+        if "Original Traceback" in text:  # from a process that reads images
+            text = text.splitlines()[-1].partition(": ")[2]
+        text = f"error: {text}"
     except OSError as error:
         if error.filename is None:
             raise

@@ -32,7 +32,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from torchvision import models
 from torchvision.datasets import ImageFolder

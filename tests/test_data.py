@@ -3,6 +3,7 @@
 import hashlib
 import random
 import shutil
+import struct
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, TINY, load, network_of, refused, rows_of, run, write_folder
-from PIL import Image
+from conftest import CPU, TINY, load, network_of, open_run, refused, rows_of, run, write_folder
+from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 import data_training as training
@@ -127,17 +128,6 @@ def patients(make_folder: Callable[..., Path]) -> Path:
     return root
 
 
-@pytest.mark.parametrize("flags", [[], ["--folds", "3"]])
-def test_the_images_of_a_patient_are_on_one_side(flags, patients, capsys):
-    data = load(patients, "--group", "^P[0-9]+_", *flags)
-    said = "--group ^P[0-9]+_: 8 families of 64 images, of which 0 do not match\n"
-    assert capsys.readouterr().err == said
-    for fold, names in enumerate(sides_of(data)):
-        learnt, judged = ({name.partition("/")[2][:2] for name in side} for side in names)
-        assert judged and not learnt & judged and len(learnt | judged) == 8
-        assert min(data.counts(data.judges(fold)).tolist()) >= 4
-
-
 @pytest.mark.parametrize(
     ("names", "contents", "group", "families"),
     [
@@ -153,9 +143,10 @@ def test_copies_and_what_the_pattern_matches_are_families(names, contents, group
     assert training.find_families(rows, contents, group) == families
 
 
+@pytest.mark.parametrize("is_named", [False, True])
 @pytest.mark.parametrize("flags", ["--val", "--source", "--folds 3 --val", "--folds 3 --source"])
-def test_images_to_judge_by_are_left_out_where_their_family_is_or_was_learnt(
-    flags, patients, capsys
+def test_no_family_is_on_both_sides_and_images_named_to_judge_are_left_out_for_it(
+    flags, is_named, patients, capsys
 ):
     """The other folder holds P4 to P7, P5 learnt before, an image of P1, and a copy of P0's."""
     other = patients.parent / "other"
@@ -163,11 +154,15 @@ def test_images_to_judge_by_are_left_out_where_their_family_is_or_was_learnt(
         (other / path.parent.name).mkdir(parents=True, exist_ok=True)
         path.rename(other / path.parent.name / path.name)
     shutil.copy(patients / "ill/P0_00.jpg", other / "ill/copy.jpg")
-    known = digests_of(other / "ill/P5_02.jpg")
-    data = load(patients, *flags.split(), str(other), "--group", "^(P[0-9])", known=known)
+    names = {"group": "^P([0-9])_", "families": ["5"]}
+    known = names if is_named else {"learnt": digests_of(other / "ill/P5_02.jpg")}
+    command = [patients, *flags.split(), other, "--group", "^(P[0-9])"]
+    data = training.load_data(*open_run(*command)[:2], known)
     elsewhere = [at for at, path in enumerate(data.paths) if Path(path).is_relative_to(other)]
     assert {Path(data.paths[at]).name[:2] for at in elsewhere} >= {"P4", "P6", "P7"}
-    assert not torch.isin(data.families[elsewhere], data.families[data.learns(0)]).any()
+    for fold in {*data.held.tolist()} - {training.EVERY}:
+        judged, learnt = (data.families[part] for part in (data.judges(fold), data.learns(fold)))
+        assert not torch.isin(judged, learnt).any() and data.counts(data.judges(fold)).min() >= 4
     assert data.leaks == 34 - len(elsewhere)
     assert data.leaks == 10 if flags != "--source" else 8 <= data.leaks <= 10
     assert f"{data.leaks} validation images leak from training" in capsys.readouterr().err
@@ -220,6 +215,11 @@ ERRORS = {
     "good --val good": "/good: nothing to validate on",
     "good --group jpg": "--group jpg: 1 families of 6 images, of which 0 do not match; match what",
     "good --group zebra": "--group zebra: 6 families of 6 images, of which 6 do not match",
+    "good --weights text.pt": "--weights text.pt: damaged, or not of tensors alone",
+    "good --weights name.pt": "--weights name.pt: no weights in it; torch.save a state_dict there",
+    "good --weights numbers.pt": "--weights numbers.pt: no weights in it",
+    "good --weights none.pt": "--weights none.pt: no such file; pass one, or",
+    "good --weights empty.pt": "--weights empty.pt: no weights in it",
     "more --folds 5": "/more: dog: no image that can be read is left to train on",
     "good --output good/ape/run": "--output good/ape/run: would be a class of good; move it out",
     "good --output more": "--output more: not empty; name a new folder, or --resume a run",
@@ -238,6 +238,10 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_folder(root / name, counts)
     for path in (*root.glob("broken/bee/*"), *root.glob("wrecked/*/*")):
         path.write_text("broken")
+    (root / "text.pt").write_text("broken")
+    torch.save({"model": "resnet18"}, root / "name.pt")
+    torch.save({1: torch.zeros(1)}, root / "numbers.pt")
+    torch.save({"networks": [], "classes": ["ape", "bee"]}, root / "empty.pt")
     return root
 
 
@@ -295,20 +299,33 @@ def test_every_mode_and_format_comes_out_as_rgb_over_white_where_transparent(tmp
         assert difference <= (12 if "cmyk" in path.name else 4), path
 
 
-TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_90 TRANSVERSE ROTATE_270"
-STORED = [("jpg", each) for each in range(2, 9)]
-STORED += [(kind, 6) for kind in ("png", "webp", "tif")]
+def put_last(content: bytes, name: bytes) -> bytes:
+    """A PNG with a chunk of this name behind the pixels."""
+    start = content.index(name) - 4
+    end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    return content[:start] + content[end:-12] + content[start:end] + content[-12:]
 
 
-@pytest.mark.parametrize(("suffix", "orientation"), STORED)
-def test_images_come_out_upright(suffix, orientation, tmp_path):
-    exif = Image.Exif()
-    exif[274] = orientation
-    turned = Image.fromarray(QUARTERS).transpose(Image.Transpose[TURNS.split()[orientation - 2]])
-    turned.save(tmp_path / f"x.{suffix}", exif=exif, **({} if suffix == "tif" else {"quality": 95}))
-    image = read(tmp_path / f"x.{suffix}")
-    assert image.shape == UPRIGHT.shape
-    assert np.abs(corners(image) - corners(UPRIGHT)).max() < 25
+@pytest.mark.parametrize("suffix", ["jpg", "png", "late.png", "webp", "tif"])
+def test_images_come_out_upright_as_pillow_turns_them(suffix, tmp_path):
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[274] = orientation
+        path = tmp_path / f"{orientation}.{suffix}"
+        Image.fromarray(QUARTERS).save(path, exif=exif)
+        if suffix == "late.png":
+            path.write_bytes(put_last(path.read_bytes(), b"eXIf"))
+        picture = Image.open(path)
+        picture.load()
+        wanted = v2.functional.pil_to_tensor(ImageOps.exif_transpose(picture))
+        assert wanted.shape == ((3, 40, 60) if orientation < 5 else (3, 60, 40))
+        assert torch.equal(read(path), wanted)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_a_broken_tag_costs_nothing(tmp_path):
+    Image.fromarray(QUARTERS).save(tmp_path / "x.png", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    assert torch.equal(read(tmp_path / "x.png"), UPRIGHT)
 
 
 @pytest.mark.parametrize("least", [848, 601, 600, 301, 149])
@@ -360,6 +377,14 @@ def test_all_grey_images_have_the_same_white(dtype, values, white, seen, make_fo
     assert torch.equal(read(root / "ape/ape_000.jpg", white), plain)
 
 
+def test_white_may_be_stored_as_zero(tmp_path):
+    write_deep(tmp_path / "x.tif", np.uint16, [0, 2048, 8000, 65535])
+    photometric = [struct.pack("<HHII", 262, 3, 1, value) for value in (1, 0)]
+    content = (tmp_path / "x.tif").read_bytes().replace(*photometric)
+    (tmp_path / "x.tif").write_bytes(content)
+    assert read(tmp_path / "x.tif")[0, 0, ::8].tolist() == [255, 247, 224, 0]
+
+
 def test_of_a_tiff_with_several_pages_the_first_is_read_and_said_so(make_folder, capsys):
     root = make_folder({"ape": 5, "bee": 5})
     pages = [Image.new("L", (32, 32), shade) for shade in (50, 100, 150)]
@@ -401,10 +426,19 @@ def test_a_crop_shows_at_least_its_part_and_what_is_decoded_is_never_enlarged(sc
 def test_evaluation_is_larger_by_up_to_a_seventh_in_whole_cells_of_32_pixels():
     sizes = {32: 32, 56: 64, 64: 64, 112: 128, 128: 128, 160: 160, 224: 256, 288: 320}
     assert {size: training.eval_size(size) for size in sizes} == sizes
-    image = torch.zeros(3, 300, 600, dtype=torch.uint8)
-    image[:, :, 150:450] = 255  # the central square
-    seen = training.central_square(256)(image)
-    assert seen.shape == (3, 256, 256) and (seen == 255).float().mean() > 0.99
+
+
+def test_the_central_square_is_evaluated_and_a_thin_line_takes_little_memory(tmp_path):
+    resource = pytest.importorskip("resource")  # not on Windows
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for width, height in ((600, 300), (3000, 1)):
+        image = Image.new("L", (width, height), 0)
+        image.paste(255, ((width - height) // 2, 0, (width + height) // 2, height))
+        image.save(tmp_path / f"{height}.png")
+        images = training.Images([str(tmp_path / f"{height}.png")], torch.zeros(1), 255, 224)
+        seen, _ = images[0, training.EVALUATED]
+        assert seen.shape == (256, 256, 3) and (seen > 200).float().mean() > 0.9 * (height > 1)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 2**18  # kilobytes
 
 
 def test_the_same_index_and_seed_give_the_same_pixels_in_any_process(folder):

@@ -75,7 +75,7 @@ def test_images_in_folders_of_the_classes_are_judged_but_for_those_that_were_lea
              for label in ("ape", "bee", "cat")}  # fmt: skip
     recalls = {label: sum(each) / len(each) for label, each in right.items()}
     count, learnt, balanced, *classes = said[-6:]
-    assert count.endswith("38 images") and learnt == "31 of them were learnt: not in these figures"
+    assert count.endswith("38 images") and learnt.startswith("31 of them, or their families,")
     assert balanced.startswith(f"balanced accuracy {sum(recalls.values()) / 3:.1%} [")
     for line, (label, recall), number in zip(classes, recalls.items(), (4, 2, 1), strict=True):
         assert line.split()[0] == f"{recall:.1%}" and line.endswith(f" {label}")

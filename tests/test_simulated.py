@@ -115,15 +115,12 @@ def two(command: list[str], others: Path, tmp_path_factory: pytest.TempPathFacto
     """Runs of two processes on the CPU, and on a device each."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "several.py").write_text(SEVERAL)
-    words = [*command, "--epochs", "2", "--folds", "3", "--val", str(others), "--device"]
+    words = [*command, "--epochs", "1", "--folds", "3", "--val", str(others), "--device"]
     commands = [[*words, name, "--output", str(folder / f"on_{name}")] for name in ("cpu", "sim")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{SCRIPT.parent}{os.pathsep}{Path(__file__).parent}")
         torchrun(json.dumps([str(folder), *commands]), script=folder / "several.py")
     return folder
-
-
-# ------------------------------------------------------------------------------- the same results
 
 
 def test_a_run_ends_with_the_bytes_of_the_cpu(both):
@@ -142,34 +139,15 @@ def test_networks_predict_as_on_the_cpu(simulate, two, others, tmp_path):
     assert (tmp_path / "cpu.csv").read_bytes() == (tmp_path / "sim.csv").read_bytes()
 
 
-@pytest.mark.parametrize("first", ["cpu", "sim"])
 def test_a_run_goes_on_from_one_device_to_the_other_in_the_middle_of_a_stage(
-    first, both, simulate, command, tmp_path
+    both, simulate, command, tmp_path
 ):
-    acts = {"cpu": call, "sim": simulate}
-    second = "sim" if first == "cpu" else "cpu"
-    words = [*command, *both.flags, "--device", first]
-    before = both.epochs - 1
-    acts[first](interrupt_after, before, words, tmp_path / "run", **both.constants)
-    resume = ["--resume", tmp_path / "run", "--device", second]
-    acts[second](run, *resume, **both.constants)
-    assert_same_run(both.on_cpu, tmp_path / "run")
-
-
-def test_bfloat16_is_near_float32(simulate, command, tmp_path):
-    """In small steps: in large ones rounding adds up."""
-    flags = ["--epochs", "2", "--device", "sim", "--output"]
-    for name, amp in (("exact", "--no-amp"), ("rounded", "--amp")):
-        simulate(run, *command, amp, *flags, tmp_path / name, RATE=1e-5, **PINNED)
-    tables = [rows_of(tmp_path / name / "history.csv") for name in ("exact", "rounded")]
-    for exact, rounded in zip(*tables, strict=True):
-        for key in ("train_loss", "val_loss"):
-            near = pytest.approx(float(rounded[key]), rel=5e-2, abs=2e-2)
-            assert float(exact[key]) == near, key
-            assert exact[key] != rounded[key]
-
-
-# -------------------------------------------------------------------------- waiting and memory
+    acts = [simulate, call] if both.constants is PINNED else [call, simulate]
+    names = ["sim" if act is simulate else "cpu" for act in acts]
+    words, folder = [*command, *both.flags, "--device", names[0]], tmp_path / "run"
+    acts[0](interrupt_after, both.epochs - 1, words, folder, **both.constants)
+    acts[1](run, "--resume", folder, "--device", names[1], **both.constants)
+    assert_same_run(both.on_cpu, folder)
 
 
 def test_no_step_waits_for_the_device_and_nothing_on_it_grows_or_stays(both):
@@ -191,8 +169,5 @@ def test_no_step_waits_for_the_device_and_nothing_on_it_grows_or_stays(both):
     assert len({steps[-1].live for steps in parts[2:]}) == 1
     assert done.after.live <= 2 * 24
     assert done.after.torn == 0  # nothing was changed while it was being sent
-
-
-def test_the_feature_pass_waits_once_for_all_its_batches(both):
-    """And once more before the head's first step at most."""
-    assert both.done.steps[0].waits - both.done.before.waits <= 2
+    # The feature pass waits once, for all its batches, and the head's first step at most once.
+    assert done.steps[0].waits - done.before.waits <= 2
