@@ -121,8 +121,9 @@ def run(args: Namespace) -> None:
     if compute.rank == 0:
         save_tensors(settings.output / STATE, state_of(given, progress))
         facts = describe_run(settings, data, compute)
-        for names in (("network", "device", "training images"), ("judged by", "left out")):
-            print(printable("; ".join(f"{name}: {facts[name]}" for name in names)))
+        about = [facts[name] for name in ("network", "device", "training images")]
+        print(printable("; ".join(about)))
+        print(printable("; ".join(f"{name}: {facts[name]}" for name in ("judged by", "left out"))))
         print("", HEADER, sep="\n", flush=True)
         for row in progress.history:
             print(format_epoch(row, settings))
@@ -364,8 +365,7 @@ def plan(settings: Settings, data: Data, fold: int, failed: bool = False) -> lis
     epochs = range(1, settings.epochs + 1)
     images = len(data.learns(fold))
     steps = math.ceil(images / settings.batch_size)
-    first_steps = math.ceil(len(data.learns(0)) / settings.batch_size)
-    trial = math.ceil(TRIAL_STEPS / first_steps)
+    trial = math.ceil(TRIAL_STEPS / math.ceil(len(data.learns(0)) / settings.batch_size))
     begins_from = "start"
     if settings.weights != "none":
         # Few images make few steps: they are drawn several times.
@@ -588,14 +588,13 @@ def make_exam(data: Data, folds: Iterable[int], power: float) -> Exam:
     judges = {fold: data.judges(fold) for fold in folds}
     places = torch.cat([*judges.values()])
     train_counts = data.counts(data.learns(0))
-    logs = train_counts.log()
     return Exam(
         places=places,
         targets=data.labels[places],
         families=data.families[places],
         folds=torch.cat([torch.full_like(part, fold) for fold, part in judges.items()]),
         train_counts=train_counts,
-        log_share=logs - logs.mean(),  # a constant changes nothing, but costs digits
+        log_share=train_counts.log() - train_counts.log().mean(),  # a constant costs digits
         expected_shift=EXPECTED_SHIFT + 1 - power,
     )
 
@@ -628,7 +627,7 @@ def evaluate(model: nn.Module, reader: Reader, places: Tensor, on_features: bool
 
 
 def judge(logits: Tensor, exam: Exam) -> Evaluation:
-    """Evaluate the (M, C) logits of an exam; no image influences its own calibration."""
+    """Evaluate the (M, C) logits of an exam, cross-fitted: no image influences its own numbers."""
     parts = exam.folds  # calibrated by the images of the others
     if len(parts.unique()) < 2:
         parts = cut_parts(exam.targets, exam.families)
@@ -673,7 +672,7 @@ def cut_parts(targets: Tensor, families: Tensor) -> Tensor:
     order = torch.randperm(len(unique), generator=seeded("parts", 0, 0))
     order = order[by_size[rarest][order].argsort(stable=True)]
     part = torch.zeros_like(unique)
-    part[order] = torch.arange(len(unique)) % 5  # numbers fitted on half of them would be poor
+    part[order] = torch.arange(len(unique)) % 5  # of two parts, one is too little
     return part[family]
 
 
@@ -697,7 +696,7 @@ def fit_calibration(logits: Tensor, targets: Tensor, exam: Exam) -> Calibration:
     # Of a class without images it would be best never to predict it: it counts as half an image.
     counts = torch.bincount(targets, minlength=len(log_share)).clamp(min=0.5)
     prior = PRIOR * (1 / counts).mean() / len(counts)  # by the effective sample size (Kish 1965)
-    spread = max(log_share.std(correction=0).item(), 0.05)  # of less no great shift is to come
+    spread = max(log_share.std(correction=0).item(), 0.05)  # what differs less is shifted little
     steps = (log_share - log_share.mean()) / spread
     numbers = torch.tensor([1.0, expected * spread], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([numbers], max_iter=50, line_search_fn="strong_wolfe")
@@ -973,7 +972,8 @@ def curve_chart(history: Rows, title: str, before: str, after: str) -> str:
 
 def show_rows(rows: Rows) -> str:
     """Return a table of rows with the same columns, with a bar for the interval of a recall."""
-    body = "".join(f"<td>{show(name.replace('_', ' '))}</td>" for name in rows[0])
+    names = "".join(f"<td>{show(name.replace('_', ' '))}</td>" for name in rows[0])
+    body = f"<tr>{names}</tr>"
     for row in rows:
         body += "<tr>"
         for name, cell in row.items():
@@ -981,6 +981,7 @@ def show_rows(rows: Rows) -> str:
             if name == "recall" and row["val_images"]:
                 style = f' style="--low:{row["low"]:.1%};--high:{row["high"]:.1%}"'
             body += f"<td{style}>{show(cell)}</td>"
+        body += "</tr>"
     return f'<div class="wide"><table>{body}</table></div>'
 
 
@@ -1361,7 +1362,7 @@ class Data(NamedTuple):
     labels: Tensor  # (N,) int64
     held: Tensor  # (N,) int64, its validation fold; `EVERY`: all learn it, `TEST`: none
     families: Tensor  # (N,) int64, the same for images that stay together: copies, or `--group`
-    digests: Tensor  # (N,) int64, see `digest`
+    digests: Tensor  # (N,) int64, see `check_image`
     white: int  # the value that is white in grey images of over 8 bits
     leaks: int  # number of validation images left out that leak from training
     unreadable: list[str]  # paths left out
@@ -1676,8 +1677,7 @@ def rescale(model: Any) -> None:
         norm.bias *= FEATURE_SCALE / size
     for layer in [block.conv1 for block in blocks[1:]] + [model.fc]:
         layer.weight *= size / FEATURE_SCALE
-    kinds = nn.Conv2d | nn.BatchNorm2d
-    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, kinds)]
+    layers: list[Any] = [x for x in model.modules() if isinstance(x, nn.Conv2d | nn.BatchNorm2d)]
     for conv, norm in zip(layers[::2], layers[1::2], strict=True):
         factor = CONV_SCALE / conv.weight.square().sum((1, 2, 3)).mean().sqrt().clamp(min=1e-12)
         conv.weight *= factor
@@ -2057,8 +2057,7 @@ class Compute(NamedTuple):
     def place(self, tensors: Any) -> Any:
         """Move a network, or images, to the device and into its memory format."""
         # On MPS gradients of BatchNorm are wrong: https://github.com/pytorch/pytorch/issues/175189
-        is_mps = self.device.type == "mps"
-        layout = torch.contiguous_format if is_mps else torch.channels_last
+        layout = torch.contiguous_format if self.device.type == "mps" else torch.channels_last
         return tensors.to(self.device, memory_format=layout)
 
 
@@ -2083,7 +2082,7 @@ def pick_compute(name: str, amp: bool | None) -> Compute:
         probe = torch.ones(1, device=device)
         probe.item()  # waits for a kernel: torch may have none for an old GPU
     except (RuntimeError, AssertionError, ImportError):  # from builds without that device
-        raise DataError(f"--device {name}: not on this machine, or too old; try {best}") from None
+        raise DataError(f"--device {name}: not on this machine, or too old; try cpu") from None
     if device.type == "cuda":
         torch.cuda.set_device(probe.device)  # later questions are about the current device
     return Compute(probe.device, pick_precision(probe.device, amp))
