@@ -60,7 +60,8 @@ def measure_training(args: argparse.Namespace, work: str) -> tuple[Measure, Meas
     compute = training.pick_compute(parsed.device, parsed.amp)
     settings, listing, stored = training.open_run(parsed, compute)
     data = training.load_data(settings, listing, stored)
-    images = training.Images(data.paths, data.labels, data.white, settings.image_size)
+    paths = [row.path for row in data.rows]
+    images = training.Images(paths, data.labels, data.white, settings.image_size)
     reader = training.Reader(images, compute, settings.workers, settings.batch_size)
     model = compute.place(training.load_model(settings, data.classes, stored))
     stage = training.WHOLE._replace(steps=10**6)

@@ -9,14 +9,13 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 # A network this small gains nothing from threads, and two tests at once would fight for the cores.
@@ -34,13 +33,12 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import data_training as training  # noqa: E402
 
 Run = SimpleNamespace  # a whole run: its folder, what it printed, its bars
-SCRIPT = Path(training.__file__)
 HEAD_STEPS, SURE = training.HEAD_STEPS, training.SURE  # of the script as it is
 COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan", "white", "black")
 
 
 class Narrow(models.ResNet):
-    """A ResNet of an eighth of the width, which takes little time and little room on a disk."""
+    """A ResNet of an eighth of the width."""
 
     def __init__(self, *layers: Any, num_classes: int = 1000, **others: Any):
         super().__init__(*layers, **others)
@@ -52,10 +50,7 @@ class Narrow(models.ResNet):
 
 @pytest.fixture(scope="session", autouse=True)
 def quick() -> Iterator[None]:
-    """Nothing waits for the disk, networks are narrow, and heads are trained for 100 steps.
-
-    No head is kept in place of all layers, of which so small a training makes little.
-    """
+    """No waiting for the disk, narrow networks, heads of 100 steps, none of them kept alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
         patch.setattr(os, "sync", lambda: None, raising=False)
@@ -100,20 +95,20 @@ def open_run(*command: object) -> tuple[training.Settings, training.Listing, dic
     return training.open_run(training.parse_args([*map(str, command)]), CPU)
 
 
-def load(*command: object, known: torch.Tensor | None = None) -> training.Data:
-    """The images of a run with this command; its network has learnt the `known`."""
+def load(*command: object) -> training.Data:
+    """The images of a run with this command; its network knows none of them."""
     settings, listing, _ = open_run(*command)
-    return training.load_data(settings, listing, {} if known is None else {"learnt": known})
+    return training.load_data(settings, listing, {})
 
 
 def images(labels: list[int], held: list[int], **others: Any) -> training.Data:
     """Images that are not there, with these labels, held out by these folds."""
     names = [f"{label}/{at}.jpg" for at, label in enumerate(labels)]
-    parts = ["val" if fold == 0 else "train" for fold in held]
+    rows = [training.Row(names[at], names[at], label, "train") for at, label in enumerate(labels)]
     numbers = torch.arange(len(labels))
-    fields = {"classes": ["no", "yes"], "paths": names, "names": names, "parts": parts}
-    fields |= {"labels": torch.tensor(labels), "held": torch.tensor(held), "white": 255}
-    fields |= {"families": numbers, "digests": numbers, "leaks": 0, "unreadable": []}
+    fields = {"classes": ["no", "yes"], "rows": rows, "white": 255, "leaks": 0, "unreadable": []}
+    fields |= {"labels": torch.tensor(labels), "held": torch.tensor(held)}
+    fields |= {"families": numbers, "digests": numbers}
     return training.Data(**fields | others)
 
 
@@ -133,15 +128,13 @@ def prepare(*command: object) -> tuple[training.Given, training.Progress]:
     words += [] if "--resume" in words else ["--arch", "resnet18"]
     settings, listing, stored = open_run(*words)
     data = training.load_data(settings, listing, stored)
-    baseline = training.load_baseline(settings.baseline, data)
     model = CPU.place(training.load_model(settings, data.classes, stored))
     settings.output.mkdir(parents=True, exist_ok=True)
     progress = training.load_progress(settings, data, model, stored)
-    views = data.white, settings.image_size, settings.flip
-    pictures = training.Images(data.paths, data.labels, *views)
+    paths, views = [row.path for row in data.rows], (settings.image_size, settings.flip)
+    pictures = training.Images(paths, data.labels, data.white, *views)
     reader = training.Reader(pictures, CPU, 0, settings.batch_size)
-    known = stored.get("learnt", data.digests[:0])
-    return training.Given(settings, data, CPU, baseline, known, model, reader), progress
+    return training.Given(settings, data, CPU, torch.empty(0), {}, model, reader), progress
 
 
 def begin(given: training.Given, progress: training.Progress, epoch: int) -> training.Trainer:
@@ -163,29 +156,26 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def tree(*roots: Path) -> dict[Path, int]:
-    """Each file and folder below `roots`, a file with when it changed."""
-    found = [path for root in roots for path in root.rglob("*")]
-    return {path: path.is_file() and path.stat().st_mtime_ns for path in found}
-
-
-def refused(
-    command: list[object], capsys: Any, *unchanged: Path, script: ModuleType = training
-) -> list[str]:
+def refused(command: list[object], capsys: Any, *unchanged: Path) -> list[str]:
     """The lines on stderr where something is wrong: status 2, one error, warnings at most before.
 
     Below the folders `unchanged` nothing is written, and then nothing is printed on stdout.
     """
-    before = tree(*unchanged)
+
+    def tree() -> dict[Path, int]:
+        found = [path for root in unchanged for path in root.rglob("*")]
+        return {path: path.is_file() and path.stat().st_mtime_ns for path in found}
+
+    before = tree()
     capsys.readouterr()
     try:
-        status = script.main([*map(str, command)])
+        status = training.main([*map(str, command)])
     except SystemExit as stopped:  # of argparse
         status = stopped.code
     printed = capsys.readouterr()
-    assert status == 2 and tree(*unchanged) == before and not (unchanged and printed.out)
+    assert status == 2 and tree() == before and not (unchanged and printed.out)
     *warnings, error = printed.err.splitlines()
-    assert error.startswith(f"{Path(script.__file__).name}: error: ")
+    assert error.startswith("data_training.py: error: ")
     assert all(line.startswith(("warning: ", "--group ")) for line in warnings)
     return [*warnings, error]
 
@@ -198,9 +188,8 @@ def weights_file(path: Path, size: int = 7) -> Path:
 
 
 class Process:
-    """`main` in a process of its own, or in several as under torchrun.
+    """`main` in a process, or in several as under torchrun, with all that is patched here.
 
-    They are forked from this one, which has torch loaded already, with all that is patched here.
     With `rest` there are so many seconds before each epoch, in which to stop a run.
     """
 
@@ -220,10 +209,6 @@ class Process:
         alike["TORCHELASTIC_RUN_ID"] = "none"
         train_epoch = training.train_epoch
 
-        def train_later(*arguments: Any) -> float:
-            time.sleep(rest)
-            return train_epoch(*arguments)
-
         def execute(rank: str) -> None:
             for number, file in enumerate(self.files, 1):
                 os.dup2(file.fileno(), number)
@@ -233,7 +218,7 @@ class Process:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.environ |= alike | {"RANK": rank, "LOCAL_RANK": rank} if processes else {}
             os.chdir(folder)
-            training.train_epoch = train_later
+            training.train_epoch = lambda *given: time.sleep(rest) or train_epoch(*given)
             sys.exit(main([*map(str, command)]))
 
         fork = get_context("fork").Process
@@ -242,35 +227,22 @@ class Process:
             each.start()
 
     def printed(self) -> list[str]:
-        """What is on stdout and on stderr so far."""
         return [os.pread(file.fileno(), 10**6, 0).decode() for file in self.files]
 
     def wait_for(self, seen: Callable[[], object]) -> None:
-        """Wait until something is seen, or the process has ended."""
         while self.all[0].is_alive() and not seen():
             time.sleep(0.005)
 
     def kill(self, number: int) -> None:
-        """Send the signal of this number."""
         os.kill(self.all[0].pid or 0, number)
 
-    def end(self, *status: int) -> list[str]:
-        """All that was printed, once the processes have ended with one of these statuses, or 0."""
+    def end(self, status: int = 0) -> list[str]:
+        """All that was printed, once the processes have ended with this status."""
         for each in self.all:
             each.join(120)
-        alive = [each.kill() for each in self.all if each.is_alive()]
-        self.status = next((each.exitcode for each in self.all if each.exitcode), 0)
-        assert not alive and self.status in (status or (0,)), self.printed()
+            each.kill()
+        assert {each.exitcode for each in self.all} == {status}, self.printed()
         return self.printed()
-
-
-def torchrun(*command: object, script: Path = SCRIPT) -> subprocess.CompletedProcess[str]:
-    """The script in two processes under torchrun, which must end well."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = (*start, str(script), *map(str, command))
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=480)
-    assert done.returncode == 0, done.stderr
-    return done
 
 
 def interrupt_after(epochs: int, command: list[str], output: Path, fold: int = 1) -> Path:
@@ -295,8 +267,6 @@ def assert_moved_alike(state: training.State, model: nn.Module, start: training.
         way = (value - start[name]).float().norm()
         assert (state[name] - value).float().norm() <= 0.1 * way + 1e-6, name
 
-
-# ------------------------------------------------------- runs that several tests only look at
 
 # As few steps as make a run; float32, which is the same on every processor.
 TINY = ["--image-size", "32", "--batch-size", "12", "--device", "cpu", "--no-amp"]
@@ -332,11 +302,11 @@ def as_trained(run: Path) -> dict[str, Any]:
 def by_hand(network: dict[str, Any], paths: Iterable[Path | str]) -> torch.Tensor:
     """The mean logits of the networks, by torchvision alone: what the README shows."""
     size, logits = network["eval_size"], []
-    steps = [v2.PILToTensor(), v2.Resize(size), v2.CenterCrop(size)]
-    steps += [v2.ToDtype(torch.float32, scale=True)]
-    steps += [v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
+    scale = v2.ToDtype(torch.float32, scale=True)
+    normalise = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    view = v2.Compose([v2.PILToTensor(), v2.Resize(size), v2.CenterCrop(size), scale, normalise])
     photos = [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in paths]
-    views = torch.stack([v2.Compose(steps)(photo) for photo in photos])
+    views = torch.stack([view(photo) for photo in photos])
     model = models.get_model(network["arch"], num_classes=len(network["classes"])).eval()
     for state in network["networks"]:
         model.load_state_dict(state)

@@ -1,7 +1,7 @@
 """A protocol anyone can run: rare classes as people have them, judged by images nobody touched.
 
     python tests/protocol.py FOLDER ... --rare 20 --epochs 3 --seeds 5 --csv results.csv
-    python tests/protocol.py FOLDER --ways default folds loop-1e-4 "default --power 0.5"
+    python tests/protocol.py FOLDER --ways default loop-1e-4 "default --folds 5"
     python tests/protocol.py --csv results.csv                # the table of all that is there
 
 Each FOLDER of class folders becomes staircases: one class has up to `--most` images, the rarest
@@ -11,24 +11,20 @@ seed is another default split of the staircase, and another training, in each of
 
     default        `data_training.py` as it is; with more flags, if the way has some
     none           the same with `--power 0`: each image once an epoch
-    folds          the same with `--folds K`, an ensemble
     loop, loop-X   what people write: a new head, every layer trained from the first step by AdamW
                    at 3e-4, or X, along a cosine, the end kept; sampler and images as in the script
     loop-none      that loop without the sampler: each image once an epoch
-    weighted-loss  the same, where an image's loss weighs 1 / images of its class
 
 The table has means of sets, each the mean of its rotations and seeds, in % or points. Calibrated:
-by two numbers fitted on the run's own validation images; by the test: fitted on the test itself,
-what there is to gain. Rarest, most frequent, gap (rarest minus most frequent) and error (of
-calibration) are those of calibrated networks; `none` and `loop-none` have a row as trained and a
-calibrated one of the same network. Differences to `default` are paired: same set, rotation, seed.
-Intervals (95 %, Student's t) are over the means of sets: how far off the mean can be for other
-sets like these. Images of one patient may stand on both sides of the test.
+by two numbers fitted on the run's own validation images; `none` and `loop-none` have a row as
+trained, too. Rarest and frequent are the recalls of the rarest and the most frequent class.
+Differences to `default` are paired: same set, rotation, seed. Intervals (95 %, Student's t) are
+over the means of sets. Images of one patient may stand on both sides of the test.
 """
 
 import argparse
 import contextlib
-import csv
+import itertools
 import json
 import math
 import os
@@ -53,13 +49,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import data_training as training  # noqa: E402
 
 TEST, LEAST = 200, 50  # images of a class to test: most and fewest
-SCRIPT = ("default", "none", "folds")
-LOOPS = ("loop", "loop-1e-4", "loop-none", "weighted-loss")
+SCRIPT = ("default", "none")
+LOOPS = ("loop", "loop-none")
 PLAIN = training.Calibration()
 KEY = ("set", "rotation", "seed", "rare", "most", "epochs", "image_size", "weights", "flags", "way")
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 97.5 %
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 2 to 11 sets
+SHOWN = ("trained", "calibrated", "calibrated_rarest", "calibrated_frequent")
 DONE = "{set}, {rotation}, {seed}, {way}: {trained:.1f}, {calibrated:.1f}, {seconds:.0f} s"
-BINS = 15  # of probabilities
+Key = tuple[str, ...]  # the values of `KEY`
 Row = dict[str, Any]
 
 
@@ -87,7 +84,7 @@ class Prepared(NamedTuple):
 class Stairs(NamedTuple):
     """A staircase, and the images that its networks are tested on."""
 
-    chosen: argparse.Namespace
+    chosen: argparse.Namespace  # on the command line
     work: Path  # with the folders stairs and test
     test: Prepared
     ends: list[int]  # the rarest and the most frequent class
@@ -116,8 +113,7 @@ def make_stairs(source: Path, rotation: int, chosen: argparse.Namespace, work: P
             folder = work / part / classes[label]
             folder.mkdir(parents=True)
             for at, path in enumerate(its):
-                link = folder / f"{at:05}_{Path(path).name}"
-                (shutil.copyfile if os.name == "nt" else os.symlink)(os.path.abspath(path), link)
+                shutil.copyfile(path, folder / f"{at:05}_{Path(path).name}")
     test = prepare(chosen, work, ["--val", str(work / "test")])
     return Stairs(chosen, work, test, ends=[order[-1], order[0]])
 
@@ -135,8 +131,8 @@ def prepare(chosen: argparse.Namespace, work: Path, flags: list[str]) -> Prepare
     compute = training.pick_compute(args.device, args.amp)
     settings, listing, stored = training.open_run(args, compute)
     data = training.load_data(settings, listing, stored)
-    size = settings.image_size
-    images = training.Images(data.paths, data.labels, data.white, size, settings.flip)
+    paths = [row.path for row in data.rows]
+    images = training.Images(paths, data.labels, data.white, settings.image_size, settings.flip)
     # Copies are named by places in the table, which is the same for all seeds.
     images.keep_copies(work / ("copies with test" if settings.val else "copies"))
     reader = training.Reader(images, compute, settings.workers, settings.batch_size)
@@ -149,40 +145,33 @@ def run_script(stairs: Stairs, way: str, seed: int) -> Answer:
     name, *flags = way.split()
     flags += ["--seed", str(seed)]
     flags += ["--power", "0"] * (name == "none")
-    flags += ["--folds", str(chosen.folds)] * (name == "folds")
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         if status := training.main(command_of(chosen, stairs.work, flags)):
             sys.exit(status)
     content = training.read_weights(str(run))
     result = json.loads((run / "config.json").read_text())["result"]
     shutil.rmtree(run)
-    scale, shift = result["logit_scale"], result["logit_shift"]
-    log_share = content["natural"]
-    for state in content["networks"]:  # whose heads are calibrated
-        state["fc.weight"] /= scale
-        state["fc.bias"] = (state["fc.bias"] + shift * log_share) / scale
+    fitted = training.Calibration(result["logit_scale"], result["logit_shift"])
     ensemble = training.build_ensemble(content["arch"], content["classes"], content["networks"])
-    return Answer(stairs.test.ask(ensemble), log_share, training.Calibration(scale, shift))
+    calibrated, log_share = stairs.test.ask(ensemble), content["natural"]
+    return Answer((calibrated + fitted.shift * log_share) / fitted.scale, log_share, fitted)
 
 
 def load_plain(settings: training.Settings, classes: list[str]) -> models.ResNet:
-    """The network of `--weights` as it is, with a new head."""
+    """The network of `--weights` as it is, with a new head, at random."""
     torch.manual_seed(settings.seed)
     if stored := training.read_weights(settings.weights):
         state = stored["networks"][0]
     else:
         name = None if settings.weights == "none" else settings.weights
         state = models.get_model(settings.arch, weights=name).state_dict()
-    model = training.build_model(settings.arch, classes, state, None)
-    model.fc.reset_parameters()  # at random
-    return model
+    return training.build_model(settings.arch, classes, state, known=[])
 
 
-def train_loop(prepared: Prepared, rate: float, is_weighted: bool) -> models.ResNet:
+def train_loop(prepared: Prepared, rate: float) -> models.ResNet:
     """The network that the loop trains on the images that learn."""
     settings, data, reader = prepared
     compute, learnt = reader.compute, data.learns(0)
-    weights = data.counts(learnt).float().reciprocal().to(compute.device) if is_weighted else None
     model = compute.place(load_plain(settings, data.classes)).train()
     is_float16 = compute.precision == "float16"
     scaler = torch.amp.GradScaler(compute.device.type, enabled=is_float16)
@@ -198,7 +187,7 @@ def train_loop(prepared: Prepared, rate: float, is_weighted: bool) -> models.Res
                 logits = model(training.to_device(images, compute))
             targets = training.to_device(targets, compute)
             optimizer.zero_grad()
-            scaler.scale(F.cross_entropy(logits.float(), targets, weights)).backward()
+            scaler.scale(F.cross_entropy(logits.float(), targets)).backward()
             scaler.step(optimizer)
             scaler.update()
             cosine.step()
@@ -207,41 +196,27 @@ def train_loop(prepared: Prepared, rate: float, is_weighted: bool) -> models.Res
 
 def run_loop(stairs: Stairs, way: str, seed: int) -> Answer:
     """What the loop says of the test."""
-    is_weighted = way == "weighted-loss"
     flags = ["--seed", str(seed)]
-    flags += ["--power", "0"] * (is_weighted or way == "loop-none")
+    flags += ["--power", "0"] * (way == "loop-none")
     prepared = prepare(stairs.chosen, stairs.work, flags)
-    rate = 3e-4 if way in LOOPS and way != "loop-1e-4" else float(way.removeprefix("loop-"))
-    network = train_loop(prepared, rate, is_weighted)
-    # A weighted loss leaves in the logits what the sampler does.
-    power = 1.0 if is_weighted else prepared.settings.power
-    exam = training.make_exam(prepared.data, [0], power)
+    rate = 3e-4 if way in LOOPS else float(way.removeprefix("loop-"))
+    network = train_loop(prepared, rate)
+    exam = training.make_exam(prepared.data, [0], prepared.settings.power)
     fitted = training.fit_calibration(prepared.ask(network), exam.targets, exam)
     return Answer(stairs.test.ask(network), exam.log_share, fitted)
 
 
-def calibration_error(judged: training.Evaluation) -> float:
-    """The gap between probability and being right (Guo et al. 2017); each class counts the same."""
-    targets, probability = judged.exam.targets, judged.probability.double()
-    gaps = probability - (judged.predicted == targets).double()
-    bins = (probability * BINS).long().clamp(max=BINS - 1)
-    weighted = training.class_weights(targets) * gaps
-    return torch.bincount(bins, weighted, BINS).abs().sum().item()
-
-
 def measure(stairs: Stairs, answer: Answer) -> dict[str, float]:
-    """The measures of an answer on the test, in %: as trained, calibrated, calibrated on it."""
+    """The measures of an answer on the test, in %, as trained and calibrated."""
     logits, log_share, own = answer
     exam = training.make_exam(stairs.test.data, [0], 1.0)._replace(log_share=log_share)
-    best = training.fit_calibration(logits, exam.targets, exam)
     found: dict[str, float] = {}
-    for name, fitted in {"trained": PLAIN, "calibrated": own, "by_test": best}.items():
-        judged = training.assess(logits, fitted, exam)
-        recall = 100 * training.recall_by_class(judged.confusion)
+    for name, fitted in {"trained": PLAIN, "calibrated": own}.items():
+        confusion = training.assess(logits, fitted, exam).confusion
+        recall = 100 * training.recall_by_class(confusion)
         rarest, frequent = recall[stairs.ends].tolist()
-        found |= {name: recall.mean().item(), f"{name}_error": 100 * calibration_error(judged)}
-        ends = {"rarest": rarest, "frequent": frequent, "gap": rarest - frequent}
-        found |= {f"{name}_{end}": value for end, value in ends.items()}
+        found[name] = recall.mean().item()
+        found |= {f"{name}_rarest": rarest, f"{name}_frequent": frequent}
     return found | own._asdict()
 
 
@@ -253,51 +228,41 @@ def mean_of_sets(pairs: Iterable[tuple[Row, float]]) -> str:
     means = [*map(mean, sets.values())]
     if not means:
         return ""
-    middle, df, z = mean(means), len(means) - 1, training.Z
-    if not df:
+    middle = mean(means)
+    if len(means) == 1:
         return f"{middle:+.1f}"
-    t = STUDENT[df - 1] if df <= len(STUDENT) else z + (z**3 + z) / (4 * df)  # the series' start
-    half = t * stdev(means) / math.sqrt(df + 1)
+    t = STUDENT[min(len(means) - 1, len(STUDENT)) - 1]  # of more sets: somewhat too wide
+    half = t * stdev(means) / math.sqrt(len(means))
     return f"{middle:+.1f} [{middle - half:+.1f}, {middle + half:+.1f}]"
 
 
-def compare(rows: list[Row], default: dict[tuple[str, ...], Row], name: str) -> str:
-    """The mean difference to the default, and its interval."""
-    pairs = []
-    for row in rows:
-        if (other := default.get(tuple(row[key] for key in KEY[:-1]))) and other is not row:
-            pairs.append((row, float(row[name]) - float(other[name])))
-    return mean_of_sets(pairs)
-
-
-def make_table(rows: list[Row]) -> str:
-    """The Markdown table of all results, a line for each way."""
-    default = {tuple(r[key] for key in KEY[:-1]): r for r in rows if r["way"] == "default"}
-    head = "way, results, as trained, calibrated, by the test, rarest, most frequent, error, s, gap"
-    head += " [95 %], as trained minus default [95 %], calibrated minus default"
-    columns = "trained calibrated by_test calibrated_rarest calibrated_frequent calibrated_error"
-    columns += " seconds"
-    lines = [head.split(", "), ["---"] * len(head.split(", "))]
-    for way in dict.fromkeys(row["way"] for row in rows):
-        its = [row for row in rows if row["way"] == way]
-        cells = [mean_of_sets((row, float(row[name])) for row in its) for name in columns.split()]
-        cells = [way, str(len(its)), *(cell.split()[0].lstrip("+") for cell in cells)]
-        cells.append(mean_of_sets((row, float(row["calibrated_gap"])) for row in its))
-        lines.append([*cells, *(compare(its, default, name) for name in ("trained", "calibrated"))])
+def make_table(results: dict[Key, Row]) -> str:
+    """The Markdown table of these results, a line for each way."""
+    head = ["way", "results", *SHOWN, "trained minus default", "calibrated minus default"]
+    lines = [head, ["---"] * len(head)]
+    for way in dict.fromkeys(key[-1] for key in results):
+        its = {key: row for key, row in results.items() if key[-1] == way}
+        cells = [way, str(len(its))]
+        for name in SHOWN:
+            middle = mean_of_sets((row, float(row[name])) for row in its.values())
+            cells.append(middle.split()[0].lstrip("+"))
+        pairs = [(row, results.get((*key[:-1], "default"), row)) for key, row in its.items()]
+        for name in ("trained", "calibrated"):
+            changes = [(a, float(a[name]) - float(b[name])) for a, b in pairs if a is not b]
+            cells.append(mean_of_sets(changes))
+        lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def fill(chosen: Any, source: Path, rotation: int, there: dict[Any, Row]) -> list[Row]:
+def fill(chosen: Any, source: Path, rotation: int, there: dict[Key, Row]) -> dict[Key, Row]:
     """The results of a staircase: those that are `there`, and the others, made now."""
-    asked, stairs = [], None
+    asked, stairs = {}, None
     with tempfile.TemporaryDirectory() as name:
-        for seed, way in ((seed, way) for seed in range(chosen.seeds) for way in chosen.ways):
-            title = way + f" ({chosen.folds})" * (way.split()[0] == "folds")
+        for seed, way in itertools.product(range(chosen.seeds), chosen.ways):
             values = [source.resolve().name, rotation, seed, chosen.rare, chosen.most]
             values += [chosen.epochs, chosen.image_size, Path(chosen.weights).name, chosen.flags]
-            key = dict(zip(KEY[:-1], map(str, values), strict=True))
-            known = [(*key.values(), each) for each in (title, f"{title}, calibrated")]
-            if known[0] not in there:
+            keys: list[Key] = [(*map(str, values), each) for each in (way, f"{way}, calibrated")]
+            if keys[0] not in there:
                 stairs = stairs or make_stairs(source, rotation, chosen, Path(name))
                 started = time.perf_counter()
                 make = run_script if way.split()[0] in SCRIPT else run_loop
@@ -305,14 +270,13 @@ def fill(chosen: Any, source: Path, rotation: int, there: dict[Any, Row]) -> lis
                 if way in ("none", "loop-none"):
                     answers.insert(0, answers[0]._replace(calibration=PLAIN))
                 seconds = {"seconds": time.perf_counter() - started}
-                for at, answer in zip(known, answers, strict=False):
-                    there[at] = row = key | {"way": at[-1]} | measure(stairs, answer) | seconds
-                    print(DONE.format(**row), file=sys.stderr, flush=True)
-                with open(chosen.csv, "a", newline="") as file:
-                    writer = csv.DictWriter(file, row)
-                    _ = file.tell() or writer.writeheader()
-                    writer.writerows(there[at] for at in known if at in there)
-            asked += [there[each] for each in known if each in there]
+                for key, answer in zip(keys, answers, strict=False):
+                    named = dict(zip(KEY, key, strict=True))
+                    there[key] = named | measure(stairs, answer) | seconds
+                    print(DONE.format(**there[key]), file=sys.stderr, flush=True)
+                if chosen.csv:
+                    training.write_file(chosen.csv, training.format_table([*there.values()]))
+            asked |= {key: there[key] for key in keys if key in there}
     return asked
 
 
@@ -324,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
     add("folders", metavar="FOLDER", type=Path, nargs="*", help="of class folders; none: the CSV's")
     add("--weights", metavar="NAME|PATH", default="DEFAULT", help="as of the script")
     add("--flags", metavar="TEXT", default="", help="of the script in all ways: --flags=--no-amp")
-    add("--csv", metavar="FILE", type=Path, default=os.devnull, help="all results, to go on from")
+    add("--csv", metavar="FILE", type=Path, help="all results; those there are not made again")
     add("--ways", metavar="WAY", nargs="+", default=[*SCRIPT, *LOOPS], help="names as above")
     add("--rare", type=int, default=20, help="images of the rarest class, validating ones included")
     add("--most", type=int, default=600, help="images of the most frequent class, at most")
@@ -332,17 +296,17 @@ def main(argv: list[str] | None = None) -> None:
     add("--image-size", type=int, default=64, help="as of the script")
     add("--seeds", type=int, default=5, help="trainings of each way on each staircase")
     add("--rotations", type=int, default=2, help="staircases of each folder")
-    add("--folds", type=int, default=5, help="networks of the way `folds`")
     chosen = parser.parse_args(argv)
     if any("--image-size" in way for way in chosen.ways):
         parser.error("--ways: the test is read as in all ways; pass --image-size, or --flags")
-    lines = chosen.csv.read_text().splitlines() if chosen.csv.exists() else []
-    there, asked = {tuple(row[key] for key in KEY): row for row in csv.DictReader(lines)}, []
+    rows = training.read_table(chosen.csv) if chosen.csv and chosen.csv.exists() else []
+    there = {tuple(row[name] for name in KEY): row for row in rows}
+    asked: dict[Key, Row] = {}
     for source in chosen.folders:
         count = len(training.list_folders(source))
         for first in sorted({r * count // chosen.rotations for r in range(chosen.rotations)}):
-            asked += fill(chosen, source, first, there)
-    print(make_table(asked if chosen.folders else [*there.values()]))
+            asked |= fill(chosen, source, first, there)
+    print(make_table(asked if chosen.folders else there))
 
 
 if __name__ == "__main__":

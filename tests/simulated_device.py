@@ -13,16 +13,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from datetime import timedelta
-from functools import partialmethod
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._pytree import tree_map
 from torchvision import models
 from torchvision.models.resnet import Bottleneck, ResNet
 
@@ -78,32 +74,6 @@ def build() -> Path:
     return library
 
 
-class Group(dist.ProcessGroup):
-    """Processes that talk by gloo, which sees tensors on "sim" as the CPU does."""
-
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta):
-        """Meet the others."""
-        super().__init__(rank, size)
-        self.gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
-
-    def getBackendName(self) -> str:  # noqa: N802
-        """Return what the logs of `DistributedDataParallel` call it."""
-        return "sim"
-
-    def do(self, name: str, *given: Any) -> Any:
-        """Do it at once; return what can be waited for, and then holds the tensors."""
-        share = torch.ops.sim.share
-        shared = tree_map(lambda x: share(x) if isinstance(x, torch.Tensor) else x, given)
-        getattr(self.gloo, name)(*shared).wait()
-        done: torch.futures.Future[Any] = torch.futures.Future()
-        done.set_result(given[0])
-        return torch._C._distributed_c10d._create_work_from_future(done)
-
-    broadcast = partialmethod(do, "broadcast")
-    allreduce = partialmethod(do, "allreduce")
-    allgather = partialmethod(do, "allgather")
-
-
 def load() -> None:
     """Make the device known to torch.
 
@@ -119,7 +89,6 @@ def load() -> None:
     module.manual_seed_all = lambda _: None
     module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
     torch._register_device_module("sim", module)
-    dist.Backend.register_backend("simulated", Group, devices=["cpu", "sim"])
 
 
 class Thin(Bottleneck):

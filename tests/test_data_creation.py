@@ -1,7 +1,6 @@
 """data_creation.py: the rule against hand-worked numbers; OUT whole or not at all."""
 
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -43,10 +42,6 @@ def classes_of(**counts):
 
 def rank(classes, step=2, seed=0, order="size"):
     return data_creation.rank_classes(classes, order, step, seed)
-
-
-def kept_of(classes, step=2, seed=0):
-    return {each.name: each.kept for each in rank(classes, step, seed)}
 
 
 def build(plan):
@@ -98,14 +93,15 @@ def test_a_class_keeps_what_it_has_up_to_the_cap_of_its_rank_and_ties_go_by_name
         ([1], 99, [1]),
     ):
         classes = classes_of(**{f"c{rank}": count for rank, count in enumerate(counts)})
-        ranked = kept_of(dict(reversed(classes.items())), step)
-        assert list(ranked) == list(classes) and [len(ranked[name]) for name in ranked] == kept
+        ranked = rank(dict(reversed(classes.items())), step)
+        assert [(each.name, len(each.kept)) for each in ranked] == list(
+            zip(classes, kept, strict=True)
+        )
 
 
 def test_too_large_a_step_names_the_rank_and_the_largest_step_that_fits():
     for largest, step, at, fits, caps in (
         (10, 4, "3 of 0 to 3", 3, [10, 7, 4, 1]),  # 10, 6, 2, -2
-        (8, 8, "1 of 0 to 2", 3, [8, 5, 2]),  # 8, 0
         (3, 1, "3 of 0 to 4", 0, [3, 3, 3, 3, 3]),  # 3, 2, 1, 0
     ):
         with pytest.raises(DataError, match=f"--step {step}: .* at rank {at}; .* fits is {fits}$"):
@@ -119,8 +115,8 @@ def test_stanford_dogs_keep_15417_of_20580_images():
     pairs = [item.partition("*") for item in DOGS.split()]
     counts = [int(size) for size, _, times in pairs for _ in range(int(times or 1))]
     assert (len(counts), sum(counts)) == (120, 20580)
-    kept = kept_of(classes_of(**{f"dog{rank}": count for rank, count in enumerate(counts)}))
-    sizes = [len(images) for images in kept.values()]
+    ranked = rank(classes_of(**{f"dog{rank}": count for rank, count in enumerate(counts)}))
+    sizes = [len(each.kept) for each in ranked]
     assert (sum(sizes), sizes[0], sizes[-1], max(sizes), min(sizes)) == (15417, 252, 14, 252, 14)
 
 
@@ -134,16 +130,13 @@ def test_a_random_order_depends_on_seed_and_names_alone_and_falls_from_the_large
     assert "".join(each.name for each in others) == "dabec"
 
 
-def test_the_draw_is_fair_and_depends_on_class_and_seed_alone():
+def test_the_draw_depends_on_class_and_seed_alone():
     images = classes_of(a=20)["a"]
     for seed, kept in ((0, "2469"), (1, "3567")):
         assert choose_images(images[:10], 4, "cat", seed) == [f"00{digit}.jpg" for digit in kept]
     draws = [set(choose_images(images, cap, "cat", 0)) for cap in range(21)]
     assert all(draws[cap] < draws[cap + 1] for cap in range(20))  # a steeper step keeps a subset
     assert len({tuple(choose_images(images, 10, c, seed)) for c in "ab" for seed in range(9)}) == 18
-    times = Counter(name for seed in range(400) for name in choose_images(images, 5, "a", seed))
-    assert len(times) == 20  # each is kept 100 times of 400 on average, give or take 9
-    assert min(times.values()) > 60 and max(times.values()) < 140
 
 
 # Folders of images, and those of them that are parts of a data set, not classes.
@@ -151,10 +144,8 @@ LAYOUTS = {
     "strain_a/1 strain_b/1 trainer/1 tester/1": "",
     "train/left car/left bus/right": "",
     "train test car": "",  # toys
-    "fold1 fold2": "",
     "train/cat test/cat": "train test",
     "Training/cat Testing/cat": "Training Testing",
-    "seg_train/cat seg_test/cat": "seg_train seg_test",
     "extra/cat train/cat test": "train test",  # without labels
     "Fold1/cat Fold2/cat": "Fold1 Fold2",
 }
@@ -180,33 +171,30 @@ def test_out_holds_the_kept_images_under_their_names_and_nothing_else(capsys):
     assert "left out 5 other files or hidden entries" in capsys.readouterr().out
 
 
-def backwards(folder, scandir):
-    """Entries as another machine may list them."""
-    with scandir(folder) as entries:
-        return nullcontext(sorted(entries, key=lambda each: each.name, reverse=True))
-
-
 def test_out_is_a_copy_in_a_new_or_empty_folder_listed_in_a_manifest_and_src_is_unchanged(
     src, monkeypatch
 ):
+    def list_backwards(folder, scandir=os.scandir):  # as another machine may do
+        with scandir(folder) as entries:
+            return nullcontext(sorted(entries, key=lambda each: each.name, reverse=True))
+
     before = tree(src)
     build("empty/ table.csv")  # the table is replaced
     flushed = []
     monkeypatch.setattr(os, "sync", lambda: flushed.append(list(Path("new").rglob("*.jpg"))))
     assert run("src empty") == 0
-    monkeypatch.setattr(os, "scandir", partial(backwards, scandir=os.scandir))
+    monkeypatch.setattr(os, "scandir", list_backwards)
     assert run("src new/parents/out --manifest table.csv") == 0
     assert flushed == [[], []]  # both times before OUT was there
     assert tree(src) == before
     kept = files("empty")
     assert kept == files("new/parents/out") and kept.items() < files(src).items()
     assert Counter(name[:3] for name in kept) == {"cat": 8, "dog": 6, "emu": 4, "fox": 1}
-    assert all(path.stat().st_nlink == 1 for path in src.rglob("*.jpg"))
-    ranks = {"cat": "0", "dog": "1", "emu": "2", "fox": "3"}
-    rows = [[at, at[:3], ranks[at[:3]], str(int(at in kept))] for at in sorted(files("src"))]
     listed = rows_of(Path("table.csv"))
     assert [*listed[0]] == ["path", "class", "rank", "kept"]
-    assert [[*row.values()] for row in listed] == rows
+    for row, path in zip(listed, sorted(files("src")), strict=True):
+        rank = str("cdef".index(path[0]))
+        assert [*row.values()] == [path, path[:3], rank, str(int(path in kept))]
 
 
 @posix
@@ -226,15 +214,13 @@ def test_links_in_src_are_followed_and_copied_as_files_or_linked_where_possible(
     for out, linked in (("out", []), ("out1", list(copied)), ("out2", ["a/1.jpg", "a/sub/1.jpg"])):
         assert files(out) == copied | {"b/1.jpg": dog}
         assert not any(path.is_symlink() for path in Path(out).rglob("*"))
-        assert [
-            name for name in copied if os.path.samefile(f"src/{name}", f"{out}/{name}")
-        ] == linked
+        same = [name for name in copied if os.path.samefile(f"src/{name}", f"{out}/{name}")]
+        assert same == linked
 
 
 def test_the_report_has_a_row_for_each_rank_and_a_closing_line(src, capsys):
     before = tree()
-    assert run("src out --dry-run") == 0
-    assert tree() == before
+    assert run("src out --dry-run") == 0 and tree() == before
     report = capsys.readouterr().out
     assert [" ".join(line.split()) for line in report.splitlines()] == [
         "rank class images cap kept removed",
@@ -248,15 +234,11 @@ def test_the_report_has_a_row_for_each_rank_and_a_closing_line(src, capsys):
     ]
     assert run("src out") == 0
     assert capsys.readouterr().out == f"{report}written to out\n"
-    assert run("src out2 --order random") == 0
-    assert "\nranked at random\nkept " in capsys.readouterr().out
-    assert files("out") != files("out2")
 
 
 def test_the_chart_shows_every_class_before_and_after(src):
     assert run("src out --dry-run --chart c.svg") == 0 and set(os.listdir()) == {"src", "c.svg"}
     root = ET.parse("c.svg").getroot()
-    assert (root.get("viewBox"), root.get("width")) == ("0 0 1000 480", "100%")
     for kind, sizes in (("before", "8771"), ("after", "8641")):
         bars = root.find(f"{{*}}g[@class='{kind}']")
         # 4 classes on 900, 8 images on 330, upwards from 420.
@@ -264,18 +246,13 @@ def test_the_chart_shows_every_class_before_and_after(src):
         assert [bar.get("x") for bar in bars] == list("0123")
         assert [bar.get("height") for bar in bars] == list(sizes)
         assert bars[3][0].text == f"fox: 1 {kind}"
-    texts = [(each.get("x"), each.get("y"), *each.itertext()) for each in root.findall("{*}text")]
-    assert texts == [
-        ("70", "34", "Images per class"),
-        *(("60", f"{426 - 41.25 * tick:.2f}", str(tick)) for tick in (0, 2, 4, 6, 8)),
-        ("70", "64", "\u25a0", " before: 23 images, 1 to 8 a class"),
-        ("520", "64", "\u25a0", " after: 19 images, 1 to 8 a class"),
-        *((f"{160 + 225 * place}.00", "442", str(place)) for place in range(4)),
-        ("520", "470", "class, ranked by number of images, largest first"),
-    ]
+    texts = {"".join(each.itertext()): each for each in root.findall("{*}text")}
+    assert texts["8"].get("y") == "96.00" and texts["2"].get("x") == "610.00"
+    assert "\u25a0 before: 23 images, 1 to 8 a class" in texts
+    assert "\u25a0 after: 19 images, 1 to 8 a class" in texts
 
 
-def test_the_chart_is_for_light_and_dark_any_name_and_any_number_of_classes():
+def test_the_chart_is_for_any_name_and_any_number_of_classes():
     name = '<b> & "c"\n\x1b\udce9'
     for count, width in ((1, 0.8), (224, 0.8), (225, 1.125), (1800, 2)):  # from 4 wide on: a gap
         ranked = rank(classes_of(**{f"{name}{number}": 1 for number in range(count)}), 0)
@@ -284,17 +261,10 @@ def test_the_chart_is_for_light_and_dark_any_name_and_any_number_of_classes():
         assert len(bars) == 2 * count and {float(bar.get("width")) for bar in bars} == {width}
         assert bars[0][0].text == r'<b> & "c"\n\x1b\udce90: 1 before'
         assert root.findall("{*}text")[-1].text == "class, ranked at random"
-    random = rank(classes_of(a=10, b=3, c=8, d=9, e=1), 2, 0, "random")  # keeps at most 9
-    assert draw_staircase(random, "random").count("scale(180.0 -33.0)") == 2
-    looks = root.find("{*}style").text.split("@media (prefers-color-scheme: dark)")
-    light, dark = (set(re.findall("([.a-z]+) {[^}]*fill: (#......)", look)) for look in looks)
-    assert len(light) == len(dark) == 3 and not light & dark  # text, before, after
 
 
 @posix
-@pytest.mark.parametrize(
-    ("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGKILL", -9)]
-)
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)])
 def test_a_stopped_copy_leaves_no_out_and_a_rerun_works(name, status):
     build("src/a/0.jpg src/b/0.jpg")
     for number in range(1, 3000):
@@ -312,17 +282,15 @@ def test_a_stopped_copy_leaves_no_out_and_a_rerun_works(name, status):
         shutil.rmtree("out")
     assert process.returncode == status and "Traceback" not in stderr
     assert ("\ndata_creation.py: interrupted; nothing was" in stderr) == (name == "SIGINT")
-    assert not os.path.exists("out")
-    assert os.listdir() == ["src"] or name == "SIGKILL"
-    assert run("src out --link") == 0
-    assert len(files("out")) == 3001
+    assert not os.path.exists("out") and (os.listdir() == ["src"] or name == "SIGKILL")
+    assert run("src out --link") == 0 and len(files("out")) == 3001
 
 
 def test_a_second_ctrl_c_does_not_stop_the_cleaning(monkeypatch):
     build("src/a/0.jpg src/a/1.jpg src/b/0.jpg")
-    remove, meant = shutil.rmtree, []
+    meant = []
 
-    def note(*places, **options):
+    def note(*places, remove=shutil.rmtree, **options):
         meant.extend(signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM))
         remove(*places, **options)
 
@@ -336,11 +304,8 @@ def test_a_second_ctrl_c_does_not_stop_the_cleaning(monkeypatch):
     assert meant == [signal.SIG_IGN] * 2 and signal.getsignal(signal.SIGINT) is before
 
 
-def test_the_current_folder_is_not_replaced_and_windows_knows_no_is_mount(monkeypatch, capsys):
-    build("src/a/0.jpg src/a/1.jpg src/b/0.jpg")
-    monkeypatch.setattr(Path, "is_mount", None)
-    assert run("src out --step 0") == 0
-    os.mkdir("empty")
+def test_the_current_folder_is_not_replaced(monkeypatch, capsys):
+    build("src/a/0.jpg src/b/0.jpg empty/")
     monkeypatch.chdir("empty")
     assert run("../src .") == 2 and os.listdir() == []
     assert "the current folder" in capsys.readouterr().err
@@ -355,10 +320,9 @@ def test_failed_copy_leaves_no_output():
     before = tree()
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000))
     with start("src out", preexec_fn=limit) as process:
-        *progress, message = process.communicate(timeout=30)[1].splitlines()
+        message = process.communicate(timeout=30)[1].splitlines()[-1]
     assert process.returncode == 2 and tree() == before
     assert message.startswith("data_creation.py: error: ") and "big.jpg" in message
-    assert all(line.startswith("copying: ") or not line for line in progress)
 
 
 def test_a_full_disk_is_told_before_anything_is_written(src, capsys, monkeypatch):
@@ -366,30 +330,25 @@ def test_a_full_disk_is_told_before_anything_is_written(src, capsys, monkeypatch
     monkeypatch.setattr(shutil, "disk_usage", lambda _: little)
     before = tree()
     assert run("src out") == 2 and tree() == before
-    message = capsys.readouterr().err
+    [message] = capsys.readouterr().err.splitlines()
     assert message.startswith(f"data_creation.py: error: {src.parent / 'out'}: ")
-    assert message.endswith("\n") and message.count("\n") == 1 and "MB free" in message
+    assert "MB free" in message
     assert run("src out --link") == 0  # needs no room
 
 
 def test_the_script_repeats_itself_and_shows_its_progress_in_a_terminal(src, monkeypatch):
-    for name, seed in (("out1", 7), ("out2", 7), ("out3", 8)):
-        with start(f"src {name} --seed {seed}") as process:
-            stdout, stderr = process.communicate(timeout=30)
-        assert process.returncode == 0 and stderr == ""  # no terminal, no bar
-        assert stdout.startswith("rank ") and stdout.endswith(f"\nwritten to {name}\n")
-    assert files("out1") == files("out2") and set(files("out2")) != set(files("out3"))
+    with start("src out --seed 7") as process:
+        stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 0 and stderr == ""  # no terminal, no bar
+    assert stdout.startswith("rank ") and stdout.endswith("\nwritten to out\n")
     monkeypatch.setattr(sys, "stderr", Terminal())
-    assert run("src out") == 0 and "19/19" in sys.stderr.getvalue()
+    assert run("src again --seed 7") == 0 and "19/19" in sys.stderr.getvalue()
+    assert files("again") == files("out")
 
 
-def test_the_help_ends_with_commands_that_work(capsys):
-    assert run("--help") == 0
-    examples = capsys.readouterr().out.partition("\nexamples:\n")[2].splitlines()
-    assert len(examples) == 3
-    for line in examples:
-        assert line.startswith("  python data_creation.py ")
-        data_creation.parse_args(line.split()[2:])
+def test_the_help_ends_with_commands_that_work():
+    for line in data_creation.EXAMPLES.splitlines()[1:]:
+        data_creation.parse_args(line.removeprefix("  python data_creation.py ").split())
 
 
 def test_the_script_starts_and_draws_without_heavy_libraries(src):
@@ -405,32 +364,23 @@ def test_the_script_starts_and_draws_without_heavy_libraries(src):
 # What is wrong | what is there beside SRC | the command line | what the message says (~: here)
 ERRORS = """
     SRC is missing | src/ | go\x1bne out | ~/go\\x1bne:
-    SRC is empty | empty/ | empty out | ~/empty:
     SRC holds images but no class folders | flat/1.jpg flat/2.jpg | flat out | ~/flat:
     a class has no images | src/c/readme.txt | src out | ~/src/c:
     SRC is two levels too deep | dp/i/Im/a/1.jpg dp/i/Im/b/1.jpg | dp out | ~/dp/i/Im instead
     OUT is not empty | out/old.txt | src out | ~/out:
     OUT is inside SRC | src/ | src src/out | ~/src/out:
     OUT is inside a class behind a link | far/1.jpg src/c->far | src far/out | ~/far/out:
-    OUT is SRC | src/ | src src | ~/src:
-    SRC is inside OUT | box/in/a/1.jpg box/in/b/1.jpg | box/in box | ~/box:
     SRC has parts | p/test/a/1.jpg p/train/a/1.jpg p/x/ | p out | data_creation.py ~/p/train OUT,
     an image is a dangling link | src/a/x.jpg->gone | src out | ~/src/a/x.jpg:
-    a class is a dangling link | src/c->gone | src out | ~/src/c:
     a link leads back up | src/a/up->src | src out | ~/src/a/up:
     an image is a pipe | src/a/x.jpg| | src out | ~/src/a/x.jpg:
     the manifest is inside SRC | src/ | src out --manifest src/t.csv | ~/src/t.csv:
-    the manifest is a device | src/ | src out --manifest /dev/null | /dev/null:
-    OUT is below the manifest | src/ | src t.csv/out --manifest t.csv | t.csv
     the manifest is inside OUT | out/ | src out --manifest out/t.csv | ~/out/t.csv:
-    the manifest is in a missing folder | src/ | src out --manifest gone/t.csv | ~/gone/t.csv:
     the chart is the manifest | src/ | src out --chart c.svg --manifest c.svg | ~/c.svg:
     the chart is no SVG | src/ | src out --chart c.png | argument --chart: 'c.png' does not end
-    the order is unknown | src/ | src out --order name | argument --order:
     the step is negative | src/ | src out --step -1 | argument --step:
     the step is too large | src/ | src out --step 3 | --step 3:
     a flag is unknown | src/ | src out --ha\x1brd | arguments: --ha\\x1brd;
-    OUT is not given | src/ | src | required: OUT;
 """
 CASES = [[cell.strip() for cell in row.split(" | ")] for row in ERRORS.strip().splitlines()]
 
@@ -443,9 +393,8 @@ def test_bad_input_is_told_in_one_line_and_writes_nothing(plan, line, named, tmp
         pytest.skip("needs POSIX links")
     build("src/a/1.jpg src/a/2.jpg src/a/3.jpg src/b/1.jpg " + plan)
     before = tree()
-    assert run(line) == 2
-    assert tree() == before  # no OUT, no `.data_creation-*`, SRC as it was
+    assert run(line) == 2 and tree() == before  # no OUT, no `.data_creation-*`, SRC as it was
     stdout, stderr = capsys.readouterr()
-    assert stdout == "" and stderr.count("\n") == 1 and stderr.endswith("\n")
-    assert stderr.startswith("data_creation.py: error: ")
-    assert named.replace("~", str(tmp_path)).replace("/", os.sep) in stderr
+    [error] = stderr.splitlines()
+    assert stdout == "" and error.startswith("data_creation.py: error: ")
+    assert named.replace("~", str(tmp_path)).replace("/", os.sep) in error

@@ -4,7 +4,6 @@ It lives in a process of its own, as torch would find it in the other tests as w
 """
 
 import gc
-import json
 import math
 import multiprocessing
 import os
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 import simulated_device
 import torch
-from conftest import SCRIPT, TINY, interrupt_after, rows_of, run, torchrun
+from conftest import TINY, interrupt_after, rows_of, run
 from test_resume import assert_same_run
 
 import data_training as training
@@ -92,49 +91,13 @@ def both(
     return SimpleNamespace(on_cpu=on_cpu, on_sim=done.result.path, done=done, **found)
 
 
-# What each of two processes does, each with a device of its own.
-SEVERAL = """
-import functools, json, os, sys
-import simulated_device, data_training as training
-
-simulated_device.load()
-training.HEAD_STEPS, training.SURE, os.fsync = 100, float("inf"), lambda _: None
-meet, rank = training.dist.init_process_group, int(os.environ["RANK"])
-folder, *commands = json.loads(sys.argv[1])
-assert training.pick_compute("auto", None).device == training.torch.device("sim", rank)
-for number, command in enumerate(commands):
-    place = {"init_method": f"file://{folder}/met-{number}", "rank": rank, "world_size": 2}
-    training.dist.init_process_group = functools.partial(meet, **place)
-    if training.main(command):
-        sys.exit(2)
-"""
-
-
-@pytest.fixture(scope="module")
-def two(command: list[str], others: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of two processes on the CPU, and on a device each."""
-    folder = tmp_path_factory.mktemp("two")
-    (folder / "several.py").write_text(SEVERAL)
-    words = [*command, "--epochs", "1", "--folds", "3", "--val", str(others), "--device"]
-    commands = [[*words, name, "--output", str(folder / f"on_{name}")] for name in ("cpu", "sim")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{SCRIPT.parent}{os.pathsep}{Path(__file__).parent}")
-        torchrun(json.dumps([str(folder), *commands]), script=folder / "several.py")
-    return folder
-
-
 def test_a_run_ends_with_the_bytes_of_the_cpu(both):
     assert_same_run(both.on_cpu, both.on_sim)
 
 
-def test_two_processes_with_a_device_each_end_with_the_bytes_of_two_on_the_cpu(two):
-    """The sum of two gradients is the same in any order."""
-    assert_same_run(two / "on_cpu", two / "on_sim")
-
-
-def test_networks_predict_as_on_the_cpu(simulate, two, others, tmp_path):
+def test_networks_predict_as_on_the_cpu(both, simulate, others, tmp_path):
     for name, act in (("cpu", call), ("sim", simulate)):
-        asked = [others, "--predict", two / "on_sim", "--no-amp", "--device", name]
+        asked = [others, "--predict", both.on_sim, "--no-amp", "--device", name]
         act(run, *asked, "--output", tmp_path / f"{name}.csv")
     assert (tmp_path / "cpu.csv").read_bytes() == (tmp_path / "sim.csv").read_bytes()
 
