@@ -97,8 +97,7 @@ def open_run(*command: object) -> tuple[training.Settings, training.Listing, dic
 
 def load(*command: object) -> training.Data:
     """The images of a run with this command; its network knows none of them."""
-    settings, listing, _ = open_run(*command)
-    return training.load_data(settings, listing, {})
+    return training.load_data(*open_run(*command)[:2], {})
 
 
 def images(labels: list[int], held: list[int], **others: Any) -> training.Data:

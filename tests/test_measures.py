@@ -27,20 +27,18 @@ def test_measures_are_means_of_recalls_and_nan_for_an_empty_group():
     assert (few["medium"], few["few"]) == (1.0, 0.5)
 
 
-@pytest.mark.parametrize(
-    ("right", "count", "low", "high"),
-    [  # Newcombe 1998, Statistics in Medicine 17, table I, of one image less
+def test_the_interval_of_a_recall_is_wilson_s_at_one_image_less():
+    one = torch.ones(1, 1).double()
+    for right, count, low, high in (
+        # Newcombe 1998, Statistics in Medicine 17, table I, of one image less
         (81 / 263, 264, 0.2553, 0.3662),
         (15 / 148, 149, 0.0624, 0.1605),
         (0, 21, 0.0000, 0.1611),
         (1 / 29, 30, 0.0061, 0.1718),
         (1, 5, 4 / (4 + training.Z**2), 1),
-    ],
-)
-def test_the_interval_of_a_recall_is_wilson_s_at_one_image_less(right, count, low, high):
-    recall, one = torch.tensor([right]).double(), torch.ones(1, 1).double()
-    mean, *ends = (x.item() for x in training.mean_interval(recall, torch.tensor([count]), one))
-    assert [mean, *ends] == pytest.approx([right, low, high], abs=5e-5)
+    ):
+        found = training.mean_interval(torch.tensor([right]).double(), torch.tensor([count]), one)
+        assert [x.item() for x in found] == pytest.approx([right, low, high], abs=5e-5)
 
 
 def test_intervals_of_means_of_nothing_and_of_sure_things():

@@ -366,25 +366,17 @@ def test_a_head_that_is_kept_alone_has_the_backbone_it_began_with(
     assert "\nThe head alone is kept, it is better: 1 of 1\n" in done.out
 
 
-def test_after_a_trial_training_goes_on_or_with_the_upper_half_from_before_it(
-    animals, pretrained, tmp_path, monkeypatch
+def test_a_stage_begins_where_it_says_and_one_trains_the_upper_half_alone(
+    animals, pretrained, tmp_path
 ):
-    monkeypatch.setattr(training, "TRIAL_STEPS", 3)  # an epoch
-    flags = ["--weights", pretrained, "--folds", 3, *TINY]
-    given, progress = prepare(animals, *flags, "--output", tmp_path / "run")
-    model, given.reader.features = given.model, torch.ones(38, 64).half()
+    given, progress = prepare(animals, "--weights", pretrained, "--output", tmp_path / "run")
+    model, start = given.model, progress.start
     progress.head = {"weight": torch.full((3, 64), 5.0), "bias": torch.full((3,), 6.0)}
-    progress.history = [{"fold": 1, "epoch": 1}]
-    sevens = {name: torch.full_like(value, 7) for name, value in progress.start.items()}
-    headed = progress.start | {f"fc.{name}": value for name, value in progress.head.items()}
-    for fold, place, failed, expected in (
-        (0, -1, False, sevens),  # goes on
-        (1, 0, True, progress.start),  # the next fold begins where the first one did
-        (1, -1, True, sevens),  # and does as that one, with its own head
-        (0, -1, True, headed),
-    ):
+    headed = start | {f"fc.{name}": value for name, value in progress.head.items()}
+    sevens = {name: torch.full_like(value, 7) for name, value in start.items()}
+    for begins_from, expected in (("", sevens), ("start", start), ("head", headed)):
         model.load_state_dict(sevens)
-        stage = training.plan(given.settings, given.data, fold, failed)[place]
+        stage = training.UPPER._replace(begins_from=begins_from, epochs=range(2, 3))
         trainer = training.begin_stage(given, progress, stage)
         state = model.state_dict()
         assert all(torch.equal(state[name], value) for name, value in expected.items())
