@@ -2350,7 +2350,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     clashes["val"] = given.keys() & {"source"}  # whose names may be those of other images
     for name, others in clashes.items():
         if name in given and others:
-            parser.error(f"{min(others).replace('_', '-')} and --{name}: drop one of them")
+            text = f"--{min(others).replace('_', '-')} and --{name}: drop one of them"
+            parser.error(text.replace("--data ", "DATA "))
     if not given.keys() & {"data", "resume"}:
         parser.error("the following arguments are required: DATA")
     if "natural" in given and "predict" not in given:
@@ -2378,18 +2379,17 @@ def main(argv: list[str] | None = None) -> int:
         text = str(error).rstrip()
         if "Original Traceback" in text:  # from a process that reads images
             text = text.splitlines()[-1].partition(": ")[2]
-        text = f"error: {text}"
     except OSError as error:
         if error.filename is None:
             raise
-        text = f"error: {os.fsdecode(error.filename)}: {error.strerror}; mend that"
+        text = f"{os.fsdecode(error.filename)}: {error.strerror}; mend that"
     except (MemoryError, torch.OutOfMemoryError):
-        text = "error: out of memory; try a smaller --batch-size or --image-size, or --device cpu"
+        text = "out of memory; try a smaller --batch-size or --image-size, or --device cpu"
     folder = args.resume or args.output
     if folder and not args.predict and os.path.exists(folder / STATE):
         text += f"; go on with --resume {shlex.quote(str(folder))}"
-    if status == 2 or os.environ.get("RANK", "0") == "0":
-        print(f"data_training.py: {printable(text)}", file=sys.stderr)
+    kind = "error: " if status == 2 else ""
+    print(f"data_training.py: {kind}{printable(text)}", file=sys.stderr)
     return status
 
 

@@ -1,7 +1,6 @@
 """What `data_training.py` reads: folders, splits, families, folds, pixels and views of them."""
 
 import hashlib
-import random
 import shutil
 import struct
 from collections import Counter
@@ -62,24 +61,6 @@ def test_families_go_where_they_bring_the_counts_closest(labels, families, fract
         sides = set(zip(families, parts, strict=False))
         assert len(sides) == len(set(families))  # none is on both
         assert {family for family, part in sides if part} <= set(held)
-
-
-@pytest.mark.parametrize("most", [1, 6])
-@pytest.mark.parametrize("shares", [[0.8, 0.2], [0.5, 0.5], [1 / 3] * 3, [0.2] * 5])
-def test_random_families_stay_together_and_each_part_gets_its_share_of_each_class(shares, most):
-    for seed in range(40):
-        stream = random.Random(seed)
-        labels, families = [], ""
-        for label in range(4):
-            for number in range(len(shares) + stream.randrange(5)):
-                size = stream.randint(1, most)
-                labels += [label] * size
-                families += chr(10 * label + number) * size
-        parts = deal(labels, shares, seed, families)
-        assert len(set(zip(families, parts, strict=True))) == len(set(families))
-        for part, share in enumerate(shares):
-            for label, got in enumerate(count(parts, labels, part)):
-                assert got and abs(got - share * labels.count(label)) <= most, (seed, label)
 
 
 def test_a_split_hangs_on_seed_and_names_of_a_class_alone(folder, make_folder):
@@ -356,11 +337,6 @@ def test_a_crop_shows_at_least_its_part_and_what_is_decoded_is_never_enlarged(sc
     square = torch.zeros(3, least, least, dtype=torch.uint8)
     parts = [view.transforms[0].make_params([square]) for _ in range(500)]
     assert 31 <= min(min(part["height"], part["width"]) for part in parts) <= 36  # rounded
-
-
-def test_evaluation_is_larger_by_up_to_a_seventh_in_whole_cells_of_32_pixels():
-    sizes = {32: 32, 56: 64, 64: 64, 112: 128, 128: 128, 160: 160, 224: 256, 288: 320}
-    assert {size: training.eval_size(size) for size in sizes} == sizes
 
 
 def test_the_central_square_is_evaluated_and_a_thin_line_takes_little_memory(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 from conftest import Terminal, rows_of
 
 import data_creation
-from data_creation import DataError, choose_images, draw_staircase
+from data_creation import DataError, choose_images
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX links, signals or limits")
 
@@ -252,17 +252,6 @@ def test_the_chart_shows_every_class_before_and_after(src):
     assert "\u25a0 after: 19 images, 1 to 8 a class" in texts
 
 
-def test_the_chart_is_for_any_name_and_any_number_of_classes():
-    name = '<b> & "c"\n\x1b\udce9'
-    for count, width in ((1, 0.8), (224, 0.8), (225, 1.125), (1800, 2)):  # from 4 wide on: a gap
-        ranked = rank(classes_of(**{f"{name}{number}": 1 for number in range(count)}), 0)
-        root = ET.fromstring(draw_staircase(ranked, "random").encode())
-        bars = root.findall("{*}g/{*}rect")
-        assert len(bars) == 2 * count and {float(bar.get("width")) for bar in bars} == {width}
-        assert bars[0][0].text == r'<b> & "c"\n\x1b\udce90: 1 before'
-        assert root.findall("{*}text")[-1].text == "class, ranked at random"
-
-
 @posix
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)])
 def test_a_stopped_copy_leaves_no_out_and_a_rerun_works(name, status):
@@ -344,11 +333,6 @@ def test_the_script_repeats_itself_and_shows_its_progress_in_a_terminal(src, mon
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert run("src again --seed 7") == 0 and "19/19" in sys.stderr.getvalue()
     assert files("again") == files("out")
-
-
-def test_the_help_ends_with_commands_that_work():
-    for line in data_creation.EXAMPLES.splitlines()[1:]:
-        data_creation.parse_args(line.removeprefix("  python data_creation.py ").split())
 
 
 def test_the_script_starts_and_draws_without_heavy_libraries(src):

@@ -6,7 +6,6 @@ import shutil
 import signal
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -225,17 +224,3 @@ def test_copies_change_no_pixel_are_read_again_and_go_at_the_end(large, tmp_path
     small = {f"{name}_00{at}.jpg" for name in ("ape", "bee") for at in (3, 4)}
     assert {Path(path).name for path in opened} == {"ape_000.jpg", *small}
     assert_same_run(usual, output)
-
-
-@pytest.mark.parametrize(("room", "count"), [(0, 0), (4 * 9_000, 2)])
-def test_copies_take_a_quarter_of_the_free_disk_at_most(room, count, large, tmp_path, monkeypatch):
-    """Each takes about 5,000 bytes."""
-    real = shutil.disk_usage
-
-    def usage(path: Path) -> Any:
-        used = sum(file.stat().st_size for file in path.glob("*.npy"))
-        return real(path)._replace(free=room - used)
-
-    monkeypatch.setattr(shutil, "disk_usage", usage)
-    output = interrupt_after(1, [str(large), *SMALL], tmp_path / "run")
-    assert len([*output.glob(".copies/*.npy")]) == count

@@ -38,13 +38,11 @@ ERRORS = {
     "DATA --epochs 0": "'0' is no whole number from 1 to",
     "DATA --power nan": "'nan' is no number from 0 to 10",
     "DATA --group (": "--group: no regular expression",
-    "--resume RUN --epochs 10": "epochs and --resume: drop one",  # though the default
-    "DATA --predict RUN --epochs 3": "epochs and --predict",
+    "--resume RUN --epochs 10": "--epochs and --resume: drop one",  # though the default
     "DATA --natural": "--natural: only with --predict; drop it",
-    "DATA --source DATA --val OTHERS": "source and --val",
+    "DATA --source DATA --val OTHERS": "--source and --val",
     "NOWHERE": "DATA NOWHERE: no such folder",
     "DATA --output FILE": "--output FILE: not empty",
-    "DATA --output RUN": "--output RUN: not empty; name a new folder, or --resume a run",
     "DATA --output DATA/new/run": "--output DATA/new/run: would be a class of",
     "DATA --weights none --group ZZZ": "--group ZZZ: 38 families; unmatched images: 38; match",
     "DATA --weights none --val EMPTY": "/EMPTY: nothing to validate on",
