@@ -889,9 +889,9 @@ border-left:4px solid #3987c9;background:#8881}div>b,small{display:block}.tiles 
 .pairs{grid-template-columns:repeat(auto-fill,minmax(290px,1fr))}figure{display:grid;margin:0;
 gap:8px;grid-template-columns:1fr 1fr;break-inside:avoid}img{width:100%}.wide{overflow-x:auto}table{
 border-collapse:collapse}td{padding:5px 0 5px 20px;text-align:right;white-space:nowrap;
-min-width:9ch;border-bottom:1px solid #8883}td:first-child{text-align:left;white-space:normal;
-max-width:40vw}td[style]{background:linear-gradient(90deg,#0000 var(--low),#3987c966 0,
-#3987c966 var(--high),#0000 0)}svg{width:100%;max-width:800px;overflow:visible}text{
+border-bottom:1px solid #8883}td:first-child{text-align:left;white-space:normal;min-width:16ch;
+max-width:40vw}td[style]{min-width:30ch;background:linear-gradient(90deg,#0000 var(--low),
+#3987c966 0,#3987c966 var(--high),#0000 0)}svg{width:100%;max-width:800px;overflow:visible}text{
 fill:currentColor;font-size:14px}polyline{fill:none;stroke:currentColor;stroke-width:2;
 vector-effect:non-scaling-stroke}.old{color:#e08214}.new{color:#3987c9}"""
 
