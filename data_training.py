@@ -109,7 +109,9 @@ def run(args: Namespace) -> None:
     data = first_makes(compute, load_data, settings, listing, stored)
     smallest = min(map(len, cut_batches(data.learns(0), settings.batch_size)))
     if smallest // compute.world_size < (2 if settings.image_size <= STRIDE else 1):
-        raise DataError(f"--batch-size {settings.batch_size}: too few images for BatchNorm")
+        raise DataError(
+            f"--batch-size {settings.batch_size}: too few images for BatchNorm; take more"
+        )
     baseline = first_makes(compute, load_baseline, settings.baseline, data)
     model = first_makes(compute, load_model, settings, data.classes, stored)
     lock = None if compute.rank else lock_folder(settings.output)
@@ -123,12 +125,10 @@ def run(args: Namespace) -> None:
     if compute.rank == 0:
         save_tensors(settings.output / STATE, state_of(given, progress))
         facts = describe_run(settings, data, compute)
-        about = [facts[name] for name in ("network", "device", "training images")]
-        print(printable("; ".join(about)))
+        print(printable(f"{facts['network']}; {facts['device']}; {facts['training images']}"))
         print(printable("; ".join(f"{name}: {facts[name]}" for name in ("judged by", "left out"))))
-        print("", HEADER, sep="\n", flush=True)
-        for row in progress.history:
-            print(format_epoch(row, settings))
+        done = [format_epoch(row, settings) for row in progress.history]
+        print("", HEADER, *done, sep="\n", flush=True)
     for fold in range(settings.folds):
         for stage in plan(settings, data, fold)[:-1]:
             train_stage(given, progress, stage)
@@ -873,12 +873,11 @@ def print_end(outcome: Outcome) -> None:
 MISTAKES = 24  # how many are shown
 THUMBNAIL = 160  # pixels a side
 TERMS = (
-    "Balanced accuracy: the mean recall of the classes; many, medium, few: of classes of over 100, "
-    "20 to 100, under 20 training images. Intervals: 95 %, over images; another training can move "
-    "a figure further. Calibration: logits times a scale, less a shift times the log share of the "
-    "class; each part of the images with numbers fitted on the others. Precision in use: where "
-    "classes are as frequent as in training; 100 % where no false answer was seen. AUC: how often "
-    "an image of the class has a higher probability of it than others."
+    "Balanced accuracy: the mean recall of the classes; many, medium, few: of those of over 100, "
+    "20 to 100, under 20 training images. Intervals (bars): 95 %, over images; another training "
+    "can move a figure further. Calibration: logits times a scale, less a shift times log share of "
+    "the class, fitted on other images. Precision in use: where classes are as frequent as in "
+    "training. AUC: how often an image of the class has a higher probability of it than others."
 )
 STYLE = """:root{color-scheme:light dark;background:Canvas;color:CanvasText;font:16px/1.5 system-ui,
 sans-serif}body{max-width:1040px;margin:auto;padding:8px 14px 64px;overflow-wrap:anywhere}h2{
@@ -1151,6 +1150,7 @@ def load_progress(settings: Settings, data: Data, model: ResNet, stored: Stored)
     """Return how far a stopped run has come, or begin to store a new one."""
     output = settings.output
     if "history" not in stored:
+        shutil.rmtree(output / COPIES, ignore_errors=True)  # of other images, from a killed run
         write_file(output / "split.csv", format_table(list_split(data)))
         progress = Progress(copy_state(model), torch.zeros(len(data.classes), dtype=torch.int64))
         save_tensors(output / START, progress.start)
@@ -1187,10 +1187,10 @@ def write_network(given: Given, folds: list[Fold], judged: Evaluation) -> None:
         head = {weight: state[weight] * scale, bias: state[bias] * scale - shift * log_share}
         networks.append(state | head)
     learnt = torch.cat([data.learns(fold) for fold in range(settings.folds)]).unique()
+    group = settings.group or given.known.get("group")
     digests = torch.cat([data.digests[learnt], given.known.get("learnt", data.digests[:0])])
-    families = {family_name(data.rows[place].name, settings.group) for place in learnt.tolist()}
-    if given.known.get("group") == settings.group:
-        families.update(given.known.get("families", ()))
+    families = {family_name(data.rows[place].name, group) for place in learnt.tolist()}
+    families.update(given.known.get("families", ()))
     content = {
         "arch": settings.arch,
         "classes": data.classes,
@@ -1201,7 +1201,7 @@ def write_network(given: Given, folds: list[Fold], judged: Evaluation) -> None:
         "least_side": least_side(settings.image_size),  # what large images are shrunk to
         "white": data.white,
         "learnt": digests.unique(),
-        "group": settings.group,
+        "group": group,
         "families": sorted(name for name in families if name is not None),
         "networks": networks,
     }
@@ -1226,6 +1226,8 @@ def load_baseline(run: Path | None, data: Data) -> Tensor:
     """Return what an earlier run predicted for the same judged images: (M,) int64."""
     if not run:
         return torch.empty(0)
+    if (run / STATE).exists():
+        raise DataError(f"--baseline {run}: not finished; --resume it first")
     tables = [list_split(data), read_table(run / "split.csv")]
     judged = [[row for row in rows if row["part"] not in ("train", "test")] for rows in tables]
     if different := find_difference(*judged):
@@ -1331,8 +1333,7 @@ def check_weights(weights: str, content: Stored, arch: str) -> str:
         return os.path.abspath(weights)
     names = models.get_model_weights(arch).__members__
     if weights not in ("none", *names):
-        choice = ", ".join(names)
-        raise DataError(f"--weights {weights}: no such file; pass one, or {choice}, or none")
+        raise DataError(f"--weights {weights}: no such file; or take {', '.join(names)}, or none")
     return "none" if weights == "none" else names[weights].name  # what DEFAULT means may change
 
 
@@ -1433,8 +1434,6 @@ def list_data(data: Path, val: Path | None, source: Path | None) -> Listing:
         text = "at least two class folders are needed, with images in each"
         cure = f"{empty[0]} has none" if empty else "pass the folder that holds them"
         raise DataError(f"{data}: {text}; {cure}")
-    if len(rows) > 2**24:
-        raise DataError(f"{data}: over 2^24 images; torch.multinomial draws no more")
     names = {row.name for row in rows}
     for part, folder in (("val", val), ("source", source)):
         if folder:
@@ -1735,6 +1734,8 @@ def check_image(path: str) -> tuple[int, int, int] | str:
             pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
             image.draft("RGB", (1, 1))  # JPEG: every byte is decoded, to an eighth of the size
             image.load()
+            if image.mode == "F":  # which Pillow would cut to 0 and 255
+                return "pixels are fractions; save whole numbers"
             peak = int(np.asarray(image).max()) if image.mode.startswith("I") else 0
     except MemoryError:
         raise
@@ -1771,8 +1772,7 @@ def read_image(path: str, white: int, least: int) -> Tensor:
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises nearly anything on a broken file
-        text = f"cannot be read ({error}); mend it, or start a new run without it"
-        raise DataError(f"{path}: {text}") from None
+        raise DataError(f"{path}: cannot be read ({error}); mend it") from None
 
 
 def to_pixels(picture: Image.Image, white: int) -> Tensor:
@@ -2285,7 +2285,7 @@ def pattern(text: str) -> str:
     """Return a regular expression for argparse, if it is one."""
     try:
         return re.compile(text).pattern
-    except re.error as error:
+    except (re.error, OverflowError) as error:
         raise argparse.ArgumentTypeError(f"no regular expression: {error}") from None
 
 
@@ -2386,7 +2386,7 @@ def main(argv: list[str] | None = None) -> int:
     except (MemoryError, torch.OutOfMemoryError):
         text = "out of memory; try a smaller --batch-size or --image-size, or --device cpu"
     folder = args.resume or args.output
-    if folder and not args.predict and os.path.exists(folder / STATE):
+    if folder and not (args.predict or text.startswith("--")) and os.path.exists(folder / STATE):
         text += f"; go on with --resume {shlex.quote(str(folder))}"
     kind = "error: " if status == 2 else ""
     print(f"data_training.py: {kind}{printable(text)}", file=sys.stderr)
@@ -2395,6 +2395,6 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, closed by `>&-`
-    sys.stderr = sys.stderr or sys.stdout
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.exit(main())

@@ -88,7 +88,7 @@ def test_a_file_that_breaks_after_the_check_ends_the_run_in_one_line(
     output = tmp_path / "run"
     *_, error = refused([src, *TINY, "--output", output, "--workers", workers], capsys)
     assert f"error: {src / 'ape/ape_003.jpg'}: cannot be read (" in error
-    assert error.endswith(f"; mend it, or start a new run without it; go on with --resume {output}")
+    assert error.endswith(f"; mend it; go on with --resume {output}")
 
 
 def fail_with(problem: BaseException) -> Callable[..., NoReturn]:

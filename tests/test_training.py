@@ -51,7 +51,7 @@ ERRORS = {
     "--resume RUN": "--resume RUN: no stopped run there, or a complete one",
     "DATA --device tpu": "--device tpu: not on this machine",
     "DATA --arch resnt18": "--arch resnt18: not with these weights, or unknown; take resnet101",
-    "DATA --weights NOWHERE": "--weights NOWHERE: no such file; pass one, or IMAGENET1K_V1",
+    "DATA --weights NOWHERE": "--weights NOWHERE: no such file; or take IMAGENET1K_V1",
     "DATA --weights FILE": "--weights FILE: damaged",
     "DATA --weights TRAP": "--weights TRAP: damaged, or not of tensors alone",
     "DATA --weights NUMBERS": "--weights NUMBERS: no weights in it",
