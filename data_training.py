@@ -147,7 +147,7 @@ def train_stage(given: Given, progress: Progress, stage: Stage) -> None:
     trainer = begin_stage(given, progress, stage)
     learnt = data.learns(stage.fold)
     exam = make_exam(data, [stage.fold], settings.power)
-    written = -math.inf
+    written = time.perf_counter()
     for epoch in epochs:
         started = time.perf_counter()
         key = (settings.seed, stage.fold, epoch)
