@@ -240,7 +240,7 @@ def judge_folds(given: Given, folds: list[Fold]) -> Evaluation:
 def write_reports(
     given: Given, progress: Progress, judged: Evaluation, tested: Evaluation | None = None
 ) -> Outcome:
-    """Write the networks, the tables and the page of a run; return what they are made from."""
+    """Write the tables and the page of a run; return what they are made from."""
     settings, data = given.settings, given.data
     outcome = Outcome(
         settings=settings,
@@ -987,13 +987,13 @@ def show_rows(rows: Rows) -> str:
 def show_confusions(classes: list[str], confusion: Tensor) -> str:
     """Return a table of what is most often taken for what."""
     wrong = confusion.clone().fill_diagonal_(-1).flatten()
-    worst = wrong.argsort(descending=True, stable=True)[: len(wrong) - len(classes)]
+    worst = wrong.argsort(descending=True, stable=True)[: int((wrong > 0).sum())]
     rows = []
     for pair in worst[:20].tolist():
         true, taken = divmod(pair, len(classes))
         share = f"{wrong[pair]} of {confusion[true].sum()}"
         rows.append({"class": classes[true], "taken for": classes[taken], "images": share})
-    return show_rows(rows)
+    return show_rows(rows) if rows else ""
 
 
 def show_mistakes(data: Data, last: Evaluation) -> str:
