@@ -338,7 +338,6 @@ TORCH_LIBRARY(sim, m) {
   m.def("sent() -> int", []() -> int64_t { return sent; });
   m.def("live() -> int", []() -> int64_t { return live; });
   m.def("torn() -> int", []() -> int64_t { return torn; });
-  m.def("share(Tensor tensor) -> Tensor", share);
 }
 
 }  // namespace

@@ -82,8 +82,7 @@ def test_each_class_is_cut_at_random_into_five_parts():
     assert all(len(set(family)) == 1 for family in part.reshape(15, 10).tolist())
     assert torch.bincount(part[:50]).tolist() == [10] * 5
     # Families with an image of the rarest class, among others: one in each part.
-    kin = torch.arange(40) // 2
-    part = training.cut_parts(torch.tensor([0, 1] * 5 + [0, 0] * 15), kin)
+    part = training.cut_parts(torch.tensor([0, 1] * 5 + [0, 0] * 15), torch.arange(40) // 2)
     assert sorted(part[1:10:2].tolist()) == [0, 1, 2, 3, 4]
 
 
