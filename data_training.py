@@ -1651,8 +1651,8 @@ def load_model(settings: Settings, classes: list[str], stored: Stored) -> ResNet
             text += f"{torch.hub.get_dir()}/checkpoints, or pass a file, or --weights none"
             raise DataError(f"--weights {name}: {text}") from None
     model = build_model(settings.arch, classes, state, stored.get("classes"))
-    # A new head of zeros is 2 points better with the sampler, and 11 worse without (as trained).
-    if settings.power > 0 and not keeps_head(state, classes, stored.get("classes")):
+    # On pretrained layers zeros are 2 points better with the sampler, and 11 worse without.
+    if state and settings.power > 0 and not keeps_head(state, classes, stored.get("classes")):
         nn.init.zeros_(model.fc.weight)
         nn.init.zeros_(model.fc.bias)
     if state and "history" not in stored:

@@ -198,8 +198,7 @@ def run_loop(stairs: Stairs, way: str, seed: int) -> Answer:
     """What the loop says of the test."""
     flags = ["--seed", str(seed), *["--power", "0"] * (way == "loop-none")]
     prepared = prepare(stairs.chosen, stairs.work, flags)
-    rate = 3e-4 if way in LOOPS else float(way.removeprefix("loop-"))
-    network = train_loop(prepared, rate)
+    network = train_loop(prepared, 3e-4 if way in LOOPS else float(way.removeprefix("loop-")))
     exam = training.make_exam(prepared.data, [0], prepared.settings.power)
     fitted = training.fit_calibration(prepared.ask(network), exam.targets, exam)
     return Answer(stairs.test.ask(network), exam.log_share, fitted)

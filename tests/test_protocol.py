@@ -46,8 +46,10 @@ def test_the_counts_fall_geometrically_to_the_rarest_and_leave_a_test():
     assert protocol.count_stairs([250, 90, 900], 20, 600) == [200, 40, 20]
 
 
-def test_the_loop_begins_at_random_where_the_script_begins_with_zeros(command):
+def test_the_loop_and_random_weights_begin_at_random_where_the_script_begins_with_zeros(command):
     weights, classes = command[command.index("--weights") + 1], ["a", "b", "c"]
     settings, _, stored = open_run(command[0], "--weights", weights, "--arch", "resnet18")
     assert not protocol.training.load_model(settings, classes, stored).fc.weight.any()
     assert protocol.load_plain(settings, classes).fc.weight.std() > 0.01
+    settings, _, stored = open_run(command[0], "--weights", "none", "--arch", "resnet18")
+    assert protocol.training.load_model(settings, classes, stored).fc.weight.std() > 0.01
