@@ -1,6 +1,6 @@
 """Fine-tune a pretrained ResNet on an imbalanced image folder, balanced by weighted sampling.
 
-    python data_training.py DATA --epochs N             # train, judge, fill a run folder
+    python data_training.py DATA --epochs N             # train, evaluate, fill a run folder
     python data_training.py DATA --folds 5              # five networks, an ensemble
     python data_training.py DATA --group '^(P[0-9]+)'   # no patient on both sides
     python data_training.py PHOTOS --predict RUN        # a CSV of classes and probabilities
@@ -12,11 +12,12 @@ DATA holds one folder per class; a fifth of each class is kept for validation. A
 that every class is seen about equally often. The head of a pretrained ResNet is trained first, then
 all layers; the head alone is kept if it is better. Two numbers, fitted on the validation images,
 reduce the remaining bias towards frequent classes (calibration). With `--folds K` each network is
-judged by the validation fold that it has not learnt; together they answer, as an ensemble.
+evaluated on the validation fold that it has not learnt; together they answer, as an ensemble.
 
-The sections use each other in one direction: run (the story), sampling, training, evaluation and
-calibration, results, page, predicting, run folder, settings, data, model, reading (of images),
-measures, devices, files, command line.
+The records come first: what is known of a run, in the order in which it comes to be known. Then the
+story, from the top down; each section uses only records and the sections below it: run, sampling,
+training, predicting, evaluation and calibration, results, page, run folder, data, model, reading
+(of images), measures, devices, files. The command line stands last and uses all.
 
 Exit status: 0 done, 2 bad input (one line on stderr says where and what to do), 130 interrupted.
 """
@@ -43,10 +44,10 @@ import signal
 import sys
 import time
 import warnings
-from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatch
 from functools import cache
 from multiprocessing.pool import ThreadPool
 from multiprocessing.util import get_temp_dir
@@ -59,7 +60,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Generator, Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
@@ -68,7 +69,6 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 from torchvision import models
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.models import ResNet
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -80,15 +80,17 @@ else:
 NETWORK = "network.pt"  # in a run folder
 STATE = "resume.pt"  # of a stopped run, beside it
 LOCK = ".lock"  # of a run at work, beside it
-EVERY = -1  # instead of the validation fold of an image: every network learns it
-TEST = -2  # no network learns it; it tests the ensemble
+COPIES = ".copies"  # of large images, shrunk: a folder beside it
+LEARNT = ("learnt", "group", "families")  # digests of images, `--group`, names of families
 EVALUATED = -1  # instead of the seed of an image: it is evaluated, not augmented
 # The part that is right, the mean recall, and that of classes of many, medium, few training images.
 MEASURES = ("accuracy", "balanced_accuracy", "many", "medium", "few")
 Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
-Rows = list[dict[str, Any]]
+BATCH = 64  # images a step
+SMALL = 2000  # training images; with fewer, batches are half as large, for enough steps
+Table = list[dict[str, Any]]  # rows with the same columns
 State = dict[str, Tensor]  # of a network
-Stored = Mapping[str, Any]  # of a stopped run, or in a file of weights; may be empty
+Stored = Mapping[str, Any]  # what a file of a stopped run, or of weights, holds; may be empty
 Batches = Iterable[tuple[Tensor, Tensor]]  # inputs and labels
 
 
@@ -96,57 +98,279 @@ class DataError(Exception):
     """Bad input, told in one line: where, what, what to do."""
 
 
+# ---------------------------------------------------------------------------------------- records
+
+
+def flag(group: str, kind: Any, metavar: str, text: str, default: Any = None, **more: Any) -> Any:
+    """Declare a field that the command line sets; `make_parser` reads what is said of it here."""
+    said = {"group": group, "type": kind, "metavar": metavar, "help": text}
+    return field(default=default, metadata=said | more)
+
+
+# fmt: off
+@dataclass(frozen=True)
+class Settings:
+    """What decides how a run comes out? What is `None` on the command line, `open_run` settles."""
+
+    data: Path = flag("", None, "DATA", "folder with one folder per class; with --predict an image,"
+        " or a folder of images")
+    folds: int = flag("data", int, "K", "train K networks, 3 to 10, each evaluated on the part of "
+        "the images that it has not learnt; images of --val or --source test the ensemble", 1,
+        least=3, most=10)
+    val: Path | None = flag("data", Path, "DIR", "class folders to validate on, in place of a fifth"
+        " of DATA")
+    source: Path | None = flag("data", Path, "SRC", "folder that DATA was made from: its other "
+        "images validate")
+    group: str | None = flag("data", str, "PATTERN", "regular expression for paths below the class "
+        "folder: images with the same first group, or match, stay on one side (patient, film)")
+    image_size: int = flag("data", int, "PX", "of a training crop (default: of --weights, or 224)",
+        least=1)
+    flip: str = flag("data", str, "", "mirror half of the training images (sides, the default), "
+        "none (text, signs), or also turn them (all, from above)", "sides",
+        choices=("sides", "none", "all"))
+    arch: str = flag("model", str, "NAME", "default: of --weights, or resnet50, resnet18 on a CPU")
+    weights: str = flag("model", str, "NAME|PATH", "of torchvision, a file, a run, or none",
+        "DEFAULT")
+    epochs: int = flag("training", int, "N", "each draws as many images as there are to train on",
+        10, least=1)
+    power: float = flag("training", float, "P", "draw by (images of class) ** -P; 0: no sampler",
+        1.0, least=0, most=10)
+    batch_size: int = flag("training", int, "N", "images per step, a multiple of the processes "
+        f"(default: {BATCH}, half for under {SMALL:,} training images)", least=2)
+    output: Path = flag("run", Path, "DIR", "new folder for the results (default: runs/DATE-TIME)")
+    baseline: Path | None = flag("run", Path, "RUN", "earlier run evaluated on the same images, to "
+        "compare with")
+    seed: int = flag("run", int, "N", "of split, draws, augmentation, random weights", 0, least=0)
+    precision: str = "float32"  # or that of mixed precision
+    command: str = ""  # that started the run
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of this call alone? It is not stored."""
+
+    predict: Path | None = flag("use", Path, "RUN", "predict the class of each image in DATA by a "
+        "run (its folder, or network.pt); writes CSV to stdout, or to --output FILE")
+    natural: bool = flag("use", None, "", "predict for classes as frequent as in training, not for "
+        "equally frequent ones", False, action="store_true")
+    resume: Path | None = flag("run", Path, "RUN", "go on with the run in this folder")
+    workers: int | None = flag("machine", int, "N", "processes that read images (default: by the "
+        "cores)", least=0)
+    device: str = flag("machine", str, "NAME", "cpu, cuda, ...; auto: an accelerator, else cpu",
+        "auto")
+    amp: bool | None = flag("machine", None, "", "mixed precision (default: where the hardware "
+        "gains from it)", action=argparse.BooleanOptionalAction)
+# fmt: on
+
+
+class Compute(NamedTuple):
+    """Where does this process compute, how precisely, and which of how many is it?"""
+
+    device: torch.device
+    precision: str  # "float32", or that of mixed precision
+    rank: int = 0
+    world_size: int = 1
+
+    def autocast(self) -> torch.autocast:
+        """Return the context for a forward pass."""
+        dtype = getattr(torch, self.precision)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32)
+
+    def to_device(self, tensors: Any) -> Any:
+        """Move a network, or images, to the device and into its memory format."""
+        # On MPS gradients of BatchNorm are wrong: https://github.com/pytorch/pytorch/issues/175189
+        layout = torch.contiguous_format if self.device.type == "mps" else torch.channels_last
+        return tensors.to(self.device, memory_format=layout)
+
+
+class ImageFile(NamedTuple):
+    """Where is an image, and of which class?"""
+
+    path: str
+    name: str  # class/file: its path below DATA, SRC or `--val`, with `/` on every system
+    label: int  # -1: not known
+    part: str  # "train", "val" or "source": of DATA, `--val` or SRC
+
+
+Listing = tuple[list[str], list[ImageFile]]  # the classes of DATA, and all images
+
+
+class Data(NamedTuple):
+    """Which of the K networks learns which of the N images, and which images is it evaluated on?"""
+
+    classes: list[str]  # C names
+    files: list[ImageFile]
+    labels: Tensor  # (N,) int64
+    train_mask: Tensor  # (K, N) bool, the images that the network of each fold learns
+    eval_mask: Tensor  # (K + 1, N) bool, those it is evaluated on; the last row tests the ensemble
+    families: Tensor  # (N,) int64, the same for images that stay together: copies, or `--group`
+    digests: Tensor  # (N,) int64, see `check_image`
+    white: int  # the value that is white in grey images of over 8 bits
+    leaks: int  # number of validation images left out that leak from training
+    unreadable: list[str]  # paths left out
+
+    def learnt(self, fold: int) -> Tensor:
+        """Return the images that the network of a fold learns: indices, int64."""
+        return self.train_mask[fold].nonzero().flatten()
+
+    def counts(self, indices: Tensor) -> Tensor:
+        """Count the images of each class among `indices`: (C,) int64."""
+        return torch.bincount(self.labels[indices], minlength=len(self.classes))
+
+
+class EvalSet(NamedTuple):
+    """Which M images are networks evaluated on, and what is expected of their logits?"""
+
+    indices: Tensor  # (M,) int64, of the images in `Data`
+    targets: Tensor  # (M,) int64
+    families: Tensor  # (M,) int64
+    folds: Tensor  # (M,) int64, whose network answers
+    train_counts: Tensor  # (C,) int64, training images of each class
+    log_share: Tensor  # (C,) float32, the log of the share of each class, less their mean
+    expected_shift: float  # in log class shares
+
+
+class Calibration(NamedTuple):
+    """How are logits corrected? They become scale * logits - shift * log_share.
+
+    Rare classes are recognised less often even if drawn as often: `shift` takes that back
+    (arXiv:2007.07314, Menon et al. 2021); `scale` corrects confidence (arXiv:1706.04599, Guo 2017).
+    """
+
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def apply(self, logits: Tensor, log_share: Tensor) -> Tensor:
+        """Return the calibrated logits: (M, C) float32."""
+        return self.scale * logits.float() - self.shift * log_share
+
+
+class Evaluation(NamedTuple):
+    """How right are (M, C) calibrated logits of the images of an evaluation set?"""
+
+    eval_set: EvalSet
+    calibration: Calibration  # fitted on all images, for those to come
+    scores: Tensor  # (M, C) float32, probabilities by `calibration`
+    predicted: Tensor  # (M,) int64
+    probability: Tensor  # (M,) float32, of the predicted class
+    true_probability: Tensor  # (M,) float32, of the true class
+    confusion: Tensor  # (C, C) int64, rows true, columns predicted
+    loss: float  # averaged over images, each class counting the same
+    summary: dict[str, float]  # what the history holds of it: `MEASURES`, interval, calibration
+
+
+class Stage(NamedTuple):
+    """How is a network trained in some epochs of a fold? `plan` says what comes when."""
+
+    name: str
+    begins_from: str = "weights"  # as loaded; or "head": these with the trained head; or "trial"
+    on_features: bool = False  # trains the head on stored features, not the network on images
+    upper_half: bool = False  # alone is trained; the lower half is frozen
+    updates_batch_norm: bool = True
+    averages: bool = False  # ends as the mean of the weights after each step
+    fold: int = 0
+    epochs: range = range(0)
+    passes: int = 1  # times an epoch draws as many images as there are
+    total_steps: int = 0  # of the optimizer, in all epochs
+
+
+class FoldResult(NamedTuple):
+    """What has come of a fold that is trained to the end?"""
+
+    network: State
+    logits: Tensor  # of the images it is evaluated on: (M, C)
+    kept: str  # "all" layers as they were trained, or the "head" alone
+
+
+@dataclass
+class Progress:
+    """How far has a run come? What is stored to go on from there."""
+
+    start: State  # of each fold's network before its first step
+    draws: Tensor  # how often images of each class were drawn so far: (C,) int64
+    history: Table = field(default_factory=list)  # a row for each epoch, from the first one on
+    head: State = field(default_factory=dict)  # the last layer, as the stage "head" left it
+    trainer: dict[str, Any] = field(default_factory=dict)  # its state after the last epoch
+    finished: list[FoldResult] = field(default_factory=list)
+    evaluation: Evaluation | None = None  # of what is finished, else of the last epoch; not stored
+
+    def has_done(self, fold: int, epoch: int) -> bool:
+        """Return whether this epoch of this fold, or a later one, is done."""
+        return any((row["fold"], row["epoch"]) >= (fold + 1, epoch) for row in self.history)
+
+
+class Context(NamedTuple):
+    """What does a run have before its first epoch, that stays as it is?"""
+
+    settings: Settings
+    data: Data
+    compute: Compute  # of this process
+    baseline: Tensor  # what the run `--baseline` predicted for the validation images: (M,), or none
+    learnt_before: Stored  # what the network of `--weights` has learnt
+    model: Any  # the ResNet in training
+    reader: Reader
+
+
+class Outcome(NamedTuple):
+    """What is to be said of a run, after an epoch or at the end? All that reports are made from."""
+
+    settings: Settings
+    data: Data
+    facts: dict[str, str]  # of `describe_run`
+    remarks: list[str]  # what must be known beside the result
+    history: Table
+    kept: list[str]  # of each fold trained to the end, "all" layers or the "head" alone
+    baseline: Tensor  # what the run `--baseline` predicted, of the same M images or of none
+    changes: Table  # since that run
+    classes: Table  # of `list_classes`
+    evaluation: Evaluation  # of validation images
+    tested: Evaluation | None  # of images that no network has learnt or is evaluated on
+
+
 # -------------------------------------------------------------------------------------------- run
 
 WRITE_EVERY = 30.0  # seconds; on a fast GPU the files of an epoch take longer than the epoch
 
 
-def run(args: Namespace) -> None:
-    """Train a network, or one for each fold, judge it, and fill the run folder."""
-    compute = join_processes(args.device, args.amp)
-    settings, listing, stored = first_makes(compute, open_run, args, compute)
+def run(settings: Settings, options: Options) -> None:
+    """Train a network, or one for each fold, evaluate it, and fill the run folder."""
+    compute = join_processes(options)
+    settings, listing, stored = on_first_process(compute, open_run, settings, options, compute)
     compute = compute._replace(precision=settings.precision)
-    data = first_makes(compute, load_data, settings, listing, stored)
-    smallest = min(map(len, cut_batches(data.learns(0), settings.batch_size)))
-    if smallest // compute.world_size < (2 if settings.image_size <= STRIDE else 1):
-        raise DataError(
-            f"--batch-size {settings.batch_size}: too few images for BatchNorm; take more"
-        )
-    baseline = first_makes(compute, load_baseline, settings.baseline, data)
-    model = first_makes(compute, load_model, settings, data.classes, stored)
-    lock = None if compute.rank else lock_folder(settings.output)
-    progress = first_makes(compute, load_progress, settings, data, model, stored)
-    paths = [row.path for row in data.rows]
-    images = Images(paths, data.labels, data.white, settings.image_size, settings.flip)
-    images.keep_copies(settings.output / COPIES)
-    reader = Reader(images, compute, settings.workers, settings.batch_size)
-    known = {name: stored[name] for name in LEARNT if name in stored}
-    given = Given(settings, data, compute, baseline, known, compute.place(model), reader)
+    data = on_first_process(compute, load_data, settings, listing, stored)
+    on_first_process(compute, check_batches, settings, data, compute.world_size)
+    baseline = on_first_process(compute, load_baseline, settings.baseline, data)
+    model = on_first_process(compute, load_model, settings, data.classes, stored)
+    progress = on_first_process(compute, load_progress, settings, data, model, stored)
+    context = Context(
+        settings=settings,
+        data=data,
+        compute=compute,
+        baseline=baseline,
+        learnt_before={name: stored[name] for name in LEARNT if name in stored},
+        model=compute.to_device(model),
+        reader=make_reader(settings, options, data, compute),
+    )
     if compute.rank == 0:
-        save_tensors(settings.output / STATE, state_of(given, progress))
-        facts = describe_run(settings, data, compute)
-        print(printable(f"{facts['network']}; {facts['device']}; {facts['training images']}"))
-        print(printable("; ".join(f"{name}: {facts[name]}" for name in ("judged by", "left out"))))
-        done = [format_epoch(row, settings) for row in progress.history]
-        print("", HEADER, *done, sep="\n", flush=True)
+        save_tensors(settings.output / STATE, state_of(context, progress))
+        print_start(settings, describe_run(settings, data, compute), progress.history)
     for fold in range(settings.folds):
         for stage in plan(settings, data, fold)[:-1]:
-            train_stage(given, progress, stage)
-        failed = first_makes(compute, trial_failed, progress.history)
-        train_stage(given, progress, plan(settings, data, fold, failed)[-1])
-    finish(given, progress)
-    del lock
+            train_stage(context, progress, stage)
+        failed = on_first_process(compute, trial_failed, progress.history)
+        train_stage(context, progress, plan(settings, data, fold, failed)[-1])
+    finish(context, progress)
 
 
-def train_stage(given: Given, progress: Progress, stage: Stage) -> None:
-    """Train the epochs of a stage that are not done yet; judge and store the network after each."""
-    settings, data, reader = given.settings, given.data, given.reader
+def train_stage(context: Context, progress: Progress, stage: Stage) -> None:
+    """Train the epochs of a stage that are not done yet; evaluate and store each."""
+    settings, data, reader = context.settings, context.data, context.reader
     epochs = [epoch for epoch in stage.epochs if not progress.has_done(stage.fold, epoch)]
     if not epochs:
         return
-    trainer = begin_stage(given, progress, stage)
-    learnt = data.learns(stage.fold)
-    exam = make_exam(data, [stage.fold], settings.power)
+    trainer = begin_stage(context, progress, stage)
+    learnt = data.learnt(stage.fold)
+    eval_set = make_eval_set(data, [stage.fold], settings.power)
     written = time.perf_counter()
     for epoch in epochs:
         started = time.perf_counter()
@@ -154,22 +378,26 @@ def train_stage(given: Given, progress: Progress, stage: Stage) -> None:
         drawn = draw_epoch(data.labels, learnt, settings.power, stage.passes, seeded("draw", *key))
         loss = train_epoch(trainer, reader, drawn, seeded("augment", *key))
         seconds = time.perf_counter() - started
-        progress.logits = evaluate(trainer.evaluated, reader, exam.places, stage.on_features)
-        progress.trainer = trainer.state_dict()
+        logits = compute_logits(trainer.module, reader, eval_set.indices, stage.on_features)
+        evaluation = None if context.compute.rank else evaluate_cross_fitted(logits, eval_set)
         if stage.on_features:
-            progress.head = copy_state(head_of(given.model))
+            progress.head = copy_head(context.model)
         if epoch == settings.epochs:
-            progress.finished.append(end_fold(given, progress, exam))
-            progress.logits = progress.finished[-1].logits
+            result, evaluation = end_fold(context, progress, eval_set, logits, evaluation)
+            progress.finished.append(result)
+        if stage.fold == 0:
+            progress.evaluation = evaluation
+        elif epoch == settings.epochs:
+            progress.evaluation = None  # to be made anew, of one network more
         counts = data.counts(drawn)
         progress.draws += counts
-        # Here an epoch is known: a logger of your own takes this row.
+        progress.trainer = trainer.state_dict()
         progress.history.append({
             "fold": stage.fold + 1,
             "epoch": epoch,
             "stage": stage.name,
             "train_loss": loss,
-            **judge(progress.logits, exam).measures,
+            **(evaluation.summary if evaluation else {}),
             "fewest_draws": int(counts.min()),
             "most_draws": int(counts.max()),
             "distinct_images": len(drawn.unique()) / len(learnt),
@@ -177,81 +405,93 @@ def train_stage(given: Given, progress: Progress, stage: Stage) -> None:
             "images_per_second": len(drawn) / seconds,
             "seconds": time.perf_counter() - started,
         })  # fmt: skip
-        if given.compute.rank == 0:
+        if context.compute.rank == 0:
             if epoch == epochs[-1] or time.perf_counter() - written >= WRITE_EVERY:
-                store_epoch(given, progress)
+                store_epoch(context, progress)
                 written = time.perf_counter()
+            # A logger of your own takes `progress.history[-1]` here: in one process, but epochs
+            # that were not stored when a run was killed come once more after `--resume`.
             print(format_epoch(progress.history[-1], settings), flush=True)
 
 
-def begin_stage(given: Given, progress: Progress, stage: Stage) -> Trainer:
+def begin_stage(context: Context, progress: Progress, stage: Stage) -> Trainer:
     """Set up the trainer of a stage, or go on with a stored one."""
-    model, reader = given.model, given.reader
+    settings, model, reader = context.settings, context.model, context.reader
     is_new = not progress.has_done(stage.fold, stage.epochs[0])
-    if is_new and stage.begins_from == "start":
+    if is_new and stage.begins_from == "weights":
         model.load_state_dict(progress.start)
     elif is_new and stage.begins_from == "head":
-        model.load_state_dict(progress.start_with_head())
+        model.load_state_dict(progress.start | progress.head)
     if stage.on_features:
         if reader.features is None:
-            places = torch.arange(len(reader.labels))
-            reader.features = forward(without_head(model), reader, places).half()
-        optimizer = head_optimizer(head_of(model), reader.features[given.data.learns(stage.fold)])
+            everything = torch.arange(len(reader.labels))
+            reader.features = compute_outputs(without_head(model), reader, everything).half()
+        learnt = context.data.learnt(stage.fold)
+        optimizer = head_optimizer(head_of(model), reader.features[learnt])
+    elif stage.upper_half:
+        optimizer = upper_optimizer(model)
     else:
-        optimizer = stage.make_optimizer(model, given.settings.weights != "none")
-    trainer = Trainer(model, stage, optimizer, given.compute)
+        optimizer = whole_optimizer(model, settings.weights != "none")
+    trainer = Trainer(model, stage, optimizer, context.compute)
     if not is_new:
         trainer.load_state_dict(progress.trainer)
     return trainer
 
 
-def end_fold(given: Given, progress: Progress, exam: Exam) -> Fold:
-    """Return what is kept of a fold: all layers, or the head alone if it is surely better."""
-    model = given.model
-    trained = Fold(copy_state(model), progress.logits, "all")
+def end_fold(
+    context: Context,
+    progress: Progress,
+    eval_set: EvalSet,
+    logits: Tensor,
+    evaluation: Evaluation | None,
+) -> tuple[FoldResult, Evaluation | None]:
+    """Return what is kept of a fold: all layers, or the head alone if it is surely better.
+
+    With it comes its evaluation, in the first process.
+    """
+    model, compute = context.model, context.compute
+    trained = FoldResult(copy_state(model), logits, "all")
     if not progress.head:
-        return trained
-    model.load_state_dict(progress.start_with_head())
-    logits = evaluate(model, given.reader, exam.places)
-    sides = judge(logits, exam), judge(trained.logits, exam)
-    is_better = first_makes(given.compute, is_surely_better, *sides)
-    return Fold(copy_state(model), logits, "head") if is_better else trained
+        return trained, evaluation
+    model.load_state_dict(progress.start | progress.head)
+    logits = compute_logits(model, context.reader, eval_set.indices)
+    of_head = None if compute.rank else evaluate_cross_fitted(logits, eval_set)
+    if on_first_process(compute, is_surely_better, of_head, evaluation):
+        return FoldResult(copy_state(model), logits, "head"), of_head
+    return trained, evaluation
 
 
-def store_epoch(given: Given, progress: Progress) -> None:
+def store_epoch(context: Context, progress: Progress) -> None:
     """Write the files of a run after an epoch; they are about the folds trained to the end."""
-    output = given.settings.output
+    output = context.settings.output
     fold = progress.history[-1]["fold"]
     if len(progress.finished) == fold:
         save_tensors(output / f"fold-{fold}.pt", progress.finished[-1]._asdict())
-    save_tensors(output / STATE, state_of(given, progress))
-    folds = progress.finished or [Fold(copy_state(given.model), progress.logits, "all")]
-    judged = judge_folds(given, folds)
-    write_network(given, folds, judged)
-    write_reports(given, progress, judged)
+    save_tensors(output / STATE, state_of(context, progress))
+    write_results(context, progress)
 
 
-def judge_folds(given: Given, folds: list[Fold]) -> Evaluation:
-    """Judge the networks of the first folds, each by its validation fold."""
-    exam = make_exam(given.data, range(len(folds)), given.settings.power)
-    return judge(torch.cat([fold.logits for fold in folds]), exam)
-
-
-def write_reports(
-    given: Given, progress: Progress, judged: Evaluation, tested: Evaluation | None = None
+def write_results(
+    context: Context, progress: Progress, tested: Evaluation | None = None
 ) -> Outcome:
-    """Write the tables and the page of a run; return what they are made from."""
-    settings, data = given.settings, given.data
+    """Write the networks, the tables and the page of a run; return what they are made from."""
+    settings, data = context.settings, context.data
+    evaluation = evaluate_finished(context, progress)
+    networks = [result.network for result in progress.finished] or [copy_state(context.model)]
+    save_tensors(settings.output / NETWORK, describe_networks(context, networks, evaluation))
+    kept = [result.kept for result in progress.finished]
+    classes = list_classes(data.classes, progress.draws, evaluation)
     outcome = Outcome(
         settings=settings,
         data=data,
-        facts=describe_run(settings, data, given.compute),
+        facts=describe_run(settings, data, context.compute),
+        remarks=list_remarks(settings.folds, kept, classes),
         history=progress.history,
-        kept=[fold.kept for fold in progress.finished],
-        baseline=given.baseline,
-        changes=compare(given.baseline, judged),
-        classes=list_classes(data.classes, progress.draws, judged),
-        last=judged,
+        kept=kept,
+        baseline=context.baseline,
+        changes=compare(context.baseline, evaluation),
+        classes=classes,
+        evaluation=evaluation,
         tested=tested,
     )
     for name, content in make_tables(outcome).items():
@@ -260,25 +500,32 @@ def write_reports(
     return outcome
 
 
-def finish(given: Given, progress: Progress) -> None:
-    """Judge the networks of a run, test the ensemble, and write what there is to say of them."""
-    settings, data, compute = given.settings, given.data, given.compute
-    judged = judge_folds(given, progress.finished)
+def evaluate_finished(context: Context, progress: Progress) -> Evaluation:
+    """Evaluate the networks trained to the end, unless done, each on its validation fold."""
+    if progress.evaluation is None:
+        logits = torch.cat([result.logits for result in progress.finished])
+        folds = range(len(progress.finished))
+        eval_set = make_eval_set(context.data, folds, context.settings.power)
+        progress.evaluation = evaluate_cross_fitted(logits, eval_set)
+    return progress.evaluation
+
+
+def finish(context: Context, progress: Progress) -> None:
+    """Test the ensemble if there are images for it, and write what there is to say of a run."""
+    settings, data, compute = context.settings, context.data, context.compute
     tested = None
-    exam = make_exam(data, [TEST], settings.power)
-    if len(exam.places):
-        states = [fold.network for fold in progress.finished]
-        ensemble = compute.place(build_ensemble(settings.arch, data.classes, states))
-        logits = evaluate(ensemble, given.reader, exam.places)
-        tested = assess(logits, judged.calibration, exam)
+    eval_set = make_eval_set(data, [settings.folds], settings.power)
+    if len(eval_set.indices):
+        states = [result.network for result in progress.finished]
+        networks = build_models(settings.arch, data.classes, states)
+        ensemble = compute.to_device(Ensemble(networks, Calibration(), eval_set.log_share))
+        logits = compute_logits(ensemble, context.reader, eval_set.indices)
+        if compute.rank == 0:
+            fitted = evaluate_finished(context, progress).calibration
+            tested = evaluate(logits, fitted, eval_set)
     if compute.rank == 0:
-        write_network(given, progress.finished, judged)
-        print_end(write_reports(given, progress, judged, tested))
-        for name in (STATE, START, LOCK, "fold-*.pt"):  # only a run that goes on needs these
-            for file in settings.output.glob(name):
-                with contextlib.suppress(PermissionError):  # Windows keeps what is open
-                    file.unlink()
-        shutil.rmtree(settings.output / COPIES, ignore_errors=True)
+        print_end(write_results(context, progress, tested))
+        remove_state(settings.output)
 
 
 # ---------------------------------------------------------------------------------------- sampling
@@ -292,36 +539,18 @@ def sample_weights(labels: Tensor, power: float) -> Tensor:
 def draw_epoch(
     labels: Tensor, learnt: Tensor, power: float, passes: int, stream: Generator
 ) -> Tensor:
-    """Draw images at `learnt` for an epoch, `passes` times as many as there are: indices, int64."""
+    """Draw images of `learnt` for an epoch, `passes` times as many as there are: indices, int64."""
     weights = sample_weights(labels[learnt], power)
     drawn = []
     for _ in range(passes):
         if power > 0:
             # As a list the draw is the same for any number of workers and processes.
             sampler = WeightedRandomSampler(weights.tolist(), len(weights), generator=stream)
-            places = torch.tensor(list(sampler))
+            chosen = torch.tensor(list(sampler))
         else:
-            places = torch.randperm(len(learnt), generator=stream)
-        drawn.append(learnt[places])
+            chosen = torch.randperm(len(learnt), generator=stream)
+        drawn.append(learnt[chosen])
     return torch.cat(drawn)
-
-
-def cut_batches(indices: Tensor, batch_size: int, seeds: Generator | None = None) -> list[Tensor]:
-    """Cut images into batches of (index, seed), (B, 2) int64; without `seeds`, to be evaluated."""
-    if not len(indices):  # of a process that has no image to evaluate
-        return []
-    drawn = torch.full_like(indices, EVALUATED)
-    if seeds:
-        drawn = torch.randint(2**62, (len(indices),), generator=seeds)
-    pairs = torch.stack([indices, drawn], 1)
-    # Of sizes that differ by one at most: a last batch of a single image would break BatchNorm.
-    return list(pairs.tensor_split(math.ceil(len(indices) / batch_size)))
-
-
-def seeded(purpose: str, *numbers: int) -> Generator:
-    """Return a random stream that only this purpose and these numbers have."""
-    text = "/".join(map(str, (purpose, *numbers)))
-    return Generator().manual_seed(random.Random(text).getrandbits(63))
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -339,51 +568,45 @@ TRIAL_FAILS = 1.1  # a trial fails above 1.1 times the loss of the head
 SURE = 1.645  # keep the head alone only if it is better at one-sided p < 0.05
 FEWEST_EFFECTIVE = 10  # skip this test below ten independent images
 
-
-class Stage(NamedTuple):
-    """Epochs in which a network is trained in one way; what differs between the ways."""
-
-    name: str
-    make_optimizer: Callable[[Any, Any], Optimizer]
-    on_features: bool = False  # trains the head on stored features, not the network on images
-    updates_batch_norm: bool = True
-    averages: bool = False  # ends as the mean of the weights after each step
-    begins_from: str = ""  # "start": pretrained, "head": with the trained head, "": as it is
-    fold: int = 0
-    epochs: range = range(0)
-    passes: int = 1  # times an epoch draws as many images as there are
-    steps: int = 0  # of the optimizer, in all epochs
+HEAD = Stage("head", on_features=True, updates_batch_norm=False)
+WHOLE = Stage("whole")
+TRIAL = Stage("trial", begins_from="head")
+UPPER = Stage("upper", upper_half=True, updates_batch_norm=False, averages=True)
 
 
 def plan(settings: Settings, data: Data, fold: int, failed: bool = False) -> list[Stage]:
     """Return the stages of a fold: its head, in long runs a trial, and the rest.
 
-    A trial, the first epochs of all layers in the first fold, shows whether they do harm: if it
-    `failed`, each fold trains its upper half alone, from its head. Else all layers go on.
+    Pretrained weights get a trained head first, on stored features. In short runs all layers are
+    then trained from the weights as loaded, not from that head, which they are only compared with.
+    Long runs train all layers from that head; the first epochs of the first fold are a trial. If it
+    `failed`, each fold trains only its upper half, from its head.
     """
     stages = []
     epochs = range(1, settings.epochs + 1)
-    images = len(data.learns(fold))
-    steps = math.ceil(images / settings.batch_size)
-    trial = math.ceil(TRIAL_STEPS / math.ceil(len(data.learns(0)) / settings.batch_size))
-    begins_from = "start"
+    images = len(data.learnt(fold))
+    steps_per_epoch = math.ceil(images / settings.batch_size)
+    trial = math.ceil(TRIAL_STEPS / math.ceil(len(data.learnt(0)) / settings.batch_size))
+    begins_from = "weights"
     if settings.weights != "none":
         # Few images make few steps: they are drawn several times.
         passes = math.ceil(HEAD_STEPS * settings.batch_size / images)
-        in_all = math.ceil(passes * images / settings.batch_size)
-        stages.append(HEAD._replace(epochs=range(1), passes=passes, steps=in_all))
+        total_steps = math.ceil(passes * images / settings.batch_size)
+        stages.append(HEAD._replace(epochs=range(1), passes=passes, total_steps=total_steps))
         if 5 * trial <= settings.epochs:
-            begins_from = "head" if failed and fold == 0 else ""
+            begins_from = "head"
             if fold == 0:
-                stages.append(TRIAL._replace(epochs=epochs[:trial], steps=trial * steps))
+                total_steps = trial * steps_per_epoch
+                stages.append(TRIAL._replace(epochs=epochs[:trial], total_steps=total_steps))
                 epochs = epochs[trial:]
+                begins_from = "head" if failed else "trial"
     rest = UPPER if failed else WHOLE
-    in_all = len(epochs) * steps
-    stages.append(rest._replace(epochs=epochs, steps=in_all, begins_from=begins_from))
+    total_steps = len(epochs) * steps_per_epoch
+    stages.append(rest._replace(epochs=epochs, total_steps=total_steps, begins_from=begins_from))
     return [stage._replace(fold=fold) for stage in stages]
 
 
-def trial_failed(history: Rows) -> bool:
+def trial_failed(history: Table) -> bool:
     """Return whether a trial made the first network clearly worse than its head alone."""
     losses = {row["stage"]: row["val_loss"] for row in history if row["fold"] == 1}
     return TRIAL.name in losses and losses[TRIAL.name] > TRIAL_FAILS * losses[HEAD.name]
@@ -391,14 +614,14 @@ def trial_failed(history: Rows) -> bool:
 
 def is_surely_better(one: Evaluation, other: Evaluation) -> bool:
     """Return whether the loss of `one` is surely lower; families count, not their images."""
-    exam = one.exam
-    weights = class_weights(exam.targets)
-    if 1 / torch.bincount(exam.families, weights).square().sum() < FEWEST_EFFECTIVE:
+    eval_set = one.eval_set
+    weights = class_weights(eval_set.targets)
+    if 1 / torch.bincount(eval_set.families, weights).square().sum() < FEWEST_EFFECTIVE:
         return False
     least = torch.finfo(torch.float32).tiny
     gain = (one.true_probability / other.true_probability.clamp(min=least)).clamp(min=least).log()
     mean = weights @ gain.double()
-    error = torch.bincount(exam.families, weights * (gain - mean)).square().sum().sqrt()
+    error = torch.bincount(eval_set.families, weights * (gain - mean)).square().sum().sqrt()
     return bool(mean > SURE * error)
 
 
@@ -413,52 +636,47 @@ def head_optimizer(head: nn.Linear, features: Tensor) -> Optimizer:
     return torch.optim.SGD(groups, momentum=0.9, fused=True)
 
 
-def whole_optimizer(model: ResNet, is_pretrained: bool) -> Optimizer:
+def whole_optimizer(model: Any, is_pretrained: bool) -> Optimizer:
     """Make AdamW for all layers; pretrained ones take smaller steps the lower they are."""
     groups = []
-    for above, layers in zip((3, 2, 1, 0), LAYERS, strict=True):
+    for above, layers in zip((3, 2, 1, 0), model.architecture.layers, strict=True):
         weights = [weight for name, weight in model.named_parameters() if name.startswith(layers)]
         rate = RATE * RATE_BELOW**above if is_pretrained else SCRATCH_RATE
         groups.append({"params": weights, "lr": rate})
     return torch.optim.AdamW(groups, fused=True)
 
 
-def upper_optimizer(model: ResNet, _: bool) -> Optimizer:
+def upper_optimizer(model: Any) -> Optimizer:
     """Make AdamW for the upper half of the layers, in small steps; the lower half is frozen."""
+    lower = model.architecture.layers[0] + model.architecture.layers[1]
     for name, weight in model.named_parameters():
-        weight.requires_grad = not name.startswith(LOWER)
+        weight.requires_grad = not name.startswith(lower)
     upper = [weight for weight in model.parameters() if weight.requires_grad]
     return torch.optim.AdamW(upper, RATE / 15, fused=True)
-
-
-HEAD = Stage("head", head_optimizer, True, updates_batch_norm=False, begins_from="start")
-WHOLE = Stage("whole", whole_optimizer)
-TRIAL = WHOLE._replace(name="trial")
-UPPER = Stage("upper", upper_optimizer, updates_batch_norm=False, averages=True)
 
 
 class Trainer:
     """The model, optimizer, schedule, scaler and mean weights of one stage."""
 
-    def __init__(self, model: ResNet, stage: Stage, optimizer: Optimizer, compute: Compute):
+    def __init__(self, model: Any, stage: Stage, optimizer: Optimizer, compute: Compute):
         """Set up the beginning of a stage; a weight that would never be trained is an error."""
         self.stage = stage
         self.compute = compute
         self.optimizer = optimizer
-        self.evaluated = head_of(model) if stage.on_features else model
-        self.evaluated.train(stage.updates_batch_norm)
-        self.network: nn.Module = self.evaluated
+        self.module = head_of(model) if stage.on_features else model  # what is trained
+        self.module.train(stage.updates_batch_norm)
+        self.network: nn.Module = self.module
         if compute.world_size > 1:  # evaluation sends the statistics of BatchNorm round
             warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)
-            self.network = DistributedDataParallel(self.evaluated, broadcast_buffers=False)
+            self.network = DistributedDataParallel(self.module, broadcast_buffers=False)
         self.weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         held = {id(weight) for weight in self.weights}
-        for name, weight in self.evaluated.named_parameters():
+        for name, weight in self.module.named_parameters():
             if weight.requires_grad and id(weight) not in held:
-                raise ValueError(f"{name} is in no group of the optimizer: see LAYERS")
+                raise ValueError(f"{name} is in no group of the optimizer: see RESNETS")
         peaks = [group["lr"] for group in optimizer.param_groups]
         # OneCycleLR divides by zero where either part of the cycle has a single step.
-        steps = max(4, stage.steps)
+        steps = max(4, stage.total_steps)
         rising = max(WARM_UP, 2 / steps)
         self.scheduler = OneCycleLR(optimizer, peaks, steps, pct_start=rising, cycle_momentum=False)
         self.scaler = GradScaler(compute.device.type, enabled=compute.precision == "float16")
@@ -476,7 +694,7 @@ class Trainer:
             with torch.no_grad():
                 self.mean = self.mean or [weight.clone() for weight in self.weights]
                 torch._foreach_lerp_(self.mean, self.weights, 1 / steps)
-                if steps == self.stage.steps:
+                if steps == self.stage.total_steps:
                     torch._foreach_copy_(self.weights, self.mean)
 
     def state_dict(self) -> dict[str, Any]:
@@ -506,95 +724,117 @@ def train_epoch(trainer: Trainer, reader: Reader, drawn: Tensor, seeds: Generato
     loaded = reader.read(ours, f"training, {trainer.stage.name}", trainer.stage.on_features)
     total = torch.zeros((), device=compute.device)
     for (images, targets), batch in zip(loaded, batches, strict=True):
-        targets = to_device(targets, compute)
+        targets = move_batch(targets, compute)
         with compute.autocast():
-            logits = trainer.network(to_device(images, compute))
+            logits = trainer.network(move_batch(images, compute))
         loss = F.cross_entropy(logits.float(), targets)
         # Gradients are averaged over processes, whose parts of a batch may differ by one image.
         trainer.step(loss * (len(targets) * compute.world_size / len(batch)))
         total += loss.detach() * len(targets)
     if compute.world_size > 1:
         dist.all_reduce(total)
-    loss_sum = total.item()
-    if not math.isfinite(loss_sum):
-        raise DataError(f"the loss became {loss_sum}; try --no-amp, or other weights")
-    return loss_sum / len(drawn)
+    mean = total.item() / len(drawn)
+    on_first_process(compute, check_numbers, mean, "the loss")
+    return mean
+
+
+# -------------------------------------------------------------------------------------- predicting
+
+
+def predict(settings: Settings, options: Options) -> None:
+    """Write what a run says of each image below DATA, as CSV; recalls, if folders are classes."""
+    stored = read_weights(str(options.predict))
+    if "image_size" not in stored:
+        raise DataError(f"--predict {options.predict}: no network of this version; train one first")
+    out, classes = settings.output, stored["classes"]
+    if out and (out.exists() or not out.parent.is_dir()):
+        raise DataError(f"--output {out}: there already, or no folder for it; name a new file")
+    compute = pick_compute(options)
+    files = list_photos(settings.data, classes)
+    checked, _ = check_images([file.path for file in files])
+    files = [file for file in files if file.path in checked]
+    if not files:
+        raise DataError(f"DATA {settings.data}: no image that can be read")
+    labels = torch.tensor([file.label for file in files])
+    paths = [file.path for file in files]
+    images = Images(paths, labels, stored["white"], stored["image_size"])
+    workers = count_workers(options.workers, compute.device.type)
+    reader = Reader(images, compute, workers, settings.batch_size or BATCH)
+    model = compute.to_device(load_ensemble(stored))
+    logits = compute_logits(model, reader, torch.arange(len(files)))
+    probability, best = (logits + stored["natural"] * options.natural).softmax(1).topk(2)
+    columns = {
+        "path": paths,
+        "class": [classes[label] for label in best[:, 0].tolist()],
+        "probability": probability[:, 0],
+        "second": [classes[label] for label in best[:, 1].tolist()],
+        "second_probability": probability[:, 1],
+    }
+    is_labelled = bool(labels.min() >= 0)
+    if is_labelled:
+        columns["true"] = [classes[label] for label in labels.tolist()]
+    content = format_table(to_rows(columns))
+    if out:
+        write_file(out, content)
+    else:
+        sys.stdout.buffer.write(content)
+    print(f"{len(files)} images", file=sys.stderr)
+    if is_labelled:
+        digests = torch.tensor([checked[path] for path in paths])
+        learnt = find_learnt(files, digests, stored)
+        print(f"{learnt.sum()} of them, or their families, were learnt: left out", file=sys.stderr)
+        print_recalls(classes, confusion_matrix(labels[~learnt], best[~learnt, 0], len(classes)))
+
+
+def print_recalls(classes: list[str], confusion: Tensor) -> None:
+    """Print on stderr the balanced accuracy and the recall of each class, with their intervals."""
+    counts = confusion.sum(1)
+    print(
+        f"balanced accuracy {format_range(summarise(confusion, counts, counts))}", file=sys.stderr
+    )
+    recall, low, high = mean_interval(recall_by_class(confusion), counts, torch.eye(len(counts)))
+    for label in counts.nonzero().flatten().tolist():
+        ends = f"[{low[label]:.1%}, {high[label]:.1%}] of {counts[label]}"
+        print(f"{recall[label]:8.1%} {ends:24} {printable(classes[label])}", file=sys.stderr)
+
+
+def list_photos(path: Path, classes: list[str]) -> list[ImageFile]:
+    """Return the images at or below `path` by name, labelled by their folders, or all by -1."""
+    labels = {name: label for label, name in enumerate(classes)}
+    paths = sorted(walk_files(str(path)), key=Path) if path.is_dir() else [str(path)]
+    files = []
+    for each in filter(os.path.isfile, paths):
+        name = os.path.relpath(each, path)
+        if each.lower().endswith(IMG_EXTENSIONS):
+            files.append(ImageFile(each, name, labels.get(name.split(os.sep)[0], -1), ""))
+    if not files:
+        raise DataError(f"DATA {path}: no image there; known are {', '.join(IMG_EXTENSIONS)}")
+    is_labelled = all(file.label >= 0 for file in files)
+    return files if is_labelled else [file._replace(label=-1) for file in files]
 
 
 # ---------------------------------------------------------------------- evaluation and calibration
+#
+# `compute_logits` asks a network; `evaluate` says how right (calibrated) logits are;
+# `evaluate_cross_fitted` does so for images that also fit the calibration; `summarise`, among the
+# measures, puts a confusion matrix into a few numbers.
 
 PRIOR = 2.0  # images: the weight of what is expected
 EXPECTED_SHIFT = 1.0  # in log class shares: what balanced training leaves in the logits
 LEAST_SCALE = 0.01
+PARTS = 5  # of the images that fit the calibration of each other; two would leave each too few
 
 
-class Exam(NamedTuple):
-    """The M images that networks are judged by."""
-
-    places: Tensor  # (M,) int64, where the images are in `Data`
-    targets: Tensor  # (M,) int64
-    families: Tensor  # (M,) int64
-    folds: Tensor  # (M,) int64, the validation fold of each
-    train_counts: Tensor  # (C,) int64, training images of each class
-    log_share: Tensor  # (C,) float32, the log of the share of each class, less their mean
-    expected_shift: float  # in log class shares
-
-
-class Calibration(NamedTuple):
-    """Calibrated logits are scale * logits - shift * log_share, the log of the class shares.
-
-    Rare classes are recognised less often even if drawn as often: `shift` takes that back
-    (arXiv:2007.07314, Menon et al. 2021); `scale` corrects confidence (arXiv:1706.04599, Guo 2017).
-    """
-
-    scale: float = 1.0
-    shift: float = 0.0
-
-    def apply(self, logits: Tensor, log_share: Tensor) -> Tensor:
-        """Return the calibrated logits: (M, C) float32."""
-        return self.scale * logits.float() - self.shift * log_share
-
-
-class Evaluation(NamedTuple):
-    """What (M, C) calibrated logits say of the images of an exam."""
-
-    exam: Exam
-    calibration: Calibration  # fitted on all images, for those to come
-    predicted: Tensor  # (M,) int64
-    probability: Tensor  # (M,) float32, of the predicted class
-    true_probability: Tensor  # (M,) float32, of the true class
-    confusion: Tensor  # (C, C) int64, rows true, columns predicted
-    as_trained: Tensor  # the same before calibration
-    auc: Tensor  # (C,) float64, of each class against the others
-    loss: float  # averaged over images, each class counting the same
-
-    @property
-    def measures(self) -> dict[str, float]:
-        """Return what the history holds of an evaluation."""
-        exam = self.exam
-        effective, _ = effective_counts(exam)
-        spans = spanning_factor(self.predicted == exam.targets, exam)
-        effective = 1 + (effective - 1) / spans
-        before = measure(self.as_trained, exam.train_counts, self.as_trained.sum(1))
-        return {
-            "val_loss": self.loss,
-            **measure(self.confusion, exam.train_counts, effective),
-            **{f"as_trained_{name}": before[name] for name in MEASURES},
-            "logit_scale": self.calibration.scale,
-            "logit_shift": self.calibration.shift,
-        }
-
-
-def make_exam(data: Data, folds: Iterable[int], power: float) -> Exam:
-    """Return the images that judge these folds, one fold after the other."""
-    judges = {fold: data.judges(fold) for fold in folds}
-    places = torch.cat([*judges.values()])
-    train_counts = data.counts(data.learns(0))
-    return Exam(
-        places=places,
-        targets=data.labels[places],
-        families=data.families[places],
-        folds=torch.cat([torch.full_like(part, fold) for fold, part in judges.items()]),
+def make_eval_set(data: Data, folds: Iterable[int], power: float) -> EvalSet:
+    """Return the images that the networks of these folds are evaluated on, fold by fold."""
+    parts = {fold: data.eval_mask[fold].nonzero().flatten() for fold in folds}
+    indices = torch.cat([*parts.values()])
+    train_counts = data.counts(data.learnt(0))
+    return EvalSet(
+        indices=indices,
+        targets=data.labels[indices],
+        families=data.families[indices],
+        folds=torch.cat([torch.full_like(part, fold) for fold, part in parts.items()]),
         train_counts=train_counts,
         log_share=train_counts.log() - train_counts.log().mean(),  # a constant costs digits
         expected_shift=EXPECTED_SHIFT + 1 - power,
@@ -602,71 +842,90 @@ def make_exam(data: Data, folds: Iterable[int], power: float) -> Exam:
 
 
 @torch.no_grad()
-def forward(model: nn.Module, reader: Reader, places: Tensor, on_features: bool = False) -> Tensor:
-    """Compute outputs in evaluation mode, each process for its part of `places`: (M, C or D)."""
+def compute_outputs(
+    model: nn.Module, reader: Reader, indices: Tensor, on_features: bool = False
+) -> Tensor:
+    """Compute outputs in evaluation mode, each process for its part: (M, C or D)."""
     compute = reader.compute
-    batches = cut_batches(places[compute.rank :: compute.world_size], reader.share)
+    batches = cut_batches(indices[compute.rank :: compute.world_size], reader.per_process)
     was_training = model.training
     model.eval()
     outputs = []
     for inputs, _ in reader.read(batches, "evaluating", on_features):
         with compute.autocast():
-            outputs.append(model(to_device(inputs, compute)))
+            outputs.append(model(move_batch(inputs, compute)))
     model.train(was_training)
     part = torch.cat([each.cpu() for each in outputs]) if outputs else torch.empty(0)
     return gather(part, compute)
 
 
-def evaluate(model: nn.Module, reader: Reader, places: Tensor, on_features: bool = False) -> Tensor:
-    """Compute the logits of the images at `places`: (M, C); raises `DataError` for NaN."""
+def compute_logits(
+    model: nn.Module, reader: Reader, indices: Tensor, on_features: bool = False
+) -> Tensor:
+    """Compute the logits of images, in each process: (M, C); raises `DataError` for NaN."""
     if reader.compute.world_size > 1:  # BatchNorm has the statistics of its own process
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-    logits = forward(model, reader, places, on_features)
-    if logits.isnan().any():
-        raise DataError("the network's outputs are NaN; try --no-amp, or other weights")
-    return logits.clamp(-1e4, 1e4)  # float16 overflows
+    logits = compute_outputs(model, reader, indices, on_features)
+    logits = logits.clamp(-1e4, 1e4)  # float16 overflows
+    on_first_process(reader.compute, check_numbers, logits.sum().item(), "the network's outputs")
+    return logits
 
 
-def judge(logits: Tensor, exam: Exam) -> Evaluation:
-    """Evaluate the (M, C) logits of an exam, cross-fitted: no image influences its own numbers."""
-    parts = exam.folds  # calibrated by the images of the others
+def evaluate_cross_fitted(logits: Tensor, eval_set: EvalSet) -> Evaluation:
+    """Evaluate (M, C) logits, calibrated by other images than the one that each is of."""
+    parts = eval_set.folds  # calibrated by the images of the others
     if len(parts.unique()) < 2:
-        parts = cut_parts(exam.targets, exam.families)
+        parts = cut_parts(eval_set.targets, eval_set.families)
     calibrated = torch.empty(logits.shape)
     for part in parts.unique():
         ours = parts == part
-        fitted = fit_calibration(logits[~ours], exam.targets[~ours], exam)
-        calibrated[ours] = fitted.apply(logits[ours], exam.log_share)
-    return assess(logits, fit_calibration(logits, exam.targets, exam), exam, calibrated)
+        fitted = fit_calibration(logits[~ours], eval_set.targets[~ours], eval_set)
+        calibrated[ours] = fitted.apply(logits[ours], eval_set.log_share)
+    fitted = fit_calibration(logits, eval_set.targets, eval_set)
+    return evaluate(logits, fitted, eval_set, calibrated)
 
 
-def assess(
-    logits: Tensor, calibration: Calibration, exam: Exam, calibrated: Tensor | None = None
+def evaluate(
+    logits: Tensor, calibration: Calibration, eval_set: EvalSet, calibrated: Tensor | None = None
 ) -> Evaluation:
     """Evaluate (M, C) logits as trained and calibrated, by `calibration` unless cross-fitted."""
-    targets = exam.targets
+    targets, train_counts = eval_set.targets, eval_set.train_counts
     if calibrated is None:
-        calibrated = calibration.apply(logits, exam.log_share)
+        calibrated = calibration.apply(logits, eval_set.log_share)
     log_probability = calibrated.log_softmax(1)
     best, predicted = log_probability.max(1)
     losses = -log_probability.gather(1, targets[:, None]).squeeze(1)
-    classes = logits.shape[1]
+    loss = (class_weights(targets) @ losses.double()).item()
+    confusion = confusion_matrix(targets, predicted, len(train_counts))
+    before = logits.float().log_softmax(1).argmax(1)
+    as_trained = confusion_matrix(targets, before, len(train_counts))
+    effective = 1 + (effective_counts(eval_set)[0] - 1) / spanning_factor(
+        predicted == targets, eval_set
+    )
+    summary = summarise(confusion, train_counts, effective)
+    plain = summarise(as_trained, train_counts, as_trained.sum(1))
     return Evaluation(
-        exam=exam,
+        eval_set=eval_set,
         calibration=calibration,
+        scores=calibration.apply(logits, eval_set.log_share).softmax(1),
         predicted=predicted,
         probability=best.exp(),
         true_probability=(-losses).exp(),
-        confusion=confusion_matrix(targets, predicted, classes),
-        as_trained=confusion_matrix(targets, logits.float().log_softmax(1).argmax(1), classes),
-        auc=auc_by_class(calibration.apply(logits, exam.log_share).softmax(1), exam),
-        loss=(class_weights(targets) @ losses.double()).item(),
+        confusion=confusion,
+        loss=loss,
+        summary={
+            "val_loss": loss,
+            **summary,
+            **{f"as_trained_{name}": plain[name] for name in MEASURES},
+            "logit_scale": calibration.scale,
+            "logit_shift": calibration.shift,
+        },
     )
 
 
 def cut_parts(targets: Tensor, families: Tensor) -> Tensor:
-    """Cut M images at random into parts with as many families of each class: (M,) int64."""
+    """Cut M images at random into `PARTS` with as many families of each class: (M,) int64."""
     unique, family = families.unique(return_inverse=True)
     by_size = targets.bincount().argsort(stable=True)
     rank = by_size.argsort()[targets]
@@ -674,7 +933,7 @@ def cut_parts(targets: Tensor, families: Tensor) -> Tensor:
     order = torch.randperm(len(unique), generator=seeded("parts", 0, 0))
     order = order[by_size[rarest][order].argsort(stable=True)]
     part = torch.zeros_like(unique)
-    part[order] = torch.arange(len(unique)) % 5  # of two parts, one is too little
+    part[order] = torch.arange(len(unique)) % PARTS
     return part[family]
 
 
@@ -684,16 +943,16 @@ def class_weights(targets: Tensor) -> Tensor:
     return weights / weights.sum()
 
 
-def fit_calibration(logits: Tensor, targets: Tensor, exam: Exam) -> Calibration:
+def fit_calibration(logits: Tensor, targets: Tensor, eval_set: EvalSet) -> Calibration:
     """Fit the numbers with the lowest cross entropy of (M, C) logits; each class counts the same.
 
     A prior worth `PRIOR` images holds them near a scale of 1, and the expected shift times that.
     """
-    expected = exam.expected_shift
+    expected = eval_set.expected_shift
     if not len(targets):
         return Calibration(1.0, expected)
     logits = logits.double()
-    log_share = exam.log_share.double()
+    log_share = eval_set.log_share.double()
     weights = class_weights(targets)
     # Of a class without images it would be best never to predict it: it counts as half an image.
     counts = torch.bincount(targets, minlength=len(log_share)).clamp(min=0.5)
@@ -723,41 +982,26 @@ def fit_calibration(logits: Tensor, targets: Tensor, exam: Exam) -> Calibration:
 # ----------------------------------------------------------------------------------------- results
 
 
-class Outcome(NamedTuple):
-    """What is to be said of a run, after an epoch or at the end: all that reports are made from."""
-
-    settings: Settings
-    data: Data
-    facts: dict[str, str]  # of `describe_run`
-    history: Rows
-    kept: list[str]  # of each fold trained to the end, "all" layers or the "head" alone
-    baseline: Tensor  # what the run `--baseline` predicted, of the same M images or of none
-    changes: Rows  # since that run
-    classes: Rows  # of `list_classes`
-    last: Evaluation
-    tested: Evaluation | None  # by images that no network has learnt or is judged by
-
-
 def describe_run(settings: Settings, data: Data, compute: Compute) -> dict[str, str]:
     """Return what a run is made of; config.json and the page hold it."""
-    counts = data.counts(data.learns(0))
+    counts = data.counts(data.learnt(0))
     versions = [f"{each.__name__} {each.__version__}" for each in (torch, torchvision, np, PIL)]
+    evaluated, tested = data.eval_mask[:-1].sum(), data.eval_mask[-1].sum()
     return {
         "network": f"{settings.folds} x {settings.arch}, from {settings.weights}",
         "device": f"{compute.device}, {settings.precision}, processes: {compute.world_size}",
         "training images": f"{counts.sum()} in {len(counts)} classes of {counts.max()} to "
         f"{counts.min()}, imbalance ratio {counts.max() / counts.min():.1f}",
-        "judged by": f"{int((data.held >= 0).sum())} images, by a network that has not learnt it; "
-        f"all networks together by {len(data.judges(TEST))} others",
+        "judged by": f"{evaluated} images, by a network that has not learnt it; "
+        f"all networks together by {tested} others",
         "left out": f"{len(data.unreadable)} unreadable images, {data.leaks} leaks from training",
         "versions": ", ".join([f"python {sys.version.split()[0]}", *versions]),
         **{name: str(value) for name, value in vars(settings).items()},
     }
 
 
-def describe_state(outcome: Outcome) -> list[str]:
+def list_remarks(folds: int, kept: list[str], classes: Table) -> list[str]:
     """Return what must be known beside the result: how far the run is, what is kept, what lacks."""
-    folds, kept = outcome.settings.folds, outcome.kept
     lines = []
     if len(kept) < folds:
         lines.append(f"Unfinished: {len(kept)} of {folds} networks are trained to the end")
@@ -765,7 +1009,7 @@ def describe_state(outcome: Outcome) -> list[str]:
         lines.append(f"The head alone is kept, it is better: {kept.count('head')} of {folds}")
     if folds > 1:
         lines.append("Shown is what single networks do; together they were better in all of 8 runs")
-    if bare := [row["class"] for row in outcome.classes if not row["val_images"]]:
+    if bare := [row["class"] for row in classes if not row["val_images"]]:
         lines.append(f"Classes without an image to judge them by: {len(bare)}, as {bare[0]}")
     return lines
 
@@ -778,58 +1022,65 @@ def make_tables(outcome: Outcome) -> dict[str, bytes]:
     config |= {"left_out": data.unreadable, "white": data.white}
     draws = [row["draws"] for row in outcome.classes]
     tables = {"history.csv": outcome.history, "comparison.csv": outcome.changes}
-    for name, prefix, judged in (("result", "", outcome.last), ("test", "test_", outcome.tested)):
-        if judged:
-            measures = judged.measures.items()
-            config[name] = {key: None if math.isnan(x) else x for key, x in measures}
-            tables[f"{prefix}classes.csv"] = list_classes(data.classes, draws, judged)
-            predictions = to_rows({
-                "path": [data.rows[place].name for place in judged.exam.places.tolist()],
-                "class": [data.classes[label] for label in judged.exam.targets.tolist()],
-                "predicted": [data.classes[label] for label in judged.predicted.tolist()],
-                "probability": judged.probability,
-                "true_probability": judged.true_probability,
-            })  # fmt: skip
-            # The least probable first: their labels may be wrong.
-            predictions.sort(key=lambda row: row["true_probability"])
-            tables[f"{prefix}predictions.csv"] = predictions
+    for name, prefix, each in (
+        ("result", "", outcome.evaluation),
+        ("test", "test_", outcome.tested),
+    ):
+        if each:
+            summary = each.summary.items()
+            config[name] = {key: None if math.isnan(x) else x for key, x in summary}
+            tables[f"{prefix}classes.csv"] = list_classes(data.classes, draws, each)
+            tables[f"{prefix}predictions.csv"] = list_predictions(data, each)
     files = {name: format_table(rows) for name, rows in tables.items() if rows}
     return files | {"config.json": json.dumps(config, indent=1, default=str).encode()}
 
 
-def list_classes(names: list[str], draws: Any, judged: Evaluation) -> Rows:
+def list_predictions(data: Data, evaluation: Evaluation) -> Table:
+    """Return a row for each image, the least probable first: their labels may be wrong."""
+    table = to_rows({
+        "path": [data.files[index].name for index in evaluation.eval_set.indices.tolist()],
+        "class": [data.classes[label] for label in evaluation.eval_set.targets.tolist()],
+        "predicted": [data.classes[label] for label in evaluation.predicted.tolist()],
+        "probability": evaluation.probability,
+        "true_probability": evaluation.true_probability,
+    })  # fmt: skip
+    return sorted(table, key=lambda row: row["true_probability"])
+
+
+def list_classes(names: list[str], draws: Any, evaluation: Evaluation) -> Table:
     """Return a row for each class; NaN where nothing is known."""
-    exam, confusion = judged.exam, judged.confusion
-    effective, families = effective_counts(exam)
+    eval_set, confusion = evaluation.eval_set, evaluation.confusion
+    effective, families = effective_counts(eval_set)
     recall = recall_by_class(confusion)
     _, low, high = mean_interval(recall, effective, torch.eye(len(names)))
     return to_rows({
         "class": names,
-        "train_images": exam.train_counts,
+        "train_images": eval_set.train_counts,
         "val_images": confusion.sum(1),
         "draws": draws,
         "recall": recall,
         "low": low.where(effective > 1, 0.0 * recall),  # of one image all is possible
         "high": high.where(effective > 1, 0.0 * recall + 1),
         "precision": recall_by_class(confusion.T),  # NaN for a class never predicted
-        "auc": judged.auc,
-        "precision_in_use": precision_in_use(confusion, exam.train_counts),
+        "auc": auc_by_class(evaluation.scores, eval_set),
+        "precision_in_use": precision_in_use(confusion, eval_set.train_counts),
         "false_answers": confusion.sum(0) - confusion.diag(),
         "families": families,
         "effective_images": effective.round().long(),
     })  # fmt: skip
 
 
-def format_range(measures: Mapping[str, float]) -> str:
-    """Return a balanced accuracy with its interval, in per cent."""
-    ends = f"{100 * measures['low']:.1f}, {100 * measures['high']:.1f}"
-    return f"{measures['balanced_accuracy']:.1%} [{ends}]"
-
-
 HEADER = (
     "fold   epoch  stage  train loss  val loss  accuracy  balanced [95 %]       as trained    many "
     " medium     few  images/s   left"
 )
+
+
+def print_start(settings: Settings, facts: dict[str, str], history: Table) -> None:
+    """Print what a run is made of, and the epochs that are done."""
+    print(printable(f"{facts['network']}; {facts['device']}; {facts['training images']}"))
+    print(printable("; ".join(f"{name}: {facts[name]}" for name in ("judged by", "left out"))))
+    print("", HEADER, *(format_epoch(row, settings) for row in history), sep="\n", flush=True)
 
 
 def format_epoch(row: dict[str, Any], settings: Settings) -> str:
@@ -850,13 +1101,14 @@ def format_epoch(row: dict[str, Any], settings: Settings) -> str:
 
 def print_end(outcome: Outcome) -> None:
     """Print, in one screen, the result, what is recognised least, and where the rest is."""
-    lines = ["", f"balanced accuracy {format_range(outcome.last.measures)}"]
-    lines.append(f"as trained        {outcome.last.measures['as_trained_balanced_accuracy']:.1%}")
+    summary = outcome.evaluation.summary
+    lines = ["", f"balanced accuracy {format_range(summary)}"]
+    lines.append(f"as trained        {summary['as_trained_balanced_accuracy']:.1%}")
     if outcome.tested:
-        lines.append(f"untouched test    {format_range(outcome.tested.measures)}")
-    lines += [*describe_state(outcome), "Lowest recall:"]
-    judged = [row for row in outcome.classes if row["val_images"]]
-    for row in sorted(judged, key=lambda row: row["recall"])[:3]:
+        lines.append(f"untouched test    {format_range(outcome.tested.summary)}")
+    lines += [*outcome.remarks, "Lowest recall:"]
+    known = [row for row in outcome.classes if row["val_images"]]
+    for row in sorted(known, key=lambda row: row["recall"])[:3]:
         text = f"{row['recall']:8.1%} [{row['low']:.0%}, {row['high']:.0%}] of {row['val_images']}"
         lines.append(f"{text:26} {row['class']}")
     for change in outcome.changes:
@@ -897,9 +1149,9 @@ vector-effect:non-scaling-stroke}.old{color:#e08214}.new{color:#3987c9}"""
 
 def make_page(outcome: Outcome) -> bytes:
     """Return the page of a run, which is one file without scripts."""
-    last, history, classes = outcome.last, outcome.history, outcome.classes
+    evaluation, history, classes = outcome.evaluation, outcome.history, outcome.classes
     if outcome.changes:
-        before = confusion_matrix(last.exam.targets, outcome.baseline, len(classes))
+        before = confusion_matrix(evaluation.eval_set.targets, outcome.baseline, len(classes))
         recalls = recall_by_class(before).tolist()
         classes = [row | {"before": x} for row, x in zip(classes, recalls, strict=True)]
     loss = ("Loss (orange: training, blue: validation)", "train_loss", "val_loss")
@@ -909,8 +1161,8 @@ def make_page(outcome: Outcome) -> bytes:
     sections = {
         "Compared with the baseline": show_rows(outcome.changes) if outcome.changes else "",
         "Classes": show_rows(sorted(classes, key=lambda row: -row["train_images"])),
-        "Mistakes": show_mistakes(outcome.data, last),
-        "Confusions": show_confusions(outcome.data.classes, last.confusion),
+        "Mistakes": show_mistakes(outcome.data, evaluation),
+        "Confusions": show_confusions(outcome.data.classes, evaluation.confusion),
         "Training": curve_chart(history, *loss) + curve_chart(history, *results),
         "How this was measured": f"<p>{TERMS}</p><dl>{facts}</dl>",
     }
@@ -924,11 +1176,11 @@ def make_page(outcome: Outcome) -> bytes:
 
 def show_result(outcome: Outcome) -> str:
     """Return what was judged in words, and tiles: the result, the rarest and the worst class."""
-    last = outcome.last.measures
-    tiles = {"balanced accuracy": format_range(last)}
+    summary = outcome.evaluation.summary
+    tiles = {"balanced accuracy": format_range(summary)}
     if outcome.tested:
-        tiles["untouched test"] = format_range(outcome.tested.measures)
-    tiles["as trained"] = f"{last['as_trained_balanced_accuracy']:.1%} before calibration"
+        tiles["untouched test"] = format_range(outcome.tested.summary)
+    tiles["as trained"] = f"{summary['as_trained_balanced_accuracy']:.1%} before calibration"
     known = [row for row in outcome.classes if row["val_images"]]
     named = {
         "most frequent class": max(known, key=lambda row: row["train_images"]),
@@ -937,7 +1189,7 @@ def show_result(outcome: Outcome) -> str:
     }
     for name, row in named.items():
         tiles[name] = f"{row['recall']:.1%} [{row['low']:.0%}, {row['high']:.0%}] {row['class']}"
-    text = "".join(f"<p>{show(line)}.</p>" for line in describe_state(outcome))
+    text = "".join(f"<p>{show(line)}.</p>" for line in outcome.remarks)
     text += '<div class="tiles">'
     for name, value in tiles.items():
         number, _, note = value.partition(" ")
@@ -952,7 +1204,7 @@ def show(value: Any) -> str:
     return html.escape(printable(str(value)))
 
 
-def curve_chart(history: Rows, title: str, before: str, after: str) -> str:
+def curve_chart(history: Table, title: str, before: str, after: str) -> str:
     """Return a chart of two columns by epoch, orange and blue, a line for each fold: SVG."""
     values = [row[key] for row in history for key in (before, after)]
     low, high = min(values), max(values) + 1e-9
@@ -969,7 +1221,7 @@ def curve_chart(history: Rows, title: str, before: str, after: str) -> str:
     return f'<svg height="210">{body}</svg></svg>'
 
 
-def show_rows(rows: Rows) -> str:
+def show_rows(rows: Table) -> str:
     """Return a table of rows with the same columns, with a bar for the interval of a recall."""
     names = "".join(f"<td>{show(name.replace('_', ' '))}</td>" for name in rows[0])
     body = f"<tr>{names}</tr>"
@@ -996,28 +1248,30 @@ def show_confusions(classes: list[str], confusion: Tensor) -> str:
     return show_rows(rows) if rows else ""
 
 
-def show_mistakes(data: Data, last: Evaluation) -> str:
+def show_mistakes(data: Data, evaluation: Evaluation) -> str:
     """Return the images that are wrong with the most confidence, each beside a training image."""
-    wrong = (last.predicted != last.exam.targets).nonzero().flatten()
-    order = last.probability[wrong].argsort(descending=True, stable=True)
+    wrong = (evaluation.predicted != evaluation.eval_set.targets).nonzero().flatten()
+    order = evaluation.probability[wrong].argsort(descending=True, stable=True)
     text = ""
     for row in wrong[order][:MISTAKES].tolist():
-        place = int(last.exam.places[row])
-        taken = int(last.predicted[row])
-        learnt = data.learns(int(data.held[place]))
+        index = int(evaluation.eval_set.indices[row])
+        taken = int(evaluation.predicted[row])
+        learnt = data.learnt(int(evaluation.eval_set.folds[row]))
         alike = learnt[data.labels[learnt] == taken]
-        relation = f"taken for ({show(last.probability[row].item())})"
-        text += f"<figure>{show_image(data, place, 'is', int(data.labels[place]))}"
+        relation = f"taken for ({show(evaluation.probability[row].item())})"
+        text += f"<figure>{show_image(data, index, 'is', int(data.labels[index]))}"
         text += f"{show_image(data, int(alike[len(alike) // 2]), relation, taken)}</figure>"
     said = "Wrong with the most confidence, beside a training image of the class it was taken for."
     return text and f'<p>{said}</p><div class="pairs">{text}</div>'
 
 
-def show_image(data: Data, place: int, relation: str, label: int) -> str:
-    """Return the image at a place of `data`, its relation to a class, and the class."""
+def show_image(data: Data, index: int, relation: str, label: int) -> str:
+    """Return the image at an index of `data`, its relation to a class, and the class."""
     image = ""
     with contextlib.suppress(DataError):  # a picture that is gone does not cost the page
-        pixels = central_square(read_image(data.rows[place].path, data.white, THUMBNAIL), THUMBNAIL)
+        pixels = central_square(
+            read_image(data.files[index].path, data.white, THUMBNAIL), THUMBNAIL
+        )
         content = io.BytesIO()
         v2.functional.to_pil_image(pixels).save(content, "JPEG", quality=80)
         encoded = base64.b64encode(content.getvalue()).decode()
@@ -1025,130 +1279,77 @@ def show_image(data: Data, place: int, relation: str, label: int) -> str:
     return f"<div>{image}<small>{relation}</small><b>{show(data.classes[label])}</b></div>"
 
 
-# -------------------------------------------------------------------------------------- predicting
-
-
-def predict(args: Namespace) -> None:
-    """Write what a run says of each image below DATA, as CSV; recalls, if folders are classes."""
-    run = read_weights(str(args.predict))
-    if "image_size" not in run:
-        raise DataError(f"--predict {args.predict}: no network of this version; train one first")
-    out, classes = args.output, run["classes"]
-    if out and (out.exists() or not out.parent.is_dir()):
-        raise DataError(f"--output {out}: there already, or no folder for it; name a new file")
-    compute = pick_compute(args.device, args.amp)
-    rows = list_photos(args.data, classes)
-    checked, _ = check_images([row.path for row in rows])
-    rows = [row for row in rows if row.path in checked]
-    if not rows:
-        raise DataError(f"DATA {args.data}: no image that can be read")
-    labels = torch.tensor([row.label for row in rows])
-    images = Images([row.path for row in rows], labels, run["white"], run["image_size"])
-    workers = count_workers(args.workers, compute.device.type)
-    reader = Reader(images, compute, workers, args.batch_size or BATCH)
-    model = compute.place(build_ensemble(run["arch"], classes, run["networks"]))
-    logits = evaluate(model, reader, torch.arange(len(rows)))
-    probability, best = (logits + run["natural"] * bool(args.natural)).softmax(1).topk(2)
-    columns = {
-        "path": [row.path for row in rows],
-        "class": [classes[label] for label in best[:, 0].tolist()],
-        "probability": probability[:, 0],
-        "second": [classes[label] for label in best[:, 1].tolist()],
-        "second_probability": probability[:, 1],
-    }
-    is_labelled = bool(labels.min() >= 0)
-    if is_labelled:
-        columns["true"] = [classes[label] for label in labels.tolist()]
-    content = format_table(to_rows(columns))
-    if out:
-        write_file(out, content)
-    else:
-        sys.stdout.buffer.write(content)
-    print(f"{len(rows)} images", file=sys.stderr)
-    if is_labelled:
-        digests = torch.tensor([checked[row.path] for row in rows])
-        known = find_known(rows, digests, run)
-        print(f"{known.sum()} of them, or their families, were learnt: left out", file=sys.stderr)
-        print_recalls(classes, confusion_matrix(labels[~known], best[~known, 0], len(classes)))
-
-
-def print_recalls(classes: list[str], confusion: Tensor) -> None:
-    """Print on stderr the balanced accuracy and the recall of each class, with their intervals."""
-    counts = confusion.sum(1)
-    print(f"balanced accuracy {format_range(measure(confusion, counts, counts))}", file=sys.stderr)
-    recall, low, high = mean_interval(recall_by_class(confusion), counts, torch.eye(len(counts)))
-    for label in counts.nonzero().flatten().tolist():
-        ends = f"[{low[label]:.1%}, {high[label]:.1%}] of {counts[label]}"
-        print(f"{recall[label]:8.1%} {ends:24} {printable(classes[label])}", file=sys.stderr)
-
-
-def list_photos(place: Path, classes: list[str]) -> list[Row]:
-    """Return the images at or below `place` by name, labelled by their folders, or all by -1."""
-    labels = {name: label for label, name in enumerate(classes)}
-    paths = sorted(walk_files(str(place)), key=Path) if place.is_dir() else [str(place)]
-    rows = []
-    for path in filter(os.path.isfile, paths):
-        name = os.path.relpath(path, place)
-        if path.lower().endswith(IMG_EXTENSIONS):
-            rows.append(Row(path, name, labels.get(name.split(os.sep)[0], -1), ""))
-    if not rows:
-        raise DataError(f"DATA {place}: no image there; known are {', '.join(IMG_EXTENSIONS)}")
-    is_labelled = all(row.label >= 0 for row in rows)
-    return rows if is_labelled else [row._replace(label=-1) for row in rows]
-
-
 # -------------------------------------------------------------------------------------- run folder
 
 START = "start.pt"  # the network before its first step
-LEARNT = ("learnt", "group", "families")  # digests of images, `--group`, names of families
-NOT_IN_STATE = ("start", "finished")  # what of `Progress` has files of its own
-STATE_FORMAT = 5  # of the state of a stopped run, to be raised where another one cannot be read
+NOT_IN_STATE = ("start", "finished", "evaluation")  # what of `Progress` is stored elsewhere, or not
+STATE_FORMAT = 6  # of the state of a stopped run, to be raised where another one cannot be read
+PATHS = ("data", "val", "source", "output", "baseline")  # settings that are paths
 
 
-class Given(NamedTuple):
-    """All that a run has before its first epoch."""
-
-    settings: Settings
-    data: Data
-    compute: Compute  # of this process
-    baseline: Tensor  # what the run `--baseline` predicted for the judged images: (M,), or none
-    known: dict[str, Any]  # what the network of `--weights` has learnt, by the names `LEARNT`
-    model: ResNet  # in training
-    reader: Reader
-
-
-class Fold(NamedTuple):
-    """What is trained to the end."""
-
-    network: State
-    logits: Tensor  # of the images it is judged by: (M, C)
-    kept: str  # "all" layers as they were trained, or the "head" alone
-
-
-@dataclass
-class Progress:
-    """How far a run has come: what is stored to go on from there."""
-
-    start: State  # of each fold's network before its first step
-    draws: Tensor  # how often images of each class were drawn so far: (C,) int64
-    history: Rows = field(default_factory=list)  # a row for each epoch, from the first one on
-    head: State = field(default_factory=dict)  # as the stage "head" left it
-    logits: Tensor = torch.empty(0)  # of the images that judged the last epoch: (M, C)
-    trainer: dict[str, Any] = field(default_factory=dict)  # the state of that after the last epoch
-    finished: list[Fold] = field(default_factory=list)
-
-    def has_done(self, fold: int, epoch: int) -> bool:
-        """Return whether this epoch of this fold, or a later one, is done."""
-        return any((row["fold"], row["epoch"]) >= (fold + 1, epoch) for row in self.history)
-
-    def start_with_head(self) -> State:
-        """Return the network at the start, but with its trained head."""
-        return self.start | {HEAD_NAME + name: value for name, value in self.head.items()}
+def open_run(
+    settings: Settings, options: Options, compute: Compute
+) -> tuple[Settings, Listing, Stored]:
+    """Return the settings of a run, its images, and what is stored: its state, or its weights."""
+    if options.resume:
+        return reopen_run(options.resume, compute.precision if options.amp is not None else None)
+    check_paths(settings)
+    listing = list_data(settings.data, settings.val, settings.source)
+    stored = read_weights(settings.weights)
+    default_arch = "resnet18" if compute.device.type == "cpu" else "resnet50"
+    arch = settings.arch or stored.get("arch", default_arch)
+    images = sum(file.part == "train" for file in listing[1])
+    if settings.folds > 1:
+        images -= round(images / settings.folds)
+    elif not settings.val:
+        images -= round(images * VAL_FRACTION)
+    size = settings.batch_size or (BATCH if images >= SMALL else BATCH // 2)
+    paths = {name: path.resolve() for name in PATHS if (path := getattr(settings, name))}
+    settled = replace(
+        settings,
+        **paths,
+        arch=arch,
+        image_size=settings.image_size or stored.get("image_size", 224),
+        weights=check_weights(settings.weights, stored, arch),
+        batch_size=math.ceil(size / compute.world_size) * compute.world_size,
+        precision=compute.precision,
+    )
+    return settled, listing, stored
 
 
-def load_progress(settings: Settings, data: Data, model: ResNet, stored: Stored) -> Progress:
+def reopen_run(folder: Path, precision: str | None) -> tuple[Settings, Listing, Stored]:
+    """Return the same of a stopped run, which goes on in another `precision` if one is named."""
+    if not (folder / STATE).exists():
+        raise DataError(f"--resume {folder}: no stopped run there, or a complete one")
+    stored = load_tensors(folder / STATE, "--resume")
+    if stored.get("format") != STATE_FORMAT:
+        raise DataError(f"--resume {folder}: stopped by another version of this script; use that")
+    chosen = {
+        each.name: stored["settings"].get(each.name, each.default) for each in fields(Settings)
+    }
+    chosen |= {"output": folder, "precision": precision or chosen["precision"]}
+    chosen |= {name: Path(chosen[name]).resolve() for name in PATHS if chosen[name]}
+    settings = Settings(**chosen)
+    return settings, list_data(settings.data, settings.val, settings.source), stored
+
+
+def check_paths(settings: Settings) -> None:
+    """Raise `DataError` where the paths of a command line are of no use."""
+    output = settings.output
+    if output.is_file() or output.is_dir() and any(x.name[0] != "." for x in output.iterdir()):
+        raise DataError(f"--output {output}: not empty; name a new folder, or --resume a run")
+    sources = {"DATA": settings.data, "--source": settings.source, "--val": settings.val}
+    for name, folder in sources.items():
+        if folder and not folder.is_dir():
+            raise DataError(f"{name} {folder}: no such folder; pass one that holds class folders")
+        if folder and output.resolve().is_relative_to(folder.resolve()):
+            raise DataError(f"--output {output}: would be a class of {folder}; move it out")
+
+
+def load_progress(settings: Settings, data: Data, model: Any, stored: Stored) -> Progress:
     """Return how far a stopped run has come, or begin to store a new one."""
     output = settings.output
+    lock_folder(output)
     if "history" not in stored:
         shutil.rmtree(output / COPIES, ignore_errors=True)  # of other images, from a killed run
         write_file(output / "split.csv", format_table(list_split(data)))
@@ -1158,183 +1359,100 @@ def load_progress(settings: Settings, data: Data, model: ResNet, stored: Stored)
     if changed := find_difference(list_split(data), read_table(output / "split.csv")):
         text = "gone, new or changed since the run began; put it back, or start a new run"
         raise DataError(f"{settings.data}: {changed}: {text}")
-    kept = {name: stored[name] for name in Progress.__annotations__ if name not in NOT_IN_STATE}
+    kept = {each.name: stored[each.name] for each in fields(Progress) if each.name in stored}
     progress = Progress(start=load_tensors(output / START, "--resume"), **kept)
     for fold in range(1, settings.folds + 1):
         if progress.has_done(fold - 1, settings.epochs):
-            progress.finished.append(Fold(**load_tensors(output / f"fold-{fold}.pt", "--resume")))
+            content = load_tensors(output / f"fold-{fold}.pt", "--resume")
+            progress.finished.append(FoldResult(**content))
     return progress
 
 
-def state_of(given: Given, progress: Progress) -> dict[str, Any]:
+def state_of(context: Context, progress: Progress) -> dict[str, Any]:
     """Return what is stored to go on with a run."""
     stored = {name: value for name, value in vars(progress).items() if name not in NOT_IN_STATE}
-    settings = vars(given.settings).items()
+    settings = vars(context.settings).items()
     stored["settings"] = {k: str(v) if isinstance(v, Path) else v for k, v in settings}
     stored["format"] = STATE_FORMAT
-    stored["networks"] = [given.model.state_dict()]
-    return stored | given.known
+    stored["networks"] = [context.model.state_dict()]
+    return {**stored, **context.learnt_before}
 
 
-def write_network(given: Given, folds: list[Fold], judged: Evaluation) -> None:
-    """Write all that it takes to use the networks; their heads are calibrated."""
-    settings, data = given.settings, given.data
-    scale, shift = judged.calibration
-    log_share = judged.exam.log_share
-    weight, bias = f"{HEAD_NAME}weight", f"{HEAD_NAME}bias"
-    networks = []
-    for state, _, _ in folds:
-        head = {weight: state[weight] * scale, bias: state[bias] * scale - shift * log_share}
-        networks.append(state | head)
-    learnt = torch.cat([data.learns(fold) for fold in range(settings.folds)]).unique()
-    group = settings.group or given.known.get("group")
-    digests = torch.cat([data.digests[learnt], given.known.get("learnt", data.digests[:0])])
-    families = {family_name(data.rows[place].name, group) for place in learnt.tolist()}
-    families.update(given.known.get("families", ()))
-    content = {
+def remove_state(output: Path) -> None:
+    """Remove from the folder of a run that is complete what only one that goes on needs."""
+    for name in (STATE, START, LOCK, "fold-*.pt"):
+        for file in output.glob(name):
+            with contextlib.suppress(PermissionError):  # Windows keeps what is open
+                file.unlink()
+    shutil.rmtree(output / COPIES, ignore_errors=True)
+
+
+def describe_networks(
+    context: Context, networks: list[State], evaluation: Evaluation
+) -> dict[str, Any]:
+    """Return all that it takes to use the networks of a run: the content of `NETWORK`."""
+    settings, data, before = context.settings, context.data, context.learnt_before
+    learnt = data.train_mask.any(0).nonzero().flatten()
+    group = settings.group or before.get("group")
+    digests = torch.cat([data.digests[learnt], before.get("learnt", data.digests[:0])])
+    families = {family_name(data.files[index].name, group) for index in learnt.tolist()}
+    families.update(before.get("families", ()))
+    return {
         "arch": settings.arch,
         "classes": data.classes,
-        "train_images": judged.exam.train_counts.tolist(),
-        "natural": log_share,  # to add where classes are as frequent as in training
+        "train_images": evaluation.eval_set.train_counts.tolist(),
+        "natural": evaluation.eval_set.log_share,  # for classes as frequent as in training
         "image_size": settings.image_size,
         "eval_size": eval_size(settings.image_size),
-        "least_side": least_side(settings.image_size),  # what large images are shrunk to
         "white": data.white,
         "learnt": digests.unique(),
         "group": group,
         "families": sorted(name for name in families if name is not None),
-        "networks": networks,
+        "scale": evaluation.calibration.scale,
+        "shift": evaluation.calibration.shift,
+        "networks": networks,  # as trained, before calibration
     }
-    save_tensors(settings.output / NETWORK, content)
 
 
-def list_split(data: Data) -> Rows:
+def list_split(data: Data) -> Table:
     """Return a row for each image: its class, its part of the data, 16 digits of its SHA-256."""
-    has_folds = bool(data.held.max() > 0)
+    folds = len(data.train_mask)
+    names = [*(f"fold {fold}" for fold in range(1, folds + 1)), "test"]
+    columns = data.files, data.digests.tolist(), data.eval_mask.T.tolist()
     table = []
-    for row, fold, number in zip(data.rows, data.held.tolist(), data.digests.tolist(), strict=True):
-        part = "val" if row.part == "train" and fold == 0 else row.part
-        if has_folds and fold != EVERY:
-            part = "test" if fold == TEST else f"fold {fold + 1}"
-        label = data.classes[row.label]
-        digest = f"{number % 2**64:016x}"
-        table.append({"path": row.name, "class": label, "part": part, "digest": digest})
+    for file, digest, is_evaluated in zip(*columns, strict=True):
+        part = file.part
+        if any(is_evaluated) and folds > 1:
+            part = names[is_evaluated.index(True)]
+        elif any(is_evaluated) and part == "train":
+            part = "val"
+        row = {"path": file.name, "class": data.classes[file.label], "part": part}
+        table.append(row | {"digest": f"{digest % 2**64:016x}"})
     return table
 
 
-def load_baseline(run: Path | None, data: Data) -> Tensor:
-    """Return what an earlier run predicted for the same judged images: (M,) int64."""
-    if not run:
+def load_baseline(folder: Path | None, data: Data) -> Tensor:
+    """Return what an earlier run predicted for the same validation images: (M,) int64."""
+    if not folder:
         return torch.empty(0)
-    if (run / STATE).exists():
-        raise DataError(f"--baseline {run}: not finished; --resume it first")
-    tables = [list_split(data), read_table(run / "split.csv")]
-    judged = [[row for row in rows if row["part"] not in ("train", "test")] for rows in tables]
-    if different := find_difference(*judged):
+    if (folder / STATE).exists():
+        raise DataError(f"--baseline {folder}: not finished; --resume it first")
+    tables = [list_split(data), read_table(folder / "split.csv")]
+    evaluated = [[row for row in rows if row["part"] not in ("train", "test")] for rows in tables]
+    if different := find_difference(*evaluated):
         text = f"judged by other images, {different} for one; give both runs the same DATA, flags"
-        raise DataError(f"--baseline {run}: {text}")
+        raise DataError(f"--baseline {folder}: {text}")
     labels = {name: label for label, name in enumerate(data.classes)}
-    rows = read_table(run / "predictions.csv")
+    rows = read_table(folder / "predictions.csv")
     predicted = {row["path"]: labels[row["predicted"]] for row in rows}
-    judges = [data.judges(fold) for fold in range(int(data.held.max()) + 1)]
-    return torch.tensor([predicted[data.rows[at].name] for at in torch.cat(judges).tolist()])
+    fold_by_fold = data.eval_mask[:-1].nonzero()[:, 1].tolist()
+    return torch.tensor([predicted[data.files[index].name] for index in fold_by_fold])
 
 
-def find_difference(ours: Rows, theirs: Rows) -> str:
+def find_difference(ours: Table, theirs: Table) -> str:
     """Return the path of the first image that only one of two splits has, "" if there is none."""
     sides = [{(row["path"], row["digest"]) for row in rows} for rows in (ours, theirs)]
     return min(sides[0] ^ sides[1], default=("",))[0]
-
-
-# ---------------------------------------------------------------------------------------- settings
-
-PATHS = ("data", "val", "source", "output", "baseline")  # settings that are paths
-BATCH = 64  # images a step
-SMALL = 2000  # training images; with fewer, batches are half as large, for enough steps
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Every setting of a run as it is used: "auto" is resolved, and nothing changes any more."""
-
-    data: Path
-    folds: int
-    val: Path | None
-    source: Path | None
-    group: str | None  # a regular expression
-    image_size: int  # pixels per side of a training crop
-    flip: str
-    workers: int
-    arch: str
-    weights: str
-    epochs: int
-    power: float  # 0: each image once
-    batch_size: int  # images a step, over all processes
-    output: Path
-    baseline: Path | None
-    seed: int
-    precision: str  # "float32", or that of mixed precision
-    command: str  # that started the run
-
-
-def open_run(args: Namespace, compute: Compute) -> tuple[Settings, Listing, dict[str, Any]]:
-    """Return the settings of a run, its images, and what is stored: its state, or its weights."""
-    if args.resume:
-        run = args.resume
-        if not (run / STATE).exists():
-            raise DataError(f"--resume {run}: no stopped run there, or a complete one")
-        stored = load_tensors(run / STATE, "--resume")
-        if stored.get("format") != STATE_FORMAT:
-            raise DataError(f"--resume {run}: stopped by another version of this script; use that")
-        chosen = stored["settings"] | {"output": run}
-        if args.amp is not None:
-            chosen["precision"] = compute.precision
-        listing = list_data(*(chosen[name] and Path(chosen[name]) for name in PATHS[:3]))
-    else:
-        check_paths(args)
-        listing = list_data(args.data, args.val, args.source)
-        stored = read_weights(args.weights)
-        chosen = vars(args) | {"precision": compute.precision}
-        default_arch = "resnet18" if compute.device.type == "cpu" else "resnet50"
-        chosen["arch"] = args.arch or stored.get("arch", default_arch)
-        chosen["image_size"] = args.image_size or stored.get("image_size", 224)
-        chosen["weights"] = check_weights(args.weights, stored, chosen["arch"])
-        images = sum(row.part == "train" for row in listing[1])
-        if args.folds > 1 or not args.val:
-            images -= round(images * (1 / args.folds if args.folds > 1 else VAL_FRACTION))
-        size = args.batch_size or (BATCH if images >= SMALL else BATCH // 2)
-        chosen["batch_size"] = math.ceil(size / compute.world_size) * compute.world_size
-    chosen["workers"] = count_workers(args.workers, compute.device.type)
-    chosen |= {name: Path(chosen[name]).resolve() for name in PATHS if chosen[name]}
-    return Settings(**{name: chosen[name] for name in Settings.__annotations__}), listing, stored
-
-
-def check_paths(args: Namespace) -> None:
-    """Raise `DataError` where the paths of a command line are of no use."""
-    output = args.output
-    if output.is_file() or output.is_dir() and any(x.name[0] != "." for x in output.iterdir()):
-        raise DataError(f"--output {output}: not empty; name a new folder, or --resume a run")
-    for flag, folder in (("DATA", args.data), ("--source", args.source), ("--val", args.val)):
-        if folder and not folder.is_dir():
-            raise DataError(f"{flag} {folder}: no such folder; pass one that holds class folders")
-        if folder and output.resolve().is_relative_to(folder.resolve()):
-            raise DataError(f"--output {output}: would be a class of {folder}; move it out")
-
-
-def check_weights(weights: str, content: Stored, arch: str) -> str:
-    """Return the full name of the weights; raises `DataError` where they do not fit."""
-    known = models.list_models(models, include=["resnet*", "resnext*", "wide_resnet*"])
-    if arch not in known or content.get("arch", arch) != arch:
-        choice = content.get("arch") or ", ".join(known)
-        raise DataError(f"--arch {arch}: not with these weights, or unknown; take {choice}")
-    if len(content.get("networks", ())) > 1:
-        raise DataError(f"--weights {weights}: an ensemble; train from a run of one network")
-    if content:
-        return os.path.abspath(weights)
-    names = models.get_model_weights(arch).__members__
-    if weights not in ("none", *names):
-        raise DataError(f"--weights {weights}: no such file; or take {', '.join(names)}, or none")
-    return "none" if weights == "none" else names[weights].name  # what DEFAULT means may change
 
 
 # -------------------------------------------------------------------------------------------- data
@@ -1342,69 +1460,32 @@ def check_weights(weights: str, content: Stored, arch: str) -> str:
 VAL_FRACTION = 0.2  # part of each class that is kept for validation
 
 
-class Row(NamedTuple):
-    """An image of the folders that the command line names."""
-
-    path: str
-    name: str  # class/file: its path below DATA, SRC or `--val`, with `/` on every system
-    label: int
-    part: str  # "train", "val", or "source" for an image of SRC
-
-
-Listing = tuple[list[str], list[Row]]  # the classes of DATA, and all images
-
-
-class Data(NamedTuple):
-    """A table of N images of C classes. `learns` and `judges` say which network takes which."""
-
-    classes: list[str]
-    rows: list[Row]
-    labels: Tensor  # (N,) int64
-    held: Tensor  # (N,) int64, its validation fold; `EVERY`: all learn it, `TEST`: none
-    families: Tensor  # (N,) int64, the same for images that stay together: copies, or `--group`
-    digests: Tensor  # (N,) int64, see `check_image`
-    white: int  # the value that is white in grey images of over 8 bits
-    leaks: int  # number of validation images left out that leak from training
-    unreadable: list[str]  # paths left out
-
-    def learns(self, fold: int) -> Tensor:
-        """Return the images that the network of a fold learns: indices, int64."""
-        return ((self.held != fold) & (self.held != TEST)).nonzero().flatten()
-
-    def judges(self, fold: int) -> Tensor:
-        """Return the images that judge a fold, or with `TEST` the ensemble: indices, int64."""
-        return (self.held == fold).nonzero().flatten()
-
-    def counts(self, indices: Tensor) -> Tensor:
-        """Count the images of each class among `indices`: (C,) int64."""
-        return torch.bincount(self.labels[indices], minlength=len(self.classes))
-
-
 def load_data(settings: Settings, listing: Listing, stored: Stored) -> Data:
-    """Read the listed images and decide who learns and who judges; leaks are left out."""
-    classes, rows = listing
-    checked, peak = check_images([row.path for row in rows])
-    unreadable = [row.path for row in rows if row.path not in checked]
-    rows = [row for row in rows if row.path in checked]
-    if not rows:
+    """Read the listed images and decide who learns and who is evaluated; leaks are left out."""
+    classes, files = listing
+    checked, peak = check_images([file.path for file in files])
+    unreadable = [file.path for file in files if file.path not in checked]
+    files = [file for file in files if file.path in checked]
+    if not files:
         raise DataError(f"{settings.data}: no image that can be read")
-    digests = torch.tensor([checked[row.path] for row in rows])
-    families = torch.tensor(find_families(rows, digests.tolist(), settings.group))
-    known = families[find_known(rows, digests, stored)]  # these only train
-    held = hold_images(settings, rows, families, torch.isin(families, known))
-    is_ours = torch.tensor([row.part == "train" for row in rows])
-    is_learnt = is_ours & ((held != 0) | (settings.folds > 1))
-    leaks = ~is_ours & torch.isin(families, torch.cat([families[is_learnt], known]))
+    digests = torch.tensor([checked[file.path] for file in files])
+    families = torch.tensor(find_families(files, digests.tolist(), settings.group))
+    before = families[find_learnt(files, digests, stored)]  # the network of --weights has learnt
+    train_mask, eval_mask = assign_images(settings, files, families, torch.isin(families, before))
+    is_ours = torch.tensor([file.part == "train" for file in files])
+    taken = torch.cat([families[train_mask.any(0)], before])
+    leaks = ~is_ours & torch.isin(families, taken)
     kept = (~leaks).nonzero().flatten()
     if leaks.any():
-        first = printable(rows[int(leaks.nonzero()[0])].path)
+        first = printable(files[int(leaks.nonzero()[0])].path)
         text = f"{leaks.sum()} validation images leak from training: left out, {first} for one"
         print(f"warning: {text}", file=sys.stderr)
     data = Data(
         classes=classes,
-        rows=[rows[place] for place in kept.tolist()],
-        labels=torch.tensor([row.label for row in rows])[kept],
-        held=held[kept],
+        files=[files[index] for index in kept.tolist()],
+        labels=torch.tensor([file.label for file in files])[kept],
+        train_mask=train_mask[:, kept],
+        eval_mask=eval_mask[:, kept],
         families=families[kept],
         digests=digests[kept],
         white=next((white for white in WHITES if peak <= white), peak),
@@ -1412,12 +1493,21 @@ def load_data(settings: Settings, listing: Listing, stored: Stored) -> Data:
         unreadable=unreadable,
     )
     for fold in range(settings.folds):
-        if bare := (data.counts(data.learns(fold)) == 0).nonzero().flatten().tolist():
+        if bare := (data.counts(data.learnt(fold)) == 0).nonzero().flatten().tolist():
             text = "no image that can be read is left to train on; add some or remove the class"
             raise DataError(f"{settings.data}: {classes[bare[0]]}: {text}")
-        if not len(data.judges(fold)):
+        if not data.eval_mask[fold].any():
             raise DataError(f"{settings.val or settings.data}: nothing to validate on; pass --val")
     return data
+
+
+def check_batches(settings: Settings, data: Data, world_size: int) -> None:
+    """Raise `DataError` if some process would train on too few images for BatchNorm."""
+    images = len(data.learnt(0))
+    smallest = images // math.ceil(images / settings.batch_size) // world_size
+    if smallest < (2 if settings.image_size <= STRIDE else 1):
+        text = "too few images for BatchNorm; take more"
+        raise DataError(f"--batch-size {settings.batch_size}: {text}")
 
 
 def list_data(data: Path, val: Path | None, source: Path | None) -> Listing:
@@ -1428,39 +1518,39 @@ def list_data(data: Path, val: Path | None, source: Path | None) -> Listing:
         text = f"train and {parts[0]} look like parts of a data set, not classes"
         command = f"data_training.py {data / 'train'} --val {data / parts[0]}"
         raise DataError(f"{data}: {text}; run {command}")
-    rows = make_rows(data, classes, "train")
-    empty = sorted(set(classes).difference(classes[row.label] for row in rows))
+    files = list_images(data, classes, "train")
+    empty = sorted(set(classes).difference(classes[file.label] for file in files))
     if empty or len(classes) < 2:
         text = "at least two class folders are needed, with images in each"
         cure = f"{empty[0]} has none" if empty else "pass the folder that holds them"
         raise DataError(f"{data}: {text}; {cure}")
-    names = {row.name for row in rows}
+    names = {file.name for file in files}
     for part, folder in (("val", val), ("source", source)):
         if folder:
             if strange := sorted(set(list_folders(folder)).difference(classes)):
                 text = f"not classes of DATA: {', '.join(strange)}; rename or remove"
                 raise DataError(f"--{part} {folder}: {text}")
-            others = make_rows(folder, classes, part)
-            rows += [row for row in others if part == "val" or row.name not in names]
-    return classes, rows
+            others = list_images(folder, classes, part)
+            files += [file for file in others if part == "val" or file.name not in names]
+    return classes, files
 
 
-def make_rows(root: Path, classes: list[str], part: str) -> list[Row]:
+def list_images(root: Path, classes: list[str], part: str) -> list[ImageFile]:
     """List the images in the class folders of `root` as `ImageFolder` does; count other files."""
     labels = {name: label for label, name in enumerate(classes)}
-    rows = []
+    files = []
     others = []
     for path in walk_files(str(root)):
         name = path.removeprefix(str(root)).replace(os.sep, "/").lstrip("/")
-        top, _, file = name.partition("/")
-        if file and top in labels and name.lower().endswith(IMG_EXTENSIONS):
-            rows.append(Row(path, name, labels[top], part))
+        top, _, below = name.partition("/")
+        if below and top in labels and name.lower().endswith(IMG_EXTENSIONS):
+            files.append(ImageFile(path, name, labels[top], part))
         else:
             others.append(name)
     if others:
         text = f"{root}: {len(others)} files left out, no images or in no class: {min(others)} ..."
         print(f"warning: {printable(text)}", file=sys.stderr)
-    return sorted(rows, key=lambda row: (row.label, os.path.split(row.path)))
+    return sorted(files, key=lambda file: (file.label, os.path.split(file.path)))
 
 
 def family_name(name: str, group: str | None) -> str | None:
@@ -1469,16 +1559,16 @@ def family_name(name: str, group: str | None) -> str | None:
     return match and match[min(1, match.re.groups)]
 
 
-def find_known(rows: list[Row], digests: Tensor, content: Stored) -> Tensor:
+def find_learnt(files: list[ImageFile], digests: Tensor, stored: Stored) -> Tensor:
     """Return which images a network, or a state, has learnt, itself or its family: (N,) bool."""
-    names = [family_name(row.name, content.get("group")) for row in rows]
-    families = set(content.get("families", ()))
+    names = [family_name(file.name, stored.get("group")) for file in files]
+    families = set(stored.get("families", ()))
     is_relative = torch.tensor([name in families for name in names])
-    return is_relative | torch.isin(digests, content.get("learnt", digests[:0]))
+    return is_relative | torch.isin(digests, stored.get("learnt", digests[:0]))
 
 
-def find_families(rows: list[Row], digests: Sequence[int], group: str | None) -> list[int]:
-    """Return a number for each row, the same in a family: copies, and what `group` matches."""
+def find_families(files: list[ImageFile], digests: Sequence[int], group: str | None) -> list[int]:
+    """Return a number for each image, the same in a family: copies, and what `group` matches."""
     parent: dict[int | str, int | str] = {}  # a forest (union-find), in which each tree is a family
 
     def root(key: int | str) -> int | str:
@@ -1486,39 +1576,49 @@ def find_families(rows: list[Row], digests: Sequence[int], group: str | None) ->
             parent[key] = key = parent[parent[key]]
         return key
 
-    names = [family_name(row.name, group) for row in rows]
-    for row, name, content in zip(rows, names, digests, strict=True):
-        parent[root(content)] = root(row.path if name is None else f"--group {name}")
+    names = [family_name(file.name, group) for file in files]
+    for file, name, content in zip(files, names, digests, strict=True):
+        parent[root(content)] = root(file.path if name is None else f"--group {name}")
     numbers: dict[int | str, int] = {}
     families = [numbers.setdefault(root(content), len(numbers)) for content in digests]
     if group:
         text = f"--group {group}: {len(numbers)} families; unmatched images: {names.count(None)}"
-        if names.count(None) == len(rows) or len(numbers) == 1:
+        if names.count(None) == len(files) or len(numbers) == 1:
             raise DataError(f"{text}; match what differs in the paths below the class folders")
         print(printable(text), file=sys.stderr)
     return families
 
 
-def hold_images(settings: Settings, rows: list[Row], families: Tensor, is_known: Tensor) -> Tensor:
-    """Return the validation fold of each row, `EVERY` or `TEST`; families stay together."""
+def assign_images(
+    settings: Settings, files: list[ImageFile], families: Tensor, is_learnt: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return who learns, (K, N) bool, and who is evaluated, (K + 1, N); families stay together.
+
+    Images of `--val` and SRC are evaluated, with folds by the ensemble alone. Of DATA each fold has
+    its share, or the only one a fifth. What `--weights` has learnt only trains.
+    """
     folds = settings.folds
-    elsewhere = TEST if folds > 1 else 0  # of images that are not in DATA
-    held = [EVERY if row.part == "train" else elsewhere for row in rows]
+    is_ours = torch.tensor([file.part == "train" for file in files])
+    train_mask = is_ours.repeat(folds, 1)
+    eval_mask = torch.zeros(folds + 1, len(files), dtype=torch.bool)
+    eval_mask[folds if folds > 1 else 0] = ~is_ours
     if settings.val and folds == 1:
-        return torch.tensor(held)
-    ours = [i for i, row in enumerate(rows) if row.part == "train" and not is_known[i]]
+        return train_mask, eval_mask
+    ours = (is_ours & ~is_learnt).nonzero().flatten().tolist()
     shares = [1 / folds] * folds if folds > 1 else [1 - VAL_FRACTION, VAL_FRACTION]
     # Their order depends on their names and the seed alone, whatever else is there.
-    names = [f"{settings.seed}/{rows[i].name}".encode(errors="surrogateescape") for i in ours]
+    names = [f"{settings.seed}/{files[i].name}".encode(errors="surrogateescape") for i in ours]
     order = [hashlib.sha256(name).digest() for name in names]
-    parts = deal([rows[i].label for i in ours], families[ours].tolist(), order, shares)
+    parts = assign_parts([files[i].label for i in ours], families[ours].tolist(), order, shares)
     for index, part in zip(ours, parts, strict=True):
         if folds > 1 or part == 1:
-            held[index] = part if folds > 1 else 0
-    return torch.tensor(held)
+            fold = part if folds > 1 else 0
+            train_mask[fold, index] = False
+            eval_mask[fold, index] = True
+    return train_mask, eval_mask
 
 
-def deal(
+def assign_parts(
     labels: Sequence[int], families: Sequence[int], order: Sequence[bytes], shares: Sequence[float]
 ) -> list[int]:
     """Return the part of each image, so that each part gets about its share of each class.
@@ -1563,14 +1663,18 @@ def deal(
 
 # ------------------------------------------------------------------------------------------- model
 
-# What belongs to a ResNet: its head, its layers from below, the pixels of a cell of its last map.
-HEAD_NAME = "fc."
-LAYERS = (("conv1.", "bn1.", "layer1."), ("layer2.",), ("layer3.",), ("layer4.", HEAD_NAME))
-LOWER = LAYERS[0] + LAYERS[1]  # the lower half
-STRIDE = 32
 # AdamW changes a weight by about the rate, whatever its size, and files differ a hundredfold.
 CONV_SCALE = 0.5  # root mean square of weights, times sqrt(fan-in), that the rates are for
 FEATURE_SCALE = 2.0  # and of the BatchNorms that add up to the features
+
+
+class Architecture(NamedTuple):
+    """What the script knows of networks of torchvision that are built alike."""
+
+    names: tuple[str, ...]  # patterns of their names
+    head: str  # the name of the last layer
+    layers: tuple[tuple[str, ...], ...]  # how names begin in four groups of layers, from below
+    rescale: Callable[[Any], None]  # brings weights to the scale that the rates are for
 
 
 class Head(nn.Linear):
@@ -1582,23 +1686,32 @@ class Head(nn.Linear):
             return super().forward(features.float())
 
 
-class Ensemble(nn.ModuleList):
-    """Several networks that answer by the mean of their logits."""
+class Ensemble(nn.Module):
+    """Networks that answer by the mean of their logits, calibrated."""
+
+    def __init__(self, networks: Iterable[nn.Module], calibration: Calibration, log_share: Tensor):
+        """Calibrate by these numbers and the (C,) log shares of the classes."""
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        self.calibration = calibration
+        self.log_share: Tensor
+        self.register_buffer("log_share", log_share)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of (B, 3, H, W) images: (B, C)."""
-        return torch.stack([network(images) for network in self]).mean(0)
+        mean = torch.stack([network(images) for network in self.networks]).mean(0)
+        return self.calibration.apply(mean, self.log_share)
 
 
-def head_of(model: ResNet) -> Any:
+def head_of(model: Any) -> Any:
     """Return the head of a network."""
-    return model.fc
+    return model.get_submodule(model.architecture.head)
 
 
-def without_head(model: ResNet) -> nn.Module:
+def without_head(model: Any) -> nn.Module:
     """Return a copy of a network that computes features: (B, D)."""
-    backbone: Any = copy.deepcopy(model)
-    backbone.fc = nn.Identity()
+    backbone = copy.deepcopy(model)
+    backbone.set_submodule(model.architecture.head, nn.Identity())
     return backbone
 
 
@@ -1607,20 +1720,34 @@ def copy_state(module: nn.Module) -> State:
     return {key: value.to("cpu", copy=True) for key, value in module.state_dict().items()}
 
 
-def build_ensemble(arch: str, classes: list[str], states: list[State]) -> Ensemble:
-    """Build the networks of a run."""
-    return Ensemble(build_model(arch, classes, state, classes) for state in states)
+def copy_head(model: Any) -> State:
+    """Copy the head's part of the state of a network into main memory."""
+    state = copy_state(head_of(model))
+    return {f"{model.architecture.head}.{key}": value for key, value in state.items()}
 
 
-def build_model(arch: str, classes: list[str], state: State, known: list[str] | None) -> ResNet:
+def load_ensemble(stored: Stored) -> Ensemble:
+    """Build the networks of a run, from the content of `NETWORK`."""
+    classes = stored["classes"]
+    networks = build_models(stored["arch"], classes, stored["networks"])
+    return Ensemble(networks, Calibration(stored["scale"], stored["shift"]), stored["natural"])
+
+
+def build_models(arch: str, classes: list[str], states: list[State]) -> list[nn.Module]:
+    """Build networks of these classes from their states."""
+    return [build_model(arch, classes, state, classes) for state in states]
+
+
+def build_model(arch: str, classes: list[str], state: State, known: list[str] | None) -> Any:
     """Build the network for `classes` from a state, if any; its head stays if it is of these."""
-    model = models.get_model(arch, weights=None, num_classes=len(classes))
-    model.fc = Head(model.fc.in_features, len(classes))
+    model: Any = models.get_model(arch, weights=None, num_classes=len(classes))
+    model.architecture = architecture_of(arch)
+    features = head_of(model).in_features
+    model.set_submodule(model.architecture.head, Head(features, len(classes)))
     if not state:
         return model
-    if not keeps_head(state, classes, known):
-        state = {key: value for key, value in state.items() if not key.startswith(HEAD_NAME)}
-        state |= model.fc.state_dict(prefix=HEAD_NAME)
+    if not keeps_head(model, state, classes, known):
+        state = state | copy_head(model)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -1631,13 +1758,13 @@ def build_model(arch: str, classes: list[str], state: State, known: list[str] | 
     return model
 
 
-def keeps_head(state: State, classes: list[str], known: list[str] | None) -> bool:
+def keeps_head(model: Any, state: State, classes: list[str], known: list[str] | None) -> bool:
     """Return whether the head of a state is of these classes, as far as that is known."""
-    bias = state.get(f"{HEAD_NAME}bias", torch.empty(0))
+    bias = state.get(f"{model.architecture.head}.bias", torch.empty(0))
     return bias.shape == (len(classes),) and known in (None, classes)
 
 
-def load_model(settings: Settings, classes: list[str], stored: Stored) -> ResNet:
+def load_model(settings: Settings, classes: list[str], stored: Stored) -> Any:
     """Build the pretrained network of a new run, or that of a stopped one."""
     name = settings.weights
     torch.manual_seed(settings.seed)
@@ -1650,34 +1777,51 @@ def load_model(settings: Settings, classes: list[str], stored: Stored) -> ResNet
             text = f"{weights.url} could not be fetched or read ({error}); put it into "
             text += f"{torch.hub.get_dir()}/checkpoints, or pass a file, or --weights none"
             raise DataError(f"--weights {name}: {text}") from None
-    model = build_model(settings.arch, classes, state, stored.get("classes"))
+    known = stored.get("classes")
+    model = build_model(settings.arch, classes, state, known)
     # On pretrained layers zeros are 2 points better with the sampler, and 11 worse without.
-    if state and settings.power > 0 and not keeps_head(state, classes, stored.get("classes")):
-        nn.init.zeros_(model.fc.weight)
-        nn.init.zeros_(model.fc.bias)
+    if state and settings.power > 0 and not keeps_head(model, state, classes, known):
+        nn.init.zeros_(head_of(model).weight)
+        nn.init.zeros_(head_of(model).bias)
     if state and "history" not in stored:
-        rescale(model)
+        model.architecture.rescale(model)
     return model
 
 
-def read_weights(place: str) -> dict[str, Any]:
+def read_weights(path: str) -> dict[str, Any]:
     """Read the network of a run, or a state_dict as one of "networks"; {} for a name."""
-    path = os.path.join(place, NETWORK) if os.path.isdir(place) else place
-    if not os.path.isfile(path):
+    file = os.path.join(path, NETWORK) if os.path.isdir(path) else path
+    if not os.path.isfile(file):
         return {}
-    content = load_tensors(Path(path), "--weights")
+    content = load_tensors(Path(file), "--weights")
     state: Any = content if isinstance(content, dict) else {}
     if state.get("networks") and "classes" in state:
         return state
     state = state.get("state_dict", state.get("model", state))
     items = state.items() if isinstance(state, dict) else ()
     if not (items and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in items)):
-        raise DataError(f"--weights {path}: no weights in it; torch.save a state_dict there")
+        raise DataError(f"--weights {file}: no weights in it; torch.save a state_dict there")
     return {"networks": [{key.removeprefix("module."): value for key, value in items}]}
 
 
+def check_weights(weights: str, stored: Stored, arch: str) -> str:
+    """Return the full name of the weights; raises `DataError` where they do not fit."""
+    known = [name for name in models.list_models(models) if architecture_of(name)]
+    if arch not in known or stored.get("arch", arch) != arch:
+        choice = stored.get("arch") or ", ".join(known)
+        raise DataError(f"--arch {arch}: not with these weights, or unknown; take {choice}")
+    if len(stored.get("networks", ())) > 1:
+        raise DataError(f"--weights {weights}: an ensemble; train from a run of one network")
+    if stored:
+        return os.path.abspath(weights)
+    names = models.get_model_weights(arch).__members__
+    if weights not in ("none", *names):
+        raise DataError(f"--weights {weights}: no such file; or take {', '.join(names)}, or none")
+    return "none" if weights == "none" else names[weights].name  # what DEFAULT means may change
+
+
 @torch.no_grad()
-def rescale(model: Any) -> None:
+def rescale_resnet(model: Any) -> None:
     """Bring weights to the scale that the learning rates are for; the outputs do not change."""
     blocks = list(model.layer4)
     added = [getattr(block, "bn3", block.bn2) for block in blocks] + [blocks[0].downsample[1]]
@@ -1695,14 +1839,29 @@ def rescale(model: Any) -> None:
         norm.running_var.add_(norm.eps).mul_(factor**2).sub_(norm.eps)
 
 
+# Another architecture is another entry; without one it is refused, since it was not measured.
+ARCHITECTURES = (
+    Architecture(
+        names=("resnet*", "resnext*", "wide_resnet*"),
+        head="fc",
+        layers=(("conv1.", "bn1.", "layer1."), ("layer2.",), ("layer3.",), ("layer4.", "fc.")),
+        rescale=rescale_resnet,
+    ),
+)
+
+
+def architecture_of(arch: str) -> Architecture | None:
+    """Return what is known of the network called `arch`, if it is."""
+    fitting = [each for each in ARCHITECTURES if any(fnmatch(arch, x) for x in each.names)]
+    return fitting[0] if fitting else None
+
+
 # ----------------------------------------------------------------------------------------- reading
 
 CROP_SCALE = 0.5  # smallest part of an image that a training crop shows
 EVAL_SCALE = 8 / 7  # of larger images, as crops enlarge (Touvron et al. 2019, arXiv:1906.06423)
 WHITES = (255, 1023, 4095, 16383, 65535)  # in grey images: the first that no value exceeds
-COPIES = ".copies"  # in a run folder
-# Sides to flip for each orientation of EXIF, after rows and columns are swapped from 5 on.
-FLIPS = {2: [2], 3: [1, 2], 4: [1], 5: [], 6: [2], 7: [1, 2], 8: [1]}
+STRIDE = 32  # pixels of a cell of the last feature map, in all networks of torchvision
 
 
 def check_images(paths: list[str]) -> tuple[dict[str, int], int]:
@@ -1758,13 +1917,10 @@ def read_image(path: str, white: int, least: int) -> Tensor:
         is_large = 2 * least**2 < min(picture.size) ** 2
         if is_large:  # a JPEG is decoded to a half, quarter or eighth, no side shorter than `least`
             picture.draft(None, (least, least))
+        picture.load()
+        with contextlib.suppress(Exception):  # of tags that are broken
+            ImageOps.exif_transpose(picture, in_place=True)
         image = to_pixels(picture, white)
-        orientation = 1
-        with contextlib.suppress(Exception):  # of tags that are broken; Pillow turns TIFFs itself
-            orientation = int(picture.getexif().get(274, 1))
-        if orientation in FLIPS:
-            image = image.transpose(1, 2) if orientation >= 5 else image
-            image = image.flip(FLIPS[orientation])
         if is_large:  # each pixel is the mean of what it covers; a grey channel is shrunk once
             image = v2.functional.resize(image, [least])
         # Crops are taken faster where the colours of a pixel lie side by side.
@@ -1848,7 +2004,7 @@ class Reader:
         self.features: Any = None  # (N, D) float16, once they are extracted
         self.compute = compute
         self.batch_size = batch_size
-        self.share = math.ceil(batch_size / compute.world_size)
+        self.per_process = math.ceil(batch_size / compute.world_size)
         if workers:
             try:
                 get_temp_dir()  # in which workers make their sockets: here once, not in each
@@ -1871,12 +2027,33 @@ class Reader:
         """Return images (B, S, S, 3) uint8, or features (B, D), and labels (B,) of `batches`."""
         loaded: Iterable[Any] = self.loader
         if on_features:
-            places = (batch[:, 0] for batch in batches)
-            loaded = ((self.features[place].float(), self.labels[place]) for place in places)
+            parts = (batch[:, 0] for batch in batches)
+            loaded = ((self.features[part].float(), self.labels[part]) for part in parts)
         else:
             self.batches[:] = [batch.numpy() for batch in batches]
         hidden = self.compute.rank > 0 or None  # None: unless it is a terminal
         return tqdm(loaded, title, len(batches), unit=" batches", leave=False, disable=hidden)
+
+
+def cut_batches(indices: Tensor, batch_size: int, seeds: Generator | None = None) -> list[Tensor]:
+    """Cut images into batches of (index, seed), (B, 2) int64; without `seeds`, to be evaluated."""
+    if not len(indices):  # of a process that has no image to evaluate
+        return []
+    drawn = torch.full_like(indices, EVALUATED)
+    if seeds:
+        drawn = torch.randint(2**62, (len(indices),), generator=seeds)
+    pairs = torch.stack([indices, drawn], 1)
+    # Of sizes that differ by one at most: a last batch of a single image would break BatchNorm.
+    return list(pairs.tensor_split(math.ceil(len(indices) / batch_size)))
+
+
+def make_reader(settings: Settings, options: Options, data: Data, compute: Compute) -> Reader:
+    """Make the reader of the images of a run."""
+    paths = [file.path for file in data.files]
+    images = Images(paths, data.labels, data.white, settings.image_size, settings.flip)
+    images.keep_copies(settings.output / COPIES)
+    workers = count_workers(options.workers, compute.device.type)
+    return Reader(images, compute, workers, settings.batch_size)
 
 
 def leave_interrupts(_: int) -> None:
@@ -1909,6 +2086,12 @@ def eval_size(size: int) -> int:
     return max(size, int(EVAL_SCALE * size) // STRIDE * STRIDE)
 
 
+def seeded(purpose: str, *numbers: int) -> Generator:
+    """Return a random stream that only this purpose and these numbers have."""
+    text = "/".join(map(str, (purpose, *numbers)))
+    return Generator().manual_seed(random.Random(text).getrandbits(63))
+
+
 # ---------------------------------------------------------------------------------------- measures
 
 
@@ -1930,18 +2113,18 @@ def precision_in_use(confusion: Tensor, frequency: Tensor) -> Tensor:
     return called.diag() / called.nansum(0)
 
 
-def auc_by_class(scores: Tensor, exam: Exam) -> Tensor:
+def auc_by_class(scores: Tensor, eval_set: EvalSet) -> Tensor:
     """Return the area under the ROC curve of each class against each other: (C,) float64."""
     areas = torch.zeros(scores.shape[1], dtype=torch.float64)
     images = torch.zeros_like(areas)
-    for fold in exam.folds.unique():  # scores of one network are compared
-        targets = exam.targets[exam.folds == fold]
+    for fold in eval_set.folds.unique():  # scores of one network are compared
+        targets = eval_set.targets[eval_set.folds == fold]
         counts = targets.bincount(minlength=len(areas))
         known = counts.nonzero().flatten().tolist()
         for label in known if len(known) > 1 else []:
             ours = targets == label
             weights = torch.where(ours, 0, 1 / counts[targets].double()) / (len(known) - 1)
-            _, rank = scores[exam.folds == fold, label].unique(return_inverse=True)
+            _, rank = scores[eval_set.folds == fold, label].unique(return_inverse=True)
             others = torch.bincount(rank, weights)
             lower = others.cumsum(0) - others / 2
             areas[label] += lower[rank[ours]].sum()
@@ -1949,28 +2132,28 @@ def auc_by_class(scores: Tensor, exam: Exam) -> Tensor:
     return areas / images
 
 
-def effective_counts(exam: Exam) -> tuple[Tensor, Tensor]:
+def effective_counts(eval_set: EvalSet) -> tuple[Tensor, Tensor]:
     """Return each class's effective sample size (Kish 1965) and number of families: (C,) each."""
-    classes = len(exam.train_counts)
-    width = int(exam.families.max()) + 1
-    pairs, sizes = (exam.targets * width + exam.families).unique(return_counts=True)
+    classes = len(eval_set.train_counts)
+    width = int(eval_set.families.max()) + 1
+    pairs, sizes = (eval_set.targets * width + eval_set.families).unique(return_counts=True)
     label = pairs // width
     images = torch.bincount(label, sizes.double(), classes)
     squares = torch.bincount(label, sizes.double() ** 2, classes)
     return (images**2 / squares).nan_to_num(), torch.bincount(label, minlength=classes)
 
 
-def spanning_factor(values: Tensor, exam: Exam) -> float:
+def spanning_factor(values: Tensor, eval_set: EvalSet) -> float:
     """Return how much families that span classes enlarge the variance of the mean of classes."""
-    counts = exam.targets.bincount(minlength=len(exam.train_counts)).double()
+    counts = eval_set.targets.bincount(minlength=len(eval_set.train_counts)).double()
     values = values.double()
-    means = torch.bincount(exam.targets, values, len(counts)) / counts
-    errors = values - means[exam.targets]
+    means = torch.bincount(eval_set.targets, values, len(counts)) / counts
+    errors = values - means[eval_set.targets]
     if not errors.any():  # all are right: how alike families are is not known, as in Kish's count
         errors = torch.ones_like(errors)
-    errors = errors / counts[exam.targets]
-    together = torch.bincount(exam.families, errors).square().sum()
-    _, pairs = (exam.families * len(counts) + exam.targets).unique(return_inverse=True)
+    errors = errors / counts[eval_set.targets]
+    together = torch.bincount(eval_set.families, errors).square().sum()
+    _, pairs = (eval_set.families * len(counts) + eval_set.targets).unique(return_inverse=True)
     apart = torch.bincount(pairs, errors).square().sum()
     return max(1.0, float(together / apart))
 
@@ -2002,7 +2185,7 @@ def lowest_mean(recall: Tensor, n: Tensor, weights: Tensor) -> Tensor:
     return distance.squeeze(1)
 
 
-def measure(confusion: Tensor, train_counts: Tensor, effective: Tensor) -> dict[str, float]:
+def summarise(confusion: Tensor, train_counts: Tensor, effective: Tensor) -> dict[str, float]:
     """Return `MEASURES`, and the interval of balanced accuracy from (C,) `effective` images."""
     weights = measure_weights(confusion.sum(1), train_counts)
     values, low, high = mean_interval(recall_by_class(confusion), effective, weights)
@@ -2020,20 +2203,20 @@ def measure_weights(val_counts: Tensor, train_counts: Tensor) -> Tensor:
     return weights / weights.sum(1, keepdim=True)
 
 
-def compare(before: Tensor, judged: Evaluation) -> Rows:
+def compare(before: Tensor, evaluation: Evaluation) -> Table:
     """Return what changed since another run, by its answers `before` (M,): a row for a measure."""
-    exam, new = judged.exam, judged.confusion
-    targets, classes = exam.targets, len(new)
+    eval_set, new = evaluation.eval_set, evaluation.confusion
+    targets, classes = eval_set.targets, len(new)
     if len(before) != len(targets):  # no other run, or this one is unfinished
         return []
     old = confusion_matrix(targets, before, classes)
-    weights = measure_weights(new.sum(1), exam.train_counts)
-    change = (judged.predicted == targets).long() - (before == targets).long()
+    weights = measure_weights(new.sum(1), eval_set.train_counts)
+    change = (evaluation.predicted == targets).long() - (before == targets).long()
     lost = torch.bincount(targets[change < 0], minlength=classes) + 0.25  # Agresti, Min 2005
     won = torch.bincount(targets[change > 0], minlength=classes) + 0.25
     n = new.sum(1).double() + 0.5
-    variance = ((won + lost) / n - ((won - lost) / n) ** 2) / (effective_counts(exam)[0] - 0.5)
-    half = Z * (weights**2 @ variance * spanning_factor(change, exam)).sqrt()
+    variance = ((won + lost) / n - ((won - lost) / n) ** 2) / (effective_counts(eval_set)[0] - 0.5)
+    half = Z * (weights**2 @ variance * spanning_factor(change, eval_set)).sqrt()
     means = [(weights @ recall_by_class(each).nan_to_num()).tolist() for each in (old, new)]
     rows = []
     for name, one, two, far in zip(MEASURES, *means, half.tolist(), strict=True):
@@ -2046,42 +2229,29 @@ def compare(before: Tensor, judged: Evaluation) -> Rows:
     return rows
 
 
+def format_range(summary: Mapping[str, float]) -> str:
+    """Return a balanced accuracy with its interval, in per cent."""
+    ends = f"{100 * summary['low']:.1f}, {100 * summary['high']:.1f}"
+    return f"{summary['balanced_accuracy']:.1%} [{ends}]"
+
+
 # ----------------------------------------------------------------------------------------- devices
 
 PINNED = "cuda"  # the device to which pinned memory is copied while the host goes on
 
 
-class Compute(NamedTuple):
-    """The device and precision a network runs in, and the rank of this process."""
-
-    device: torch.device
-    precision: str  # "float32", or that of mixed precision
-    rank: int = 0
-    world_size: int = 1
-
-    def autocast(self) -> torch.autocast:
-        """Return the context for a forward pass."""
-        dtype = getattr(torch, self.precision)
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32)
-
-    def place(self, tensors: Any) -> Any:
-        """Move a network, or images, to the device and into its memory format."""
-        # On MPS gradients of BatchNorm are wrong: https://github.com/pytorch/pytorch/issues/175189
-        layout = torch.contiguous_format if self.device.type == "mps" else torch.channels_last
-        return tensors.to(self.device, memory_format=layout)
-
-
-def join_processes(name: str, amp: bool | None) -> Compute:
+def join_processes(options: Options) -> Compute:
     """Return the device and precision of this process; under torchrun, meet the others first."""
-    compute = pick_compute(name, amp)
+    compute = pick_compute(options)
     if dist.is_torchelastic_launched():
         dist.init_process_group()
         compute = compute._replace(rank=dist.get_rank(), world_size=dist.get_world_size())
     return compute
 
 
-def pick_compute(name: str, amp: bool | None) -> Compute:
-    """Return the device called `name` and its precision; raises `DataError` if it is not there."""
+def pick_compute(options: Options) -> Compute:
+    """Return the device that is asked for, and its precision; raises `DataError` without it."""
+    name = options.device
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     best = found or torch.device("cpu")
     try:
@@ -2095,7 +2265,7 @@ def pick_compute(name: str, amp: bool | None) -> Compute:
         raise DataError(f"--device {name}: not on this machine, or too old; try cpu") from None
     if device.type == "cuda":
         torch.cuda.set_device(probe.device)  # later questions are about the current device
-    return Compute(probe.device, pick_precision(probe.device, amp))
+    return Compute(probe.device, pick_precision(probe.device, options.amp))
 
 
 def pick_precision(device: torch.device, amp: bool | None) -> str:
@@ -2127,7 +2297,7 @@ def normalisation(device: torch.device) -> Tensor:
     return torch.tensor([[255 * x for x in part] for part in parts], device=device)[..., None, None]
 
 
-def to_device(batch: Tensor, compute: Compute) -> Tensor:
+def move_batch(batch: Tensor, compute: Compute) -> Tensor:
     """Return labels or features on the device; images (B, H, W, 3) uint8 as normalised input."""
     is_pinned = compute.device.type == PINNED
     batch = batch.pin_memory() if is_pinned else batch
@@ -2135,19 +2305,25 @@ def to_device(batch: Tensor, compute: Compute) -> Tensor:
     if batch.dtype != torch.uint8:
         return batch
     mean, std = normalisation(compute.device)
-    return compute.place(batch.permute(0, 3, 1, 2).float()).sub_(mean).div_(std)
+    return compute.to_device(batch.permute(0, 3, 1, 2).float()).sub_(mean).div_(std)
 
 
-def first_makes(compute: Compute, make: Callable[..., Any], *arguments: Any) -> Any:
-    """Call `make` in process 0 and return its result, not None, in all; where it fails, all end."""
-    made = [None]
+def on_first_process(compute: Compute, make: Callable[..., Any], *arguments: Any) -> Any:
+    """Call `make` in process 0 and return its result in all; where it fails, all end."""
+    made: list[tuple[Any, ...]] = [()]
     try:
         if compute.rank == 0:
-            made = [make(*arguments)]
+            made = [(make(*arguments),)]
     finally:  # else the others would say that they have lost process 0
         if compute.world_size > 1:
             dist.broadcast_object_list(made, 0)
-    return sys.exit(2) if made[0] is None else made[0]
+    return made[0][0] if made[0] else sys.exit(2)
+
+
+def check_numbers(value: float, name: str) -> None:
+    """Raise `DataError` if a number is not finite."""
+    if not math.isfinite(value):
+        raise DataError(f"{name} became {value}; try --no-amp, or other weights")
 
 
 def gather(part: Tensor, compute: Compute) -> Tensor:
@@ -2165,18 +2341,17 @@ def gather(part: Tensor, compute: Compute) -> Tensor:
 # ------------------------------------------------------------------------------------------- files
 
 
-def lock_folder(folder: Path) -> Any:
-    """Make the folder of a run and lock it while the result is there, or raise `DataError`."""
+def lock_folder(folder: Path) -> None:
+    """Make a folder and lock it until this process ends, or raise `DataError`."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / LOCK, "ab")  # noqa: SIM115
+    lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR)
     try:
         if sys.platform == "win32":
-            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
         else:  # not `flock`: forked workers would hold that until they notice that we are gone
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise DataError(f"{folder}: another process is at work there; wait for its end") from None
-    return lock
 
 
 def list_folders(root: Path) -> list[str]:
@@ -2243,7 +2418,7 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return text.getvalue().encode(errors="surrogateescape")
 
 
-def to_rows(columns: Mapping[str, Sequence[Any] | Tensor]) -> Rows:
+def to_rows(columns: Mapping[str, Sequence[Any] | Tensor]) -> Table:
     """Return a row for each place of the columns."""
     lists = [x.tolist() if isinstance(x, Tensor) else x for x in columns.values()]
     return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
@@ -2281,94 +2456,70 @@ def number(kind: type, least: float, most: float) -> Callable[[str], Any]:
     return parse
 
 
-def pattern(text: str) -> str:
-    """Return a regular expression for argparse, if it is one."""
-    try:
-        return re.compile(text).pattern
-    except (re.error, OverflowError) as error:
-        raise argparse.ArgumentTypeError(f"no regular expression: {error}") from None
-
-
-# fmt: off
 def make_parser() -> OneLineParser:
-    """Return the parser of all flags; what is resolved later is `None`."""
-    purpose = str(__doc__).partition("\n\nDATA")[0]  # with the commands
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = OneLineParser(prog="data_training.py", description=purpose, formatter_class=raw)
-    parser.add_argument("data", metavar="DATA", type=Path, nargs="?",
-        help="folder with one folder per class; with --predict an image, or a folder of images")
-
-    def add(flag: str, metavar: str, kind: Any, default: Any, text: str) -> None:
-        group.add_argument(flag, metavar=metavar, type=kind, default=default,
-            help=text if default is None else f"{text} (default: {default})")
-
-    natural = number(int, 0, 2**62)
-    positive = number(int, 1, 2**62)
-    group = parser.add_argument_group("data")
-    add("--folds", "K", number(int, 3, 10), 1, "train K networks, 3 to 10, each judged by the part "
-        "of the images that it has not learnt; images of --val or --source test the ensemble")
-    add("--val", "DIR", Path, None, "class folders to validate on, in place of a fifth of DATA")
-    add("--source", "SRC", Path, None, "folder that DATA was made from: its other images validate")
-    add("--group", "PATTERN", pattern, None, "regular expression for paths below the class folder: "
-        "images with the same first group, or match, stay on one side (patient, film)")
-    add("--image-size", "PX", positive, None, "of a training crop (default: of --weights, or 224)")
-    group.add_argument("--flip", choices=("sides", "none", "all"), default="sides", help="mirror "
-        "half of the training images (default), none (text, signs), or also turn them (from above)")
-    add("--workers", "N", natural, None, "processes that read images (default: by the cores)")
-    group = parser.add_argument_group("model")
-    add("--arch", "NAME", str, None, "default: of --weights, or resnet50, resnet18 on a CPU")
-    add("--weights", "NAME|PATH", str, "DEFAULT", "of torchvision, a file, a run, or none")
-    group = parser.add_argument_group("training")
-    add("--epochs", "N", positive, 10, "each draws as many images as there are to train on")
-    add("--power", "P", number(float, 0, 10), 1.0, "draw by (images of class) ** -P; 0: no sampler")
-    add("--batch-size", "N", number(int, 2, 2**62), None, "images per step, a multiple of the "
-        f"processes (default: {BATCH}, half for under {SMALL:,} training images)")
-    group = parser.add_argument_group("use")
-    add("--predict", "RUN", Path, None, "predict the class of each image in DATA by a run (its "
-        "folder, or network.pt); writes CSV to stdout, or to --output FILE")
-    group.add_argument("--natural", action="store_true", default=None,
-        help="predict for classes as frequent as in training, not for equally frequent ones")
-    group = parser.add_argument_group("run")
-    add("--output", "DIR", Path, None, "new folder for the results (default: runs/DATE-TIME)")
-    add("--resume", "RUN", Path, None, "go on with the run in this folder")
-    add("--baseline", "RUN", Path, None, "earlier run judged by the same images, to compare with")
-    add("--seed", "N", natural, 0, "of split, draws, augmentation, random weights")
-    add("--device", "NAME", str, "auto", "cpu, cuda, ...; auto: an accelerator, else cpu")
-    group.add_argument("--amp", action=argparse.BooleanOptionalAction,
-        help="mixed precision (default: where the hardware gains from it)")
+    """Return the parser of the flags that `Settings` and `Options` declare; only what is typed."""
+    parser = OneLineParser(
+        prog="data_training.py",
+        description=str(__doc__).partition("\n\nDATA")[0],  # with the commands
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    groups: dict[str, Any] = {"": parser}
+    for each in fields(Settings) + fields(Options):
+        said = {key: value for key, value in each.metadata.items() if value not in ("", None)}
+        if not said:
+            continue
+        if "least" in said:
+            most = said.pop("most", 2**62)
+            said["type"] = number(said["type"], said.pop("least"), most)
+        if each.default and "choices" not in said:
+            said["help"] += f" (default: {each.default})"
+        title = said.pop("group", "")
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        if title:
+            groups[title].add_argument(f"--{each.name.replace('_', '-')}", **said)
+        else:
+            parser.add_argument(each.name, nargs="?", **said)
     return parser
-# fmt: on
 
 
-def parse_args(argv: list[str] | None) -> Namespace:
-    """Return the settings of a command line; exit with status 2 if they are wrong or clash."""
+def parse_args(argv: list[str] | None) -> tuple[Settings, Options]:
+    """Return what a command line says; exit with status 2 if that is wrong or clashes."""
     parser = make_parser()
-    defaults = vars(parser.parse_args([]))
-    given = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(defaults))))
-    given = {name: value for name, value in given.items() if value is not None}
-    clashes = {"resume": given.keys() - WITH_RESUME, "predict": given.keys() - WITH_PREDICT}
-    clashes["val"] = given.keys() & {"source"}  # whose names may be those of other images
+    typed = vars(parser.parse_args(argv))
+    clashes = {"resume": typed.keys() - WITH_RESUME, "predict": typed.keys() - WITH_PREDICT}
+    clashes["val"] = typed.keys() & {"source"}  # whose names may be those of other images
     for name, others in clashes.items():
-        if name in given and others:
+        if name in typed and others:
             text = f"--{min(others).replace('_', '-')} and --{name}: drop one of them"
             parser.error(text.replace("--data ", "DATA "))
-    if not given.keys() & {"data", "resume"}:
+    if not typed.keys() & {"data", "resume"}:
         parser.error("the following arguments are required: DATA")
-    if "natural" in given and "predict" not in given:
+    if "natural" in typed and "predict" not in typed:
         parser.error("--natural: only with --predict; drop it")
-    if not given.keys() & {"output", "predict", "resume"}:
-        given["output"] = Path(time.strftime(f"runs/%Y-%m-%d_%H-%M-%S_{secrets.token_hex(2)}"))
+    try:
+        re.compile(typed.get("group", ""))
+    except (re.error, OverflowError) as error:
+        parser.error(f"--group: no regular expression: {error}")
+    if "data" in typed:
+        typed["data"] = Path(typed["data"])
+    if not typed.keys() & {"output", "predict", "resume"}:
+        typed["output"] = Path(time.strftime(f"runs/%Y-%m-%d_%H-%M-%S_{secrets.token_hex(2)}"))
     words = sys.argv if argv is None else ["data_training.py", *argv]
-    return Namespace(**defaults | given, command=shlex.join(["python", *words]))
+    typed["command"] = shlex.join(["python", *words])
+    settings = Settings(**{key: value for key, value in typed.items() if hasattr(Settings, key)})
+    options = Options(**{key: value for key, value in typed.items() if hasattr(Options, key)})
+    return settings, options
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    args = parse_args(argv)
+    settings, options = parse_args(argv)
     status = 2
     try:
-        command = predict if args.predict else run
-        command(args)
+        command = predict if options.predict else run
+        command(settings, options)
         if dist.is_initialized():
             dist.destroy_process_group()
         return 0
@@ -2385,8 +2536,8 @@ def main(argv: list[str] | None = None) -> int:
         text = f"{os.fsdecode(error.filename)}: {error.strerror}; mend that"
     except (MemoryError, torch.OutOfMemoryError):
         text = "out of memory; try a smaller --batch-size or --image-size, or --device cpu"
-    folder = args.resume or args.output
-    if folder and not (args.predict or text.startswith("--")) and os.path.exists(folder / STATE):
+    folder = options.resume or settings.output
+    if folder and not (options.predict or text.startswith("--")) and os.path.exists(folder / STATE):
         text += f"; go on with --resume {shlex.quote(str(folder))}"
     kind = "error: " if status == 2 else ""
     print(f"data_training.py: {kind}{printable(text)}", file=sys.stderr)

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import io
-import json
 import math
 import os
 import random
@@ -28,7 +27,7 @@ from torch import nn
 from torchvision import models
 from torchvision.transforms import v2
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parent / x) for x in ("..", "", "experiments", "simulated")]
 
 import data_training as training  # noqa: E402
 
@@ -88,11 +87,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 CPU = training.Compute(torch.device("cpu"), "float32")
+PLAIN = {"scale": 1.0, "shift": 0.0}  # in a network file: no calibration
 
 
 def open_run(*command: object) -> tuple[training.Settings, training.Listing, dict[str, Any]]:
     """Settings, images and weights of a run with this command."""
-    return training.open_run(training.parse_args([*map(str, command)]), CPU)
+    return training.open_run(*training.parse_args([*map(str, command)]), CPU)
 
 
 def load(*command: object) -> training.Data:
@@ -100,47 +100,46 @@ def load(*command: object) -> training.Data:
     return training.load_data(*open_run(*command)[:2], {})
 
 
-def images(labels: list[int], held: list[int], **others: Any) -> training.Data:
-    """Images that are not there, with these labels, held out by these folds."""
+def images(labels: list[int], held: list[Any], folds: int = 1, **others: Any) -> training.Data:
+    """Images that are not there; `held`: the fold of each, None, or `folds`: tests the ensemble."""
     names = [f"{label}/{at}.jpg" for at, label in enumerate(labels)]
-    rows = [training.Row(names[at], names[at], label, "train") for at, label in enumerate(labels)]
+    files = [training.ImageFile(x, x, labels[at], "train") for at, x in enumerate(names)]
+    eval_mask = torch.tensor([[fold == at for fold in held] for at in range(folds + 1)])
     numbers = torch.arange(len(labels))
-    fields = {"classes": ["no", "yes"], "rows": rows, "white": 255, "leaks": 0, "unreadable": []}
-    fields |= {"labels": torch.tensor(labels), "held": torch.tensor(held)}
-    fields |= {"families": numbers, "digests": numbers}
+    fields = {"classes": ["no", "yes"], "files": files, "white": 255, "leaks": 0, "unreadable": []}
+    fields |= {"labels": torch.tensor(labels), "families": numbers, "digests": numbers}
+    fields |= {"train_mask": ~eval_mask[:-1] & ~eval_mask[-1], "eval_mask": eval_mask}
     return training.Data(**fields | others)
 
 
-def exam_of(
+def eval_set_of(
     targets: list[int], train_counts: list[int], families: list[int] | None = None
-) -> training.Exam:
-    """Images of these classes that judge one fold."""
-    places, counts = torch.arange(len(targets)), torch.tensor(train_counts)
-    kin = places if families is None else torch.tensor(families)
+) -> training.EvalSet:
+    """Images of these classes that the network of one fold is evaluated on."""
+    indices, counts = torch.arange(len(targets)), torch.tensor(train_counts)
+    kin = indices if families is None else torch.tensor(families)
     share = counts.log() - counts.log().mean()
-    return training.Exam(places, torch.tensor(targets), kin, 0 * places, counts, share, 1.0)
+    return training.EvalSet(indices, torch.tensor(targets), kin, 0 * indices, counts, share, 1.0)
 
 
-def prepare(*command: object) -> tuple[training.Given, training.Progress]:
+def prepare(*command: object) -> tuple[training.Context, training.Progress]:
     """A run of a ResNet-18 with this command, as it is before its first epoch."""
     words = [*command, "--device", "cpu", "--workers", "0"]
     words += [] if "--resume" in words else ["--arch", "resnet18"]
-    settings, listing, stored = open_run(*words)
+    said, options = training.parse_args([*map(str, words)])
+    settings, listing, stored = training.open_run(said, options, CPU)
     data = training.load_data(settings, listing, stored)
-    model = CPU.place(training.load_model(settings, data.classes, stored))
-    settings.output.mkdir(parents=True, exist_ok=True)
+    model = CPU.to_device(training.load_model(settings, data.classes, stored))
     progress = training.load_progress(settings, data, model, stored)
-    paths, views = [row.path for row in data.rows], (settings.image_size, settings.flip)
-    pictures = training.Images(paths, data.labels, data.white, *views)
-    reader = training.Reader(pictures, CPU, 0, settings.batch_size)
-    return training.Given(settings, data, CPU, torch.empty(0), {}, model, reader), progress
+    reader = training.make_reader(settings, options, data, CPU)
+    return training.Context(settings, data, CPU, torch.empty(0), {}, model, reader), progress
 
 
-def begin(given: training.Given, progress: training.Progress, epoch: int) -> training.Trainer:
+def begin(context: training.Context, progress: training.Progress, epoch: int) -> training.Trainer:
     """The trainer of an epoch of the first fold, as `run` sets it up."""
-    stages = training.plan(given.settings, given.data, 0)
+    stages = training.plan(context.settings, context.data, 0)
     stage = next(stage for stage in stages if epoch in stage.epochs)
-    return training.begin_stage(given, progress, stage)
+    return training.begin_stage(context, progress, stage)
 
 
 class Terminal(io.StringIO):
@@ -217,7 +216,7 @@ class Process:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.environ |= alike | {"RANK": rank, "LOCAL_RANK": rank} if processes else {}
             os.chdir(folder)
-            training.train_epoch = lambda *given: time.sleep(rest) or train_epoch(*given)
+            training.train_epoch = lambda *args: time.sleep(rest) or train_epoch(*args)
             sys.exit(main([*map(str, command)]))
 
         fork = get_context("fork").Process
@@ -257,6 +256,7 @@ def interrupt_after(epochs: int, command: list[str], output: Path, fold: int = 1
         patch.setattr(training, "WRITE_EVERY", 0.0)
         patch.setattr(training, "format_epoch", stop)
         assert training.main([*command, "--output", str(output)]) == 130
+    (output / training.LOCK).read_bytes()  # to close it unlocks it, as the end of a process does
     return output
 
 
@@ -287,19 +287,8 @@ def network_of(run: Path) -> dict[str, Any]:
     return torch.load(run / "network.pt", weights_only=True)
 
 
-def as_trained(run: Path) -> dict[str, Any]:
-    """What is in the network file of a run, but for the calibration of its heads."""
-    network = network_of(run)
-    result = json.loads((run / "config.json").read_text())["result"]
-    for state in network["networks"]:
-        state["fc.bias"] += result["logit_shift"] * network["natural"]
-        state["fc.bias"] /= result["logit_scale"]
-        state["fc.weight"] /= result["logit_scale"]
-    return network
-
-
 def by_hand(network: dict[str, Any], paths: Iterable[Path | str]) -> torch.Tensor:
-    """The mean logits of the networks, by torchvision alone: what the README shows."""
+    """The calibrated mean logits of the networks, by torchvision alone: what the README shows."""
     size, logits = network["eval_size"], []
     scale = v2.ToDtype(torch.float32, scale=True)
     normalise = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -310,7 +299,8 @@ def by_hand(network: dict[str, Any], paths: Iterable[Path | str]) -> torch.Tenso
     for state in network["networks"]:
         model.load_state_dict(state)
         logits.append(model(views).detach())
-    return torch.stack(logits).mean(0)
+    mean = torch.stack(logits).mean(0)
+    return network["scale"] * mean - network["shift"] * network["natural"]
 
 
 @pytest.fixture(scope="session")

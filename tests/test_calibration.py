@@ -6,19 +6,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import as_trained, by_hand, exam_of, images, network_of, prepare, rows_of
+from conftest import PLAIN, by_hand, eval_set_of, images, network_of, prepare, rows_of
 from torch import Tensor
 from torch.nn import functional
 
 import data_training as training
-from data_training import EVERY
 
 
 def fit(logits: Tensor, targets: Tensor, log_share: Tensor, left: float = 1.0) -> list[float]:
     """Scale and shift by the script, which expects `left` of the log shares in the logits."""
-    exam = exam_of(targets.tolist(), [1] * len(log_share))
-    exam = exam._replace(log_share=log_share, expected_shift=left)
-    return [*training.fit_calibration(logits, targets, exam)]
+    eval_set = eval_set_of(targets.tolist(), [1] * len(log_share))
+    eval_set = eval_set._replace(log_share=log_share, expected_shift=left)
+    return [*training.fit_calibration(logits, targets, eval_set)]
 
 
 def best_on_a_grid(logits: Tensor, targets: Tensor, log_share: Tensor, left: float) -> list[float]:
@@ -88,53 +87,59 @@ def test_each_class_is_cut_at_random_into_five_parts():
 
 @pytest.mark.parametrize("folds", [1, 3])
 def test_no_image_is_judged_by_numbers_that_were_fitted_on_it(folds):
-    held = [at % 3 if folds == 3 else (0, EVERY)[at % 2] for at in range(120)]
-    data = images([0, 0, 0, 1] * 30, held, families=torch.arange(120) // 4)
-    exam = training.make_exam(data, range(folds), 1.0)
-    noise = torch.randn(len(exam.targets), 2, generator=torch.Generator().manual_seed(0))
-    logits = 2 * functional.one_hot(exam.targets, 2) + noise
-    judged = training.judge(logits, exam)
-    part = exam.folds if folds == 3 else training.cut_parts(exam.targets, exam.families)
+    held = [at % 3 if folds == 3 else (0, None)[at % 2] for at in range(120)]
+    data = images([0, 0, 0, 1] * 30, held, folds, families=torch.arange(120) // 4)
+    eval_set = training.make_eval_set(data, range(folds), 1.0)
+    targets, log_share = eval_set.targets, eval_set.log_share
+    noise = torch.randn(len(targets), 2, generator=torch.Generator().manual_seed(0))
+    logits = 2 * functional.one_hot(targets, 2) + noise
+    evaluation = training.evaluate_cross_fitted(logits, eval_set)
+    part = eval_set.folds if folds == 3 else training.cut_parts(targets, eval_set.families)
     for each in part.unique():
         own, others = part == each, part != each
-        scale, shift = fit(logits[others], exam.targets[others], exam.log_share)
-        probability, predicted = (scale * logits[own] - shift * exam.log_share).softmax(1).max(1)
-        torch.testing.assert_close(judged.probability[own], probability)
-        assert torch.equal(judged.predicted[own], predicted)
-    assert [*judged.calibration] == fit(logits, exam.targets, exam.log_share)
-    expected = training.confusion_matrix(exam.targets, logits.argmax(1), 2)
-    assert torch.equal(judged.as_trained, expected)
+        scale, shift = fit(logits[others], targets[others], log_share)
+        probability, predicted = (scale * logits[own] - shift * log_share).softmax(1).max(1)
+        torch.testing.assert_close(evaluation.probability[own], probability)
+        assert torch.equal(evaluation.predicted[own], predicted)
+    assert [*evaluation.calibration] == fit(logits, targets, log_share)
+    scale, shift = evaluation.calibration
+    torch.testing.assert_close(evaluation.scores, (scale * logits - shift * log_share).softmax(1))
+    confusion = training.confusion_matrix(targets, logits.argmax(1), 2)
+    expected = training.summarise(confusion, eval_set.train_counts, confusion.sum(1))
+    found = {name: evaluation.summary[f"as_trained_{name}"] for name in training.MEASURES}
+    assert found == pytest.approx({name: expected[name] for name in found}, rel=0, nan_ok=True)
 
 
 @pytest.mark.parametrize(("power", "left"), [(1, 1), (0.5, 1.5), (0, 2), (2, 0)])
 def test_what_the_sampler_does_not_balance_is_expected_in_the_logits(power, left):
-    exam = training.make_exam(images([0, 0, 0, 1, 0, 1], [EVERY] * 4 + [0] * 2), [0], power)
-    assert exam.expected_shift == left
-    assert exam.log_share.tolist() == pytest.approx([math.log(3) / 2, -math.log(3) / 2])
+    eval_set = training.make_eval_set(images([0, 0, 0, 1, 0, 1], [None] * 4 + [0] * 2), [0], power)
+    assert eval_set.expected_shift == left
+    assert eval_set.log_share.tolist() == pytest.approx([math.log(3) / 2, -math.log(3) / 2])
 
 
 def test_logits_that_overflow_are_bounded_and_nan_is_refused(animals, tmp_path):
-    given, _ = prepare(animals, "--weights", "none", "--output", tmp_path / "x")
+    reader = prepare(animals, "--weights", "none", "--output", tmp_path / "x")[0].reader
 
     def logits_of(value: float) -> list[list[float]]:
-        given.reader.features = torch.tensor([[value, 0.0, 0.0], [0.0, 1.0, -math.inf]])
-        return training.evaluate(torch.nn.Identity(), given.reader, torch.arange(2), True).tolist()
+        reader.features = torch.tensor([[value, 0.0, 0.0], [0.0, 1.0, -math.inf]])
+        return training.compute_logits(torch.nn.Identity(), reader, torch.arange(2), True).tolist()
 
     assert logits_of(math.inf) == [[1e4, 0, 0], [0, 1, -1e4]]
-    with pytest.raises(training.DataError, match="NaN"):
+    with pytest.raises(training.DataError, match="outputs became nan"):
         logits_of(math.nan)
 
 
-def test_a_run_tells_what_calibration_does_and_stores_calibrated_heads(default_run, animals):
+def test_a_run_tells_what_calibration_does_and_stores_its_two_numbers(default_run, animals):
     rows = rows_of(default_run.path / "predictions.csv")
     last = rows_of(default_run.path / "history.csv")[-1]
     network = network_of(default_run.path)
     targets = torch.tensor([network["classes"].index(row["class"]) for row in rows])
     paths = [animals / row["path"] for row in rows]
-    raw = by_hand(as_trained(default_run.path), paths)
+    raw = by_hand(network | PLAIN, paths)
     scale, shift = fit(raw, targets, network["natural"])
     found = [float(last[f"logit_{name}"]) for name in ("scale", "shift")]
     assert found == pytest.approx([scale, shift], rel=1e-3)
+    assert found == pytest.approx([network["scale"], network["shift"]], rel=1e-5)
     expected = scale * raw - shift * network["natural"]
     torch.testing.assert_close(by_hand(network, paths), expected, rtol=1e-3, atol=1e-4)
     confusion = training.confusion_matrix(targets, raw.argmax(1), 3)

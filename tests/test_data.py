@@ -20,19 +20,19 @@ WHOLE = 10**6  # pixels a side: no image is so large that it would be shrunk
 
 
 def sides_of(data: training.Data) -> list[tuple[list[str], list[str]]]:
-    """The names of the images that each fold learns, and of those that judge it."""
+    """The names of the images that each fold learns, and of those that it is evaluated on."""
     sides = []
-    for fold in range(int(data.held.max()) + 1):
-        pair = data.learns(fold).tolist(), data.judges(fold).tolist()
-        sides.append(tuple([data.rows[at].name for at in part] for part in pair))
+    for masks in zip(data.train_mask, data.eval_mask, strict=False):
+        pair = (mask.nonzero().flatten().tolist() for mask in masks)
+        sides.append(tuple([data.files[at].name for at in part] for part in pair))
     return sides
 
 
-def deal(labels: list[int], shares: list[float], seed: int = 0, families: str = "") -> list[int]:
-    """The part of each image, dealt in an order that the seed alone decides."""
+def assign(labels: list[int], shares: list[float], seed: int = 0, families: str = "") -> list[int]:
+    """The part of each image, assigned in an order that the seed alone decides."""
     numbers = [ord(family) for family in families] or list(range(len(labels)))
     order = [hashlib.sha256(f"{seed}/{at}".encode()).digest() for at in range(len(labels))]
-    return training.deal(labels, numbers, order, shares)
+    return training.assign_parts(labels, numbers, order, shares)
 
 
 def count(parts: list[int], labels: list[int], part: int) -> list[int]:
@@ -56,7 +56,7 @@ def count(parts: list[int], labels: list[int], part: int) -> list[int]:
 )
 def test_families_go_where_they_bring_the_counts_closest(labels, families, fraction, held, counts):
     for seed in range(10):
-        parts = deal(labels, [1 - fraction, fraction], seed, families)
+        parts = assign(labels, [1 - fraction, fraction], seed, families)
         assert count(parts, labels, 1) == counts
         sides = set(zip(families, parts, strict=False))
         assert len(sides) == len(set(families))  # none is on both
@@ -78,7 +78,7 @@ def test_what_is_hidden_or_no_image_is_left_out_and_links_are_followed_but_not_b
 ):
     """Small copies that a program keeps of images would be learnt while these validate."""
     root, others = make_folder({"ape": 5, "bee": 5}), make_folder({"sub": 3}, "others")
-    names = {row.name for row in load(root).rows}
+    names = {file.name for file in load(root).files}
     for name in ("ape/x.GIF", "bee/deep.jpg/y.jfif", "bee/notes", "top.jpg", "ape/._x.jpg"):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_bytes(b"")
@@ -87,7 +87,7 @@ def test_what_is_hidden_or_no_image_is_left_out_and_links_are_followed_but_not_b
     (root / "bee/far").symlink_to(others)
     (others / "sub/up").symlink_to(root)
     linked = {f"bee/far/sub/sub_00{n}.jpg" for n in range(3)}
-    assert {row.name for row in load(root).rows} == names | linked
+    assert {file.name for file in load(root).files} == names | linked
     [said] = capsys.readouterr().err.splitlines()
     assert said.startswith(f"warning: {root}: 4 files ") and " ape/x.GIF" in said
 
@@ -102,8 +102,8 @@ def test_what_is_hidden_or_no_image_is_left_out_and_links_are_followed_but_not_b
     ],
 )
 def test_copies_and_what_the_pattern_matches_are_families(names, contents, group, families):
-    rows = [training.Row(f"/{name}", name, 0, "train") for name in names.split()]
-    assert training.find_families(rows, contents, group) == families
+    files = [training.ImageFile(f"/{name}", name, 0, "train") for name in names.split()]
+    assert training.find_families(files, contents, group) == families
 
 
 @pytest.mark.parametrize("is_named", [False, True])
@@ -123,14 +123,15 @@ def test_no_family_is_on_both_sides_and_images_named_to_judge_are_left_out_for_i
     shutil.copy(patients / "ill/P0_00.jpg", other / "ill/copy.jpg")
     names = {"group": "^P([0-9])_", "families": ["5"]}
     digest, *_ = training.check_image(str(other / "ill/P5_02.jpg"))
-    known = names if is_named else {"learnt": torch.tensor([digest])}
+    stored = names if is_named else {"learnt": torch.tensor([digest])}
     command = [patients, *flags.split(), other, "--group", "^(P[0-9])"]
-    data = training.load_data(*open_run(*command)[:2], known)
-    elsewhere = [Path(row.path).name for row in data.rows if Path(row.path).is_relative_to(other)]
-    assert {name[:2] for name in elsewhere} >= {"P4", "P6", "P7"}
-    for fold in {*data.held.tolist()} - {training.EVERY}:
-        judged, learnt = (data.families[part] for part in (data.judges(fold), data.learns(fold)))
-        assert not torch.isin(judged, learnt).any() and data.counts(data.judges(fold)).min() >= 4
+    data = training.load_data(*open_run(*command)[:2], stored)
+    elsewhere = {Path(x.path).name[:2] for x in data.files if Path(x.path).is_relative_to(other)}
+    assert elsewhere >= {"P4", "P6", "P7"}
+    masks = [*zip(data.eval_mask, [*data.train_mask, data.train_mask.any(0)], strict=True)]
+    for evaluated, learnt in masks if "--folds" in flags else masks[:1]:
+        assert not torch.isin(data.families[evaluated], data.families[learnt]).any()
+        assert data.counts(evaluated).min() >= 4
     assert data.leaks == 10 if flags != "--source" else 8 <= data.leaks <= 10
     assert f"{data.leaks} validation images leak from training" in capsys.readouterr().err
 
@@ -144,10 +145,10 @@ def test_source_validates_on_what_out_left_out_and_leaves_the_split_alone(make_f
             shutil.copy(path, out / name)
     (source / "ape/ape_000.jpg").write_bytes(b"another image than in OUT, which is not read")
     [(learnt, held)], data = sides_of(load(out)), load(out, "--source", str(source))
-    [(still_learnt, judged)] = sides_of(data)
-    assert still_learnt == learnt and judged[:-25] == held and not data.unreadable
+    [(still_learnt, evaluated)] = sides_of(data)
+    assert still_learnt == learnt and evaluated[:-25] == held and not data.unreadable
     left_out = [f"ape/ape_{n:03}.jpg" for n in range(10, 20)]
-    assert judged[-25:] == left_out + [f"bee/bee_{n:03}.jpg" for n in range(5, 20)]
+    assert evaluated[-25:] == left_out + [f"bee/bee_{n:03}.jpg" for n in range(5, 20)]
 
 
 def test_a_network_is_not_judged_by_what_its_weights_have_learnt(default_run, animals, tmp_path):
@@ -158,8 +159,8 @@ def test_a_network_is_not_judged_by_what_its_weights_have_learnt(default_run, an
     assert network_of(default_run.path)["learnt"].tolist() == digests
     command = ["--weights", default_run.path, *TINY, "--epochs", 1, "--folds", 3]
     again = run(animals, *command, "--output", tmp_path / "again").path
-    judged = {row["path"] for row in rows_of(again / "predictions.csv")}
-    assert judged == {row["path"] for row in split if row["part"] == "val"}
+    evaluated = {row["path"] for row in rows_of(again / "predictions.csv")}
+    assert evaluated == {row["path"] for row in split if row["part"] == "val"}
     assert len(network_of(again)["learnt"]) == len(split)
 
 

@@ -107,7 +107,7 @@ def test_a_run_goes_from_one_device_to_another_and_to_other_precision(
     assert_near(on_cpu, moved, 2e-2)
     moved = interrupt_after(1, [*settings, "cuda", "--amp"], tmp_path / "scaled")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
-    assert training.pick_compute("cuda", None).precision == "float16"
+    assert training.pick_compute(training.Options(device="cuda")).precision == "float16"
     assert training.main(["--resume", str(moved), "--amp"]) == 0
     assert_near(on_cpu, moved, 5e-2)
 

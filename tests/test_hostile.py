@@ -68,7 +68,7 @@ def test_what_is_no_image_is_left_out_or_named(kind, src, capsys):
     path = src / "ape/ape_005.jpg"
     FILES[kind](path)
     data = load(src)
-    assert len(data.rows) == 11 and data.unreadable == [str(path)]
+    assert len(data.files) == 11 and data.unreadable == [str(path)]
     [warning] = capsys.readouterr().err.splitlines()
     assert warning.startswith(f"warning: {path}: ") and warning.endswith("; left out")
     with pytest.raises(training.DataError, match="ape_005.jpg: cannot be read"):

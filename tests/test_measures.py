@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import exam_of
+from conftest import eval_set_of
 
 import data_training as training
 
@@ -14,14 +14,14 @@ CONFUSION = torch.tensor([[8, 1, 1, 0], [1, 3, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]
 
 
 def test_measures_are_means_of_recalls_and_nan_for_an_empty_group():
-    result = training.measure(CONFUSION, torch.tensor([101, 100, 20, 500]), CONFUSION.sum(1))
+    result = training.summarise(CONFUSION, torch.tensor([101, 100, 20, 500]), CONFUSION.sum(1))
     assert result["accuracy"] == 12 / 16
     assert result["balanced_accuracy"] == pytest.approx((0.8 + 0.75 + 0.5) / 3)
     assert result["many"] == 0.8  # the class that nobody asks for does not count
     assert result["medium"] == pytest.approx((0.75 + 0.5) / 2)
     assert math.isnan(result["few"])
     two = torch.tensor([[1, 1], [0, 4]])
-    few = training.measure(two, torch.tensor([19, 20]), two.sum(1))
+    few = training.summarise(two, torch.tensor([19, 20]), two.sum(1))
     assert math.isnan(few["many"])
     assert (few["medium"], few["few"]) == (1.0, 0.5)
 
@@ -52,11 +52,11 @@ def test_intervals_of_means_of_nothing_and_of_sure_things():
     assert all(end.isnan().all() for end in empty)
 
 
-def judged(targets: list[int], predicted: list[int], train_counts: list[int], **others: object):
+def evaluated(targets: list[int], predicted: list[int], train_counts: list[int], **others: object):
     """The evaluation of these answers, each with logits of 1 and 0."""
-    exam = exam_of(targets, train_counts, **others)
+    eval_set = eval_set_of(targets, train_counts, **others)
     logits = torch.nn.functional.one_hot(torch.tensor(predicted), len(train_counts)).float()
-    return training.assess(logits, training.Calibration(), exam)
+    return training.evaluate(logits, training.Calibration(), eval_set)
 
 
 def test_a_comparison_adds_a_quarter_of_an_image_to_both_who_won_and_who_lost():
@@ -64,7 +64,7 @@ def test_a_comparison_adds_a_quarter_of_an_image_to_both_who_won_and_who_lost():
     targets = [0] * 8 + [1] * 2
     before = torch.tensor([1, 1, 1, 0, 0, 0, 0, 1, 1, 0])
     after = [0, 0, 0, 1, 0, 0, 0, 1, 1, 0]
-    rows = training.compare(before, judged(targets, after, [101, 5]))
+    rows = training.compare(before, evaluated(targets, after, [101, 5]))
     names = ["accuracy", "balanced accuracy", "many", "few"]  # no class is in between
     assert [row["measure"] for row in rows] == names
     won, lost, n = 3.25, 1.25, 8.5
@@ -77,12 +77,12 @@ def test_a_comparison_adds_a_quarter_of_an_image_to_both_who_won_and_who_lost():
     assert (rows[0]["before"], rows[0]["after"]) == pytest.approx((0.5, 0.7))
     assert (rows[1]["before"], rows[1]["after"]) == (0.5, 0.625)
     assert {[*row.values()][-1] for row in rows} == {"undecided"}
-    clear = training.compare(1 - torch.tensor(targets), judged(targets, targets, [101, 5]))
+    clear = training.compare(1 - torch.tensor(targets), evaluated(targets, targets, [101, 5]))
     assert all([*row.values()][-1].startswith("yes") for row in clear)
     # Twice each image, in one family, tells as much as once: 8 images and not 16.
     twice = [each for each in targets for _ in "12"], [each for each in after for _ in "12"]
     families = [at // 2 for at in range(20)]
-    again = judged(*twice, [101, 5], families=families)
+    again = evaluated(*twice, [101, 5], families=families)
     many = training.compare(before.repeat_interleave(2), again)[2]
     variance = ((6.25 + 2.25) / 16.5 - ((6.25 - 2.25) / 16.5) ** 2) / 7.5
     assert many["high"] - many["low"] == pytest.approx(2 * 1.959964 * variance**0.5)
@@ -118,17 +118,17 @@ def test_auc_is_how_often_an_image_of_the_class_is_ahead_of_one_of_another_of_it
     targets = torch.tensor(([0] * 9 + [1] * 4 + [2] * 2) * 2)
     scores = torch.randint(6, (30, 4), generator=stream) / 6
     scores[15:] += 9  # so much more are all the logits of the second network
-    exam = exam_of(targets.tolist(), [1] * 4)._replace(folds=torch.arange(30) // 15)
-    areas = training.auc_by_class(scores, exam)
+    eval_set = eval_set_of(targets.tolist(), [1] * 4)._replace(folds=torch.arange(30) // 15)
+    areas = training.auc_by_class(scores, eval_set)
     for label in range(3):
         parts = []
         for fold, other in itertools.product((0, 1), {0, 1, 2} - {label}):
-            of_fold, own = exam.folds == fold, scores[:, label]
+            of_fold, own = eval_set.folds == fold, scores[:, label]
             ahead = own[of_fold & (targets == label)][:, None] - own[of_fold & (targets == other)]
             parts.append(((ahead > 0).double() + (ahead == 0).double() / 2).mean().item())
         assert areas[label].item() == pytest.approx(sum(parts) / 4)
     assert areas[3].isnan()
-    assert training.auc_by_class(scores[:9], exam_of([0] * 9, [1] * 4)).isnan().all()
+    assert training.auc_by_class(scores[:9], eval_set_of([0] * 9, [1] * 4)).isnan().all()
 
 
 def test_images_tell_as_much_as_their_families_let_them():
@@ -139,8 +139,8 @@ def test_images_tell_as_much_as_their_families_let_them():
         ([7, 7, 7, 7, 7], 1, 1),  # one film tells what one image does
         ([0, 0, 0, 0, 1, 1], 6**2 / (4**2 + 2**2), 2),  # of families that differ in size fewer
     ):
-        exam = exam_of([0] * len(families) + [1], [9, 9, 9], families=[*families, 0])
-        counts, told = training.effective_counts(exam)
+        eval_set = eval_set_of([0] * len(families) + [1], [9, 9, 9], families=[*families, 0])
+        counts, told = training.effective_counts(eval_set)
         assert counts.tolist() == pytest.approx([effective, 1, 0])
         assert told.tolist() == [groups, 1, 0]
 
@@ -152,16 +152,16 @@ def test_families_that_span_classes_widen_intervals_of_means_and_of_differences(
     times as large.
     """
     targets, wrong = [0, 0, 0, 0, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0, 1, 1]
-    spanning = judged(targets, wrong, [9, 9], families=[0, 1, 2, 3] * 2)
-    apart = judged(targets, wrong, [9, 9])
-    right = spanning.predicted == spanning.exam.targets
-    assert training.spanning_factor(right, spanning.exam) == pytest.approx(2)
-    assert training.spanning_factor(right, apart.exam) == 1
+    spanning = evaluated(targets, wrong, [9, 9], families=[0, 1, 2, 3] * 2)
+    apart = evaluated(targets, wrong, [9, 9])
+    right = spanning.predicted == spanning.eval_set.targets
+    assert training.spanning_factor(right, spanning.eval_set) == pytest.approx(2)
+    assert training.spanning_factor(right, apart.eval_set) == 1
     # Where all are right it is not known how alike families are: as if wholly so.
-    assert training.spanning_factor(torch.ones(8), spanning.exam) == pytest.approx(2)
+    assert training.spanning_factor(torch.ones(8), spanning.eval_set) == pytest.approx(2)
     half = torch.full((1, 2), 0.5).double()
     ends = training.mean_interval(half[0], torch.tensor([1 + 3 / 2] * 2), half)[1:]
-    found = [spanning.measures[end] for end in ("low", "high")]
+    found = [spanning.summary[end] for end in ("low", "high")]
     assert found == pytest.approx([end.item() for end in ends])
     rows = [training.compare(torch.tensor(targets), each)[1] for each in (spanning, apart)]
     wide, narrow = (row["high"] - row["difference"] for row in rows)
@@ -172,7 +172,7 @@ def test_loss_counts_classes_alike_and_of_one_image_all_is_possible():
     """Four images of one class, two of another, one of the last."""
     targets = [0, 0, 0, 0, 1, 1, 2]
     logits = torch.tensor([[2.0, 0, 0], [0, 0, 0.6], [0, 0, 0.1]])[targets]
-    result = training.assess(logits, training.Calibration(), exam_of(targets, [16, 10, 5]))
+    result = training.evaluate(logits, training.Calibration(), eval_set_of(targets, [16, 10, 5]))
     a, b, c = math.exp(2), math.exp(0.6), math.exp(0.1)
     losses = math.log(a + 2) - 2, math.log(b + 2), math.log(c + 2) - 0.1
     assert result.loss == pytest.approx(sum(losses) / 3)

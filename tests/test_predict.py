@@ -55,9 +55,9 @@ def test_a_few_lines_of_torchvision_say_the_same(name, others, tmp_path, request
         probability, best = logits.softmax(1).topk(2)
         names = [[network["classes"][at] for at in pair] for pair in best.tolist()]
         assert [[row["class"], row["second"]] for row in rows] == names and len(rows) == 12
-        for place, column in enumerate(("probability", "second_probability")):
+        for rank, column in enumerate(("probability", "second_probability")):
             said = [float(row[column]) for row in rows]
-            assert said == pytest.approx(probability[:, place].tolist(), abs=1e-5)
+            assert said == pytest.approx(probability[:, rank].tolist(), abs=1e-5)
 
 
 def test_images_in_folders_of_the_classes_are_judged_but_for_those_that_were_learnt(
@@ -111,7 +111,7 @@ def test_a_photo_of_12_bits_is_as_bright_as_the_run_has_seen_it(default_run, tmp
 
 ERRORS = {
     "PHOTOS --predict young": "--predict young: no network of this version; train one first",
-    "PHOTOS --predict BROKEN": "error: the network's outputs are NaN; try --no-amp",
+    "PHOTOS --predict BROKEN": "error: the network's outputs became nan; try --no-amp",
     "PHOTOS --predict text.pth": "text.pth: damaged, or not of tensors alone",
     "none --predict RUN": "DATA none: no image there; known are .jpg",
     "broken --predict RUN": "DATA broken: no image that can be read",

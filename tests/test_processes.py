@@ -14,9 +14,9 @@ from conftest import (
     CPU,
     TINY,
     Process,
-    as_trained,
     assert_moved_alike,
     begin,
+    network_of,
     prepare,
     refused,
     rows_of,
@@ -65,17 +65,17 @@ def test_two_processes_train_all_layers_as_a_loop_that_is_written_by_hand(
 ):
     """Each takes every other image of a batch, and the gradient is the mean over all images."""
     command = [animals, "--weights", pretrained, "--epochs", 1, *TINY]
-    given, progress = prepare(*command, "--output", tmp_path / "other")
-    trainer, model, data = begin(given, progress, 1), given.model, given.data
+    context, progress = prepare(*command, "--output", tmp_path / "other")
+    trainer, model, data = begin(context, progress, 1), context.model, context.data
     stream = training.seeded("draw", 0, 0, 1)
-    drawn = training.draw_epoch(data.labels, data.learns(0), 1.0, 1, stream)
+    drawn = training.draw_epoch(data.labels, data.learnt(0), 1.0, 1, stream)
     batches = training.cut_batches(drawn, 12, training.seeded("augment", 0, 0, 1))
     assert [len(batch) for batch in batches] == [11, 10, 10]  # 6 and 5 images, 5 and 5, 5 and 5
     for batch in batches:
         losses, twin = [], copy.deepcopy(model)
         for part, network in ((batch[::2], model), (batch[1::2], twin)):
-            [[pixels, targets]] = given.reader.read([part], "")
-            logits = network(training.to_device(pixels, CPU))
+            [[pixels, targets]] = context.reader.read([part], "")
+            logits = network(training.move_batch(pixels, CPU))
             losses.append(F.cross_entropy(logits, targets, reduction="sum") / len(batch))
         losses[1].backward()
         model.zero_grad()
@@ -83,7 +83,7 @@ def test_two_processes_train_all_layers_as_a_loop_that_is_written_by_hand(
         pairs = zip(model.parameters(), twin.parameters(), strict=True)
         trainer.step(losses[0] + sum((weight * other.grad).sum() for weight, other in pairs))
     # Statistics are those of the first process.
-    assert_moved_alike(as_trained(two)["networks"][0], model, progress.start)
+    assert_moved_alike(network_of(two)["networks"][0], model, progress.start)
 
 
 def test_unlike_devices_compute_in_the_precision_of_the_first(
@@ -108,8 +108,8 @@ def test_bad_input_is_told_by_one_process(animals, tmp_path):
 @pytest.mark.parametrize(("flag", "processes", "size"), [("9", 2, 10), ("5", 8, 8), (None, 3, 33)])
 def test_a_batch_is_rounded_up_to_a_multiple_of_the_processes(flag, processes, size, animals):
     flags = ["--batch-size", flag] if flag else []  # else 32 for few images
-    args = training.parse_args([str(animals), "--weights", "none", *flags])
-    settings, *_ = training.open_run(args, CPU._replace(world_size=processes))
+    said, options = training.parse_args([str(animals), "--weights", "none", *flags])
+    settings, *_ = training.open_run(said, options, CPU._replace(world_size=processes))
     assert settings.batch_size == size
 
 
@@ -145,7 +145,7 @@ def test_a_device_that_cannot_be_used_is_told_with_one_that_can(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("hpu"))
     for name in ("auto", "gpu", "meta"):
         with pytest.raises(training.DataError, match=f"^--device {name}: .*; try cpu"):
-            training.pick_compute(name, None)
+            training.pick_compute(training.Options(device=name))
 
 
 @pytest.mark.parametrize(

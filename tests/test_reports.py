@@ -107,14 +107,13 @@ def test_a_baseline_on_other_images_is_refused(scratch_run, animals, tmp_path, c
 def test_an_unfinished_run_shows_figures_of_its_own_networks(animals, pretrained, tmp_path):
     command = [str(animals), "--weights", str(pretrained), "--folds", "3", "--epochs", "2", *TINY]
     output = interrupt_after(1, command, tmp_path / "run", fold=2)
-    assert (
-        "Unfinished: 1 of 3 networks are trained to the end" in (output / "report.html").read_text()
-    )
+    page = output / "report.html"
+    assert "Unfinished: 1 of 3 networks are trained to the end" in page.read_text()
     parts = {row["path"]: row["part"] for row in rows_of(output / "split.csv")}
-    judged = {parts[row["path"]] for row in rows_of(output / "predictions.csv")}
-    assert judged == {"fold 1"} and len(training.read_weights(str(output))["networks"]) == 1
+    evaluated = {parts[row["path"]] for row in rows_of(output / "predictions.csv")}
+    assert evaluated == {"fold 1"} and len(training.read_weights(str(output))["networks"]) == 1
     run("--resume", output)
-    assert "Unfinished" not in (output / "report.html").read_text()
+    assert "Unfinished" not in page.read_text()
 
 
 def row(epoch: int, fold: int = 1, seconds: float = 60.0, **others: object) -> dict[str, object]:
@@ -138,26 +137,28 @@ def invented(animals: Path, tmp_path_factory: pytest.TempPathFactory) -> trainin
     settings, _, _ = open_run(animals, *flags)
     classes = len(NAMES)
     labels = torch.arange(classes).repeat_interleave(torch.logspace(2.4, 1.15, classes).long())
-    held = torch.arange(len(labels)) % 5
-    held[labels == classes - 2] = training.EVERY
-    data = images(labels.tolist(), held.tolist(), classes=NAMES)
-    data = data._replace(rows=[image._replace(path=str(noise)) for image in data.rows])
-    exam = training.make_exam(data, range(5), 1.0)
-    truth = torch.nn.functional.one_hot(exam.targets, classes)
+    held = [None if label == classes - 2 else at % 5 for at, label in enumerate(labels)]
+    data = images(labels.tolist(), held, 5, classes=NAMES)
+    data = data._replace(files=[file._replace(path=str(noise)) for file in data.files])
+    eval_set = training.make_eval_set(data, range(5), 1.0)
+    truth = torch.nn.functional.one_hot(eval_set.targets, classes)
     chance = torch.randn(2, *truth.shape, generator=torch.Generator().manual_seed(0))
     before = (1.5 * truth + chance[0]).argmax(1)
-    last = training.judge(3.0 * truth + chance[1], exam)
+    evaluation = training.evaluate_cross_fitted(3.0 * truth + chance[1], eval_set)
+    kept = ["head", *["all"] * 4]
+    listed = training.list_classes(NAMES, torch.full((classes,), 100), evaluation)
     return training.Outcome(
         settings=settings,
         data=data,
         facts=training.describe_run(settings, data, CPU),
-        history=[row(epoch, **last.measures) for epoch in range(11)],
-        kept=["head", *["all"] * 4],
+        remarks=training.list_remarks(5, kept, listed),
+        history=[row(epoch, **evaluation.summary) for epoch in range(11)],
+        kept=kept,
         baseline=before,
-        changes=training.compare(before, last),
-        classes=training.list_classes(NAMES, torch.full((classes,), 100), last),
-        last=last,
-        tested=last,
+        changes=training.compare(before, evaluation),
+        classes=listed,
+        evaluation=evaluation,
+        tested=evaluation,
     )
 
 
@@ -173,7 +174,7 @@ def cells_of(page: str) -> list[list[str]]:
 
 
 def test_the_time_left_is_what_the_rest_takes_at_the_pace_of_the_epoch(invented):
-    show = lambda *given: training.format_epoch(row(*given), invented.settings)  # noqa: E731
+    show = lambda *about: training.format_epoch(row(*about), invented.settings)  # noqa: E731
     assert show(6, 5, 1500.0).endswith(" 1h40")
     assert show(10, 3, 60.0).endswith(" 0h20")  # two more folds of ten epochs
     assert show(0, 5, 1500.0).endswith(" -")  # the others take longer
@@ -196,9 +197,9 @@ def test_the_page_closes_every_tag_and_loads_nothing(invented):
 
 
 def test_page_and_console_say_the_same_of_every_class_and_fact(invented, capsys):
-    text, last = training.make_page(invented).decode(), invented.last
+    text, evaluation = training.make_page(invented).decode(), invented.evaluation
     said, cells = " ".join(parse(text).itertext()), cells_of(text)
-    before = training.confusion_matrix(last.exam.targets, invented.baseline, len(last.confusion))
+    before = training.confusion_matrix(evaluation.eval_set.targets, invented.baseline, len(NAMES))
     recalls = (before.diag() / before.sum(1)).tolist()
     listed = [[*row.values(), old] for row, old in zip(invented.classes, recalls, strict=True)]
     for values in listed + [[*change.values()] for change in invented.changes]:
@@ -207,14 +208,14 @@ def test_page_and_console_say_the_same_of_every_class_and_fact(invented, capsys)
     training.print_end(invented)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 24  # one screen
-    result = training.format_range(last.measures)
-    trained = f"{last.measures['as_trained_balanced_accuracy']:.1%}"
+    result = training.format_range(evaluation.summary)
+    trained = f"{evaluation.summary['as_trained_balanced_accuracy']:.1%}"
     assert all(shown in said for shown in (*result.split(" ", 1), trained))
     assert lines[1:3] == [f"balanced accuracy {result}", f"as trained        {trained}"]
     assert lines[3] == f"untouched test    {result}"
-    judged = f"Classes without an image to judge them by: 1, as {NAMES[-2]}"
-    for state in (judged, "The head alone is kept, it is better: 1 of 5"):
-        assert state in lines and state in said
+    bare = f"Classes without an image to judge them by: 1, as {NAMES[-2]}"
+    for remark in (bare, "The head alone is kept, it is better: 1 of 5"):
+        assert remark in lines and remark in said and remark in invented.remarks
 
 
 def test_the_page_shows_the_commonest_confusions():
@@ -224,13 +225,14 @@ def test_the_page_shows_the_commonest_confusions():
 
 
 def test_the_page_shows_the_surest_mistakes_each_beside_what_it_was_taken_for(invented):
-    last, wrong = invented.last, []
-    for true, taken, sure in zip(last.exam.targets, last.predicted, last.probability, strict=True):
+    evaluation, wrong = invented.evaluation, []
+    answers = evaluation.eval_set.targets, evaluation.predicted, evaluation.probability
+    for true, taken, sure in zip(*answers, strict=True):
         names = [training.printable(NAMES[label]) for label in (true, taken)]
         relation = f"taken for ({training.show(sure.item())})"
         if true != taken:
             wrong.append((-sure, ["is", names[0], relation, names[1]]))
-    figures = parse(training.show_mistakes(invented.data, last)).iter("figure")
+    figures = parse(training.show_mistakes(invented.data, evaluation)).iter("figure")
     first = sorted(wrong, key=lambda pair: pair[0])[: training.MISTAKES]
     assert [[*figure.itertext()] for figure in figures] == [said for _, said in first]
 

@@ -164,11 +164,11 @@ def test_a_damaged_state_and_one_of_another_version_are_named(name, begun, capsy
 
 def test_what_is_said_beside_resume_holds_and_moments_follow_the_layout_of_weights(begun):
     """The optimizer's kernels read weights and moments in the order of memory."""
-    given, progress = prepare("--resume", begun)
+    context, progress = prepare("--resume", begun)
     stored = progress.trainer["optimizer"]["state"]
     for state in stored.values():
         state["exp_avg"] = state["exp_avg"].contiguous()  # as from where that is the layout
-    optimizer, differ = begin(given, progress, 2).optimizer, 0
+    optimizer, differ = begin(context, progress, 2).optimizer, 0
     for weight, before in zip(optimizer.state, stored.values(), strict=True):
         after = optimizer.state[weight]["exp_avg"]
         assert after.stride() == weight.stride()
@@ -213,7 +213,7 @@ def test_copies_change_no_pixel_are_read_again_and_go_at_the_end(large, tmp_path
     assert not (usual / training.COPIES).exists()
     output = interrupt_after(1, [str(large), *SMALL], tmp_path / "run")
     copies = {path.name for path in (output / training.COPIES).iterdir()}
-    assert copies == {f"{place}.npy" for place in (0, 1, 2, 5, 6, 7)}
+    assert copies == {f"{index}.npy" for index in (0, 1, 2, 5, 6, 7)}
     opened: list[str] = []
     cut = output / training.COPIES / "0.npy"
     cut.write_bytes(cut.read_bytes()[:-1])  # is read from the original

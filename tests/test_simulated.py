@@ -60,7 +60,7 @@ def simulate() -> Iterator[Simulate]:
     simulated_device.build()  # where a failure is told of
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, load_device) as pool:
-        yield lambda *given, **constants: pool.submit(call_counted, *given, **constants).result()
+        yield lambda *args, **constants: pool.submit(call_counted, *args, **constants).result()
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from conftest import (
     CPU,
     HEAD_STEPS,
+    PLAIN,
     SURE,
     TINY,
-    as_trained,
     assert_moved_alike,
     by_hand,
-    exam_of,
+    eval_set_of,
     images,
     network_of,
     open_run,
@@ -31,7 +31,6 @@ from torch import nn
 from torchvision import models
 
 import data_training as training
-from data_training import EVERY, TEST
 
 ERRORS = {
     "": "arguments are required: DATA",
@@ -121,18 +120,19 @@ def test_images_weigh_one_over_their_class():
 
 
 def test_an_epoch_draws_what_its_fold_learns_and_without_power_each_image_once():
-    data = images([0] * 900 + [1] * 100 + [0] * 9, [*range(4)] * 250 + [TEST] * 9)
+    held = [*range(4)] * 250 + [4] * 9  # the last nine test the ensemble
+    data = images([0] * 900 + [1] * 100 + [0] * 9, held, 4)
     drawn = {}
     for fold, power, seed in itertools.product(range(4), (0.0, 1.0), (0, 1)):
-        learnt, stream = data.learns(fold), training.seeded("draw", seed)
+        learnt, stream = data.learnt(fold), training.seeded("draw", seed)
         draw = training.draw_epoch(data.labels, learnt, power, 2, stream)
         assert len(draw) == 1500
-        assert set(data.held[draw].tolist()) == {0, 1, 2, 3} - {fold}
+        assert {held[at] for at in draw.tolist()} == {0, 1, 2, 3} - {fold}
         drawn[fold, power, seed] = draw
     assert not torch.equal(drawn[0, 1.0, 0], drawn[0, 1.0, 1])
     assert abs(data.labels[drawn[0, 1.0, 0]].sum() - 750) < 4 * 375**0.5  # standard deviations
     first, second = drawn[0, 0.0, 0].split(750)
-    assert sorted(first.tolist()) == sorted(second.tolist()) == data.learns(0).tolist()
+    assert sorted(first.tolist()) == sorted(second.tolist()) == data.learnt(0).tolist()
     assert not torch.equal(first, second)
 
 
@@ -144,8 +144,8 @@ def test_batches_differ_by_one_image_at_most_and_each_draw_is_augmented_in_its_o
         pairs = [pair for batch in batches for pair in batch.tolist()]
         assert [index for index, _ in pairs] == list(range(count))
         assert len({seed for _, seed in pairs}) == count
-        judged = training.cut_batches(torch.arange(count), size)
-        assert all((batch[:, 1] == training.EVALUATED).all() for batch in judged)
+        evaluated = training.cut_batches(torch.arange(count), size)
+        assert all((batch[:, 1] == training.EVALUATED).all() for batch in evaluated)
 
 
 def test_weights_are_found_in_whatever_people_save(tmp_path):
@@ -197,7 +197,7 @@ def test_weights_of_any_scale_begin_with_the_one_that_rates_are_for(arch):
     inputs = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = model(inputs)
-        training.rescale(model)
+        training.rescale_resnet(model)
         torch.testing.assert_close(model(inputs), expected, rtol=1e-3, atol=1e-3)
     for weight in model.parameters():
         if weight.dim() == 4:  # 0.5 / sqrt(fan-in)
@@ -212,28 +212,28 @@ def test_weights_of_any_scale_begin_with_the_one_that_rates_are_for(arch):
 def test_the_head_of_pretrained_weights_comes_first_and_a_trial_where_it_is_worth_it(monkeypatch):
     """Each stage by name, epochs, passes, steps and where it begins; batches are of 10 images."""
     monkeypatch.setattr(training, "HEAD_STEPS", HEAD_STEPS)
-    data = images([0, 1] * 25, [EVERY] * 40 + [0] * 10)
+    data = images([0, 1] * 25, [None] * 40 + [0] * 10)
 
     def planned(epochs: int, weights: str = "x", **others: Any) -> list[tuple[Any, ...]]:
         settings = SimpleNamespace(epochs=epochs, batch_size=10, weights=weights)
         stages = training.plan(settings, data, **{"fold": 0} | others)
         assert {stage.fold for stage in stages} == {others.get("fold", 0)}
-        return [(x.name, [*x.epochs][-1], x.passes, x.steps, x.begins_from) for x in stages]
+        return [(x.name, [*x.epochs][-1], x.passes, x.total_steps, x.begins_from) for x in stages]
 
     # 1,000 steps of 10 images, by 40 images, make 250 passes of 4 steps
-    head = ("head", 0, 250, 1000, "start")
-    assert planned(240, weights="none") == [("whole", 240, 1, 960, "start")]
+    head = ("head", 0, 250, 1000, "weights")
+    assert planned(240, weights="none") == [("whole", 240, 1, 960, "weights")]
     # 190 steps are 48 epochs, and a fifth of 240
-    assert planned(239) == [head, ("whole", 239, 1, 956, "start")]
-    trial = ("trial", 48, 1, 192, "")
-    assert planned(240) == [head, trial, ("whole", 240, 1, 768, "")]
+    assert planned(239) == [head, ("whole", 239, 1, 956, "weights")]
+    trial = ("trial", 48, 1, 192, "head")
+    assert planned(240) == [head, trial, ("whole", 240, 1, 768, "trial")]
     assert planned(240, failed=True) == [head, trial, ("upper", 240, 1, 768, "head")]
     # Folds follow the first one's trial, each in as many steps as its images ask for.
-    data = images([0, 1] * 20, [0] * 5 + [1] * 15 + [2] * 20)
-    assert planned(1)[-1] == ("whole", 1, 1, 4, "start")
-    assert planned(1, fold=2)[-1] == ("whole", 1, 1, 2, "start")
-    assert planned(500, fold=1, failed=True)[-1] == ("upper", 500, 1, 1500, "")
-    assert planned(500, fold=1)[-1] == ("whole", 500, 1, 1500, "")
+    data = images([0, 1] * 20, [0] * 5 + [1] * 15 + [2] * 20, 3)
+    assert planned(1)[-1] == ("whole", 1, 1, 4, "weights")
+    assert planned(1, fold=2)[-1] == ("whole", 1, 1, 2, "weights")
+    assert planned(500, fold=1, failed=True)[-1] == ("upper", 500, 1, 1500, "head")
+    assert planned(500, fold=1)[-1] == ("whole", 500, 1, 1500, "head")
 
 
 def test_a_trial_fails_where_it_ends_with_a_tenth_more_loss_than_the_head():
@@ -257,9 +257,9 @@ def test_the_head_alone_is_kept_where_its_loss_is_surely_lower(monkeypatch):
         ((1.0, 1.0, 1.0), [0, 1, 2], 2.7, False),
     ):
         monkeypatch.setattr(training, "FEWEST_EFFECTIVE", fewest)
-        exam = exam_of([0, 0, 1], [1, 1], families)
-        whole = SimpleNamespace(exam=exam, true_probability=torch.full((3,), math.exp(-3)))
-        head = SimpleNamespace(exam=exam, true_probability=(torch.tensor(gains) - 3).exp())
+        eval_set = eval_set_of([0, 0, 1], [1, 1], families)
+        whole = SimpleNamespace(eval_set=eval_set, true_probability=torch.full((3,), math.exp(-3)))
+        head = SimpleNamespace(eval_set=eval_set, true_probability=(torch.tensor(gains) - 3).exp())
         assert training.is_surely_better(head, whole) is kept, (gains, families, fewest)
 
 
@@ -277,7 +277,7 @@ def test_the_rate_rises_for_a_tenth_and_then_falls_in_any_number_of_steps(steps,
     model = nn.Module()
     model.fc = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), 3.0)
-    trainer = training.Trainer(model, stage._replace(steps=steps), optimizer, CPU)
+    trainer = training.Trainer(model, stage._replace(total_steps=steps), optimizer, CPU)
     biases = [model.fc.bias.item()]
     for step in range(steps):
         biases.append(biases[-1] - 3 * rate_by_hand(step, max(4, steps), rising))
@@ -291,13 +291,13 @@ def test_a_run_of_all_layers_ends_as_a_loop_that_is_written_by_hand(
 ):
     """They start where the weights do, not from the head that was trained before."""
     command = [animals, "--weights", pretrained, "--epochs", 2, *TINY]
-    given, progress = prepare(*command, "--output", tmp_path / "run")
-    data, dataset = given.data, given.reader.loader.dataset
+    context, progress = prepare(*command, "--output", tmp_path / "run")
+    data, dataset = context.data, context.reader.loader.dataset
     mean, std = (torch.tensor(each) for each in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     batches = []
     for epoch in (1, 2):
         stream = training.seeded("draw", 0, 0, epoch)
-        drawn = training.draw_epoch(data.labels, data.learns(0), 1.0, 1, stream)
+        drawn = training.draw_epoch(data.labels, data.learnt(0), 1.0, 1, stream)
         batches += training.cut_batches(drawn, 12, training.seeded("augment", 0, 0, epoch))
     model, losses = models.resnet18(num_classes=3), []
     model.load_state_dict(progress.start)
@@ -315,7 +315,7 @@ def test_a_run_of_all_layers_ends_as_a_loop_that_is_written_by_hand(
         loss.backward()
         optimizer.step()
         losses.append(loss.item() * len(batch))
-    assert_moved_alike(as_trained(default_run.path)["networks"][0], model, progress.start)
+    assert_moved_alike(network_of(default_run.path)["networks"][0], model, progress.start)
     _, *history = rows_of(default_run.path / "history.csv")
     found = [float(row["train_loss"]) for row in history]  # of 31 images in three steps
     assert found == pytest.approx([sum(losses[:3]) / 31, sum(losses[3:]) / 31], rel=1e-3)
@@ -324,7 +324,7 @@ def test_a_run_of_all_layers_ends_as_a_loop_that_is_written_by_hand(
 
 
 def test_random_layers_learn_alike_and_a_layer_without_a_rate_is_an_error():
-    model = models.resnet18(num_classes=3)
+    model = training.build_model("resnet18", ["ape", "bee", "cat"], {}, None)
     groups = training.whole_optimizer(model, False).param_groups
     assert {group["lr"] for group in groups} == {1e-3}
     model.layer5 = nn.Linear(1, 1)
@@ -355,7 +355,7 @@ def test_a_head_that_is_kept_alone_has_the_backbone_it_began_with(
     command = [animals, "--weights", pretrained, "--epochs", 1, *TINY, "--output"]
     done = run(*command, tmp_path / "run")
     start = prepare(*command, tmp_path / "other")[1].start
-    [end] = as_trained(done.path)["networks"]
+    [end] = network_of(done.path)["networks"]
     changed = {key for key in start if not torch.equal(start[key], end[key])}
     assert changed == {"fc.weight", "fc.bias"}
     # What is said is said of the head, which was trained on features of half the precision.
@@ -367,15 +367,15 @@ def test_a_head_that_is_kept_alone_has_the_backbone_it_began_with(
 def test_a_stage_begins_where_it_says_and_one_trains_the_upper_half_alone(
     animals, pretrained, tmp_path
 ):
-    given, progress = prepare(animals, "--weights", pretrained, "--output", tmp_path / "run")
-    model, start = given.model, progress.start
-    progress.head = {"weight": torch.full((3, 64), 5.0), "bias": torch.full((3,), 6.0)}
-    headed = start | {f"fc.{name}": value for name, value in progress.head.items()}
+    context, progress = prepare(animals, "--weights", pretrained, "--output", tmp_path / "run")
+    model, start = context.model, progress.start
+    progress.head = {"fc.weight": torch.full((3, 64), 5.0), "fc.bias": torch.full((3,), 6.0)}
+    headed = start | progress.head
     sevens = {name: torch.full_like(value, 7) for name, value in start.items()}
-    for begins_from, expected in (("", sevens), ("start", start), ("head", headed)):
+    for begins_from, expected in (("trial", sevens), ("weights", start), ("head", headed)):
         model.load_state_dict(sevens)
         stage = training.UPPER._replace(begins_from=begins_from, epochs=range(2, 3))
-        trainer = training.begin_stage(given, progress, stage)
+        trainer = training.begin_stage(context, progress, stage)
         state = model.state_dict()
         assert all(torch.equal(state[name], value) for name, value in expected.items())
     assert not model.training  # so BatchNorm keeps its statistics
@@ -408,7 +408,7 @@ def test_each_image_is_judged_once_by_its_fold_and_others_by_the_ensemble(
 ):
     tested = {"test_predictions.csv", "test_classes.csv"}
     assert {path.name for path in folds_run.path.iterdir()} == FILES | tested
-    network, classes = as_trained(folds_run.path), ["ape", "bee", "cat"]
+    network, classes = network_of(folds_run.path), ["ape", "bee", "cat"]
     parts = {row["path"]: row["part"] for row in rows_of(folds_run.path / "split.csv")}
     rows = rows_of(folds_run.path / "predictions.csv")
     assert len({row["path"] for row in rows}) == len(rows) == 38
@@ -416,13 +416,15 @@ def test_each_image_is_judged_once_by_its_fold_and_others_by_the_ensemble(
     logits = torch.empty(38, 3)
     for fold, state in enumerate(network["networks"], 1):
         paths = [animals / row["path"] for row in rows if parts[row["path"]] == f"fold {fold}"]
-        logits[folds == fold] = by_hand(network | {"networks": [state]}, paths)
-    exam = exam_of([classes.index(row["class"]) for row in rows], network["train_images"])
-    judged = training.judge(logits, exam._replace(folds=folds))
+        logits[folds == fold] = by_hand(network | PLAIN | {"networks": [state]}, paths)
+    targets = [classes.index(row["class"]) for row in rows]
+    eval_set = eval_set_of(targets, network["train_images"])._replace(folds=folds)
+    evaluation = training.evaluate_cross_fitted(logits, eval_set)
     tests = rows_of(folds_run.path / "test_predictions.csv")
     assert len(tests) == 12
-    answers = by_hand(network_of(folds_run.path), [others / row["path"] for row in tests])
-    told = [(rows, judged.probability, judged.predicted), (tests, *answers.softmax(1).max(1))]
+    answers = by_hand(network, [others / row["path"] for row in tests])
+    found = evaluation.probability, evaluation.predicted
+    told = [(rows, *found), (tests, *answers.softmax(1).max(1))]
     for table, probability, predicted in told:
         assert [row["predicted"] for row in table] == [classes[at] for at in predicted]
         said = [float(row["probability"]) for row in table]
@@ -433,5 +435,5 @@ def test_a_diverging_run_says_so_in_one_line(animals, pretrained, tmp_path, monk
     monkeypatch.setattr(training, "RATE", 1e30)
     command = [animals, "--weights", pretrained, "--epochs", 2, *TINY]
     error = refused([*command, "--output", tmp_path / "run"], capsys)[-1]
-    assert "the loss became" in error or "the network's outputs are NaN" in error
+    assert "the loss became" in error or "the network's outputs became nan" in error
     assert error.endswith(f"go on with --resume {tmp_path / 'run'}")

@@ -1,8 +1,8 @@
 """A protocol anyone can run: rare classes as people have them, judged by images nobody touched.
 
-    python tests/protocol.py FOLDER ... --rare 20 --epochs 3 --seeds 5 --csv results.csv
-    python tests/protocol.py FOLDER --ways default loop-1e-4 "default --folds 5"
-    python tests/protocol.py --csv results.csv                # the table of all that is there
+    python tests/experiments/protocol.py FOLDER ... --rare 20 --epochs 3 --seeds 5 --csv results.csv
+    python tests/experiments/protocol.py FOLDER --ways default loop-1e-4 "default --folds 5"
+    python tests/experiments/protocol.py --csv results.csv    # the table of all that is there
 
 Each FOLDER of class folders becomes staircases: one class has up to `--most` images, the rarest
 `--rare` in all, the others geometrically between; each rotation gives the ranks to other classes.
@@ -26,7 +26,6 @@ over the means of sets. Images of one patient may stand on both sides of the tes
 import argparse
 import contextlib
 import itertools
-import json
 import math
 import os
 import random
@@ -45,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision import models
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import data_training as training  # noqa: E402
 
@@ -77,9 +76,10 @@ class Prepared(NamedTuple):
     reader: training.Reader
 
     def ask(self, network: Any) -> Tensor:
-        """The logits of the images that judge."""
-        network = self.reader.compute.place(network)
-        return training.evaluate(network, self.reader, self.data.judges(0))
+        """The logits of the images that networks are evaluated on."""
+        network = self.reader.compute.to_device(network)
+        indices = self.data.eval_mask[0].nonzero().flatten()
+        return training.compute_logits(network, self.reader, indices)
 
 
 class Stairs(NamedTuple):
@@ -102,8 +102,8 @@ def count_stairs(sizes: list[int], rare: int, most: int) -> list[int]:
 
 def make_stairs(source: Path, rotation: int, chosen: argparse.Namespace, work: Path) -> Stairs:
     """The staircase of a set in which the class at the place `rotation` is the most frequent."""
-    classes, rows = training.list_data(source, None, None)
-    images = [sorted(row.path for row in rows if row.label == at) for at in range(len(classes))]
+    classes, files = training.list_data(source, None, None)
+    images = [sorted(file.path for file in files if file.label == at) for at in range(len(classes))]
     order = [*range(rotation, len(classes)), *range(rotation)]
     counts = count_stairs([len(images[label]) for label in order], chosen.rare, chosen.most)
     for label, count in zip(order, counts, strict=True):
@@ -128,15 +128,16 @@ def command_of(chosen: argparse.Namespace, work: Path, flags: list[str]) -> list
 
 def prepare(chosen: argparse.Namespace, work: Path, flags: list[str]) -> Prepared:
     """What the script makes of a command line: settings, split and reader."""
-    args = training.parse_args(command_of(chosen, work, flags))
-    compute = training.pick_compute(args.device, args.amp)
-    settings, listing, stored = training.open_run(args, compute)
+    said, options = training.parse_args(command_of(chosen, work, flags))
+    compute = training.pick_compute(options)
+    settings, listing, stored = training.open_run(said, options, compute)
     data = training.load_data(settings, listing, stored)
-    paths = [row.path for row in data.rows]
+    paths = [file.path for file in data.files]
     images = training.Images(paths, data.labels, data.white, settings.image_size, settings.flip)
-    # Copies are named by places in the table, which is the same for all seeds.
+    # Copies are named by indices of `Data`, which is the same for all seeds.
     images.keep_copies(work / ("copies with test" if settings.val else "copies"))
-    reader = training.Reader(images, compute, settings.workers, settings.batch_size)
+    workers = training.count_workers(options.workers, compute.device.type)
+    reader = training.Reader(images, compute, workers, settings.batch_size)
     return Prepared(settings, data, reader)
 
 
@@ -149,12 +150,10 @@ def run_script(stairs: Stairs, way: str, seed: int) -> Answer:
         if status := training.main(command_of(chosen, stairs.work, flags)):
             sys.exit(status)
     content = training.read_weights(str(run))
-    result = json.loads((run / "config.json").read_text())["result"]
     shutil.rmtree(run)
-    fitted = training.Calibration(result["logit_scale"], result["logit_shift"])
-    ensemble = training.build_ensemble(content["arch"], content["classes"], content["networks"])
-    calibrated, log_share = stairs.test.ask(ensemble), content["natural"]
-    return Answer((calibrated + fitted.shift * log_share) / fitted.scale, log_share, fitted)
+    fitted = training.Calibration(content["scale"], content["shift"])
+    ensemble = training.load_ensemble(content | PLAIN._asdict())
+    return Answer(stairs.test.ask(ensemble), content["natural"], fitted)
 
 
 def load_plain(settings: training.Settings, classes: list[str]) -> models.ResNet:
@@ -171,8 +170,8 @@ def load_plain(settings: training.Settings, classes: list[str]) -> models.ResNet
 def train_loop(prepared: Prepared, rate: float) -> models.ResNet:
     """The network that the loop trains on the images that learn."""
     settings, data, reader = prepared
-    compute, learnt = reader.compute, data.learns(0)
-    model = compute.place(load_plain(settings, data.classes)).train()
+    compute, learnt = reader.compute, data.learnt(0)
+    model = compute.to_device(load_plain(settings, data.classes)).train()
     is_float16 = compute.precision == "float16"
     scaler = torch.amp.GradScaler(compute.device.type, enabled=is_float16)
     optimizer = torch.optim.AdamW(model.parameters(), rate, fused=True)
@@ -184,8 +183,8 @@ def train_loop(prepared: Prepared, rate: float) -> models.ResNet:
         batches = training.cut_batches(drawn, settings.batch_size, stream)
         for images, targets in reader.read(batches, "loop"):
             with compute.autocast():
-                logits = model(training.to_device(images, compute))
-            targets = training.to_device(targets, compute)
+                logits = model(training.move_batch(images, compute))
+            targets = training.move_batch(targets, compute)
             optimizer.zero_grad()
             scaler.scale(F.cross_entropy(logits.float(), targets)).backward()
             scaler.step(optimizer)
@@ -199,24 +198,24 @@ def run_loop(stairs: Stairs, way: str, seed: int) -> Answer:
     flags = ["--seed", str(seed), *["--power", "0"] * (way == "loop-none")]
     prepared = prepare(stairs.chosen, stairs.work, flags)
     network = train_loop(prepared, 3e-4 if way in LOOPS else float(way.removeprefix("loop-")))
-    exam = training.make_exam(prepared.data, [0], prepared.settings.power)
-    fitted = training.fit_calibration(prepared.ask(network), exam.targets, exam)
-    return Answer(stairs.test.ask(network), exam.log_share, fitted)
+    eval_set = training.make_eval_set(prepared.data, [0], prepared.settings.power)
+    fitted = training.fit_calibration(prepared.ask(network), eval_set.targets, eval_set)
+    return Answer(stairs.test.ask(network), eval_set.log_share, fitted)
 
 
 def measure(stairs: Stairs, answer: Answer) -> dict[str, float]:
     """The measures of an answer on the test, in %, as trained and calibrated."""
     logits, log_share, own = answer
-    exam = training.make_exam(stairs.test.data, [0], 1.0)._replace(log_share=log_share)
+    eval_set = training.make_eval_set(stairs.test.data, [0], 1.0)._replace(log_share=log_share)
     found: dict[str, float] = {}
     for name, fitted in {"trained": PLAIN, "calibrated": own}.items():
-        confusion = training.assess(logits, fitted, exam).confusion
+        confusion = training.evaluate(logits, fitted, eval_set).confusion
         recall = 100 * training.recall_by_class(confusion)
         rarest, frequent = recall[stairs.ends].tolist()
         found[name] = recall.mean().item()
         found |= {f"{name}_rarest": rarest, f"{name}_frequent": frequent}
     natural_logits = logits if own == PLAIN else own.apply(logits, log_share) + log_share
-    confusion = training.assess(natural_logits, PLAIN, exam).confusion
+    confusion = training.evaluate(natural_logits, PLAIN, eval_set).confusion
     natural = log_share.double().softmax(0) @ training.recall_by_class(confusion)
     return found | {"natural": 100 * natural.item()} | own._asdict()
 

@@ -1,6 +1,6 @@
 """Measure how fast `data_training.py` is, against its limits and against what people write.
 
-    python tests/benchmark.py [FOLDER] [--arch NAME] [--device NAME] [--turns N]
+    python tests/experiments/benchmark.py [FOLDER] [--arch NAME] [--device NAME] [--turns N]
 
 FOLDER holds class folders; without it 1,000 drawn photographs of 500 x 375 pixels serve. The two
 sides of a line take turns in this one run, so that what else the machine does hits both. A figure
@@ -37,7 +37,7 @@ from torchvision import models
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-SCRIPT = Path(__file__).parents[1] / "data_training.py"
+SCRIPT = Path(__file__).parents[2] / "data_training.py"
 sys.path.insert(0, str(SCRIPT.parent))
 
 import data_training as training  # noqa: E402
@@ -56,20 +56,21 @@ def command_of(args: argparse.Namespace, work: str, *flags: object) -> list[str]
 
 def measure_training(args: argparse.Namespace, work: str) -> tuple[Measure, Measure]:
     """Images a second of the script's loop, from the files on, and of the bare step."""
-    parsed = training.parse_args(command_of(args, work, "--weights", "none"))
-    compute = training.pick_compute(parsed.device, parsed.amp)
-    settings, listing, stored = training.open_run(parsed, compute)
+    said, options = training.parse_args(command_of(args, work, "--weights", "none"))
+    compute = training.pick_compute(options)
+    settings, listing, stored = training.open_run(said, options, compute)
     data = training.load_data(settings, listing, stored)
-    paths = [row.path for row in data.rows]
+    paths = [file.path for file in data.files]
     images = training.Images(paths, data.labels, data.white, settings.image_size)
-    reader = training.Reader(images, compute, settings.workers, settings.batch_size)
-    model = compute.place(training.load_model(settings, data.classes, stored))
-    stage = training.WHOLE._replace(steps=10**6)
-    trainer = training.Trainer(model, stage, stage.make_optimizer(model, True), compute)
-    steps, learnt = STEPS.get(compute.device.type, 50), data.learns(0)
+    workers = training.count_workers(options.workers, compute.device.type)
+    reader = training.Reader(images, compute, workers, settings.batch_size)
+    model = compute.to_device(training.load_model(settings, data.classes, stored))
+    stage = training.WHOLE._replace(total_steps=10**6)
+    trainer = training.Trainer(model, stage, training.whole_optimizer(model, True), compute)
+    steps, learnt = STEPS.get(compute.device.type, 50), data.learnt(0)
     drawn = learnt.repeat(1 + steps * args.batch_size // len(learnt))[: steps * args.batch_size]
     noise = torch.randint(256, (args.batch_size, 224, 224, 3), dtype=torch.uint8)
-    inputs = training.to_device(noise, compute)
+    inputs = training.move_batch(noise, compute)
     targets = torch.zeros(args.batch_size, dtype=torch.int64, device=compute.device)
 
     def loop() -> float:
@@ -146,7 +147,7 @@ def measure_commands(args: argparse.Namespace, work: str) -> tuple[Measure, Meas
 
 def train_plainly(args: argparse.Namespace) -> None:
     """The program people write; a fifth of the images validate."""
-    device = training.pick_compute(args.device, False).device
+    device = training.pick_compute(training.Options(device=args.device, amp=False)).device
     last = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
     augment = [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), *last]
     train = ImageFolder(args.folder, v2.Compose(augment))
@@ -155,7 +156,7 @@ def train_plainly(args: argparse.Namespace) -> None:
     workers = min(8, os.cpu_count() or 1)
     cut = len(order) // 5
     batches = DataLoader(Subset(train, order[cut:]), args.batch_size, True, num_workers=workers)
-    judges = DataLoader(Subset(val, order[:cut]), args.batch_size, num_workers=workers)
+    held = DataLoader(Subset(val, order[:cut]), args.batch_size, num_workers=workers)
     model = models.get_model(args.arch)
     model.load_state_dict(torch.load(args.weights, weights_only=True))
     model.fc = torch.nn.Linear(model.fc.in_features, len(train.classes))
@@ -169,7 +170,7 @@ def train_plainly(args: argparse.Namespace) -> None:
             optimizer.step()
         model.eval()
         with torch.no_grad():
-            right = [model(x.to(device)).argmax(1).cpu() == targets for x, targets in judges]
+            right = [model(x.to(device)).argmax(1).cpu() == targets for x, targets in held]
         print(torch.cat(right).float().mean().item())
 
 
@@ -218,7 +219,7 @@ def main() -> None:
         if not args.folder:
             args.folder = Path(work, "photographs")
             draw_photographs(args.folder)
-        compute = training.pick_compute(args.device, None)
+        compute = training.pick_compute(training.Options(device=args.device))
         libraries = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
         print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; {libraries};")
         print(f"{args.arch}, 224 px, batches of {args.batch_size}, {compute}\n")
