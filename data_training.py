@@ -44,14 +44,16 @@ import signal
 import sys
 import time
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
 from fnmatch import fnmatch
 from functools import cache
 from multiprocessing.pool import ThreadPool
 from multiprocessing.util import get_temp_dir
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -72,6 +74,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+__version__ = "1.0"
+
 if sys.platform == "win32":
     import msvcrt
 else:
@@ -81,17 +85,17 @@ NETWORK = "network.pt"  # in a run folder
 STATE = "resume.pt"  # of a stopped run, beside it
 LOCK = ".lock"  # of a run at work, beside it
 COPIES = ".copies"  # of large images, shrunk: a folder beside it
-LEARNT = ("learnt", "group", "families")  # digests of images, `--group`, names of families
+FORMAT = 6  # of these files, to be raised where those of before cannot be read
 EVALUATED = -1  # instead of the seed of an image: it is evaluated, not augmented
 # The part that is right, the mean recall, and that of classes of many, medium, few training images.
 MEASURES = ("accuracy", "balanced_accuracy", "many", "medium", "few")
+ENSEMBLE_SCALE = 1.2  # about as much too cautious are means of logits of several networks
 Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
 BATCH = 64  # images a step
 SMALL = 2000  # training images; with fewer, batches are half as large, for enough steps
 Table = list[dict[str, Any]]  # rows with the same columns
 State = dict[str, Tensor]  # of a network
 Stored = Mapping[str, Any]  # what a file of a stopped run, or of weights, holds; may be empty
-Batches = Iterable[tuple[Tensor, Tensor]]  # inputs and labels
 
 
 class DataError(Exception):
@@ -205,7 +209,7 @@ class Data(NamedTuple):
     eval_mask: Tensor  # (K + 1, N) bool, those it is evaluated on; the last row tests the ensemble
     families: Tensor  # (N,) int64, the same for images that stay together: copies, or `--group`
     digests: Tensor  # (N,) int64, see `check_image`
-    white: int  # the value that is white in grey images of over 8 bits
+    white: int  # the value that is white in grey images of over 8 bits; 0: there are none
     leaks: int  # number of validation images left out that leak from training
     unreadable: list[str]  # paths left out
 
@@ -240,6 +244,11 @@ class Calibration(NamedTuple):
     scale: float = 1.0
     shift: float = 0.0
 
+    def of_networks(self, number: int) -> Calibration:
+        """Return what corrects the mean of so many networks, if this is fitted to single ones."""
+        factor = ENSEMBLE_SCALE if number > 1 else 1.0
+        return Calibration(self.scale * factor, self.shift * factor)
+
     def apply(self, logits: Tensor, log_share: Tensor) -> Tensor:
         """Return the calibrated logits: (M, C) float32."""
         return self.scale * logits.float() - self.shift * log_share
@@ -250,7 +259,7 @@ class Evaluation(NamedTuple):
 
     eval_set: EvalSet
     calibration: Calibration  # fitted on all images, for those to come
-    scores: Tensor  # (M, C) float32, probabilities by `calibration`
+    probabilities: Tensor  # (M, C) float32, calibrated
     predicted: Tensor  # (M,) int64
     probability: Tensor  # (M,) float32, of the predicted class
     true_probability: Tensor  # (M,) float32, of the true class
@@ -279,7 +288,7 @@ class FoldResult(NamedTuple):
 
     network: State
     logits: Tensor  # of the images it is evaluated on: (M, C)
-    kept: str  # "all" layers as they were trained, or the "head" alone
+    kept: str  # of `choose_kept`: "all" layers as trained, the "head" alone, or "all, undecided"
 
 
 @dataclass
@@ -306,7 +315,7 @@ class Context(NamedTuple):
     data: Data
     compute: Compute  # of this process
     baseline: Tensor  # what the run `--baseline` predicted for the validation images: (M,), or none
-    learnt_before: Stored  # what the network of `--weights` has learnt
+    learnt_before: Stored  # what the network of `--weights` has learnt, see `find_learnt`
     model: Any  # the ResNet in training
     reader: Reader
 
@@ -319,7 +328,7 @@ class Outcome(NamedTuple):
     facts: dict[str, str]  # of `describe_run`
     remarks: list[str]  # what must be known beside the result
     history: Table
-    kept: list[str]  # of each fold trained to the end, "all" layers or the "head" alone
+    kept: list[str]  # of each fold trained to the end, see `FoldResult`
     baseline: Tensor  # what the run `--baseline` predicted, of the same M images or of none
     changes: Table  # since that run
     classes: Table  # of `list_classes`
@@ -347,7 +356,7 @@ def run(settings: Settings, options: Options) -> None:
         data=data,
         compute=compute,
         baseline=baseline,
-        learnt_before={name: stored[name] for name in LEARNT if name in stored},
+        learnt_before=stored.get("learnt", {}),
         model=compute.to_device(model),
         reader=make_reader(settings, options, data, compute),
     )
@@ -383,7 +392,7 @@ def train_stage(context: Context, progress: Progress, stage: Stage) -> None:
         if stage.on_features:
             progress.head = copy_head(context.model)
         if epoch == settings.epochs:
-            result, evaluation = end_fold(context, progress, eval_set, logits, evaluation)
+            result, evaluation = end_fold(context, progress, stage, logits, evaluation)
             progress.finished.append(result)
         if stage.fold == 0:
             progress.evaluation = evaluation
@@ -439,26 +448,24 @@ def begin_stage(context: Context, progress: Progress, stage: Stage) -> Trainer:
 
 
 def end_fold(
-    context: Context,
-    progress: Progress,
-    eval_set: EvalSet,
-    logits: Tensor,
-    evaluation: Evaluation | None,
+    context: Context, progress: Progress, stage: Stage, logits: Tensor, of_all: Evaluation | None
 ) -> tuple[FoldResult, Evaluation | None]:
-    """Return what is kept of a fold: all layers, or the head alone if it is surely better.
+    """Return what is kept of a fold: all layers, or the head alone on the weights as loaded.
 
     With it comes its evaluation, in the first process.
     """
     model, compute = context.model, context.compute
     trained = FoldResult(copy_state(model), logits, "all")
     if not progress.head:
-        return trained, evaluation
+        return trained, of_all
     model.load_state_dict(progress.start | progress.head)
+    eval_set = make_eval_set(context.data, [stage.fold], context.settings.power)
     logits = compute_logits(model, context.reader, eval_set.indices)
     of_head = None if compute.rank else evaluate_cross_fitted(logits, eval_set)
-    if on_first_process(compute, is_surely_better, of_head, evaluation):
-        return FoldResult(copy_state(model), logits, "head"), of_head
-    return trained, evaluation
+    kept = on_first_process(compute, choose_kept, of_head, of_all, stage.total_steps)
+    if kept == "head":
+        return FoldResult(copy_state(model), logits, kept), of_head
+    return trained._replace(kept=kept), of_all
 
 
 def store_epoch(context: Context, progress: Progress) -> None:
@@ -516,13 +523,15 @@ def finish(context: Context, progress: Progress) -> None:
     tested = None
     eval_set = make_eval_set(data, [settings.folds], settings.power)
     if len(eval_set.indices):
-        states = [result.network for result in progress.finished]
-        networks = build_models(settings.arch, data.classes, states)
-        ensemble = compute.to_device(Ensemble(networks, Calibration(), eval_set.log_share))
+        networks = [result.network for result in progress.finished]
+        content: dict[str, Any] = {"arch": settings.arch, "classes": data.classes}
+        content |= {"networks": networks, "scale": 1.0, "shift": 0.0}  # as trained
+        content |= {"natural": eval_set.log_share}
+        ensemble = compute.to_device(Ensemble(content))
         logits = compute_logits(ensemble, context.reader, eval_set.indices)
         if compute.rank == 0:
             fitted = evaluate_finished(context, progress).calibration
-            tested = evaluate(logits, fitted, eval_set)
+            tested = evaluate(logits, fitted.of_networks(settings.folds), eval_set)
     if compute.rank == 0:
         print_end(write_results(context, progress, tested))
         remove_state(settings.output)
@@ -566,7 +575,9 @@ HEAD_DECAY = 0.002  # its weight decay
 TRIAL_STEPS = 190  # show it; such a trial is made if that is at most a fifth of all steps
 TRIAL_FAILS = 1.1  # a trial fails above 1.1 times the loss of the head
 SURE = 1.645  # keep the head alone only if it is better at one-sided p < 0.05
-FEWEST_EFFECTIVE = 10  # skip this test below ten independent images
+FEWEST_EFFECTIVE = 10  # independent images; fewer cannot tell
+FEW_STEPS = 40  # in fewer, all layers hardly learn
+RUINED = 0.9  # nor have they above this part of the loss of chance, the log of the classes
 
 HEAD = Stage("head", on_features=True, updates_batch_norm=False)
 WHOLE = Stage("whole")
@@ -612,17 +623,25 @@ def trial_failed(history: Table) -> bool:
     return TRIAL.name in losses and losses[TRIAL.name] > TRIAL_FAILS * losses[HEAD.name]
 
 
-def is_surely_better(one: Evaluation, other: Evaluation) -> bool:
-    """Return whether the loss of `one` is surely lower; families count, not their images."""
-    eval_set = one.eval_set
+def choose_kept(head: Evaluation, whole: Evaluation, steps: int) -> str:
+    """Return what is kept: "all" layers, or the "head" alone, by their losses.
+
+    The head is kept where it is surely better; and, after few `steps` or at the loss of chance,
+    where all layers are not. Families count, not their images. A head that looks better, while too
+    few images tell, leaves "all, undecided".
+    """
+    eval_set = head.eval_set
     weights = class_weights(eval_set.targets)
-    if 1 / torch.bincount(eval_set.families, weights).square().sum() < FEWEST_EFFECTIVE:
-        return False
     least = torch.finfo(torch.float32).tiny
-    gain = (one.true_probability / other.true_probability.clamp(min=least)).clamp(min=least).log()
+    gain = (head.true_probability / whole.true_probability.clamp(min=least)).clamp(min=least).log()
     mean = weights @ gain.double()
     error = torch.bincount(eval_set.families, weights * (gain - mean)).square().sum().sqrt()
-    return bool(mean > SURE * error)
+    if steps < FEW_STEPS or whole.loss > RUINED * math.log(len(eval_set.train_counts)):
+        return "head" if mean > -SURE * error else "all"
+    if mean <= SURE * error:
+        return "all"
+    effective = 1 / torch.bincount(eval_set.families, weights).square().sum()
+    return "head" if effective >= FEWEST_EFFECTIVE else "all, undecided"
 
 
 def head_optimizer(head: nn.Linear, features: Tensor) -> Optimizer:
@@ -673,7 +692,7 @@ class Trainer:
         held = {id(weight) for weight in self.weights}
         for name, weight in self.module.named_parameters():
             if weight.requires_grad and id(weight) not in held:
-                raise ValueError(f"{name} is in no group of the optimizer: see RESNETS")
+                raise ValueError(f"{name} is in no group of the optimizer: see ARCHITECTURES")
         peaks = [group["lr"] for group in optimizer.param_groups]
         # OneCycleLR divides by zero where either part of the cycle has a single step.
         steps = max(4, stage.total_steps)
@@ -723,10 +742,10 @@ def train_epoch(trainer: Trainer, reader: Reader, drawn: Tensor, seeds: Generato
     ours = [batch[compute.rank :: compute.world_size] for batch in batches]
     loaded = reader.read(ours, f"training, {trainer.stage.name}", trainer.stage.on_features)
     total = torch.zeros((), device=compute.device)
-    for (images, targets), batch in zip(loaded, batches, strict=True):
-        targets = move_batch(targets, compute)
+    for [group], batch in zip(loaded, batches, strict=True):
+        targets = move_batch(group.labels, compute)
         with compute.autocast():
-            logits = trainer.network(move_batch(images, compute))
+            logits = trainer.network(move_batch(group.inputs, compute))
         loss = F.cross_entropy(logits.float(), targets)
         # Gradients are averaged over processes, whose parts of a batch may differ by one image.
         trainer.step(loss * (len(targets) * compute.world_size / len(batch)))
@@ -741,76 +760,103 @@ def train_epoch(trainer: Trainer, reader: Reader, drawn: Tensor, seeds: Generato
 # -------------------------------------------------------------------------------------- predicting
 
 
+def load_network(run: str | Path) -> tuple[Ensemble, Preparation, list[str]]:
+    """Return a run's networks as one, what makes its input of an image file, and its classes.
+
+    `network(prepare("photo.jpg")[None]).softmax(1)` has the probability of each class, as
+    `--predict`.
+    """
+    content = read_run(Path(run))
+    network = Ensemble(content).eval()
+    return network, Preparation(content["image_size"], content["white"]), content["classes"]
+
+
 def predict(settings: Settings, options: Options) -> None:
-    """Write what a run says of each image below DATA, as CSV; recalls, if folders are classes."""
-    stored = read_weights(str(options.predict))
-    if "image_size" not in stored:
-        raise DataError(f"--predict {options.predict}: no network of this version; train one first")
-    out, classes = settings.output, stored["classes"]
-    if out and (out.exists() or not out.parent.is_dir()):
-        raise DataError(f"--output {out}: there already, or no folder for it; name a new file")
+    """Write what a run says of each image below DATA, as CSV; and how right, if that is known."""
+    output, run = settings.output, Path(str(options.predict))
+    if output and (output.exists() or not output.parent.is_dir()):
+        raise DataError(f"--output {output}: there already, or no folder for it; name a new file")
+    network, prepare, classes = load_network(run)
+    if (run / STATE).exists():
+        print(f"warning: {run} is unfinished, better --resume it first", file=sys.stderr)
     compute = pick_compute(options)
-    files = list_photos(settings.data, classes)
-    checked, _ = check_images([file.path for file in files])
-    files = [file for file in files if file.path in checked]
-    if not files:
-        raise DataError(f"DATA {settings.data}: no image that can be read")
+    files, digests, peak = read_photos(settings.data, classes)
+    if prepare.white and peak > prepare.white:
+        text = f"grey values up to {peak}; all above {prepare.white}, as in training, are white"
+        print(f"warning: {text}", file=sys.stderr)
+    prepare = prepare._replace(white=prepare.white or find_white(peak))
     labels = torch.tensor([file.label for file in files])
-    paths = [file.path for file in files]
-    images = Images(paths, labels, stored["white"], stored["image_size"])
+    images = Images([file.path for file in files], labels, prepare)
     workers = count_workers(options.workers, compute.device.type)
     reader = Reader(images, compute, workers, settings.batch_size or BATCH)
-    model = compute.to_device(load_ensemble(stored))
-    logits = compute_logits(model, reader, torch.arange(len(files)))
-    probability, best = (logits + stored["natural"] * options.natural).softmax(1).topk(2)
-    columns = {
-        "path": paths,
-        "class": [classes[label] for label in best[:, 0].tolist()],
-        "probability": probability[:, 0],
-        "second": [classes[label] for label in best[:, 1].tolist()],
-        "second_probability": probability[:, 1],
+    logits = compute_logits(compute.to_device(network), reader, torch.arange(len(files)))
+    log_share = network.log_share.cpu()
+    probabilities = (logits + log_share * options.natural).softmax(1)
+    probability, best = probabilities.max(1)
+    columns: dict[str, Any] = {
+        "path": images.paths,
+        "class": [classes[label] for label in best.tolist()],
+        "probability": probability,
     }
     is_labelled = bool(labels.min() >= 0)
     if is_labelled:
         columns["true"] = [classes[label] for label in labels.tolist()]
-    content = format_table(to_rows(columns))
-    if out:
-        write_file(out, content)
+    content = format_table(to_rows(add_classes(columns, classes, probabilities)))
+    if output:
+        write_file(output, content)
     else:
         sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
     print(f"{len(files)} images", file=sys.stderr)
     if is_labelled:
-        digests = torch.tensor([checked[path] for path in paths])
-        learnt = find_learnt(files, digests, stored)
-        print(f"{learnt.sum()} of them, or their families, were learnt: left out", file=sys.stderr)
-        print_recalls(classes, confusion_matrix(labels[~learnt], best[~learnt, 0], len(classes)))
+        print_recalls(read_run(run), files, digests, logits + log_share * options.natural)
 
 
-def print_recalls(classes: list[str], confusion: Tensor) -> None:
-    """Print on stderr the balanced accuracy and the recall of each class, with their intervals."""
-    counts = confusion.sum(1)
-    print(
-        f"balanced accuracy {format_range(summarise(confusion, counts, counts))}", file=sys.stderr
+def print_recalls(content: Stored, files: list[ImageFile], digests: Tensor, logits: Tensor) -> None:
+    """Print on stderr how right the calibrated (N, C) logits of images that were not learnt are."""
+    patterns = [pattern for pattern, _ in content["learnt"]["groups"]]
+    families = torch.tensor(find_families(files, digests.tolist(), patterns))
+    is_learnt = torch.isin(families, families[find_learnt(files, digests, content["learnt"])])
+    print(f"{is_learnt.sum()} of them, or their families, were learnt: left out", file=sys.stderr)
+    new = (~is_learnt).nonzero().flatten()
+    if not len(new):
+        return
+    eval_set = EvalSet(
+        indices=new,
+        targets=torch.tensor([file.label for file in files])[new],
+        families=families[new],
+        folds=torch.zeros_like(new),
+        train_counts=torch.tensor(content["train_images"]),
+        log_share=content["natural"],
+        expected_shift=0.0,
     )
-    recall, low, high = mean_interval(recall_by_class(confusion), counts, torch.eye(len(counts)))
-    for label in counts.nonzero().flatten().tolist():
-        ends = f"[{low[label]:.1%}, {high[label]:.1%}] of {counts[label]}"
-        print(f"{recall[label]:8.1%} {ends:24} {printable(classes[label])}", file=sys.stderr)
+    evaluation = evaluate(logits[new], Calibration(), eval_set)
+    print(f"balanced accuracy {format_range(evaluation.summary)}", file=sys.stderr)
+    for row in list_classes(content["classes"], [0] * len(content["classes"]), evaluation):
+        if row["val_images"]:
+            print(printable(format_recall(row)), file=sys.stderr)
 
 
-def list_photos(path: Path, classes: list[str]) -> list[ImageFile]:
-    """Return the images at or below `path` by name, labelled by their folders, or all by -1."""
-    labels = {name: label for label, name in enumerate(classes)}
-    paths = sorted(walk_files(str(path)), key=Path) if path.is_dir() else [str(path)]
-    files = []
-    for each in filter(os.path.isfile, paths):
-        name = os.path.relpath(each, path)
-        if each.lower().endswith(IMG_EXTENSIONS):
-            files.append(ImageFile(each, name, labels.get(name.split(os.sep)[0], -1), ""))
+def read_photos(path: Path, classes: list[str]) -> tuple[list[ImageFile], Tensor, int]:
+    """Return the images at or below `path`, their digests (N,), and the largest grey value.
+
+    They are labelled by the folders that they are in, if all of these are classes, else by -1.
+    """
+    files: list[ImageFile] = []
+    if path.is_dir():
+        files, _ = list_images(path, classes, "")
+    elif path.is_file() and path.name.lower().endswith(IMG_EXTENSIONS):
+        files = [ImageFile(str(path), path.name, -1, "")]
     if not files:
         raise DataError(f"DATA {path}: no image there; known are {', '.join(IMG_EXTENSIONS)}")
-    is_labelled = all(file.label >= 0 for file in files)
-    return files if is_labelled else [file._replace(label=-1) for file in files]
+    checked, peak = check_images([file.path for file in files])
+    files = [file for file in files if file.path in checked]
+    if not files:
+        raise DataError(f"DATA {path}: no image that can be read")
+    files.sort(key=lambda file: Path(file.path))
+    if not all(file.label >= 0 for file in files):
+        files = [file._replace(label=-1) for file in files]
+    return files, torch.tensor([checked[file.path] for file in files]), peak
 
 
 # ---------------------------------------------------------------------- evaluation and calibration
@@ -851,11 +897,18 @@ def compute_outputs(
     was_training = model.training
     model.eval()
     outputs = []
-    for inputs, _ in reader.read(batches, "evaluating", on_features):
-        with compute.autocast():
-            outputs.append(model(move_batch(inputs, compute)))
+    order = []
+    done = 0
+    for groups in reader.read(batches, "evaluating", on_features):
+        for group in groups:
+            with compute.autocast():
+                outputs.append(model(move_batch(group.inputs, compute)))
+            order.append(done + group.positions)
+        done += sum(len(group.labels) for group in groups)
     model.train(was_training)
-    part = torch.cat([each.cpu() for each in outputs]) if outputs else torch.empty(0)
+    part = torch.empty(0)
+    if outputs:
+        part = torch.cat([each.cpu() for each in outputs])[torch.cat(order).argsort()]
     return gather(part, compute)
 
 
@@ -908,7 +961,7 @@ def evaluate(
     return Evaluation(
         eval_set=eval_set,
         calibration=calibration,
-        scores=calibration.apply(logits, eval_set.log_share).softmax(1),
+        probabilities=log_probability.exp(),
         predicted=predicted,
         probability=best.exp(),
         true_probability=(-losses).exp(),
@@ -1006,9 +1059,13 @@ def list_remarks(folds: int, kept: list[str], classes: Table) -> list[str]:
     if len(kept) < folds:
         lines.append(f"Unfinished: {len(kept)} of {folds} networks are trained to the end")
     if "head" in kept:
-        lines.append(f"The head alone is kept, it is better: {kept.count('head')} of {folds}")
+        text = "The head alone is kept, all layers are no better"
+        lines.append(f"{text}: {kept.count('head')} of {folds}")
+    if undecided := kept.count("all, undecided"):
+        text = "The head alone looks better than all layers, too few images tell"
+        lines.append(f"{text}; all layers are kept: {undecided} of {folds}")
     if folds > 1:
-        lines.append("Shown is what single networks do; together they were better in all of 8 runs")
+        lines.append("Shown is what single networks do, not what they do together")
     if bare := [row["class"] for row in classes if not row["val_images"]]:
         lines.append(f"Classes without an image to judge them by: {len(bare)}, as {bare[0]}")
     return lines
@@ -1019,7 +1076,7 @@ def make_tables(outcome: Outcome) -> dict[str, bytes]:
     data = outcome.data
     config: dict[str, Any] = {"settings": vars(outcome.settings), "classes": data.classes}
     config |= {"kept": outcome.kept, "facts": outcome.facts}
-    config |= {"left_out": data.unreadable, "white": data.white}
+    config |= {"left_out": data.unreadable, "white": data.white, "version": __version__}
     draws = [row["draws"] for row in outcome.classes]
     tables = {"history.csv": outcome.history, "comparison.csv": outcome.changes}
     for name, prefix, each in (
@@ -1031,20 +1088,29 @@ def make_tables(outcome: Outcome) -> dict[str, bytes]:
             config[name] = {key: None if math.isnan(x) else x for key, x in summary}
             tables[f"{prefix}classes.csv"] = list_classes(data.classes, draws, each)
             tables[f"{prefix}predictions.csv"] = list_predictions(data, each)
+            confusion = add_classes({"class": data.classes}, data.classes, each.confusion)
+            tables[f"{prefix}confusion.csv"] = to_rows(confusion)
     files = {name: format_table(rows) for name, rows in tables.items() if rows}
     return files | {"config.json": json.dumps(config, indent=1, default=str).encode()}
 
 
 def list_predictions(data: Data, evaluation: Evaluation) -> Table:
     """Return a row for each image, the least probable first: their labels may be wrong."""
-    table = to_rows({
+    columns = {
         "path": [data.files[index].name for index in evaluation.eval_set.indices.tolist()],
         "class": [data.classes[label] for label in evaluation.eval_set.targets.tolist()],
         "predicted": [data.classes[label] for label in evaluation.predicted.tolist()],
         "probability": evaluation.probability,
         "true_probability": evaluation.true_probability,
-    })  # fmt: skip
+    }
+    table = to_rows(add_classes(columns, data.classes, evaluation.probabilities))
     return sorted(table, key=lambda row: row["true_probability"])
+
+
+def add_classes(columns: Mapping[str, Any], classes: list[str], values: Tensor) -> dict[str, Any]:
+    """Add the columns of (M, C) values, called as the class, or "class NAME" if that is taken."""
+    names = [f"class {name}" if name in columns else name for name in classes]
+    return {**columns, **dict(zip(names, values.T, strict=True))}
 
 
 def list_classes(names: list[str], draws: Any, evaluation: Evaluation) -> Table:
@@ -1062,7 +1128,7 @@ def list_classes(names: list[str], draws: Any, evaluation: Evaluation) -> Table:
         "low": low.where(effective > 1, 0.0 * recall),  # of one image all is possible
         "high": high.where(effective > 1, 0.0 * recall + 1),
         "precision": recall_by_class(confusion.T),  # NaN for a class never predicted
-        "auc": auc_by_class(evaluation.scores, eval_set),
+        "auc": auc_by_class(evaluation.probabilities, eval_set.targets),
         "precision_in_use": precision_in_use(confusion, eval_set.train_counts),
         "false_answers": confusion.sum(0) - confusion.diag(),
         "families": families,
@@ -1099,6 +1165,12 @@ def format_epoch(row: dict[str, Any], settings: Settings) -> str:
     )
 
 
+def format_recall(row: dict[str, Any]) -> str:
+    """Return the recall of a class with its interval, its images, and its name."""
+    text = f"{row['recall']:8.1%} [{row['low']:.0%}, {row['high']:.0%}] of {row['val_images']}"
+    return f"{text:26} {row['class']}"
+
+
 def print_end(outcome: Outcome) -> None:
     """Print, in one screen, the result, what is recognised least, and where the rest is."""
     summary = outcome.evaluation.summary
@@ -1108,9 +1180,7 @@ def print_end(outcome: Outcome) -> None:
         lines.append(f"untouched test    {format_range(outcome.tested.summary)}")
     lines += [*outcome.remarks, "Lowest recall:"]
     known = [row for row in outcome.classes if row["val_images"]]
-    for row in sorted(known, key=lambda row: row["recall"])[:3]:
-        text = f"{row['recall']:8.1%} [{row['low']:.0%}, {row['high']:.0%}] of {row['val_images']}"
-        lines.append(f"{text:26} {row['class']}")
+    lines += map(format_recall, sorted(known, key=lambda row: row["recall"])[:3])
     for change in outcome.changes:
         name, before, now, points, low, high, is_sure = change.values()
         text = f"{name:17} {before:.1%} in {outcome.settings.baseline}, now {now:.1%}: "
@@ -1159,9 +1229,10 @@ def make_page(outcome: Outcome) -> bytes:
     results = (balanced, "as_trained_balanced_accuracy", "balanced_accuracy")
     facts = "".join(f"<dt>{show(k)}</dt><dd>{show(v)}</dd>" for k, v in outcome.facts.items())
     sections = {
-        "Compared with the baseline": show_rows(outcome.changes) if outcome.changes else "",
+        "Compared with the baseline": show_changes(outcome.changes),
         "Classes": show_rows(sorted(classes, key=lambda row: -row["train_images"])),
         "Mistakes": show_mistakes(outcome.data, evaluation),
+        "Images that two classes have": show_rows(list_contradictions(outcome.data)),
         "Confusions": show_confusions(outcome.data.classes, evaluation.confusion),
         "Training": curve_chart(history, *loss) + curve_chart(history, *results),
         "How this was measured": f"<p>{TERMS}</p><dl>{facts}</dl>",
@@ -1221,8 +1292,19 @@ def curve_chart(history: Table, title: str, before: str, after: str) -> str:
     return f'<svg height="210">{body}</svg></svg>'
 
 
+def show_changes(changes: Table) -> str:
+    """Return a table of what changed since the baseline, with differences in points."""
+    rows = []
+    for row in changes:
+        points = {name: f"{100 * row[name]:+.1f} points" for name in ("difference", "low", "high")}
+        rows.append(row | points)
+    return show_rows(rows)
+
+
 def show_rows(rows: Table) -> str:
     """Return a table of rows with the same columns, with a bar for the interval of a recall."""
+    if not rows:
+        return ""
     names = "".join(f"<td>{show(name.replace('_', ' '))}</td>" for name in rows[0])
     body = f"<tr>{names}</tr>"
     for row in rows:
@@ -1245,7 +1327,7 @@ def show_confusions(classes: list[str], confusion: Tensor) -> str:
         true, taken = divmod(pair, len(classes))
         share = f"{wrong[pair]} of {confusion[true].sum()}"
         rows.append({"class": classes[true], "taken for": classes[taken], "images": share})
-    return show_rows(rows) if rows else ""
+    return show_rows(rows)
 
 
 def show_mistakes(data: Data, evaluation: Evaluation) -> str:
@@ -1267,23 +1349,21 @@ def show_mistakes(data: Data, evaluation: Evaluation) -> str:
 
 def show_image(data: Data, index: int, relation: str, label: int) -> str:
     """Return the image at an index of `data`, its relation to a class, and the class."""
-    image = ""
+    picture = ""
     with contextlib.suppress(DataError):  # a picture that is gone does not cost the page
-        pixels = central_square(
-            read_image(data.files[index].path, data.white, THUMBNAIL), THUMBNAIL
-        )
+        image = read_image(data.files[index].path, data.white, THUMBNAIL)
+        pixels = whole_image(image, THUMBNAIL)
         content = io.BytesIO()
         v2.functional.to_pil_image(pixels).save(content, "JPEG", quality=80)
         encoded = base64.b64encode(content.getvalue()).decode()
-        image = f'<img alt="" src="data:image/jpeg;base64,{encoded}">'
-    return f"<div>{image}<small>{relation}</small><b>{show(data.classes[label])}</b></div>"
+        picture = f'<img alt="" src="data:image/jpeg;base64,{encoded}">'
+    return f"<div>{picture}<small>{relation}</small><b>{show(data.classes[label])}</b></div>"
 
 
 # -------------------------------------------------------------------------------------- run folder
 
 START = "start.pt"  # the network before its first step
 NOT_IN_STATE = ("start", "finished", "evaluation")  # what of `Progress` is stored elsewhere, or not
-STATE_FORMAT = 6  # of the state of a stopped run, to be raised where another one cannot be read
 PATHS = ("data", "val", "source", "output", "baseline")  # settings that are paths
 
 
@@ -1319,11 +1399,12 @@ def open_run(
 
 def reopen_run(folder: Path, precision: str | None) -> tuple[Settings, Listing, Stored]:
     """Return the same of a stopped run, which goes on in another `precision` if one is named."""
-    if not (folder / STATE).exists():
+    if (folder / STATE).exists():
+        lock_folder(folder)
+    if not (folder / STATE).exists():  # any more
         raise DataError(f"--resume {folder}: no stopped run there, or a complete one")
     stored = load_tensors(folder / STATE, "--resume")
-    if stored.get("format") != STATE_FORMAT:
-        raise DataError(f"--resume {folder}: stopped by another version of this script; use that")
+    check_format(folder / STATE, stored)
     chosen = {
         each.name: stored["settings"].get(each.name, each.default) for each in fields(Settings)
     }
@@ -1336,8 +1417,7 @@ def reopen_run(folder: Path, precision: str | None) -> tuple[Settings, Listing, 
 def check_paths(settings: Settings) -> None:
     """Raise `DataError` where the paths of a command line are of no use."""
     output = settings.output
-    if output.is_file() or output.is_dir() and any(x.name[0] != "." for x in output.iterdir()):
-        raise DataError(f"--output {output}: not empty; name a new folder, or --resume a run")
+    check_output(output)
     sources = {"DATA": settings.data, "--source": settings.source, "--val": settings.val}
     for name, folder in sources.items():
         if folder and not folder.is_dir():
@@ -1346,11 +1426,23 @@ def check_paths(settings: Settings) -> None:
             raise DataError(f"--output {output}: would be a class of {folder}; move it out")
 
 
+def check_output(output: Path) -> None:
+    """Raise `DataError` unless a new run may begin in a folder.
+
+    It may where another one ended before its first state: a lock is there, but nothing to go on.
+    """
+    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    is_begun = LOCK in names and not names & {STATE, NETWORK}
+    if output.is_file() or not is_begun and any(name[0] != "." for name in names):
+        raise DataError(f"--output {output}: not empty; name a new folder, or --resume a run")
+
+
 def load_progress(settings: Settings, data: Data, model: Any, stored: Stored) -> Progress:
     """Return how far a stopped run has come, or begin to store a new one."""
     output = settings.output
-    lock_folder(output)
     if "history" not in stored:
+        lock_folder(output)
+        check_output(output)  # another run may have been there meanwhile
         shutil.rmtree(output / COPIES, ignore_errors=True)  # of other images, from a killed run
         write_file(output / "split.csv", format_table(list_split(data)))
         progress = Progress(copy_state(model), torch.zeros(len(data.classes), dtype=torch.int64))
@@ -1373,9 +1465,8 @@ def state_of(context: Context, progress: Progress) -> dict[str, Any]:
     stored = {name: value for name, value in vars(progress).items() if name not in NOT_IN_STATE}
     settings = vars(context.settings).items()
     stored["settings"] = {k: str(v) if isinstance(v, Path) else v for k, v in settings}
-    stored["format"] = STATE_FORMAT
-    stored["networks"] = [context.model.state_dict()]
-    return {**stored, **context.learnt_before}
+    stored |= {"format": FORMAT, "version": __version__, "learnt": context.learnt_before}
+    return stored | {"networks": [context.model.state_dict()]}
 
 
 def remove_state(output: Path) -> None:
@@ -1393,23 +1484,25 @@ def describe_networks(
     """Return all that it takes to use the networks of a run: the content of `NETWORK`."""
     settings, data, before = context.settings, context.data, context.learnt_before
     learnt = data.train_mask.any(0).nonzero().flatten()
-    group = settings.group or before.get("group")
-    digests = torch.cat([data.digests[learnt], before.get("learnt", data.digests[:0])])
-    families = {family_name(data.files[index].name, group) for index in learnt.tolist()}
-    families.update(before.get("families", ()))
+    digests = torch.cat([data.digests[learnt], before.get("digests", data.digests[:0])])
+    groups = {pattern: set(names) for pattern, names in before.get("groups", ())}
+    groups |= {settings.group: groups.get(settings.group, set())} if settings.group else {}
+    for pattern, names in groups.items():
+        names |= {family_name(data.files[index].name, pattern) for index in learnt.tolist()}
+    families = [(pattern, sorted(names - {None})) for pattern, names in groups.items()]
+    calibration = evaluation.calibration.of_networks(len(networks))
     return {
+        "format": FORMAT,
+        "version": __version__,
         "arch": settings.arch,
         "classes": data.classes,
         "train_images": evaluation.eval_set.train_counts.tolist(),
         "natural": evaluation.eval_set.log_share,  # for classes as frequent as in training
         "image_size": settings.image_size,
-        "eval_size": eval_size(settings.image_size),
         "white": data.white,
-        "learnt": digests.unique(),
-        "group": group,
-        "families": sorted(name for name in families if name is not None),
-        "scale": evaluation.calibration.scale,
-        "shift": evaluation.calibration.shift,
+        "learnt": {"digests": digests.unique(), "groups": families},
+        "scale": calibration.scale,
+        "shift": calibration.shift,
         "networks": networks,  # as trained, before calibration
     }
 
@@ -1444,6 +1537,9 @@ def load_baseline(folder: Path | None, data: Data) -> Tensor:
         raise DataError(f"--baseline {folder}: {text}")
     labels = {name: label for label, name in enumerate(data.classes)}
     rows = read_table(folder / "predictions.csv")
+    if strange := {row["predicted"] for row in rows} - labels.keys():
+        text = "which DATA lacks; give both runs the same DATA"
+        raise DataError(f"--baseline {folder}: it predicted {min(strange)}, {text}")
     predicted = {row["path"]: labels[row["predicted"]] for row in rows}
     fold_by_fold = data.eval_mask[:-1].nonzero()[:, 1].tolist()
     return torch.tensor([predicted[data.files[index].name] for index in fold_by_fold])
@@ -1469,10 +1565,17 @@ def load_data(settings: Settings, listing: Listing, stored: Stored) -> Data:
     if not files:
         raise DataError(f"{settings.data}: no image that can be read")
     digests = torch.tensor([checked[file.path] for file in files])
-    families = torch.tensor(find_families(files, digests.tolist(), settings.group))
-    before = families[find_learnt(files, digests, stored)]  # the network of --weights has learnt
-    train_mask, eval_mask = assign_images(settings, files, families, torch.isin(families, before))
+    patterns = [settings.group] if settings.group else []
+    families = torch.tensor(find_families(files, digests.tolist(), patterns))
+    if settings.group:
+        check_group(settings.group, files, families)
+    before = families[find_learnt(files, digests, stored.get("learnt", {}))]
+    is_learnt = torch.isin(families, before)
+    train_mask, eval_mask = assign_images(settings, files, families, is_learnt)
     is_ours = torch.tensor([file.part == "train" for file in files])
+    if len(before):
+        text = f"its network has learnt {(is_ours & is_learnt).sum()} of {is_ours.sum()} images"
+        print(f"--weights {printable(settings.weights)}: {text}: these only train", file=sys.stderr)
     taken = torch.cat([families[train_mask.any(0)], before])
     leaks = ~is_ours & torch.isin(families, taken)
     kept = (~leaks).nonzero().flatten()
@@ -1488,17 +1591,41 @@ def load_data(settings: Settings, listing: Listing, stored: Stored) -> Data:
         eval_mask=eval_mask[:, kept],
         families=families[kept],
         digests=digests[kept],
-        white=next((white for white in WHITES if peak <= white), peak),
+        white=find_white(peak),
         leaks=int(leaks.sum()),
         unreadable=unreadable,
     )
+    if twice := list_contradictions(data):
+        text = f"{len(twice)} images are in two classes, as {' and '.join(twice[0].values())}"
+        print(f"warning: {printable(text)}; both are learnt, see the page", file=sys.stderr)
+    check_parts(settings, data)
+    return data
+
+
+def check_parts(settings: Settings, data: Data) -> None:
+    """Raise `DataError` if there is nothing to train on, or to validate on."""
     for fold in range(settings.folds):
         if bare := (data.counts(data.learnt(fold)) == 0).nonzero().flatten().tolist():
             text = "no image that can be read is left to train on; add some or remove the class"
-            raise DataError(f"{settings.data}: {classes[bare[0]]}: {text}")
+            raise DataError(f"{settings.data}: {data.classes[bare[0]]}: {text}")
         if not data.eval_mask[fold].any():
-            raise DataError(f"{settings.val or settings.data}: nothing to validate on; pass --val")
-    return data
+            text = f"{settings.data}: nothing to validate on; pass --val"
+            if settings.folds > 1:
+                text = f"--folds {settings.folds}: too few images for so many; take fewer"
+            elif settings.val:
+                text = f"--val {settings.val}: nothing to validate on; pass another folder"
+            raise DataError(text)
+
+
+def list_contradictions(data: Data) -> Table:
+    """Return a row for each image that is, byte by byte, in another class as well."""
+    first: dict[int, ImageFile] = {}
+    table = []
+    for file, digest in zip(data.files, data.digests.tolist(), strict=True):
+        known = first.setdefault(digest, file)
+        if known.label != file.label:
+            table.append({"image": known.name, "is also": file.name})
+    return table
 
 
 def check_batches(settings: Settings, data: Data, world_size: int) -> None:
@@ -1518,7 +1645,7 @@ def list_data(data: Path, val: Path | None, source: Path | None) -> Listing:
         text = f"train and {parts[0]} look like parts of a data set, not classes"
         command = f"data_training.py {data / 'train'} --val {data / parts[0]}"
         raise DataError(f"{data}: {text}; run {command}")
-    files = list_images(data, classes, "train")
+    files = list_class_images(data, classes, "train")
     empty = sorted(set(classes).difference(classes[file.label] for file in files))
     if empty or len(classes) < 2:
         text = "at least two class folders are needed, with images in each"
@@ -1530,63 +1657,84 @@ def list_data(data: Path, val: Path | None, source: Path | None) -> Listing:
             if strange := sorted(set(list_folders(folder)).difference(classes)):
                 text = f"not classes of DATA: {', '.join(strange)}; rename or remove"
                 raise DataError(f"--{part} {folder}: {text}")
-            others = list_images(folder, classes, part)
+            others = list_class_images(folder, classes, part)
             files += [file for file in others if part == "val" or file.name not in names]
     return classes, files
 
 
-def list_images(root: Path, classes: list[str], part: str) -> list[ImageFile]:
+def list_class_images(root: Path, classes: list[str], part: str) -> list[ImageFile]:
     """List the images in the class folders of `root` as `ImageFolder` does; count other files."""
+    files, others = list_images(root, classes, part)
+    others += [file.name for file in files if file.label < 0]
+    if others:
+        text = f"{root}: {len(others)} files left out, no images or in no class: {min(others)} ..."
+        print(f"warning: {printable(text)}", file=sys.stderr)
+    files = [file for file in files if file.label >= 0]
+    return sorted(files, key=lambda file: (file.label, os.path.split(file.path)))
+
+
+def list_images(root: Path, classes: list[str], part: str) -> tuple[list[ImageFile], list[str]]:
+    """List the images below `root`, labelled by their folder, -1 in no class, and other files."""
     labels = {name: label for label, name in enumerate(classes)}
     files = []
     others = []
     for path in walk_files(str(root)):
         name = path.removeprefix(str(root)).replace(os.sep, "/").lstrip("/")
-        top, _, below = name.partition("/")
-        if below and top in labels and name.lower().endswith(IMG_EXTENSIONS):
-            files.append(ImageFile(path, name, labels[top], part))
+        folder, _, below = name.partition("/")
+        if name.lower().endswith(IMG_EXTENSIONS):
+            label = labels.get(folder, -1) if below else -1
+            files.append(ImageFile(path, name, label, part))
         else:
             others.append(name)
-    if others:
-        text = f"{root}: {len(others)} files left out, no images or in no class: {min(others)} ..."
-        print(f"warning: {printable(text)}", file=sys.stderr)
-    return sorted(files, key=lambda file: (file.label, os.path.split(file.path)))
+    return files, others
 
 
-def family_name(name: str, group: str | None) -> str | None:
-    """Return what `group` matches in the name of an image, class/file, below its class, if so."""
-    match = re.search(group, name.partition("/")[2]) if group else None
+def family_name(name: str, pattern: str) -> str | None:
+    """Return what a pattern matches in the name of an image, class/file, below its class, if so."""
+    match = re.search(pattern, name.partition("/")[2])
     return match and match[min(1, match.re.groups)]
 
 
-def find_learnt(files: list[ImageFile], digests: Tensor, stored: Stored) -> Tensor:
-    """Return which images a network, or a state, has learnt, itself or its family: (N,) bool."""
-    names = [family_name(file.name, stored.get("group")) for file in files]
-    families = set(stored.get("families", ()))
-    is_relative = torch.tensor([name in families for name in names])
-    return is_relative | torch.isin(digests, stored.get("learnt", digests[:0]))
+def find_learnt(files: list[ImageFile], digests: Tensor, learnt: Stored) -> Tensor:
+    """Return which images a network has learnt, itself or one of its family: (N,) bool.
+
+    `learnt` holds "digests", and "groups": patterns, each with the names of families.
+    """
+    is_learnt = torch.isin(digests, learnt.get("digests", digests[:0]))
+    for pattern, names in learnt.get("groups", ()):
+        known = set(names)
+        is_learnt |= torch.tensor([family_name(file.name, pattern) in known for file in files])
+    return is_learnt
 
 
-def find_families(files: list[ImageFile], digests: Sequence[int], group: str | None) -> list[int]:
-    """Return a number for each image, the same in a family: copies, and what `group` matches."""
-    parent: dict[int | str, int | str] = {}  # a forest (union-find), in which each tree is a family
+def find_families(
+    files: list[ImageFile], digests: Sequence[int], patterns: Sequence[str]
+) -> list[int]:
+    """Return a number for each image, the same in a family: copies, and what a pattern matches."""
+    parent: dict[Any, Any] = {}  # a forest (union-find), in which each tree is a family
 
-    def root(key: int | str) -> int | str:
+    def root(key: Any) -> Any:
         while parent.setdefault(key, key) != key:
             parent[key] = key = parent[parent[key]]
         return key
 
-    names = [family_name(file.name, group) for file in files]
-    for file, name, content in zip(files, names, digests, strict=True):
-        parent[root(content)] = root(file.path if name is None else f"--group {name}")
-    numbers: dict[int | str, int] = {}
-    families = [numbers.setdefault(root(content), len(numbers)) for content in digests]
-    if group:
-        text = f"--group {group}: {len(numbers)} families; unmatched images: {names.count(None)}"
-        if names.count(None) == len(files) or len(numbers) == 1:
-            raise DataError(f"{text}; match what differs in the paths below the class folders")
-        print(printable(text), file=sys.stderr)
-    return families
+    for file, digest in zip(files, digests, strict=True):
+        for pattern in patterns:
+            name = family_name(file.name, pattern)
+            if name is not None:
+                parent[root(digest)] = root((pattern, name))
+    numbers: dict[Any, int] = {}
+    return [numbers.setdefault(root(digest), len(numbers)) for digest in digests]
+
+
+def check_group(pattern: str, files: list[ImageFile], families: Tensor) -> None:
+    """Say what `--group` has matched, or raise `DataError` if that is of no use."""
+    unmatched = [family_name(file.name, pattern) for file in files].count(None)
+    count = len(families.unique())
+    text = f"--group {pattern}: {count} families; unmatched images: {unmatched}"
+    if unmatched == len(files) or count == 1:
+        raise DataError(f"{text}; match what differs in the paths below the class folders")
+    print(printable(text), file=sys.stderr)
 
 
 def assign_images(
@@ -1604,60 +1752,62 @@ def assign_images(
     eval_mask[folds if folds > 1 else 0] = ~is_ours
     if settings.val and folds == 1:
         return train_mask, eval_mask
-    ours = (is_ours & ~is_learnt).nonzero().flatten().tolist()
-    shares = [1 / folds] * folds if folds > 1 else [1 - VAL_FRACTION, VAL_FRACTION]
+    ours = (is_ours & ~is_learnt if folds > 1 else is_ours).nonzero().flatten().tolist()
+    labels = np.array([files[index].label for index in ours])
+    counts = np.bincount(labels).astype(float)
+    wanted = np.tile(counts / folds, (folds, 1))
+    if folds == 1:  # whole numbers: one image at least to validate, and to train on
+        fifth = np.minimum((VAL_FRACTION * counts).round().clip(1), counts - 1)
+        wanted = np.stack([counts - fifth, fifth])
     # Their order depends on their names and the seed alone, whatever else is there.
     names = [f"{settings.seed}/{files[i].name}".encode(errors="surrogateescape") for i in ours]
     order = [hashlib.sha256(name).digest() for name in names]
-    parts = assign_parts([files[i].label for i in ours], families[ours].tolist(), order, shares)
-    for index, part in zip(ours, parts, strict=True):
-        if folds > 1 or part == 1:
-            fold = part if folds > 1 else 0
-            train_mask[fold, index] = False
-            eval_mask[fold, index] = True
+    stays = is_learnt[ours].tolist()
+    parts = assign_parts(labels, families[ours].tolist(), order, wanted, stays)
+    for fold in range(folds):
+        chosen = torch.tensor(ours)[torch.from_numpy(parts == (fold if folds > 1 else 1))]
+        train_mask[fold, chosen] = False
+        eval_mask[fold, chosen] = True
     return train_mask, eval_mask
 
 
 def assign_parts(
-    labels: Sequence[int], families: Sequence[int], order: Sequence[bytes], shares: Sequence[float]
-) -> list[int]:
-    """Return the part of each image, so that each part gets about its share of each class.
+    labels: np.ndarray,
+    families: Sequence[int],
+    order: Sequence[bytes],
+    wanted: np.ndarray,
+    stays: Sequence[bool],
+) -> np.ndarray:
+    """Return the part of each image, so that part p gets about `wanted[p, c]` images of class c.
 
-    The families, largest first, then in `order`, go where they most reduce the sum of squared
-    differences / wanted. Every part gets every class that has enough families.
+    Images that stay are in part 0. The families of others, largest first, then in `order`, go where
+    they most reduce the sum of squared differences / wanted. Every part gets every class that has
+    enough families; but for rare cases, where families span classes.
     """
-    counts = Counter(labels)
-    wanted = [{c: share * count for c, count in counts.items()} for share in shares]
-    if len(shares) == 2:  # whole numbers: one image at least to validate, and to train on
-        for c, count in counts.items():
-            wanted[1][c] = min(max(1, round(shares[1] * count)), count - 1)
-            wanted[0][c] = count - wanted[1][c]
     members: dict[int, list[int]] = defaultdict(list)
     for index, family in enumerate(families):
         members[family].append(index)
     groups = sorted(members.values(), key=lambda each: (-len(each), min(order[i] for i in each)))
-    insides = [Counter(labels[index] for index in group) for group in groups]
-    left = Counter(label for inside in insides for label in inside)  # families to come
-    missing = [dict(part) for part in wanted]
-    bare = {c: [part for part, each in enumerate(wanted) if each[c]] for c in counts}
-
-    def gain(part: int, inside: Counter[int]) -> tuple[bool, float, int]:
-        needed = any(left[c] <= len(bare[c]) and part in bare[c][: left[c]] for c in inside)
-        closer = 0.0
-        for c, n in inside.items():
-            want = wanted[part][c]
-            closer += n * (2 * missing[part][c] - n) / want if want else -math.inf
-        return needed, closer, (min(inside) - part) % len(shares) if len(shares) > 2 else -part
-
-    parts = [0] * len(labels)
-    for group, inside in zip(groups, insides, strict=True):
-        best = max(range(len(shares)), key=lambda part: gain(part, inside))
-        for c, n in inside.items():
-            left[c] -= 1
-            bare[c] = [part for part in bare[c] if part != best]
-            missing[best][c] -= n
-        for index in group:
-            parts[index] = best
+    groups.sort(key=lambda each: not stays[each[0]])
+    left = np.zeros(wanted.shape[1])  # families of each class to come
+    for group in groups:
+        left[np.unique(labels[group])] += 1
+    missing = wanted.copy()
+    parts = np.zeros(len(labels), dtype=int)
+    turns = np.arange(len(wanted))
+    for group in groups:
+        classes, images = np.unique(labels[group], return_counts=True)
+        want, lack = wanted[:, classes], missing[:, classes]
+        is_bare = (lack == want) & (want > 0)
+        is_due = is_bare & (is_bare.cumsum(0) <= left[classes]) & (is_bare.sum(0) >= left[classes])
+        with np.errstate(divide="ignore"):
+            closer = (images * (2 * lack - images) / want).sum(1)
+        turn = (classes[0] - turns) % len(turns) if len(turns) > 2 else -turns
+        best = np.lexsort((turn, closer, is_due.any(1)))[-1]
+        best = 0 if stays[group[0]] else best
+        missing[best, classes] -= images
+        left[classes] -= 1
+        parts[group] = best
     return parts
 
 
@@ -1687,13 +1837,15 @@ class Head(nn.Linear):
 
 
 class Ensemble(nn.Module):
-    """Networks that answer by the mean of their logits, calibrated."""
+    """The networks of a run: they answer by the mean of their logits, calibrated."""
 
-    def __init__(self, networks: Iterable[nn.Module], calibration: Calibration, log_share: Tensor):
-        """Calibrate by these numbers and the (C,) log shares of the classes."""
+    def __init__(self, content: Stored):
+        """Build the networks from the content of `NETWORK`."""
         super().__init__()
+        arch, classes, log_share = content["arch"], content["classes"], content["natural"]
+        networks = [build_model(arch, classes, state) for state in content["networks"]]
         self.networks = nn.ModuleList(networks)
-        self.calibration = calibration
+        self.calibration = Calibration(content["scale"], content["shift"])
         self.log_share: Tensor
         self.register_buffer("log_share", log_share)
 
@@ -1726,28 +1878,14 @@ def copy_head(model: Any) -> State:
     return {f"{model.architecture.head}.{key}": value for key, value in state.items()}
 
 
-def load_ensemble(stored: Stored) -> Ensemble:
-    """Build the networks of a run, from the content of `NETWORK`."""
-    classes = stored["classes"]
-    networks = build_models(stored["arch"], classes, stored["networks"])
-    return Ensemble(networks, Calibration(stored["scale"], stored["shift"]), stored["natural"])
-
-
-def build_models(arch: str, classes: list[str], states: list[State]) -> list[nn.Module]:
-    """Build networks of these classes from their states."""
-    return [build_model(arch, classes, state, classes) for state in states]
-
-
-def build_model(arch: str, classes: list[str], state: State, known: list[str] | None) -> Any:
-    """Build the network for `classes` from a state, if any; its head stays if it is of these."""
+def build_model(arch: str, classes: list[str], state: State | None = None) -> Any:
+    """Build a network for `classes`, at random or from a state; `DataError` where it misfits."""
     model: Any = models.get_model(arch, weights=None, num_classes=len(classes))
     model.architecture = architecture_of(arch)
-    features = head_of(model).in_features
-    model.set_submodule(model.architecture.head, Head(features, len(classes)))
-    if not state:
+    head = Head(head_of(model).in_features, len(classes))
+    model.set_submodule(model.architecture.head, head)
+    if state is None:
         return model
-    if not keeps_head(model, state, classes, known):
-        state = state | copy_head(model)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -1758,34 +1896,36 @@ def build_model(arch: str, classes: list[str], state: State, known: list[str] | 
     return model
 
 
-def keeps_head(model: Any, state: State, classes: list[str], known: list[str] | None) -> bool:
-    """Return whether the head of a state is of these classes, as far as that is known."""
-    bias = state.get(f"{model.architecture.head}.bias", torch.empty(0))
-    return bias.shape == (len(classes),) and known in (None, classes)
-
-
 def load_model(settings: Settings, classes: list[str], stored: Stored) -> Any:
     """Build the pretrained network of a new run, or that of a stopped one."""
-    name = settings.weights
     torch.manual_seed(settings.seed)
-    state: State = stored["networks"][0] if stored else {}
-    if not stored and name != "none":
-        weights = models.get_model_weights(settings.arch)[name]
-        try:
-            state = weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
-        except Exception as error:  # a damaged file raises nearly anything
-            text = f"{weights.url} could not be fetched or read ({error}); put it into "
-            text += f"{torch.hub.get_dir()}/checkpoints, or pass a file, or --weights none"
-            raise DataError(f"--weights {name}: {text}") from None
-    known = stored.get("classes")
-    model = build_model(settings.arch, classes, state, known)
-    # On pretrained layers zeros are 2 points better with the sampler, and 11 worse without.
-    if state and settings.power > 0 and not keeps_head(model, state, classes, known):
-        nn.init.zeros_(head_of(model).weight)
-        nn.init.zeros_(head_of(model).bias)
-    if state and "history" not in stored:
+    model = build_model(settings.arch, classes)
+    if settings.weights == "none" and not stored:
+        return model
+    state = stored["networks"][0] if stored else fetch_weights(settings.arch, settings.weights)
+    bias = state.get(f"{model.architecture.head}.bias", torch.empty(0))
+    if bias.shape != (len(classes),) or stored.get("classes", classes) != classes:
+        # On pretrained layers zeros are 2 points better with the sampler, and 11 worse without.
+        if settings.power > 0:
+            nn.init.zeros_(head_of(model).weight)
+            nn.init.zeros_(head_of(model).bias)
+        others = (key for key in state if not key.startswith(f"{model.architecture.head}."))
+        state = {key: state[key] for key in others} | copy_head(model)
+    model = build_model(settings.arch, classes, state)
+    if "history" not in stored:
         model.architecture.rescale(model)
     return model
+
+
+def fetch_weights(arch: str, name: str) -> State:
+    """Return torchvision's weights of this name, downloaded if they are not on this machine."""
+    weights = models.get_model_weights(arch)[name]
+    try:
+        return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
+    except Exception as error:  # a damaged file raises nearly anything
+        text = f"{weights.url} could not be fetched or read ({error}); put it into "
+        text += f"{torch.hub.get_dir()}/checkpoints, or pass a file, or --weights none"
+        raise DataError(f"--weights {name}: {text}") from None
 
 
 def read_weights(path: str) -> dict[str, Any]:
@@ -1796,12 +1936,28 @@ def read_weights(path: str) -> dict[str, Any]:
     content = load_tensors(Path(file), "--weights")
     state: Any = content if isinstance(content, dict) else {}
     if state.get("networks") and "classes" in state:
+        check_format(Path(file), state)
         return state
     state = state.get("state_dict", state.get("model", state))
     items = state.items() if isinstance(state, dict) else ()
     if not (items and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in items)):
         raise DataError(f"--weights {file}: no weights in it; torch.save a state_dict there")
     return {"networks": [{key.removeprefix("module."): value for key, value in items}]}
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """Read the networks of a run, by its folder or file, and all that it takes to use them."""
+    content = read_weights(str(run))
+    if "classes" not in content:
+        raise DataError(f"--predict {run}: no network of a run there; name the folder of one")
+    return content
+
+
+def check_format(path: Path, content: Stored) -> None:
+    """Raise `DataError` if a file is of a version that writes it otherwise."""
+    if content.get("format") != FORMAT:
+        text = f"written by version {content.get('version', 'before 1.0')} of this script"
+        raise DataError(f"{path}: {text}, which is {__version__}; use that version, or train anew")
 
 
 def check_weights(weights: str, stored: Stored, arch: str) -> str:
@@ -1860,6 +2016,7 @@ def architecture_of(arch: str) -> Architecture | None:
 
 CROP_SCALE = 0.5  # smallest part of an image that a training crop shows
 EVAL_SCALE = 8 / 7  # of larger images, as crops enlarge (Touvron et al. 2019, arXiv:1906.06423)
+LONGEST = 3  # times the shorter side: what is longer is cut off
 WHITES = (255, 1023, 4095, 16383, 65535)  # in grey images: the first that no value exceeds
 STRIDE = 32  # pixels of a cell of the last feature map, in all networks of torchvision
 
@@ -1903,6 +2060,11 @@ def check_image(path: str) -> tuple[int, int, int] | str:
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True), peak, pages
 
 
+def find_white(peak: int) -> int:
+    """Return what is white in grey images of over 8 bits with this largest value; 0 for none."""
+    return next((white for white in WHITES if 0 < peak <= white), peak)
+
+
 def read_bytes(path: str) -> bytes:
     """Return the content of a regular file; to open a pipe would wait for ever."""
     if not os.path.isfile(path):
@@ -1935,6 +2097,7 @@ def to_pixels(picture: Image.Image, white: int) -> Tensor:
     """Return the pixels of a picture, of 8 bits, in one or three channels: (1 or 3, H, W) uint8."""
     if picture.mode.startswith("I"):  # grey, of whole numbers
         values = np.asarray(picture).astype(np.float32)
+        white = white or find_white(int(values.max())) or 1
         if getattr(picture, "tag_v2", {}).get(262) == 0:  # a TIFF in which white is zero
             values = white - values
         scaled = (values * (255 / white) + 0.5).clip(0, 255).astype(np.uint8)
@@ -1945,15 +2108,31 @@ def to_pixels(picture: Image.Image, white: int) -> Tensor:
     return v2.functional.pil_to_tensor(picture if picture.mode == "L" else picture.convert("RGB"))
 
 
+class Preparation(NamedTuple):
+    """What makes the input of a network of an image file: `prepare(path)`, (3, H, W) float32."""
+
+    image_size: int  # pixels a side of a training crop
+    white: int  # of grey images of over 8 bits; 0: the brightest pixel of each decides
+
+    def __call__(self, path: str | Path) -> Tensor:
+        """Return the whole image, upright and normalised; raises `DataError` if it is broken."""
+        image = whole_image(self.read(str(path)), eval_size(self.image_size))
+        return normalise(image.permute(1, 2, 0)[None])[0]
+
+    def read(self, path: str) -> Tensor:
+        """Return an image, shrunk if it is larger than any crop of it needs: (3, H, W) uint8."""
+        return read_image(path, self.white, least_side(self.image_size))
+
+
 class Images(Dataset[tuple[Tensor, int]]):
     """Images by (index, seed): the same pair gives the same pixels in any process."""
 
-    def __init__(self, paths: list[str], labels: Tensor, white: int, size: int, flip: str = "none"):
-        """Read images for training crops of `size` pixels, flipped as `--flip` says."""
+    def __init__(self, paths: list[str], labels: Tensor, prepare: Preparation, flip: str = "none"):
+        """Read images, and for training cut and flip them, as `--flip` says."""
+        size = prepare.image_size
         self.paths = paths
         self.labels = labels
-        self.white = white
-        self.least = least_side(size)
+        self.prepare = prepare
         self.copies: Path | None = None  # a folder for large images, shrunk
         self.reserve = 0.0  # bytes of its disk that stay free
         crop = v2.RandomResizedCrop(size, (CROP_SCALE, 1.0))
@@ -1962,11 +2141,11 @@ class Images(Dataset[tuple[Tensor, int]]):
         self.eval_size = eval_size(size)
 
     def __getitem__(self, item: Sequence[int]) -> tuple[Tensor, int]:
-        """Return the image as (S, S, 3) uint8, and its label."""
+        """Return the image as (H, W, 3) uint8, and its label."""
         index, seed = map(int, item)
         image = self.read(index)
         if seed == EVALUATED:
-            image = central_square(image, self.eval_size)
+            image = whole_image(image, self.eval_size)
         else:
             torch.default_generator.manual_seed(seed)  # which the transforms draw from
             image = self.training(image)
@@ -1981,18 +2160,39 @@ class Images(Dataset[tuple[Tensor, int]]):
     def read(self, index: int) -> Tensor:
         """Return the image, shrunk, from its copy, of the same pixels, if there is one."""
         if not self.copies:
-            return read_image(self.paths[index], self.white, self.least)
+            return self.prepare.read(self.paths[index])
         kept = self.copies / f"{index}.npy"
-        with contextlib.suppress(OSError, ValueError):  # not there, or cut short
+        with contextlib.suppress(Exception):  # not there, cut short or empty
             return torch.from_numpy(np.load(kept)).permute(2, 0, 1)
-        image = read_image(self.paths[index], self.white, self.least)
-        if min(image.shape[1:]) == self.least:  # it was shrunk
+        image = self.prepare.read(self.paths[index])
+        if min(image.shape[1:]) == least_side(self.prepare.image_size):  # it was shrunk
             unfinished = self.copies / f"{secrets.token_hex(8)}.npy"
             with contextlib.suppress(OSError):  # a full disk
                 if shutil.disk_usage(self.copies).free > self.reserve:
                     np.save(unfinished, image.permute(1, 2, 0).numpy())
                     unfinished.replace(kept)  # others see the whole file or none
         return image
+
+
+class Group(NamedTuple):
+    """Images of a batch that have the same shape, or features, for a network to take at once."""
+
+    inputs: Tensor  # (G, H, W, 3) uint8, or (G, D) float32
+    labels: Tensor  # (G,) int64
+    positions: Tensor  # (G,) int64, in the batch
+
+
+def group_by_shape(samples: list[tuple[Tensor, int]]) -> list[Group]:
+    """Return the images of a batch by their shapes; crops for training are one group."""
+    positions: dict[torch.Size, list[int]] = defaultdict(list)
+    for position, (image, _) in enumerate(samples):
+        positions[image.shape].append(position)
+    groups = []
+    for alike in positions.values():
+        images = torch.stack([samples[position][0] for position in alike])
+        labels = torch.tensor([samples[position][1] for position in alike])
+        groups.append(Group(images, labels, torch.tensor(alike)))
+    return groups
 
 
 class Reader:
@@ -2015,6 +2215,7 @@ class Reader:
         self.loader = DataLoader(
             images,
             batch_sampler=self.batches,
+            collate_fn=group_by_shape,
             num_workers=workers,
             persistent_workers=workers > 0,
             worker_init_fn=leave_interrupts,
@@ -2023,16 +2224,20 @@ class Reader:
         if workers and compute.world_size > 1:
             iter(self.loader)  # its workers start: once NCCL runs, a fork may hang (docs of DDP)
 
-    def read(self, batches: Sequence[Tensor], title: str, on_features: bool = False) -> Batches:
-        """Return images (B, S, S, 3) uint8, or features (B, D), and labels (B,) of `batches`."""
-        loaded: Iterable[Any] = self.loader
+    def read(self, batches: Sequence[Tensor], title: str, on_features: bool = False) -> Any:
+        """Return the images of each batch, or their features: an iterable of lists of `Group`."""
+        loaded: Iterable[list[Group]] = self.loader
         if on_features:
-            parts = (batch[:, 0] for batch in batches)
-            loaded = ((self.features[part].float(), self.labels[part]) for part in parts)
+            loaded = ([self.take_features(batch[:, 0])] for batch in batches)
         else:
             self.batches[:] = [batch.numpy() for batch in batches]
         hidden = self.compute.rank > 0 or None  # None: unless it is a terminal
         return tqdm(loaded, title, len(batches), unit=" batches", leave=False, disable=hidden)
+
+    def take_features(self, indices: Tensor) -> Group:
+        """Return the features of images."""
+        features = self.features[indices].float()
+        return Group(features, self.labels[indices], torch.arange(len(indices)))
 
 
 def cut_batches(indices: Tensor, batch_size: int, seeds: Generator | None = None) -> list[Tensor]:
@@ -2050,7 +2255,8 @@ def cut_batches(indices: Tensor, batch_size: int, seeds: Generator | None = None
 def make_reader(settings: Settings, options: Options, data: Data, compute: Compute) -> Reader:
     """Make the reader of the images of a run."""
     paths = [file.path for file in data.files]
-    images = Images(paths, data.labels, data.white, settings.image_size, settings.flip)
+    prepare = Preparation(settings.image_size, data.white)
+    images = Images(paths, data.labels, prepare, settings.flip)
     images.keep_copies(settings.output / COPIES)
     workers = count_workers(options.workers, compute.device.type)
     return Reader(images, compute, workers, settings.batch_size)
@@ -2066,12 +2272,17 @@ def turn(image: Tensor) -> Tensor:
     return image.rot90(int(torch.randint(4, ())), (-2, -1))
 
 
-def central_square(image: Tensor, size: int) -> Tensor:
-    """Return the central square of an image (3, H, W), `size` pixels a side."""
+def whole_image(image: Tensor, size: int) -> Tensor:
+    """Return a whole image (3, H, W), its shorter side resized to `size`; beyond 3 : 1 its middle.
+
+    The longer side becomes a multiple of `STRIDE`, so that the network sees all of it.
+    """
     side = min(image.shape[1:])
-    if max(image.shape[1:]) > 8 * side:  # to enlarge a thin line as a whole would take gigabytes
-        image = v2.functional.center_crop(image, [min(8 * side, n) for n in image.shape[1:]])
-    return v2.functional.center_crop(v2.functional.resize(image, [size]), [size])
+    if max(image.shape[1:]) > LONGEST * side:
+        image = v2.functional.center_crop(image, [min(LONGEST * side, n) for n in image.shape[1:]])
+    longer = max(size, round(size * max(image.shape[1:]) / side / STRIDE) * STRIDE)
+    shape = [size if n == side else longer for n in image.shape[1:]]
+    return v2.functional.resize(image, shape)
 
 
 def least_side(size: int) -> int:
@@ -2081,7 +2292,7 @@ def least_side(size: int) -> int:
 
 
 def eval_size(size: int) -> int:
-    """Return the side of the images that are evaluated, for crops of `size`: 256 for 224."""
+    """Return the shorter side of images that are evaluated, for crops of `size`: 256 for 224."""
     # A part of a cell more in the last feature map can ruin a small network.
     return max(size, int(EVAL_SCALE * size) // STRIDE * STRIDE)
 
@@ -2113,23 +2324,19 @@ def precision_in_use(confusion: Tensor, frequency: Tensor) -> Tensor:
     return called.diag() / called.nansum(0)
 
 
-def auc_by_class(scores: Tensor, eval_set: EvalSet) -> Tensor:
-    """Return the area under the ROC curve of each class against each other: (C,) float64."""
-    areas = torch.zeros(scores.shape[1], dtype=torch.float64)
-    images = torch.zeros_like(areas)
-    for fold in eval_set.folds.unique():  # scores of one network are compared
-        targets = eval_set.targets[eval_set.folds == fold]
-        counts = targets.bincount(minlength=len(areas))
-        known = counts.nonzero().flatten().tolist()
-        for label in known if len(known) > 1 else []:
-            ours = targets == label
-            weights = torch.where(ours, 0, 1 / counts[targets].double()) / (len(known) - 1)
-            _, rank = scores[eval_set.folds == fold, label].unique(return_inverse=True)
-            others = torch.bincount(rank, weights)
-            lower = others.cumsum(0) - others / 2
-            areas[label] += lower[rank[ours]].sum()
-            images[label] += counts[label]
-    return areas / images
+def auc_by_class(scores: Tensor, targets: Tensor) -> Tensor:
+    """Return the area under the ROC curve of each class against all others: (C,) float64, or NaN.
+
+    That is how often an image of the class has a higher one of (M, C) scores than another image.
+    """
+    areas = []
+    for label in range(scores.shape[1]):
+        ours = targets == label
+        _, rank = scores[:, label].unique(return_inverse=True)
+        others = torch.bincount(rank[~ours], minlength=int(rank.max()) + 1).double()
+        lower = others.cumsum(0) - others / 2
+        areas.append(lower[rank[ours]].mean() / others.sum())
+    return torch.stack(areas)
 
 
 def effective_counts(eval_set: EvalSet) -> tuple[Tensor, Tensor]:
@@ -2244,7 +2451,8 @@ def join_processes(options: Options) -> Compute:
     """Return the device and precision of this process; under torchrun, meet the others first."""
     compute = pick_compute(options)
     if dist.is_torchelastic_launched():
-        dist.init_process_group()
+        # The others wait for the first one, which may check a million images.
+        dist.init_process_group(timeout=timedelta(days=1))
         compute = compute._replace(rank=dist.get_rank(), world_size=dist.get_world_size())
     return compute
 
@@ -2297,15 +2505,18 @@ def normalisation(device: torch.device) -> Tensor:
     return torch.tensor([[255 * x for x in part] for part in parts], device=device)[..., None, None]
 
 
+def normalise(images: Tensor) -> Tensor:
+    """Return images (B, H, W, 3) uint8 as the input of a network: (B, 3, H, W) float32."""
+    mean, std = normalisation(images.device)
+    return images.permute(0, 3, 1, 2).float().sub_(mean).div_(std)
+
+
 def move_batch(batch: Tensor, compute: Compute) -> Tensor:
     """Return labels or features on the device; images (B, H, W, 3) uint8 as normalised input."""
     is_pinned = compute.device.type == PINNED
     batch = batch.pin_memory() if is_pinned else batch
     batch = batch.to(compute.device, non_blocking=is_pinned)
-    if batch.dtype != torch.uint8:
-        return batch
-    mean, std = normalisation(compute.device)
-    return compute.to_device(batch.permute(0, 3, 1, 2).float()).sub_(mean).div_(std)
+    return compute.to_device(normalise(batch)) if batch.dtype == torch.uint8 else batch
 
 
 def on_first_process(compute: Compute, make: Callable[..., Any], *arguments: Any) -> Any:
@@ -2351,6 +2562,7 @@ def lock_folder(folder: Path) -> None:
         else:  # not `flock`: forked workers would hold that until they notice that we are gone
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
+        os.close(lock)
         raise DataError(f"{folder}: another process is at work there; wait for its end") from None
 
 
@@ -2409,13 +2621,15 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Format rows with the same columns as CSV; fractions with six digits, names unaltered."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    """Format rows with the same columns as CSV; fractions with eight digits, names unaltered."""
+    lines: list[str] = []
+    writer = csv.DictWriter(SimpleNamespace(write=lines.append), rows[0].keys())
     writer.writeheader()
     for row in rows:
-        writer.writerow({k: f"{x:.6g}" if isinstance(x, float) else x for k, x in row.items()})
-    return text.getvalue().encode(errors="surrogateescape")
+        writer.writerow({k: f"{x:.8g}" if isinstance(x, float) else x for k, x in row.items()})
+    # With its own line ends the writer quotes a lone carriage return, which "\n" would leave bare.
+    text = "".join(line.removesuffix("\r\n") + "\n" for line in lines)
+    return text.encode(errors="surrogateescape")
 
 
 def to_rows(columns: Mapping[str, Sequence[Any] | Tensor]) -> Table:
@@ -2431,6 +2645,8 @@ def printable(text: str) -> str:
 
 # ------------------------------------------------------------------------------------ command line
 
+# What torch says where there is no memory on a CPU, or where the system killed a process for it.
+NO_MEMORY = r"(?i)can't allocate memory|not enough memory|out of memory|killed by signal"
 WITH_RESUME = {"resume", "device", "workers", "amp"}  # where a run goes on, not what comes out
 WITH_PREDICT = {"predict", "data", "output", "natural", "batch_size", "device", "workers", "amp"}
 
@@ -2464,6 +2680,7 @@ def make_parser() -> OneLineParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     groups: dict[str, Any] = {"": parser}
     for each in fields(Settings) + fields(Options):
         said = {key: value for key, value in each.metadata.items() if value not in ("", None)}
@@ -2472,7 +2689,7 @@ def make_parser() -> OneLineParser:
         if "least" in said:
             most = said.pop("most", 2**62)
             said["type"] = number(said["type"], said.pop("least"), most)
-        if each.default and "choices" not in said:
+        if type(each.default) in (int, float, str) and "choices" not in said:
             said["help"] += f" (default: {each.default})"
         title = said.pop("group", "")
         if title not in groups:
@@ -2526,6 +2743,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         status = 130
         text = "interrupted"
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains
+        text = "stdout was closed before all was written; write to --output FILE"
     except DataError as error:
         text = str(error).rstrip()
         if "Original Traceback" in text:  # from a process that reads images
@@ -2534,10 +2754,14 @@ def main(argv: list[str] | None = None) -> int:
         if error.filename is None:
             raise
         text = f"{os.fsdecode(error.filename)}: {error.strerror}; mend that"
-    except (MemoryError, torch.OutOfMemoryError):
-        text = "out of memory; try a smaller --batch-size or --image-size, or --device cpu"
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error))):
+            raise
+        text = "out of memory; try a smaller --batch-size or --image-size, fewer --workers, or "
+        text += "--device cpu"
     folder = options.resume or settings.output
-    if folder and not (options.predict or text.startswith("--")) and os.path.exists(folder / STATE):
+    is_about_folder = text.startswith((f"{folder}: ", "--"))
+    if folder and not (options.predict or is_about_folder) and os.path.exists(folder / STATE):
         text += f"; go on with --resume {shlex.quote(str(folder))}"
     kind = "error: " if status == 2 else ""
     print(f"data_training.py: {kind}{printable(text)}", file=sys.stderr)
