@@ -26,6 +26,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, NoReturn
 
+__version__ = "1.0"
+
 # The files that `torchvision.datasets.ImageFolder` reads (torchvision.datasets.folder).
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # A batch system ends a program by the first, a terminal that is closed by the second.
@@ -75,6 +77,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = OneLineParser("data_creation.py", None, about, EXAMPLES, formatter_class=raw)
     add = parser.add_argument
+    add("--version", action="version", version=f"%(prog)s {__version__}")
     add("src", metavar="SRC", type=Path, help="folder of class folders; it is only read")
     add("out", metavar="OUT", type=Path, help="folder to write; it must be new or empty")
     shown = " (default: %(default)s)"

@@ -22,7 +22,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 from torchvision import models
 from torchvision.transforms import v2
@@ -32,7 +32,10 @@ sys.path[:0] = [str(Path(__file__).parent / x) for x in ("..", "", "experiments"
 import data_training as training  # noqa: E402
 
 Run = SimpleNamespace  # a whole run: its folder, what it printed, its bars
-HEAD_STEPS, SURE = training.HEAD_STEPS, training.SURE  # of the script as it is
+# Of the script as it is, and with what no head is kept alone.
+NAMES = ("HEAD_STEPS", "SURE", "FEW_STEPS", "RUINED")
+USUAL = {name: getattr(training, name) for name in NAMES}
+NO_HEAD = {"SURE": math.inf, "FEW_STEPS": 0, "RUINED": math.inf}
 COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan", "white", "black")
 
 
@@ -55,7 +58,8 @@ def quick() -> Iterator[None]:
         patch.setattr(os, "sync", lambda: None, raising=False)
         patch.setattr(models.resnet, "ResNet", Narrow)  # what `models.resnet18` makes
         patch.setattr(training, "HEAD_STEPS", 100)
-        patch.setattr(training, "SURE", math.inf)
+        for name, value in NO_HEAD.items():
+            patch.setattr(training, name, value)
         yield
 
 
@@ -288,13 +292,11 @@ def network_of(run: Path) -> dict[str, Any]:
 
 
 def by_hand(network: dict[str, Any], paths: Iterable[Path | str]) -> torch.Tensor:
-    """The calibrated mean logits of the networks, by torchvision alone: what the README shows."""
-    size, logits = network["eval_size"], []
-    scale = v2.ToDtype(torch.float32, scale=True)
+    """The calibrated mean logits of the networks for square images, by torchvision alone."""
+    logits, scale = [], v2.ToDtype(torch.float32, scale=True)
     normalise = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    view = v2.Compose([v2.PILToTensor(), v2.Resize(size), v2.CenterCrop(size), scale, normalise])
-    photos = [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in paths]
-    views = torch.stack([view(photo) for photo in photos])
+    view = v2.Compose([v2.PILToTensor(), v2.Resize(network["image_size"]), scale, normalise])
+    views = torch.stack([view(Image.open(path).convert("RGB")) for path in paths])
     model = models.get_model(network["arch"], num_classes=len(network["classes"])).eval()
     for state in network["networks"]:
         model.load_state_dict(state)

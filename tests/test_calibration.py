@@ -98,12 +98,11 @@ def test_no_image_is_judged_by_numbers_that_were_fitted_on_it(folds):
     for each in part.unique():
         own, others = part == each, part != each
         scale, shift = fit(logits[others], targets[others], log_share)
-        probability, predicted = (scale * logits[own] - shift * log_share).softmax(1).max(1)
-        torch.testing.assert_close(evaluation.probability[own], probability)
-        assert torch.equal(evaluation.predicted[own], predicted)
+        probabilities = (scale * logits[own] - shift * log_share).softmax(1)
+        torch.testing.assert_close(evaluation.probabilities[own], probabilities)
+        torch.testing.assert_close(evaluation.probability[own], probabilities.amax(1))
+        assert torch.equal(evaluation.predicted[own], probabilities.argmax(1))
     assert [*evaluation.calibration] == fit(logits, targets, log_share)
-    scale, shift = evaluation.calibration
-    torch.testing.assert_close(evaluation.scores, (scale * logits - shift * log_share).softmax(1))
     confusion = training.confusion_matrix(targets, logits.argmax(1), 2)
     expected = training.summarise(confusion, eval_set.train_counts, confusion.sum(1))
     found = {name: evaluation.summary[f"as_trained_{name}"] for name in training.MEASURES}

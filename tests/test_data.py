@@ -1,21 +1,35 @@
 """What `data_training.py` reads: folders, splits, families, folds, pixels and views of them."""
 
 import hashlib
+import os
 import shutil
 import struct
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, TINY, load, network_of, open_run, refused, rows_of, run, write_folder
+from conftest import (
+    CPU,
+    TINY,
+    images,
+    load,
+    network_of,
+    open_run,
+    refused,
+    rows_of,
+    run,
+    write_folder,
+)
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 import data_training as training
 
 SMALL = ["--weights", "none", "--image-size", "32", "--device", "cpu"]
+PREPARE = training.Preparation(32, 255)
 WHOLE = 10**6  # pixels a side: no image is so large that it would be shrunk
 
 
@@ -28,17 +42,18 @@ def sides_of(data: training.Data) -> list[tuple[list[str], list[str]]]:
     return sides
 
 
-def assign(labels: list[int], shares: list[float], seed: int = 0, families: str = "") -> list[int]:
-    """The part of each image, assigned in an order that the seed alone decides."""
-    numbers = [ord(family) for family in families] or list(range(len(labels)))
-    order = [hashlib.sha256(f"{seed}/{at}".encode()).digest() for at in range(len(labels))]
-    return training.assign_parts(labels, numbers, order, shares)
-
-
-def count(parts: list[int], labels: list[int], part: int) -> list[int]:
-    """How many images of each class a part gets."""
-    got = Counter(label for label, each in zip(labels, parts, strict=True) if each == part)
-    return [got[label] for label in range(max(labels) + 1)]
+def assign(
+    labels: list[int], families: str = "", seed: int = 0, folds: int = 1, learnt: str = ""
+) -> tuple[list[list[int]], list[int]]:
+    """Images of each class that each network is evaluated on, and the network of each, or -1."""
+    data = images(labels, [None] * len(labels))
+    kin = torch.tensor([*map(ord, families)]) if families else data.families
+    settings = SimpleNamespace(folds=folds, val=None, seed=seed)
+    is_learnt = torch.isin(kin, torch.tensor([*map(ord, learnt)]))
+    learns, held = training.assign_images(settings, data.files, kin, is_learnt)
+    assert torch.equal(held[:-1], ~learns) and not held[-1].any() and held.sum(0).max() == 1
+    counts = [data.labels[mask].bincount(minlength=max(labels) + 1).tolist() for mask in held[:-1]]
+    return counts, [[*each, True].index(True) if any(each) else -1 for each in held.T.tolist()]
 
 
 @pytest.mark.parametrize(
@@ -54,13 +69,44 @@ def count(parts: list[int], labels: list[int], part: int) -> list[int]:
         ([0, 0, 0, 1, 1, 1], "xabxcd", 0.6, "xabcd", [2, 2]),  # one of both classes
     ],
 )
-def test_families_go_where_they_bring_the_counts_closest(labels, families, fraction, held, counts):
+def test_families_go_where_they_bring_the_counts_closest(
+    labels, families, fraction, held, counts, monkeypatch
+):
+    monkeypatch.setattr(training, "VAL_FRACTION", fraction)
     for seed in range(10):
-        parts = assign(labels, [1 - fraction, fraction], seed, families)
-        assert count(parts, labels, 1) == counts
+        found, parts = assign(labels, families, seed)
+        assert found == [counts]
         sides = set(zip(families, parts, strict=False))
         assert len(sides) == len(set(families))  # none is on both
-        assert {family for family, part in sides if part} <= set(held)
+        assert {family for family, part in sides if part == 0} <= set(held)
+
+
+def test_each_fold_gets_its_share_of_a_class_and_all_have_one_if_there_are_enough():
+    for labels, families, counts in (
+        ([0] * 9 + [1] * 3, "", [[3, 3, 3], [1, 1, 1]]),
+        ([0] * 8 + [1] * 2, "", [[2, 3, 3], [0, 1, 1]]),
+        ([0] * 6 + [1] * 3, "aaaabcxyz", [[1, 1, 4], [1, 1, 1]]),
+        ([0, 1] * 6, "aabbccddeeff", [[2, 2, 2], [2, 2, 2]]),  # families of both classes
+    ):
+        for seed in range(10):
+            found, _ = assign(labels, families, seed, folds=3)
+            assert [*map(sorted, zip(*found, strict=True))] == counts
+
+
+def test_what_weights_have_not_learnt_validates_up_to_a_fifth():
+    """Of ten images, and of five, of which all, some or none are learnt; the last two are kin."""
+    for learnt, counts in (
+        ("", [2, 1]),
+        ("abc", [2, 1]),
+        ("abcdefgh", [2, 1]),  # both others
+        ("abcdefghi", [1, 1]),
+        ("abcdefghijklm", [0, 2]),  # rather both than none
+        ("abcdefghijn", [0, 1]),
+    ):
+        for seed in range(10):
+            found, parts = assign([0] * 10 + [1] * 5, "abcdefghijklmnn", seed, learnt=learnt)
+            assert found == [counts], learnt
+            assert {parts["abcdefghijklmnn".index(family)] for family in learnt} <= {-1}
 
 
 def test_a_split_hangs_on_seed_and_names_of_a_class_alone(folder, make_folder):
@@ -92,13 +138,39 @@ def test_what_is_hidden_or_no_image_is_left_out_and_links_are_followed_but_not_b
     assert said.startswith(f"warning: {root}: 4 files ") and " ape/x.GIF" in said
 
 
+def test_names_are_the_same_on_a_system_that_writes_paths_otherwise(monkeypatch):
+    names = ["ape\\deep\\x.jpg", "y.png", "ape\\notes.txt", "owl\\z.tif"]
+    with monkeypatch.context() as other:
+        other.setattr(training, "walk_files", lambda root: [f"{root}\\{name}" for name in names])
+        other.setattr(os, "sep", "\\")
+        files, left_out = training.list_images(Path("C"), ["ape"], "train")
+    found = [("ape/deep/x.jpg", 0), ("y.png", -1), ("owl/z.tif", -1)]
+    assert [(file.name, file.label) for file in files] == found and left_out == ["ape/notes.txt"]
+
+
+def test_an_image_that_two_classes_have_is_told(make_folder, capsys):
+    root = make_folder({"ape": 6, "bee": 6})
+    for at in range(2):
+        shutil.copy(root / f"ape/ape_00{at}.jpg", root / f"bee/a{at}.jpg")
+    table = training.list_contradictions(load(root))
+    assert [[*row.values()] for row in table] == [
+        [f"ape/ape_00{x}.jpg", f"bee/a{x}.jpg"] for x in "01"
+    ]
+    text = (
+        "2 images are in two classes, as ape/ape_000.jpg and bee/a0.jpg; both are learnt, see the"
+    )
+    assert f"warning: {text} page\n" == capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("names", "contents", "group", "families"),
     [
-        ("a/P1x a/P2x b/P1y b/Q", [1, 2, 3, 4], "^(P.)", [0, 1, 0, 2]),
-        ("a/P1x a/P2x b/P1y b/Q", [1, 2, 2, 4], "^(P.)", [0, 0, 0, 1]),  # a copy binds P1 and P2
-        ("a/P1/x a/P1/y b/Q1/x b/R", [1, 2, 3, 4], "(P.)/|(Q.)/", [0, 0, 1, 2]),
-        ("a/P1x a/P1y b/P1x", [1, 2, 1], None, [0, 1, 0]),
+        ("a/P1x a/P2x b/P1y b/Q", [1, 2, 3, 4], ["^(P.)"], [0, 1, 0, 2]),
+        ("a/P1x a/P2x b/P1y b/Q", [1, 2, 2, 4], ["^(P.)"], [0, 0, 0, 1]),  # a copy binds P1 and P2
+        ("a/P1/x a/P1/y b/Q1/x b/R", [1, 2, 3, 4], ["(P.)/|(Q.)/"], [0, 0, 1, 2]),
+        ("a/P1x a/P1y b/P1x", [1, 2, 1], [], [0, 1, 0]),
+        # What two patterns match is the same text, yet no family; x binds P1 and Q by one of them.
+        ("a/P1x a/P2y b/Qx b/zP1", [1, 2, 3, 4], ["^(P1)", "(x|P1)$"], [0, 1, 0, 2]),
     ],
 )
 def test_copies_and_what_the_pattern_matches_are_families(names, contents, group, families):
@@ -121,10 +193,10 @@ def test_no_family_is_on_both_sides_and_images_named_to_judge_are_left_out_for_i
         (other / path.parent.name).mkdir(parents=True, exist_ok=True)
         path.rename(other / path.parent.name / path.name)
     shutil.copy(patients / "ill/P0_00.jpg", other / "ill/copy.jpg")
-    names = {"group": "^P([0-9])_", "families": ["5"]}
     digest, *_ = training.check_image(str(other / "ill/P5_02.jpg"))
-    stored = names if is_named else {"learnt": torch.tensor([digest])}
+    by_name, by_digest = {"groups": [("^P([0-9])_", ["5"])]}, {"digests": torch.tensor([digest])}
     command = [patients, *flags.split(), other, "--group", "^(P[0-9])"]
+    stored = {"learnt": by_name if is_named else by_digest}
     data = training.load_data(*open_run(*command)[:2], stored)
     elsewhere = {Path(x.path).name[:2] for x in data.files if Path(x.path).is_relative_to(other)}
     assert elsewhere >= {"P4", "P6", "P7"}
@@ -151,17 +223,23 @@ def test_source_validates_on_what_out_left_out_and_leaves_the_split_alone(make_f
     assert evaluated[-25:] == left_out + [f"bee/bee_{n:03}.jpg" for n in range(5, 20)]
 
 
-def test_a_network_is_not_judged_by_what_its_weights_have_learnt(default_run, animals, tmp_path):
+def test_a_network_is_not_judged_by_what_its_weights_have_learnt(
+    default_run, animals, tmp_path, capsys
+):
     split = rows_of(default_run.path / "split.csv")
     learnt = [animals / row["path"] for row in split if row["part"] == "train"]
     hashes = [hashlib.sha256(path.read_bytes()).digest()[:8] for path in learnt]
     digests = sorted(int.from_bytes(each, "big", signed=True) for each in hashes)
-    assert network_of(default_run.path)["learnt"].tolist() == digests
-    command = ["--weights", default_run.path, *TINY, "--epochs", 1, "--folds", 3]
-    again = run(animals, *command, "--output", tmp_path / "again").path
-    evaluated = {row["path"] for row in rows_of(again / "predictions.csv")}
-    assert evaluated == {row["path"] for row in split if row["part"] == "val"}
-    assert len(network_of(again)["learnt"]) == len(split)
+    assert network_of(default_run.path)["learnt"]["digests"].tolist() == digests
+    command = [animals, "--weights", default_run.path, *TINY, "--epochs", 1]
+    new = {row["path"] for row in split if row["part"] == "val"}
+    [(_, held)] = sides_of(training.load_data(*open_run(*command, "--seed", 7)))
+    assert set(held) == new and len(new) == 7  # of 20, 12 and 6 images a fifth, and no more
+    said = f"--weights {default_run.path}: its network has learnt 31 of 38 images: these only train"
+    assert capsys.readouterr().err == f"{said}\n"
+    again = run(*command, "--folds", 3, "--output", tmp_path / "again")
+    assert {row["path"] for row in rows_of(again.path / "predictions.csv")} == new
+    assert len(network_of(again.path)["learnt"]["digests"]) == 38 and said in again.err
 
 
 ERRORS = {
@@ -173,6 +251,8 @@ ERRORS = {
     "good --source more": "--source more: not classes of DATA: cat, dog; rename or remove",
     "good --group zebra": "--group zebra: 6 families; unmatched images: 6; match what",
     "good --weights name.pt": "--weights name.pt: no weights in it; torch.save a state_dict there",
+    "two --folds 3": "--folds 3: too few images for so many; take fewer",
+    "two --folds 3 --val good": "--folds 3: too few images for so many; take fewer",
     "more --folds 5": "/more: dog: no image that can be read is left to train on",
     "good --output good/ape/run": "--output good/ape/run: would be a class of good; move it out",
 }
@@ -185,6 +265,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folders = {"good": {"ape": 3, "bee": 3}, "more": {"ape": 3, "bee": 3, "cat": 3, "dog": 1}}
     folders |= {"hollow": {"ape": 3, "bee": 0}, "broken": {"ape": 3, "bee": 1}}
     folders |= {"single": {"ape": 1, "bee": 1}, "parts": {"train": 2, "valid": 2}}
+    folders |= {"two": {"ape": 2, "bee": 2}}
     for name, counts in folders.items():
         write_folder(root / name, counts)
     (root / "broken/bee/bee_000.jpg").write_text("broken")
@@ -319,7 +400,7 @@ def test_images_are_mirrored_and_turned_as_told(flip, ways, monkeypatch):
     torch.manual_seed(0)
     image = torch.zeros(3, 32, 32, dtype=torch.uint8)
     image[:, :16, :16], image[:, :16, 16:], image[:, 16:, :16] = 200, 40, 100
-    view = training.Images([], torch.empty(0), 255, 32, flip).training
+    view = training.Images([], torch.empty(0), PREPARE, flip).training
     seen = Counter(tuple(view(image)[0, ::31, ::31].flatten().tolist()) for _ in range(160))
     assert len(seen) == ways and min(seen.values()) > 100 / ways - 8
     assert (200, 40, 100, 0) in seen and ((40, 200, 0, 100) in seen) is (ways > 1)
@@ -330,7 +411,7 @@ def test_a_crop_shows_at_least_its_part_and_what_is_decoded_is_never_enlarged(sc
     monkeypatch.setattr(training, "CROP_SCALE", scale)
     torch.manual_seed(0)
     least = training.least_side(32)
-    view = training.Images([], torch.empty(0), 255, 32).training
+    view = training.Images([], torch.empty(0), PREPARE).training
     shade = torch.arange(100.0).expand(3, 100, 100).byte()  # each column has its own
     widths = [(crop := view(shade))[0, 0, -1].item() - crop[0, 0, 0].item() for _ in range(200)]
     narrowest = 100 * (scale * 3 / 4) ** 0.5  # of a crop that is 3 wide and 4 high
@@ -340,32 +421,67 @@ def test_a_crop_shows_at_least_its_part_and_what_is_decoded_is_never_enlarged(sc
     assert 31 <= min(min(part["height"], part["width"]) for part in parts) <= 36  # rounded
 
 
-def test_the_central_square_is_evaluated_and_a_thin_line_takes_little_memory(tmp_path):
+@pytest.mark.parametrize(
+    ("width", "height", "size", "shape"),
+    [
+        (400, 300, 224, (256, 352)),  # 256 * 4 / 3 = 341, which is nearest to 11 cells of 32
+        (60, 60, 224, (256, 256)),
+        (34, 33, 33, (33, 33)),  # a cell is less
+        (3000, 300, 224, (256, 768)),  # 3 : 1
+        (3000, 1, 224, (256, 768)),  # to enlarge it as a whole would take gigabytes
+    ],
+)
+def test_the_whole_image_is_evaluated_but_for_the_ends_of_a_strip(
+    width, height, size, shape, tmp_path
+):
+    """From left to right it gets red, downwards green, what is not to be seen is blue."""
     resource = pytest.importorskip("resource")  # not on Windows
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for width, height in ((600, 300), (3000, 1)):
-        image = Image.new("L", (width, height), 0)
-        image.paste(255, ((width - height) // 2, 0, (width + height) // 2, height))
-        image.save(tmp_path / f"{height}.png")
-        images = training.Images([str(tmp_path / f"{height}.png")], torch.zeros(1), 255, 224)
-        seen, _ = images[0, training.EVALUATED]
-        assert seen.shape == (256, 256, 3) and (seen > 200).float().mean() > 0.9 * (height > 1)
+    peak, seen_width = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, min(width, 3 * height)
+    x, y = np.meshgrid(np.arange(width) - (width - seen_width) // 2, np.arange(height))
+    red, green = 255 * x / (seen_width - 1), 255 * y / max(1, height - 1)
+    pixels = np.stack([red.clip(0, 255), green, 255 * ((red < 0) | (red > 255))], 2)
+    for at, turned in enumerate((pixels, pixels.transpose(1, 0, 2))):
+        Image.fromarray(turned.astype(np.uint8)).save(tmp_path / "x.png")
+        look = training.Preparation(size, 0)
+        seen, _ = training.Images([str(tmp_path / "x.png")], torch.zeros(1), look)[0, -1]
+        seen = seen.transpose(0, at).int()
+        assert seen.shape == (*shape, 3) and not seen[..., 2].any()
+        ends = [seen[row, column, :2].tolist() for row, column in ((0, 0), (0, -1), (-1, 0))]
+        lowest = 255 * (height > 1)
+        assert ends == [pytest.approx(end, abs=6) for end in ([0, 0], [255, 0], [0, lowest])]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 2**18  # kilobytes
+
+
+def test_images_of_several_shapes_are_answered_in_their_order(tmp_path):
+    """By a network that says the mean colour; a batch has three images of up to three shapes."""
+    sides = [(40, 40), (120, 40), (40, 40), (40, 120), (120, 40), (40, 120), (40, 120)]
+    paths = [str(tmp_path / f"{at}.png") for at in range(len(sides))]
+    for at, path in enumerate(paths):
+        Image.new("RGB", sides[at], (30 * at, 0, 255)).save(path)
+    reader = training.Reader(training.Images(paths, torch.arange(7), PREPARE), CPU, 0, 3)
+    network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    for order in ([0, 1, 2, 3, 4, 5, 6], [3, 0, 6, 2, 5, 1, 4]):
+        outputs = training.compute_outputs(network, reader, torch.tensor(order))
+        reds = [(30 * at / 255 - 0.485) / 0.229 for at in order]
+        assert outputs[:, 0].tolist() == pytest.approx(reds, abs=1e-4)
+    [groups] = reader.read([torch.tensor([[0, -1], [1, -1], [2, -1]])], "")
+    assert [group.positions.tolist() for group in groups] == [[0, 2], [1]]
 
 
 def test_the_same_index_and_seed_give_the_same_pixels_in_any_process(folder):
     paths = sorted(map(str, folder.rglob("*.jpg")))
     labels = torch.arange(len(paths))
-    images = training.Images(paths, labels, 255, 24, "all")
+    images = training.Images(paths, labels, training.Preparation(24, 255), "all")
     drawn = training.cut_batches(labels[:22].repeat(2), 8, training.seeded("augment", 0, 1))
     batches = [*drawn, *training.cut_batches(labels[:22], 5)]
     loaded = []
     for workers in (0, 1, 2):
         torch.manual_seed(workers)
-        loaded.append(list(training.Reader(images, CPU, workers, 8).read(batches, "")))
-    assert torch.equal(torch.cat([labels for _, labels in loaded[0]]), labels[:22].repeat(3))
-    for (pixels, labels), *others in zip(*loaded, strict=True):
-        assert pixels.dtype == torch.uint8 and pixels.shape[1:] == (24, 24, 3)
-        for same, again in others:
-            assert torch.equal(pixels, same) and torch.equal(labels, again)
+        read = training.Reader(images, CPU, workers, 8).read(batches, "")
+        loaded.append([group for [group] in read])
+    assert torch.equal(torch.cat([group.labels for group in loaded[0]]), labels[:22].repeat(3))
+    for group, *others in zip(*loaded, strict=True):
+        assert group.inputs.dtype == torch.uint8 and group.inputs.shape[1:] == (24, 24, 3)
+        for other in others:
+            assert all(map(torch.equal, group, other))
     assert not torch.equal(images[3, 77][0], images[3, 78][0])

@@ -149,5 +149,5 @@ def test_a_full_gpu_gets_one_line_of_advice(settings, tmp_path, capsys):
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     line = capsys.readouterr().err.splitlines()[-1]
-    advice = "try a smaller --batch-size or --image-size, or --device cpu"
+    advice = "try a smaller --batch-size or --image-size, fewer --workers, or --device cpu"
     assert f"error: out of memory; {advice}; go on with --resume " in line

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import pytest
 import torch
-from conftest import load, network_of, refused, rows_of, run, write_folder
+from conftest import interrupt_after, load, network_of, refused, rows_of, run, write_folder
 
 import data_creation as creation
 import data_training as training
@@ -18,7 +18,15 @@ TINY = ["--weights", "none", "--image-size", "32", "--device", "cpu", "--epochs"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="names are any bytes, /proc")
 
 NAMES = [
-    *("with space", "quo\"te'", "new\nline", "-dash", os.fsdecode(b"caf\xe9")),
+    *(
+        "with space",
+        "quo\"te'",
+        "new\nline",
+        "car\rriage",
+        "-dash",
+        os.fsdecode(b"caf\xe9"),
+        "path",
+    ),
     *("x" * 255, "\u05e9\u05dc\u05d5\u05dd e\u0301", "Cat", "cat"),  # right to left; combining
 ]
 
@@ -43,12 +51,17 @@ def test_names_survive_copying_training_comparing_and_predicting(tmp_path, capsy
     assert r" new\nline " in report and r" caf\udce9 " in report
     run(out, *TINY, "--output", first)
     assert network_of(first)["classes"] == sorted(NAMES)
-    run(out, *TINY, "--baseline", first, "--output", second)
+    interrupt_after(1, [str(out), *TINY, "--baseline", str(first)], second)
+    run("--resume", second)
     assert {row["difference"] for row in rows_of(second / "comparison.csv")} == {"0"}
     said = run(out, "--predict", first, "--device", "cpu", "--output", tmp_path / "x.csv").err
     predicted = {row["path"]: row["true"] for row in rows_of(tmp_path / "x.csv")}
     assert predicted == {str(out / row["path"]): row["class"] for row in listed}
     assert r"new\nline" in said
+    columns = {name for name in NAMES if name != "path"} | {"path", "class path"}
+    for table in (tmp_path / "x.csv", first / "predictions.csv", first / "confusion.csv"):
+        names = columns if table.name != "confusion.csv" else {*NAMES, "class"}
+        assert names <= rows_of(table)[0].keys()
 
 
 BOMB = b"P6 50000 50000 255\n"  # a small file that claims as many pixels
@@ -98,12 +111,16 @@ def fail_with(problem: BaseException) -> Callable[..., NoReturn]:
     return fail
 
 
+NO_MEMORY = "error: out of memory; try a smaller --batch-size or --image-size, fewer --workers, or "
+NO_MEMORY += "--device cpu"
 OURS = None  # a mistake in the script, which keeps its traceback
 SAID: list[tuple[Exception, str | None]] = [
     (FileNotFoundError(2, "No such file", "/a"), "error: /a: No such file; mend that"),
     (OSError(errno.EIO, "Input/output error", b"/a"), "error: /a: Input/output error; mend that"),
-    (MemoryError(), "error: out of memory; try a smaller --batch-size or --image-size, or"),
-    (torch.OutOfMemoryError("CUDA"), "error: out of memory; try a smaller --batch-size"),
+    (MemoryError(), NO_MEMORY),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), NO_MEMORY),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"), NO_MEMORY),
+    (RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. "), NO_MEMORY),
     (training.DataError("x\ny"), r"error: x\ny"),
     (OSError(errno.EBADF, "Bad file descriptor"), OURS),
     (RuntimeError("CUDNN_STATUS_BAD_PARAM"), OURS),
@@ -147,9 +164,8 @@ def test_a_full_disk_is_named_and_leaves_whole_files_and_a_way_on(
         torch.load(path, weights_only=True)
     is_begun = error.endswith(f"; go on with --resume {output}")
     assert is_begun is (name in (training.NETWORK, "report.html"))
-    if name != training.STATE:
-        run(*(["--resume", output] if is_begun else [src, *TINY, "--output", output]))
-        assert len(rows_of(output / "history.csv")) == 1
+    run(*(["--resume", output] if is_begun else [src, *TINY, "--output", output]))
+    assert len(rows_of(output / "history.csv")) == 1
 
 
 def test_a_file_that_cannot_be_replaced_is_as_it_was(tmp_path, monkeypatch):

@@ -1,15 +1,18 @@
 """What a network says of new images: `data_training.py PHOTOS --predict RUN`."""
 
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import by_hand, network_of, refused, rows_of, run
+from conftest import TINY, Process, by_hand, network_of, refused, rows_of, run
 from PIL import Image
 
-COLUMNS = ["path", "class", "probability", "second", "second_probability"]
+import data_training as training
+
+COLUMNS, CLASSES = ["path", "class", "probability"], ["ape", "bee", "cat"]
 FLOAT32 = ["--device", "cpu", "--no-amp"]
 
 
@@ -36,12 +39,14 @@ def photos(others: Path, tmp_path: Path) -> Path:
 def test_the_table_says_what_an_ensemble_said_when_it_was_tested(folds_run, others, tmp_path):
     said = {row["path"]: row for row in rows_of(folds_run.path / "test_predictions.csv")}
     rows = predict(others, folds_run.path, tmp_path / "x.csv")
-    assert list(rows[0]) == [*COLUMNS, "true"]
+    assert list(rows[0]) == [*COLUMNS, "true", *CLASSES]
     assert [row["path"] for row in rows] == [str(others / name) for name in sorted(said)]
     for row in rows:
+        assert sum(float(row[name]) for name in CLASSES) == pytest.approx(1, abs=1e-6)
         known = said[Path(row["path"]).relative_to(others).as_posix()]
         assert (row["class"], row["true"]) == (known["predicted"], known["class"])
-        assert float(row["probability"]) == pytest.approx(float(known["probability"]), abs=2e-6)
+        for name in ("probability", *CLASSES):
+            assert float(row[name]) == pytest.approx(float(known[name]), abs=2e-6)
 
 
 @pytest.mark.parametrize("name", ["default_run", "folds_run"])
@@ -52,12 +57,11 @@ def test_a_few_lines_of_torchvision_say_the_same(name, others, tmp_path, request
     for flags, prior in (([], [1, 1, 1]), (["--natural"], network["train_images"])):
         rows = predict(others, folder, tmp_path / f"{len(flags)}.csv", *flags)
         logits = by_hand(network, [row["path"] for row in rows]) + torch.tensor(prior).log()
-        probability, best = logits.softmax(1).topk(2)
-        names = [[network["classes"][at] for at in pair] for pair in best.tolist()]
-        assert [[row["class"], row["second"]] for row in rows] == names and len(rows) == 12
-        for rank, column in enumerate(("probability", "second_probability")):
-            said = [float(row[column]) for row in rows]
-            assert said == pytest.approx(probability[:, rank].tolist(), abs=1e-5)
+        expected = logits.softmax(1)
+        assert [row["class"] for row in rows] == [CLASSES[at] for at in expected.argmax(1)]
+        said = torch.tensor([[float(row[name]) for name in CLASSES] for row in rows])
+        torch.testing.assert_close(said, expected, rtol=0, atol=1e-5)
+        assert [float(row["probability"]) for row in rows] == pytest.approx(said.amax(1).tolist())
 
 
 def test_images_in_folders_of_the_classes_are_judged_but_for_those_that_were_learnt(
@@ -80,6 +84,57 @@ def test_images_in_folders_of_the_classes_are_judged_but_for_those_that_were_lea
         assert line.split()[-3:] == ["of", number, label]
 
 
+def test_copies_judge_as_the_one_image_that_they_are_and_learnt_ones_do_not(
+    animals, others, default_run, tmp_path
+):
+    """Twelve copies of one image in each class, and two of one that was learnt."""
+    split, command = rows_of(default_run.path / "split.csv"), ["--predict", default_run.path]
+    for label in CLASSES:
+        old = next(x["path"] for x in split if (x["part"], x["class"]) == ("train", label))
+        for folder, image, count in (
+            (tmp_path / "new" / label, min((others / label).iterdir()), 12),
+            (tmp_path / "old" / label, animals / old, 2),
+        ):
+            folder.mkdir(parents=True)
+            for at in range(count):
+                shutil.copy(image, folder / f"{at}.jpg")
+    said = run(tmp_path / "new", *command, *FLOAT32, "--output", tmp_path / "x.csv").err
+    pairs = [(row["true"], row["class"]) for row in rows_of(tmp_path / "x.csv")]
+    confusion = torch.tensor([[pairs.count((x, y)) for y in CLASSES] for x in CLASSES])
+    summary = training.summarise(confusion, torch.tensor([16, 10, 5]), torch.ones(3))
+    *_, balanced, ape, bee, cat = said.splitlines()
+    assert balanced == f"balanced accuracy {training.format_range(summary)}"
+    for line, label in zip((ape, bee, cat), CLASSES, strict=True):
+        assert line.split()[1:] == ["[0%,", "100%]", "of", "12", label]
+    said = run(tmp_path / "old", *command, *FLOAT32).err
+    assert said.endswith("6 of them, or their families, were learnt: left out\n")
+
+
+def test_families_of_all_runs_before_are_left_out_and_one_that_is_new_judges_as_an_image(
+    make_folder, tmp_path
+):
+    """The first run knows patients; the second has its network, and knows stations."""
+    flags, groups = [*TINY, "--weights", "none"], ("^(P.)", "_(S.)")
+    for at, (name, pattern) in enumerate((("P{}_S8", groups[0]), ("P9_S{}", groups[1]))):
+        data = make_folder({"ape": 8, "bee": 8}, f"data {at}", 32 + at)
+        for number, path in enumerate(sorted(data.rglob("*.jpg"))):
+            path.rename(path.with_name(f"{name.format(number % 4)}_{number:02}.jpg"))
+        run(data, *flags, "--epochs", 1, "--group", pattern, "--output", tmp_path / f"run {at}")
+        flags = [*TINY, "--weights", tmp_path / "run 0"]
+    patients, stations = network_of(tmp_path / "run 1")["learnt"]["groups"]
+    assert (patients[0], stations[0]) == groups
+    assert (len(patients[1]), len(stations[1])) == (4, 3)  # three of four train; and P9
+    new = make_folder({"ape": 9, "bee": 9}, "new", 40)
+    names = {"ape": [f"{patients[1][0]}_S6", f"P6_{stations[1][0]}", "P7_S7"]}
+    names["bee"] = [*names["ape"][:2], "P5_S5"]
+    for number, path in enumerate(sorted(new.rglob("*.jpg"))):
+        path.rename(path.with_name(f"{names[path.parent.name][number % 3]}_{number}.jpg"))
+    *_, learnt, _, ape, bee = run(new, "--predict", tmp_path / "run 1", *FLOAT32).err.splitlines()
+    assert learnt == "12 of them, or their families, were learnt: left out"
+    for line, label in ((ape, "ape"), (bee, "bee")):
+        assert line.split()[1:] == ["[0%,", "100%]", "of", "3", label]
+
+
 def test_photos_are_found_at_any_depth_and_the_table_is_the_same_on_stdout_and_by_a_file(
     photos, default_run, tmp_path
 ):
@@ -89,7 +144,10 @@ def test_photos_are_found_at_any_depth_and_the_table_is_the_same_on_stdout_and_b
     assert f"warning: {photos / 'b/text.png'}: " in said
     rows = rows_of(tmp_path / "x.csv")
     found = [Path(row["path"]).relative_to(photos).as_posix() for row in rows]
-    assert found == ["b/A.JPG", "b/deep/er.jpg/x.png", "z.jpg"] and list(rows[0]) == COLUMNS
+    assert found == ["b/A.JPG", "b/deep/er.jpg/x.png", "z.jpg"] and list(rows[0]) == [
+        *COLUMNS,
+        *CLASSES,
+    ]
     printed = run(photos, "--predict", default_run.path / "network.pt", *FLOAT32).out
     assert (tmp_path / "x.csv").read_text() == printed
     shutil.copy(default_run.path / "network.pt", tmp_path / "renamed.pth")
@@ -98,19 +156,58 @@ def test_photos_are_found_at_any_depth_and_the_table_is_the_same_on_stdout_and_b
     assert (head, line) == (COLUMNS[:2], [str(photos / "b/A.JPG"), rows[0]["class"]])
 
 
-def test_a_photo_of_12_bits_is_as_bright_as_the_run_has_seen_it(default_run, tmp_path):
-    """As the same picture of 8 bits, though it has no white in it."""
-    torch.save(network_of(default_run.path) | {"white": 4095}, tmp_path / "deep.pt")
+@pytest.mark.parametrize("white", [0, 4095])  # as of a run that saw 8 bits alone, or 12
+def test_a_photo_of_more_bits_is_as_bright_as_the_same_of_8(white, default_run, tmp_path):
+    """Though it has no white in it. What is brighter than white is told."""
+    torch.save(network_of(default_run.path) | {"white": white}, tmp_path / "run.pt")
     grey = np.random.default_rng(0).integers(0, 90, (32, 32))
     (tmp_path / "new").mkdir()
     Image.fromarray(grey.astype(np.uint8)).save(tmp_path / "new/8.png")
-    Image.fromarray((grey * 4095 // 255).astype(np.uint16)).save(tmp_path / "new/12.png")
-    deep, plain = predict(tmp_path / "new", tmp_path / "deep.pt", tmp_path / "x.csv")
-    assert float(deep["probability"]) == pytest.approx(float(plain["probability"]), abs=1e-6)
+    deep = (grey * (white or 65535) // 255).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "new/deep.png")
+    plain, other = predict(tmp_path / "new", tmp_path / "run.pt", tmp_path / "x.csv")
+    for name in CLASSES:
+        assert float(other[name]) == pytest.approx(float(plain[name]), abs=1e-6)
+    Image.fromarray(np.uint16([[7000]])).save(tmp_path / "new/bright.png")
+    said = run(tmp_path / "new", "--predict", tmp_path / "run.pt", *FLOAT32).err
+    text = "warning: grey values up to 7000; all above 4095, as in training, are white\n"
+    assert (text in said) is (white > 0)
+
+
+def test_a_program_gets_the_probabilities_of_the_table(default_run, tmp_path):
+    """Of a photograph that is turned, transparent, deep, or so large that it is shrunk."""
+    noise = np.random.default_rng(0).integers(256, size=(3, 4, 4), dtype=np.uint8)
+    picture, exif = Image.fromarray(noise[..., :3]).resize((48, 36)), Image.Exif()
+    exif[274] = 6
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    Image.fromarray(noise, "RGBA").resize((48, 36)).save(tmp_path / "clear.png")
+    Image.fromarray(noise[..., 0].astype(np.uint16) * 200).save(tmp_path / "deep.tif")
+    picture.resize((480, 360)).save(tmp_path / "large.jpg")
+    network, prepare, classes = training.load_network(default_run.path)
+    rows = predict(tmp_path, default_run.path, tmp_path / "x.csv")
+    assert len(rows) == 4 and classes == CLASSES
+    for row in rows:
+        said = network(prepare(row["path"])[None]).softmax(1)[0].tolist()
+        assert [float(row[name]) for name in CLASSES] == pytest.approx(said, abs=1e-6)
+
+
+def test_a_table_that_nobody_reads_to_the_end_is_one_line(default_run, others):
+    """As in `... | true`."""
+
+    def close_and_predict(command: list[str]) -> int:
+        end, start = os.pipe()
+        os.close(end)
+        os.dup2(start, 1)
+        return training.main(command)
+
+    process = Process(others, "--predict", default_run.path, *FLOAT32, main=close_and_predict)
+    line = "data_training.py: error: stdout was closed before all was written; write to --output "
+    assert process.end(2)[1] == f"{line}FILE\n"
 
 
 ERRORS = {
-    "PHOTOS --predict young": "--predict young: no network of this version; train one first",
+    "PHOTOS --predict young": "--predict young: no network of a run there; name the folder of one",
+    "PHOTOS --predict OLD": "old.pt: written by version 0.9 of this script, which is ",
     "PHOTOS --predict BROKEN": "error: the network's outputs became nan; try --no-amp",
     "PHOTOS --predict text.pth": "text.pth: damaged, or not of tensors alone",
     "none --predict RUN": "DATA none: no image there; known are .jpg",
@@ -133,6 +230,7 @@ def test_photos_or_networks_that_are_none_get_one_line_and_status_2(
     network = network_of(default_run.path)
     network["networks"][0]["bn1.running_var"] -= 9  # finite, but it has no square root
     torch.save(network, "broken.pt")
-    places = {"PHOTOS": photos, "RUN": default_run.path, "BROKEN": "broken.pt"}
+    torch.save(network | {"format": 5, "version": "0.9"}, "old.pt")
+    places = {"PHOTOS": photos, "RUN": default_run.path, "BROKEN": "broken.pt", "OLD": "old.pt"}
     command = [places.get(each, each) for each in case.split()]
     assert ERRORS[case] in refused(command, capsys, photos.parent)[-1]

@@ -1,10 +1,13 @@
 """What `data_training.py` promises of devices, and of runs in or beside several processes."""
 
 import copy
+import math
 import multiprocessing
 import os
 import shutil
 import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -74,9 +77,9 @@ def test_two_processes_train_all_layers_as_a_loop_that_is_written_by_hand(
     for batch in batches:
         losses, twin = [], copy.deepcopy(model)
         for part, network in ((batch[::2], model), (batch[1::2], twin)):
-            [[pixels, targets]] = context.reader.read([part], "")
-            logits = network(training.move_batch(pixels, CPU))
-            losses.append(F.cross_entropy(logits, targets, reduction="sum") / len(batch))
+            [[group]] = context.reader.read([part], "")
+            logits = network(training.move_batch(group.inputs, CPU))
+            losses.append(F.cross_entropy(logits, group.labels, reduction="sum") / len(batch))
         losses[1].backward()
         model.zero_grad()
         # The sum of the gradients of both, by a loss that has that of the second one.
@@ -98,11 +101,35 @@ def test_unlike_devices_compute_in_the_precision_of_the_first(
     assert (tmp_path / "run/predictions.csv").read_bytes() == table
 
 
-def test_bad_input_is_told_by_one_process(animals, tmp_path):
-    command = [animals, "--weights", "nothing", "--device", "cpu", "--output", tmp_path / "run"]
-    out, error = Process(*command, processes=2).end(2)
-    assert out == "" and error.count("error: --weights nothing: no such file") == 1
-    assert "Traceback" not in error and not (tmp_path / "run").exists()
+@pytest.fixture
+def locked(tmp_path: Path) -> Iterator[Path]:
+    """A folder in which another process begins a run."""
+    lock = lambda _: training.lock_folder(tmp_path / "locked") or time.sleep(100)  # noqa: E731
+    process = Process(main=lock)
+    process.wait_for((tmp_path / "locked" / training.LOCK).exists)
+    time.sleep(0.1)
+    yield tmp_path / "locked"
+    process.kill(signal.SIGKILL)
+    process.end(-signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--weights nothing", "--weights nothing: no such file"),
+        ("--weights none --output LOCKED", "/locked: another process is at work there; wait for"),
+        ("--weights none --batch-size 2", "--batch-size 2: too few images for BatchNorm"),
+        ("--weights none", " became nan; try --no-amp"),
+    ],
+)
+def test_bad_input_is_told_by_one_process(
+    flags, told, animals, pretrained, locked, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(training, "SCRATCH_RATE", math.nan)
+    words = [*TINY, "--output", tmp_path / "run", *flags.replace("LOCKED", str(locked)).split()]
+    _, error = Process(animals, *words, processes=2).end(2)
+    assert error.count(told) == error.count("error: ") == 1 and "Traceback" not in error
+    assert ("go on with --resume" in error) is ("nan" in told)
 
 
 @pytest.mark.parametrize(("flag", "processes", "size"), [("9", 2, 10), ("5", 8, 8), (None, 3, 33)])
@@ -115,12 +142,12 @@ def test_a_batch_is_rounded_up_to_a_multiple_of_the_processes(flag, processes, s
 
 def test_of_several_processes_each_starts_its_workers_before_they_talk(animals):
     paths = [str(path) for path in animals.rglob("*.jpg")]
-    images = training.Images(paths, torch.arange(38), 255, 32)
+    images = training.Images(paths, torch.arange(38), training.Preparation(32, 255))
     before = multiprocessing.active_children()
     reader = training.Reader(images, CPU._replace(world_size=2), 1, 2)
     assert len(multiprocessing.active_children()) == len(before) + 1
     read = reader.read(training.cut_batches(torch.tensor([3, 1, 2]), 2), "")
-    assert torch.cat([labels for _, labels in read]).tolist() == [3, 1, 2]
+    assert torch.cat([group.labels for [group] in read]).tolist() == [3, 1, 2]
 
 
 def test_nobody_touches_a_run_that_is_alive(animals, pretrained, default_run, tmp_path, capsys):
@@ -132,6 +159,7 @@ def test_nobody_touches_a_run_that_is_alive(animals, pretrained, default_run, tm
     try:
         [error] = refused(["--resume", tmp_path / "run"], capsys)
         assert f"{tmp_path / 'run'}: another process is at work there" in error
+        assert error.endswith("; wait for its end")  # not: go on with --resume
         assert "not empty" in refused(command, capsys, tmp_path)[-1]
     finally:
         process.kill(signal.SIGCONT)

@@ -1,5 +1,6 @@
 """The README's marked blocks, run as they stand."""
 
+import ast
 import importlib
 import re
 import shlex
@@ -53,17 +54,16 @@ def test_the_first_minute_ends_with_a_page_and_its_images_are_predicted(tried):
 
 def test_the_lines_for_a_program_of_ones_own_say_what_predict_says(tried, capsys):
     lines = block("in a program")
-    [run] = re.findall(r'"(runs/\S+)/network.pt"', lines)
-    [photo] = re.findall(r'Image.open\("(.+?)"\)', lines)
+    [run], [photo] = (re.findall(rf'{name}\("(.+?)"\)', lines) for name in ("network", "prepare"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tried)
         exec(lines, {})
-        name, probability = capsys.readouterr().out.split()
+        said = ast.literal_eval(capsys.readouterr().out)
         command = [photo, "--predict", run, "--no-amp", "--device", "cpu", "--output", "one.csv"]
         assert training.main(command) == 0
     [row] = rows_of(tried / "one.csv")
-    assert row["class"] == name
-    assert float(row["probability"]) == pytest.approx(float(probability), abs=1e-5)
+    assert {name: float(row[name]) for name in said} == pytest.approx(said, abs=1e-5)
+    assert sum(said.values()) == pytest.approx(1) and len(said) == 4
 
 
 def test_every_option_the_readme_names_exists(capsys):

@@ -4,6 +4,7 @@ import html
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
@@ -58,6 +59,22 @@ def test_tables_agree_with_each_other(any_run):
         assert float(row["recall"]) == near(recalls[-1])
         assert float(row["precision"]) == near(right / taken[name] if taken[name] else math.nan)
         assert 0 <= float(row["low"]) <= float(row["recall"]) <= float(row["high"]) <= 1
+        aheads = [
+            (float(one[name]) > float(other[name])) + (one[name] == other[name]) / 2
+            for one in predictions
+            for other in predictions
+            if one["class"] == name != other["class"]
+        ]
+        assert float(row["auc"]) == pytest.approx(sum(aheads) / len(aheads), abs=1e-6)
+    for row in predictions:
+        probabilities = {name: float(row[name]) for name in asked}
+        assert sum(probabilities.values()) == pytest.approx(1, abs=1e-6)
+        said = [probabilities[row["predicted"]], probabilities[row["class"]]]
+        assert said == [float(row["probability"]), float(row["true_probability"])]
+        assert max(probabilities.values()) == said[0]
+    for row in rows_of(path / "confusion.csv"):
+        counts = {name: taken_for[row["class"], name] for name in sorted(asked)}
+        assert row == {"class": row["class"]} | {name: str(x) for name, x in counts.items()}
     assert result["balanced_accuracy"] == near(sum(recalls) / 3)
     right = sum(taken_for[name, name] for name in asked)
     assert result["accuracy"] == near(right / len(predictions))
@@ -98,10 +115,20 @@ def test_a_comparison_has_both_runs_and_their_difference(compared_run, scratch_r
         assert f"{100 * difference:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]" in line
 
 
-def test_a_baseline_on_other_images_is_refused(scratch_run, animals, tmp_path, capsys):
-    command = [animals, "--weights", "none", *TINY, "--seed", "1", "--output", tmp_path / "run"]
-    [line] = refused([*command, "--baseline", scratch_run.path], capsys, tmp_path)
-    assert f"--baseline {scratch_run.path}: judged by other images, " in line
+def test_a_baseline_on_other_images_or_of_other_classes_is_refused(
+    scratch_run, animals, tmp_path, capsys
+):
+    shutil.copytree(scratch_run.path, tmp_path / "odd")
+    table = tmp_path / "odd/predictions.csv"
+    table.write_text(table.read_text().replace(",ape,", ",dog,").replace(",bee,", ",dog,"))
+    odd = "it predicted dog, which DATA lacks; give both runs the same DATA"
+    for seed, baseline, told in (
+        (1, scratch_run.path, "judged by other images, "),
+        (0, tmp_path / "odd", odd),
+    ):
+        command = [animals, "--weights", "none", *TINY, "--seed", seed, "--baseline", baseline]
+        [line] = refused([*command, "--output", tmp_path / "run"], capsys, tmp_path)
+        assert f"--baseline {baseline}: {told}" in line
 
 
 def test_an_unfinished_run_shows_figures_of_its_own_networks(animals, pretrained, tmp_path):
@@ -112,8 +139,11 @@ def test_an_unfinished_run_shows_figures_of_its_own_networks(animals, pretrained
     parts = {row["path"]: row["part"] for row in rows_of(output / "split.csv")}
     evaluated = {parts[row["path"]] for row in rows_of(output / "predictions.csv")}
     assert evaluated == {"fold 1"} and len(training.read_weights(str(output))["networks"]) == 1
+    predict = [animals, "--predict", output, "--device", "cpu"]
+    warning = f"warning: {output} is unfinished, better --resume it first\n"
+    assert run(*predict).err.startswith(warning)
     run("--resume", output)
-    assert "Unfinished" not in page.read_text()
+    assert "Unfinished" not in page.read_text() and warning not in run(*predict).err
 
 
 def row(epoch: int, fold: int = 1, seconds: float = 60.0, **others: object) -> dict[str, object]:
@@ -138,14 +168,15 @@ def invented(animals: Path, tmp_path_factory: pytest.TempPathFactory) -> trainin
     classes = len(NAMES)
     labels = torch.arange(classes).repeat_interleave(torch.logspace(2.4, 1.15, classes).long())
     held = [None if label == classes - 2 else at % 5 for at, label in enumerate(labels)]
-    data = images(labels.tolist(), held, 5, classes=NAMES)
+    copied = torch.arange(len(held)) % (len(held) - 1)  # the last image is the first one, too
+    data = images(labels.tolist(), held, 5, classes=NAMES, digests=copied)
     data = data._replace(files=[file._replace(path=str(noise)) for file in data.files])
     eval_set = training.make_eval_set(data, range(5), 1.0)
     truth = torch.nn.functional.one_hot(eval_set.targets, classes)
     chance = torch.randn(2, *truth.shape, generator=torch.Generator().manual_seed(0))
     before = (1.5 * truth + chance[0]).argmax(1)
     evaluation = training.evaluate_cross_fitted(3.0 * truth + chance[1], eval_set)
-    kept = ["head", *["all"] * 4]
+    kept = ["head", "all, undecided", *["all"] * 3]
     listed = training.list_classes(NAMES, torch.full((classes,), 100), evaluation)
     return training.Outcome(
         settings=settings,
@@ -202,8 +233,12 @@ def test_page_and_console_say_the_same_of_every_class_and_fact(invented, capsys)
     before = training.confusion_matrix(evaluation.eval_set.targets, invented.baseline, len(NAMES))
     recalls = (before.diag() / before.sum(1)).tolist()
     listed = [[*row.values(), old] for row, old in zip(invented.classes, recalls, strict=True)]
-    for values in listed + [[*change.values()] for change in invented.changes]:
+    for name, old, new, *ends, sure in map(dict.values, invented.changes):
+        listed.append([name, old, new, *(f"{100 * x:+.1f} points" for x in ends), sure])
+    for values in listed:
         assert [html.unescape(training.show(value)) for value in values] in cells
+    assert [file.name for file in (invented.data.files[0], invented.data.files[-1])] in cells
+    assert not re.search(r"in (all|\d+) of \d+ runs", said)
     assert all(training.printable(fact) in said for fact in invented.facts.values())
     training.print_end(invented)
     lines = capsys.readouterr().out.splitlines()
@@ -214,7 +249,9 @@ def test_page_and_console_say_the_same_of_every_class_and_fact(invented, capsys)
     assert lines[1:3] == [f"balanced accuracy {result}", f"as trained        {trained}"]
     assert lines[3] == f"untouched test    {result}"
     bare = f"Classes without an image to judge them by: 1, as {NAMES[-2]}"
-    for remark in (bare, "The head alone is kept, it is better: 1 of 5"):
+    undecided = "The head alone looks better than all layers, too few images tell; all layers are "
+    undecided += "kept: 1 of 5"
+    for remark in (bare, undecided, "The head alone is kept, all layers are no better: 1 of 5"):
         assert remark in lines and remark in said and remark in invented.remarks
 
 

@@ -157,13 +157,43 @@ def test_a_damaged_state_and_one_of_another_version_are_named(name, begun, capsy
     (begun / name).write_bytes(content[: len(content) // 2])
     [error] = refused(["--resume", begun], capsys, begun)
     assert f"{name}: damaged, or not of tensors alone" in error
-    torch.save({"format": training.STATE_FORMAT + 1}, begun / training.STATE)
+    torch.save({"format": training.FORMAT + 1, "version": "9.1"}, begun / training.STATE)
     [error] = refused(["--resume", begun], capsys, begun)
-    assert f"--resume {begun}: stopped by another version of this script" in error
+    versions = f"written by version 9.1 of this script, which is {training.__version__}"
+    assert f"{begun / training.STATE}: {versions}; use that version, or train anew" in error
+
+
+def test_a_run_that_another_process_has_finished_is_not_gone_on_with(begun, monkeypatch, capsys):
+    lock = training.lock_folder
+    monkeypatch.setattr(training, "lock_folder", lambda x: lock(x) or (x / training.STATE).unlink())
+    [error] = refused(["--resume", begun], capsys)
+    assert error.endswith(f"--resume {begun}: no stopped run there, or a complete one")
+
+
+def test_a_folder_that_another_run_has_filled_meanwhile_stays_as_it_is(
+    animals, default_run, tmp_path, monkeypatch, capsys
+):
+    load_model, output = training.load_model, tmp_path / "run"
+
+    def load_and_fill(*arguments):
+        shutil.copytree(default_run.path, output)
+        return load_model(*arguments)
+
+    monkeypatch.setattr(training, "load_model", load_and_fill)
+    [error] = refused([animals, "--weights", "none", *TINY, "--output", output], capsys)
+    assert f"error: --output {output}: not empty; name a new folder, or --resume a run" in error
+    (output / training.LOCK).unlink()
+    assert_same_run(default_run.path, output)
 
 
 def test_what_is_said_beside_resume_holds_and_moments_follow_the_layout_of_weights(begun):
-    """The optimizer's kernels read weights and moments in the order of memory."""
+    """The optimizer's kernels read weights and moments in the order of memory.
+
+    What a version of before did not ask for is as by default.
+    """
+    state = torch.load(begun / training.STATE, weights_only=True)
+    del state["settings"]["flip"]
+    torch.save(state, begun / training.STATE)
     context, progress = prepare("--resume", begun)
     stored = progress.trainer["optimizer"]["state"]
     for state in stored.values():
@@ -174,7 +204,7 @@ def test_what_is_said_beside_resume_holds_and_moments_follow_the_layout_of_weigh
         assert after.stride() == weight.stride()
         assert torch.equal(after, before["exp_avg"])
         differ += before["exp_avg"].stride() != weight.stride()
-    assert differ
+    assert differ and context.settings.flip == "sides"
     assert "cpu, bfloat16" in run("--resume", begun, "--workers", "1", "--amp").out.splitlines()[0]
 
 
@@ -215,12 +245,13 @@ def test_copies_change_no_pixel_are_read_again_and_go_at_the_end(large, tmp_path
     copies = {path.name for path in (output / training.COPIES).iterdir()}
     assert copies == {f"{index}.npy" for index in (0, 1, 2, 5, 6, 7)}
     opened: list[str] = []
-    cut = output / training.COPIES / "0.npy"
-    cut.write_bytes(cut.read_bytes()[:-1])  # is read from the original
+    cut, empty = (output / training.COPIES / f"{at}.npy" for at in (0, 1))
+    cut.write_bytes(cut.read_bytes()[:-1])  # they are read from the originals
+    empty.write_bytes(b"")
     read_image = training.read_image
     monkeypatch.setattr(training, "read_image", lambda *x: opened.append(x[0]) or read_image(*x))
     monkeypatch.setattr(training, "make_page", lambda _: b"")  # which shows the originals
     run("--resume", output, "--workers", 0)
     small = {f"{name}_00{at}.jpg" for name in ("ape", "bee") for at in (3, 4)}
-    assert {Path(path).name for path in opened} == {"ape_000.jpg", *small}
+    assert {Path(path).name for path in opened} == {"ape_000.jpg", "ape_001.jpg", *small}
     assert_same_run(usual, output)

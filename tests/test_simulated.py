@@ -4,7 +4,6 @@ It lives in a process of its own, as torch would find it in the other tests as w
 """
 
 import gc
-import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -17,14 +16,14 @@ from typing import Any
 import pytest
 import simulated_device
 import torch
-from conftest import TINY, interrupt_after, rows_of, run
+from conftest import NO_HEAD, TINY, interrupt_after, rows_of, run
 from test_resume import assert_same_run
 
 import data_training as training
 
 pytestmark = pytest.mark.skipif(not simulated_device.COMPILER, reason="needs g++ on Linux")
 Simulate = Callable[..., SimpleNamespace]
-QUICK = {"HEAD_STEPS": 100, "SURE": math.inf, "WRITE_EVERY": 0.0}
+QUICK = {"HEAD_STEPS": 100, "WRITE_EVERY": 0.0, **NO_HEAD}
 PINNED = {"PINNED": "sim", **QUICK}
 UPPER = {"TRIAL_STEPS": 3, "TRIAL_FAILS": 0.0, **QUICK}  # a trial of one epoch, which fails
 STEPS = 3  # an epoch of all layers: 31 images in batches of 12

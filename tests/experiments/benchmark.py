@@ -61,7 +61,8 @@ def measure_training(args: argparse.Namespace, work: str) -> tuple[Measure, Meas
     settings, listing, stored = training.open_run(said, options, compute)
     data = training.load_data(settings, listing, stored)
     paths = [file.path for file in data.files]
-    images = training.Images(paths, data.labels, data.white, settings.image_size)
+    look = training.Preparation(settings.image_size, data.white)
+    images = training.Images(paths, data.labels, look)
     workers = training.count_workers(options.workers, compute.device.type)
     reader = training.Reader(images, compute, workers, settings.batch_size)
     model = compute.to_device(training.load_model(settings, data.classes, stored))
@@ -109,14 +110,15 @@ def measure_loaders(args: argparse.Namespace) -> tuple[Measure, Measure, Measure
     shuffled = random.Random(0).sample(range(len(folder)), len(folder))
     chosen = [*itertools.islice(itertools.cycle(shuffled), READ)]
     paths = [path for path, _ in folder.samples]
-    images = training.Images(paths, torch.tensor(folder.targets), 255, 224, "sides")
+    look = training.Preparation(224, 255)
+    images = training.Images(paths, torch.tensor(folder.targets), look, "sides")
     compute = training.Compute(torch.device("cpu"), "float32")
     reader = training.Reader(images, compute, 0, args.batch_size)
 
     def ours() -> float:
         seeds = training.seeded("augment", 0)
         batches = training.cut_batches(torch.tensor(chosen), args.batch_size, seeds)
-        return sum(len(labels) for _, labels in reader.read(batches, "ours"))
+        return sum(len(group.labels) for [group] in reader.read(batches, "ours"))
 
     def decoding() -> float:
         for index in chosen:

@@ -133,7 +133,8 @@ def prepare(chosen: argparse.Namespace, work: Path, flags: list[str]) -> Prepare
     settings, listing, stored = training.open_run(said, options, compute)
     data = training.load_data(settings, listing, stored)
     paths = [file.path for file in data.files]
-    images = training.Images(paths, data.labels, data.white, settings.image_size, settings.flip)
+    look = training.Preparation(settings.image_size, data.white)
+    images = training.Images(paths, data.labels, look, settings.flip)
     # Copies are named by indices of `Data`, which is the same for all seeds.
     images.keep_copies(work / ("copies with test" if settings.val else "copies"))
     workers = training.count_workers(options.workers, compute.device.type)
@@ -152,19 +153,21 @@ def run_script(stairs: Stairs, way: str, seed: int) -> Answer:
     content = training.read_weights(str(run))
     shutil.rmtree(run)
     fitted = training.Calibration(content["scale"], content["shift"])
-    ensemble = training.load_ensemble(content | PLAIN._asdict())
+    ensemble = training.Ensemble(content | PLAIN._asdict())
     return Answer(stairs.test.ask(ensemble), content["natural"], fitted)
 
 
 def load_plain(settings: training.Settings, classes: list[str]) -> models.ResNet:
     """The network of `--weights` as it is, with a new head, at random."""
     torch.manual_seed(settings.seed)
-    if stored := training.read_weights(settings.weights):
-        state = stored["networks"][0]
-    else:
-        name = None if settings.weights == "none" else settings.weights
-        state = models.get_model(settings.arch, weights=name).state_dict()
-    return training.build_model(settings.arch, classes, state, known=[])
+    model = training.build_model(settings.arch, classes)
+    if settings.weights == "none":
+        return model
+    [state] = training.read_weights(settings.weights).get("networks") or [
+        training.fetch_weights(settings.arch, settings.weights)
+    ]
+    body = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    return training.build_model(settings.arch, classes, body | training.copy_head(model))
 
 
 def train_loop(prepared: Prepared, rate: float) -> models.ResNet:
@@ -181,10 +184,10 @@ def train_loop(prepared: Prepared, rate: float) -> models.ResNet:
         stream = training.seeded("loop", settings.seed, epoch)
         drawn = training.draw_epoch(data.labels, learnt, settings.power, 1, stream)
         batches = training.cut_batches(drawn, settings.batch_size, stream)
-        for images, targets in reader.read(batches, "loop"):
+        for [group] in reader.read(batches, "loop"):
             with compute.autocast():
-                logits = model(training.move_batch(images, compute))
-            targets = training.move_batch(targets, compute)
+                logits = model(training.move_batch(group.inputs, compute))
+            targets = training.move_batch(group.labels, compute)
             optimizer.zero_grad()
             scaler.scale(F.cross_entropy(logits.float(), targets)).backward()
             scaler.step(optimizer)
