@@ -116,8 +116,8 @@ def flag(group: str, kind: Any, metavar: str, text: str, default: Any = None, **
 class Settings:
     """What decides how a run comes out? What is `None` on the command line, `open_run` settles."""
 
-    data: Path = flag("", None, "DATA", "folder with one folder per class; with --predict an image,"
-        " or a folder of images")
+    data: Path = flag("", None, "DATA", "folder with one folder per class, which is only read; with "
+        "--predict an image, or a folder of images")
     folds: int = flag("data", int, "K", "train K networks, 3 to 10, each evaluated on the part of "
         "the images that it has not learnt; images of --val or --source test the ensemble", 1,
         least=3, most=10)
@@ -126,7 +126,8 @@ class Settings:
     source: Path | None = flag("data", Path, "SRC", "folder that DATA was made from: its other "
         "images validate")
     group: str | None = flag("data", str, "PATTERN", "regular expression for paths below the class "
-        "folder: images with the same first group, or match, stay on one side (patient, film)")
+        "folder: images with the same first group, or match, stay on one side, also across classes "
+        "(patient, film)")
     image_size: int = flag("data", int, "PX", "of a training crop (default: of --weights, or 224)",
         least=1)
     flip: str = flag("data", str, "", "mirror half of the training images (sides, the default), "
@@ -1202,18 +1203,19 @@ TERMS = (
     "training. AUC: how often an image of the class has a higher probability of it than others."
 )
 STYLE = """:root{color-scheme:light dark;background:Canvas;color:CanvasText;font:16px/1.5 system-ui,
-sans-serif}body{max-width:1040px;margin:auto;padding:8px 14px 64px;overflow-wrap:anywhere}h2{
+sans-serif}body{max-width:1150px;margin:auto;padding:8px 14px 64px;overflow-wrap:anywhere}h2{
 margin-top:44px;border-top:1px solid #8884;padding-top:18px}p,dd{max-width:78ch}dt{font-weight:600}
 small{opacity:.75}.tiles,.pairs{display:grid;gap:14px;margin:20px 0;
 grid-template-columns:repeat(auto-fit,minmax(170px,1fr))}.tiles div{padding:10px 14px;
 border-left:4px solid #3987c9;background:#8881}div>b,small{display:block}.tiles b{font-size:30px}
 .pairs{grid-template-columns:repeat(auto-fill,minmax(290px,1fr))}figure{display:grid;margin:0;
 gap:8px;grid-template-columns:1fr 1fr;break-inside:avoid}img{width:100%}.wide{overflow-x:auto}table{
-border-collapse:collapse}td{padding:5px 0 5px 20px;text-align:right;white-space:nowrap;
-border-bottom:1px solid #8883}td:first-child{text-align:left;white-space:normal;min-width:16ch;
-max-width:40vw}td[style]{min-width:30ch;background:linear-gradient(90deg,#0000 var(--low),
-#3987c966 0,#3987c966 var(--high),#0000 0)}svg{width:100%;max-width:800px;overflow:visible}text{
-fill:currentColor;font-size:14px}polyline{fill:none;stroke:currentColor;stroke-width:2;
+border-collapse:collapse;font-size:14px}td{padding:5px 0 5px 14px;text-align:right;
+white-space:nowrap;border-bottom:1px solid #8883}tr:first-child td{white-space:normal;
+overflow-wrap:normal;vertical-align:bottom}td:first-child{text-align:left;white-space:normal;
+min-width:12ch;max-width:40vw}td[style]{min-width:14ch;background:linear-gradient(90deg,
+#0000 var(--low),#3987c966 0,#3987c966 var(--high),#0000 0)}svg{width:100%;max-width:800px;
+overflow:visible}text{fill:currentColor;font-size:14px}polyline{fill:none;stroke:currentColor;stroke-width:2;
 vector-effect:non-scaling-stroke}.old{color:#e08214}.new{color:#3987c9}"""
 
 
