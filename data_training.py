@@ -116,15 +116,15 @@ def flag(group: str, kind: Any, metavar: str, text: str, default: Any = None, **
 class Settings:
     """What decides how a run comes out? What is `None` on the command line, `open_run` settles."""
 
-    data: Path = flag("", None, "DATA", "folder with one folder per class, which is only read; with "
-        "--predict an image, or a folder of images")
+    data: Path = flag("", None, "DATA", "folder with one folder per class, which is only read; or, "
+        "with --predict, an image or a folder of images")
     folds: int = flag("data", int, "K", "train K networks, 3 to 10, each evaluated on the part of "
         "the images that it has not learnt; images of --val or --source test the ensemble", 1,
         least=3, most=10)
     val: Path | None = flag("data", Path, "DIR", "class folders to validate on, in place of a fifth"
         " of DATA")
     source: Path | None = flag("data", Path, "SRC", "folder that DATA was made from: its other "
-        "images validate")
+        "images validate, too")
     group: str | None = flag("data", str, "PATTERN", "regular expression for paths below the class "
         "folder: images with the same first group, or match, stay on one side, also across classes "
         "(patient, film)")
@@ -163,8 +163,8 @@ class Options:
         "cores)", least=0)
     device: str = flag("machine", str, "NAME", "cpu, cuda, ...; auto: an accelerator, else cpu",
         "auto")
-    amp: bool | None = flag("machine", None, "", "mixed precision (default: where the hardware "
-        "gains from it)", action=argparse.BooleanOptionalAction)
+    amp: bool | None = flag("machine", None, "", "mixed precision (default: in training, where the "
+        "hardware gains from it)", action=argparse.BooleanOptionalAction)
 # fmt: on
 
 
@@ -317,7 +317,7 @@ class Context(NamedTuple):
     compute: Compute  # of this process
     baseline: Tensor  # what the run `--baseline` predicted for the validation images: (M,), or none
     learnt_before: Stored  # what the network of `--weights` has learnt, see `find_learnt`
-    model: Any  # the ResNet in training
+    model: Any  # the network in training
     reader: Reader
 
 
@@ -765,7 +765,8 @@ def load_network(run: str | Path) -> tuple[Ensemble, Preparation, list[str]]:
     """Return a run's networks as one, what makes its input of an image file, and its classes.
 
     `network(prepare("photo.jpg")[None]).softmax(1)` has the probability of each class, as
-    `--predict`.
+    `--predict`; but for grey images of over 8 bits, if training had none: in each the brightest
+    pixel decides what is white, not that of a folder.
     """
     content = read_run(Path(run))
     network = Ensemble(content).eval()
@@ -780,7 +781,8 @@ def predict(settings: Settings, options: Options) -> None:
     network, prepare, classes = load_network(run)
     if (run / STATE).exists():
         print(f"warning: {run} is unfinished, better --resume it first", file=sys.stderr)
-    compute = pick_compute(options)
+    # The same answers on every machine, and in a program.
+    compute = pick_compute(replace(options, amp=bool(options.amp)))
     files, digests, peak = read_photos(settings.data, classes)
     if prepare.white and peak > prepare.white:
         text = f"grey values up to {peak}; all above {prepare.white}, as in training, are white"
@@ -855,7 +857,10 @@ def read_photos(path: Path, classes: list[str]) -> tuple[list[ImageFile], Tensor
     if not files:
         raise DataError(f"DATA {path}: no image that can be read")
     files.sort(key=lambda file: Path(file.path))
-    if not all(file.label >= 0 for file in files):
+    if strays := [file for file in files if file.label < 0]:
+        if len(strays) < len(files):
+            text = f"{len(strays)} images are in no class folder, as {strays[0].path}"
+            print(f"warning: {printable(text)}: nothing is judged", file=sys.stderr)
         files = [file._replace(label=-1) for file in files]
     return files, torch.tensor([checked[file.path] for file in files]), peak
 
@@ -1110,8 +1115,13 @@ def list_predictions(data: Data, evaluation: Evaluation) -> Table:
 
 def add_classes(columns: Mapping[str, Any], classes: list[str], values: Tensor) -> dict[str, Any]:
     """Add the columns of (M, C) values, called as the class, or "class NAME" if that is taken."""
-    names = [f"class {name}" if name in columns else name for name in classes]
-    return {**columns, **dict(zip(names, values.T, strict=True))}
+    added = dict(columns)
+    for name, column in zip(classes, values.T, strict=True):
+        title = name
+        while title in columns or (title != name and title in classes):
+            title = f"class {title}"
+        added[title] = column
+    return added
 
 
 def list_classes(names: list[str], draws: Any, evaluation: Evaluation) -> Table:
@@ -1402,7 +1412,7 @@ def open_run(
 def reopen_run(folder: Path, precision: str | None) -> tuple[Settings, Listing, Stored]:
     """Return the same of a stopped run, which goes on in another `precision` if one is named."""
     if (folder / STATE).exists():
-        lock_folder(folder)
+        lock_folder(folder, "--resume")
     if not (folder / STATE).exists():  # any more
         raise DataError(f"--resume {folder}: no stopped run there, or a complete one")
     stored = load_tensors(folder / STATE, "--resume")
@@ -1443,7 +1453,7 @@ def load_progress(settings: Settings, data: Data, model: Any, stored: Stored) ->
     """Return how far a stopped run has come, or begin to store a new one."""
     output = settings.output
     if "history" not in stored:
-        lock_folder(output)
+        lock_folder(output, "--output")
         check_output(output)  # another run may have been there meanwhile
         shutil.rmtree(output / COPIES, ignore_errors=True)  # of other images, from a killed run
         write_file(output / "split.csv", format_table(list_split(data)))
@@ -1576,8 +1586,9 @@ def load_data(settings: Settings, listing: Listing, stored: Stored) -> Data:
     train_mask, eval_mask = assign_images(settings, files, families, is_learnt)
     is_ours = torch.tensor([file.part == "train" for file in files])
     if len(before):
-        text = f"its network has learnt {(is_ours & is_learnt).sum()} of {is_ours.sum()} images"
-        print(f"--weights {printable(settings.weights)}: {text}: these only train", file=sys.stderr)
+        text = f"its network has learnt {(is_ours & is_learnt).sum()} of {is_ours.sum()} images, or"
+        text += " their families: these only train"
+        print(f"--weights {printable(settings.weights)}: {text}", file=sys.stderr)
     taken = torch.cat([families[train_mask.any(0)], before])
     leaks = ~is_ours & torch.isin(families, taken)
     kept = (~leaks).nonzero().flatten()
@@ -1599,7 +1610,7 @@ def load_data(settings: Settings, listing: Listing, stored: Stored) -> Data:
     )
     if twice := list_contradictions(data):
         text = f"{len(twice)} images are in two classes, as {' and '.join(twice[0].values())}"
-        print(f"warning: {printable(text)}; both are learnt, see the page", file=sys.stderr)
+        print(f"warning: {printable(text)}; both labels stay, see the page", file=sys.stderr)
     check_parts(settings, data)
     return data
 
@@ -1613,7 +1624,8 @@ def check_parts(settings: Settings, data: Data) -> None:
         if not data.eval_mask[fold].any():
             text = f"{settings.data}: nothing to validate on; pass --val"
             if settings.folds > 1:
-                text = f"--folds {settings.folds}: too few images for so many; take fewer"
+                text = f"--folds {settings.folds}: too few images for so many, or all are learnt"
+                text += "; take fewer, or other --weights"
             elif settings.val:
                 text = f"--val {settings.val}: nothing to validate on; pass another folder"
             raise DataError(text)
@@ -1632,7 +1644,7 @@ def list_contradictions(data: Data) -> Table:
 
 def check_batches(settings: Settings, data: Data, world_size: int) -> None:
     """Raise `DataError` if some process would train on too few images for BatchNorm."""
-    images = len(data.learnt(0))
+    images = int(data.train_mask.sum(1).min())  # of the fold that learns the fewest
     smallest = images // math.ceil(images / settings.batch_size) // world_size
     if smallest < (2 if settings.image_size <= STRIDE else 1):
         text = "too few images for BatchNorm; take more"
@@ -1754,22 +1766,23 @@ def assign_images(
     eval_mask[folds if folds > 1 else 0] = ~is_ours
     if settings.val and folds == 1:
         return train_mask, eval_mask
-    ours = (is_ours & ~is_learnt if folds > 1 else is_ours).nonzero().flatten().tolist()
-    labels = np.array([files[index].label for index in ours])
+    ours = (is_ours & ~is_learnt if folds > 1 else is_ours).nonzero().flatten()
+    candidates = [files[index] for index in ours.tolist()]
+    labels = np.array([file.label for file in candidates], dtype=np.int64)
     counts = np.bincount(labels).astype(float)
     wanted = np.tile(counts / folds, (folds, 1))
     if folds == 1:  # whole numbers: one image at least to validate, and to train on
         fifth = np.minimum((VAL_FRACTION * counts).round().clip(1), counts - 1)
         wanted = np.stack([counts - fifth, fifth])
     # Their order depends on their names and the seed alone, whatever else is there.
-    names = [f"{settings.seed}/{files[i].name}".encode(errors="surrogateescape") for i in ours]
+    names = [f"{settings.seed}/{file.name}".encode(errors="surrogateescape") for file in candidates]
     order = [hashlib.sha256(name).digest() for name in names]
     stays = is_learnt[ours].tolist()
     parts = assign_parts(labels, families[ours].tolist(), order, wanted, stays)
     for fold in range(folds):
-        chosen = torch.tensor(ours)[torch.from_numpy(parts == (fold if folds > 1 else 1))]
-        train_mask[fold, chosen] = False
-        eval_mask[fold, chosen] = True
+        held = ours[torch.from_numpy(parts == (fold if folds > 1 else 1))]
+        train_mask[fold, held] = False
+        eval_mask[fold, held] = True
     return train_mask, eval_mask
 
 
@@ -1825,7 +1838,8 @@ class Architecture(NamedTuple):
 
     names: tuple[str, ...]  # patterns of their names
     head: str  # the name of the last layer
-    layers: tuple[tuple[str, ...], ...]  # how names begin in four groups of layers, from below
+    layers: tuple[tuple[str, ...], ...]  # how names begin in four groups, from below; the stage
+    # "upper" freezes the first two
     rescale: Callable[[Any], None]  # brings weights to the scale that the rates are for
 
 
@@ -1923,7 +1937,7 @@ def fetch_weights(arch: str, name: str) -> State:
     """Return torchvision's weights of this name, downloaded if they are not on this machine."""
     weights = models.get_model_weights(arch)[name]
     try:
-        return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
+        return models.get_model(arch, weights=weights, progress=sys.stderr.isatty()).state_dict()
     except Exception as error:  # a damaged file raises nearly anything
         text = f"{weights.url} could not be fetched or read ({error}); put it into "
         text += f"{torch.hub.get_dir()}/checkpoints, or pass a file, or --weights none"
@@ -2554,7 +2568,7 @@ def gather(part: Tensor, compute: Compute) -> Tensor:
 # ------------------------------------------------------------------------------------------- files
 
 
-def lock_folder(folder: Path) -> None:
+def lock_folder(folder: Path, flag: str) -> None:
     """Make a folder and lock it until this process ends, or raise `DataError`."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR)
@@ -2565,7 +2579,8 @@ def lock_folder(folder: Path) -> None:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(lock)
-        raise DataError(f"{folder}: another process is at work there; wait for its end") from None
+        text = "another process is at work there; wait for its end"
+        raise DataError(f"{flag} {folder}: {text}") from None
 
 
 def list_folders(root: Path) -> list[str]:
@@ -2762,8 +2777,8 @@ def main(argv: list[str] | None = None) -> int:
         text = "out of memory; try a smaller --batch-size or --image-size, fewer --workers, or "
         text += "--device cpu"
     folder = options.resume or settings.output
-    is_about_folder = text.startswith((f"{folder}: ", "--"))
-    if folder and not (options.predict or is_about_folder) and os.path.exists(folder / STATE):
+    is_of_flag = text.startswith("--")
+    if folder and not (options.predict or is_of_flag) and os.path.exists(folder / STATE):
         text += f"; go on with --resume {shlex.quote(str(folder))}"
     kind = "error: " if status == 2 else ""
     print(f"data_training.py: {kind}{printable(text)}", file=sys.stderr)

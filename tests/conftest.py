@@ -128,14 +128,11 @@ def eval_set_of(
 
 def prepare(*command: object) -> tuple[training.Context, training.Progress]:
     """A run of a ResNet-18 with this command, as it is before its first epoch."""
-    words = [*command, "--device", "cpu", "--workers", "0"]
-    words += [] if "--resume" in words else ["--arch", "resnet18"]
-    said, options = training.parse_args([*map(str, words)])
-    settings, listing, stored = training.open_run(said, options, CPU)
+    settings, listing, stored = open_run(*command)
     data = training.load_data(settings, listing, stored)
     model = CPU.to_device(training.load_model(settings, data.classes, stored))
     progress = training.load_progress(settings, data, model, stored)
-    reader = training.make_reader(settings, options, data, CPU)
+    reader = training.make_reader(settings, training.Options(workers=0), data, CPU)
     return training.Context(settings, data, CPU, torch.empty(0), {}, model, reader), progress
 
 

@@ -139,8 +139,6 @@ def test_a_run_tells_what_calibration_does_and_stores_its_two_numbers(default_ru
     found = [float(last[f"logit_{name}"]) for name in ("scale", "shift")]
     assert found == pytest.approx([scale, shift], rel=1e-3)
     assert found == pytest.approx([network["scale"], network["shift"]], rel=1e-5)
-    expected = scale * raw - shift * network["natural"]
-    torch.testing.assert_close(by_hand(network, paths), expected, rtol=1e-3, atol=1e-4)
     confusion = training.confusion_matrix(targets, raw.argmax(1), 3)
     mean = training.recall_by_class(confusion).mean().item()
     assert float(last["as_trained_balanced_accuracy"]) == pytest.approx(mean, abs=1e-5)

@@ -18,16 +18,8 @@ TINY = ["--weights", "none", "--image-size", "32", "--device", "cpu", "--epochs"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="names are any bytes, /proc")
 
 NAMES = [
-    *(
-        "with space",
-        "quo\"te'",
-        "new\nline",
-        "car\rriage",
-        "-dash",
-        os.fsdecode(b"caf\xe9"),
-        "path",
-    ),
-    *("x" * 255, "\u05e9\u05dc\u05d5\u05dd e\u0301", "Cat", "cat"),  # right to left; combining
+    *("with space", "quo\"te'", "new\nline", "car\rriage", "-dash", os.fsdecode(b"caf\xe9")),
+    *("\u05e9\u05dc\u05d5\u05dd e\u0301", "x" * 255, "Cat", "cat", "path"),  # right to left
 ]
 
 

@@ -104,11 +104,12 @@ def test_unlike_devices_compute_in_the_precision_of_the_first(
 @pytest.fixture
 def locked(tmp_path: Path) -> Iterator[Path]:
     """A folder in which another process begins a run."""
-    lock = lambda _: training.lock_folder(tmp_path / "locked") or time.sleep(100)  # noqa: E731
+    folder = tmp_path / "locked"
+    lock = lambda _: training.lock_folder(folder, "") or time.sleep(100)  # noqa: E731
     process = Process(main=lock)
-    process.wait_for((tmp_path / "locked" / training.LOCK).exists)
+    process.wait_for((folder / training.LOCK).exists)
     time.sleep(0.1)
-    yield tmp_path / "locked"
+    yield folder
     process.kill(signal.SIGKILL)
     process.end(-signal.SIGKILL)
 

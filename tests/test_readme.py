@@ -52,18 +52,13 @@ def test_the_first_minute_ends_with_a_page_and_its_images_are_predicted(tried):
     assert all(row["true"] in row["path"] for row in rows)
 
 
-def test_the_lines_for_a_program_of_ones_own_say_what_predict_says(tried, capsys):
-    lines = block("in a program")
-    [run], [photo] = (re.findall(rf'{name}\("(.+?)"\)', lines) for name in ("network", "prepare"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tried)
-        exec(lines, {})
-        said = ast.literal_eval(capsys.readouterr().out)
-        command = [photo, "--predict", run, "--no-amp", "--device", "cpu", "--output", "one.csv"]
-        assert training.main(command) == 0
-    [row] = rows_of(tried / "one.csv")
-    assert {name: float(row[name]) for name in said} == pytest.approx(said, abs=1e-5)
-    assert sum(said.values()) == pytest.approx(1) and len(said) == 4
+def test_the_lines_for_a_program_of_ones_own_print_the_probability_of_each_class(
+    tried, monkeypatch, capsys
+):
+    monkeypatch.chdir(tried)
+    exec(block("in a program"), {})
+    said = ast.literal_eval(capsys.readouterr().out)
+    assert said.keys() == make_sample.BREEDS.keys() and sum(said.values()) == pytest.approx(1)
 
 
 def test_every_option_the_readme_names_exists(capsys):

@@ -10,17 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    TINY,
-    Process,
-    begin,
-    interrupt_after,
-    prepare,
-    refused,
-    rows_of,
-    run,
-    write_folder,
-)
+from conftest import TINY, Process, begin, interrupt_after, prepare, refused, rows_of, run
 from PIL import Image
 
 import data_training as training
@@ -165,7 +155,9 @@ def test_a_damaged_state_and_one_of_another_version_are_named(name, begun, capsy
 
 def test_a_run_that_another_process_has_finished_is_not_gone_on_with(begun, monkeypatch, capsys):
     lock = training.lock_folder
-    monkeypatch.setattr(training, "lock_folder", lambda x: lock(x) or (x / training.STATE).unlink())
+    monkeypatch.setattr(
+        training, "lock_folder", lambda x, flag: lock(x, flag) or (x / training.STATE).unlink()
+    )
     [error] = refused(["--resume", begun], capsys)
     assert error.endswith(f"--resume {begun}: no stopped run there, or a complete one")
 
@@ -228,17 +220,13 @@ def test_an_image_of_over_twice_the_pixels_is_shrunk_smoothly(sides, channels, t
     assert np.abs(difference).max() <= (1 if shorter < min(sides) else 0)
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In each of two classes three large images and two small ones."""
-    root = tmp_path_factory.mktemp("large") / "src"
-    write_folder(root, {"ape": 3, "bee": 3}, size=250)
-    for small in write_folder(root.parent / "small", {"ape": 5, "bee": 5}).rglob("*_00[34].jpg"):
-        small.rename(root / small.relative_to(root.parent / "small"))
-    return root
-
-
-def test_copies_change_no_pixel_are_read_again_and_go_at_the_end(large, tmp_path, monkeypatch):
+def test_copies_change_no_pixel_are_read_again_and_go_at_the_end(
+    make_folder, tmp_path, monkeypatch
+):
+    """In each of two classes there are three large images and two small ones."""
+    large = make_folder({"ape": 3, "bee": 3}, size=250)
+    for image in make_folder({"ape": 5, "bee": 5}, "small").rglob("*_00[34].jpg"):
+        image.rename(large / image.parent.name / image.name)
     usual = run(large, *SMALL, "--output", tmp_path / "usual", "--workers", 2).path
     assert not (usual / training.COPIES).exists()
     output = interrupt_after(1, [str(large), *SMALL], tmp_path / "run")

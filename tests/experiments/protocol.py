@@ -35,6 +35,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -132,14 +133,10 @@ def prepare(chosen: argparse.Namespace, work: Path, flags: list[str]) -> Prepare
     compute = training.pick_compute(options)
     settings, listing, stored = training.open_run(said, options, compute)
     data = training.load_data(settings, listing, stored)
-    paths = [file.path for file in data.files]
-    look = training.Preparation(settings.image_size, data.white)
-    images = training.Images(paths, data.labels, look, settings.flip)
     # Copies are named by indices of `Data`, which is the same for all seeds.
-    images.keep_copies(work / ("copies with test" if settings.val else "copies"))
-    workers = training.count_workers(options.workers, compute.device.type)
-    reader = training.Reader(images, compute, workers, settings.batch_size)
-    return Prepared(settings, data, reader)
+    settings = replace(settings, output=work / ("copies with test" if settings.val else "copies"))
+    settings.output.mkdir(exist_ok=True)
+    return Prepared(settings, data, training.make_reader(settings, options, data, compute))
 
 
 def run_script(stairs: Stairs, way: str, seed: int) -> Answer:
