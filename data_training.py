@@ -89,7 +89,7 @@ FORMAT = 6  # of these files, to be raised where those of before cannot be read
 EVALUATED = -1  # instead of the seed of an image: it is evaluated, not augmented
 # The part that is right, the mean recall, and that of classes of many, medium, few training images.
 MEASURES = ("accuracy", "balanced_accuracy", "many", "medium", "few")
-ENSEMBLE_SCALE = 1.2  # about as much too cautious are means of logits of several networks
+ENSEMBLE_SCALE = 1.2  # by about this the mean of several networks' logits is too cautious
 Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
 BATCH = 64  # images a step
 SMALL = 2000  # training images; with fewer, batches are half as large, for enough steps
@@ -114,7 +114,7 @@ def flag(group: str, kind: Any, metavar: str, text: str, default: Any = None, **
 # fmt: off
 @dataclass(frozen=True)
 class Settings:
-    """What decides how a run comes out? What is `None` on the command line, `open_run` settles."""
+    """What decides how a run comes out? Where the command line is silent, `open_run` decides."""
 
     data: Path = flag("", None, "DATA", "folder with one folder per class, which is only read; or, "
         "with --predict, an image or a folder of images")
@@ -140,8 +140,8 @@ class Settings:
         10, least=1)
     power: float = flag("training", float, "P", "draw by (images of class) ** -P; 0: no sampler",
         1.0, least=0, most=10)
-    batch_size: int = flag("training", int, "N", "images per step, a multiple of the processes "
-        f"(default: {BATCH}, half for under {SMALL:,} training images)", least=2)
+    batch_size: int = flag("training", int, "N", "images per step, rounded up to a multiple of the "
+        f"processes (default: {BATCH}, half for under {SMALL:,} training images)", least=2)
     output: Path = flag("run", Path, "DIR", "new folder for the results (default: runs/DATE-TIME)")
     baseline: Path | None = flag("run", Path, "RUN", "earlier run evaluated on the same images, to "
         "compare with")
@@ -262,22 +262,20 @@ class Evaluation(NamedTuple):
     calibration: Calibration  # fitted on all images, for those to come
     probabilities: Tensor  # (M, C) float32, calibrated
     predicted: Tensor  # (M,) int64
-    probability: Tensor  # (M,) float32, of the predicted class
     true_probability: Tensor  # (M,) float32, of the true class
     confusion: Tensor  # (C, C) int64, rows true, columns predicted
-    loss: float  # averaged over images, each class counting the same
-    summary: dict[str, float]  # what the history holds of it: `MEASURES`, interval, calibration
+    summary: dict[str, float]  # what the history holds of it: loss, `MEASURES`, calibration ...
 
 
 class Stage(NamedTuple):
     """How is a network trained in some epochs of a fold? `plan` says what comes when."""
 
     name: str
-    begins_from: str = "weights"  # as loaded; or "head": these with the trained head; or "trial"
+    begins_from: str = "weights"  # as loaded; "head": with the trained head; "trial": as it ended
     on_features: bool = False  # trains the head on stored features, not the network on images
-    upper_half: bool = False  # alone is trained; the lower half is frozen
-    updates_batch_norm: bool = True
-    averages: bool = False  # ends as the mean of the weights after each step
+    # Alone is trained, in small steps, with the statistics of BatchNorm as they are, and ends as
+    # the mean of the weights after each step.
+    upper_half: bool = False
     fold: int = 0
     epochs: range = range(0)
     passes: int = 1  # times an epoch draws as many images as there are
@@ -435,7 +433,7 @@ def begin_stage(context: Context, progress: Progress, stage: Stage) -> Trainer:
     if stage.on_features:
         if reader.features is None:
             everything = torch.arange(len(reader.labels))
-            reader.features = compute_outputs(without_head(model), reader, everything).half()
+            reader.features = compute_logits(without_head(model), reader, everything).half()
         learnt = context.data.learnt(stage.fold)
         optimizer = head_optimizer(head_of(model), reader.features[learnt])
     elif stage.upper_half:
@@ -449,7 +447,7 @@ def begin_stage(context: Context, progress: Progress, stage: Stage) -> Trainer:
 
 
 def end_fold(
-    context: Context, progress: Progress, stage: Stage, logits: Tensor, of_all: Evaluation | None
+    context: Context, progress: Progress, stage: Stage, logits: Tensor, whole: Evaluation | None
 ) -> tuple[FoldResult, Evaluation | None]:
     """Return what is kept of a fold: all layers, or the head alone on the weights as loaded.
 
@@ -458,15 +456,15 @@ def end_fold(
     model, compute = context.model, context.compute
     trained = FoldResult(copy_state(model), logits, "all")
     if not progress.head:
-        return trained, of_all
+        return trained, whole
     model.load_state_dict(progress.start | progress.head)
     eval_set = make_eval_set(context.data, [stage.fold], context.settings.power)
-    logits = compute_logits(model, context.reader, eval_set.indices)
-    of_head = None if compute.rank else evaluate_cross_fitted(logits, eval_set)
-    kept = on_first_process(compute, choose_kept, of_head, of_all, stage.total_steps)
+    head_logits = compute_logits(model, context.reader, eval_set.indices)
+    head = None if compute.rank else evaluate_cross_fitted(head_logits, eval_set)
+    kept = on_first_process(compute, choose_kept, head, whole, stage.total_steps)
     if kept == "head":
-        return FoldResult(copy_state(model), logits, kept), of_head
-    return trained._replace(kept=kept), of_all
+        return FoldResult(copy_state(model), head_logits, kept), head
+    return trained._replace(kept=kept), whole
 
 
 def store_epoch(context: Context, progress: Progress) -> None:
@@ -550,17 +548,13 @@ def draw_epoch(
     labels: Tensor, learnt: Tensor, power: float, passes: int, stream: Generator
 ) -> Tensor:
     """Draw images of `learnt` for an epoch, `passes` times as many as there are: indices, int64."""
-    weights = sample_weights(labels[learnt], power)
-    drawn = []
-    for _ in range(passes):
-        if power > 0:
-            # As a list the draw is the same for any number of workers and processes.
-            sampler = WeightedRandomSampler(weights.tolist(), len(weights), generator=stream)
-            chosen = torch.tensor(list(sampler))
-        else:
-            chosen = torch.randperm(len(learnt), generator=stream)
-        drawn.append(learnt[chosen])
-    return torch.cat(drawn)
+    if power > 0:
+        weights = sample_weights(labels[learnt], power)
+        # As a list the draw is the same for any number of workers and processes.
+        sampler = WeightedRandomSampler(weights.tolist(), passes * len(learnt), generator=stream)
+        return learnt[torch.tensor(list(sampler))]
+    orders = [torch.randperm(len(learnt), generator=stream) for _ in range(passes)]
+    return learnt[torch.cat(orders)]
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -580,10 +574,10 @@ FEWEST_EFFECTIVE = 10  # independent images; fewer cannot tell
 FEW_STEPS = 40  # in fewer, all layers hardly learn
 RUINED = 0.9  # nor have they above this part of the loss of chance, the log of the classes
 
-HEAD = Stage("head", on_features=True, updates_batch_norm=False)
+HEAD = Stage("head", on_features=True)
 WHOLE = Stage("whole")
 TRIAL = Stage("trial", begins_from="head")
-UPPER = Stage("upper", upper_half=True, updates_batch_norm=False, averages=True)
+UPPER = Stage("upper", upper_half=True)
 
 
 def plan(settings: Settings, data: Data, fold: int, failed: bool = False) -> list[Stage]:
@@ -597,25 +591,26 @@ def plan(settings: Settings, data: Data, fold: int, failed: bool = False) -> lis
     stages = []
     epochs = range(1, settings.epochs + 1)
     images = len(data.learnt(fold))
-    steps_per_epoch = math.ceil(images / settings.batch_size)
     trial = math.ceil(TRIAL_STEPS / math.ceil(len(data.learnt(0)) / settings.batch_size))
     begins_from = "weights"
     if settings.weights != "none":
         # Few images make few steps: they are drawn several times.
         passes = math.ceil(HEAD_STEPS * settings.batch_size / images)
-        total_steps = math.ceil(passes * images / settings.batch_size)
-        stages.append(HEAD._replace(epochs=range(1), passes=passes, total_steps=total_steps))
+        stages.append(HEAD._replace(epochs=range(1), passes=passes))
         if 5 * trial <= settings.epochs:
             begins_from = "head"
             if fold == 0:
-                total_steps = trial * steps_per_epoch
-                stages.append(TRIAL._replace(epochs=epochs[:trial], total_steps=total_steps))
+                stages.append(TRIAL._replace(epochs=epochs[:trial]))
                 epochs = epochs[trial:]
                 begins_from = "head" if failed else "trial"
     rest = UPPER if failed else WHOLE
-    total_steps = len(epochs) * steps_per_epoch
-    stages.append(rest._replace(epochs=epochs, total_steps=total_steps, begins_from=begins_from))
-    return [stage._replace(fold=fold) for stage in stages]
+    stages.append(rest._replace(epochs=epochs, begins_from=begins_from))
+    planned = []
+    for stage in stages:
+        steps_per_epoch = math.ceil(stage.passes * images / settings.batch_size)
+        total_steps = len(stage.epochs) * steps_per_epoch
+        planned.append(stage._replace(fold=fold, total_steps=total_steps))
+    return planned
 
 
 def trial_failed(history: Table) -> bool:
@@ -637,7 +632,8 @@ def choose_kept(head: Evaluation, whole: Evaluation, steps: int) -> str:
     gain = (head.true_probability / whole.true_probability.clamp(min=least)).clamp(min=least).log()
     mean = weights @ gain.double()
     error = torch.bincount(eval_set.families, weights * (gain - mean)).square().sum().sqrt()
-    if steps < FEW_STEPS or whole.loss > RUINED * math.log(len(eval_set.train_counts)):
+    chance = math.log(len(eval_set.train_counts))
+    if steps < FEW_STEPS or whole.summary["val_loss"] > RUINED * chance:
         return "head" if mean > -SURE * error else "all"
     if mean <= SURE * error:
         return "all"
@@ -684,7 +680,7 @@ class Trainer:
         self.compute = compute
         self.optimizer = optimizer
         self.module = head_of(model) if stage.on_features else model  # what is trained
-        self.module.train(stage.updates_batch_norm)
+        self.module.train(not stage.upper_half)
         self.network: nn.Module = self.module
         if compute.world_size > 1:  # evaluation sends the statistics of BatchNorm round
             warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)
@@ -710,7 +706,7 @@ class Trainer:
         self.scaler.update()
         self.scheduler.step()
         steps = self.scheduler.last_epoch
-        if self.stage.averages:  # `AveragedModel` would wait for the device at every step
+        if self.stage.upper_half:  # `AveragedModel` would wait for the device at every step
             with torch.no_grad():
                 self.mean = self.mean or [weight.clone() for weight in self.weights]
                 torch._foreach_lerp_(self.mean, self.weights, 1 / steps)
@@ -779,8 +775,9 @@ def predict(settings: Settings, options: Options) -> None:
     if output and (output.exists() or not output.parent.is_dir()):
         raise DataError(f"--output {output}: there already, or no folder for it; name a new file")
     network, prepare, classes = load_network(run)
-    if (run / STATE).exists():
-        print(f"warning: {run} is unfinished, better --resume it first", file=sys.stderr)
+    if (run / STATE).exists() or run.with_name(STATE).exists():
+        text = f"{run} is unfinished, better --resume it first"
+        print(f"warning: {printable(text)}", file=sys.stderr)
     # The same answers on every machine, and in a program.
     compute = pick_compute(replace(options, amp=bool(options.amp)))
     files, digests, peak = read_photos(settings.data, classes)
@@ -888,46 +885,44 @@ def make_eval_set(data: Data, folds: Iterable[int], power: float) -> EvalSet:
         families=data.families[indices],
         folds=torch.cat([torch.full_like(part, fold) for fold, part in parts.items()]),
         train_counts=train_counts,
-        log_share=train_counts.log() - train_counts.log().mean(),  # a constant costs digits
+        log_share=train_counts.log() - train_counts.log().mean(),  # centred, for digits
         expected_shift=EXPECTED_SHIFT + 1 - power,
     )
 
 
 @torch.no_grad()
-def compute_outputs(
+def compute_logits(
     model: nn.Module, reader: Reader, indices: Tensor, on_features: bool = False
 ) -> Tensor:
-    """Compute outputs in evaluation mode, each process for its part: (M, C or D)."""
+    """Compute the logits of images in evaluation mode, each process a part: (M, C) in all of them.
+
+    Without its head a network computes features: (M, D). Raises `DataError` for NaN.
+    """
     compute = reader.compute
-    batches = cut_batches(indices[compute.rank :: compute.world_size], reader.per_process)
+    if compute.world_size > 1:  # BatchNorm has the statistics of its own process
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
     was_training = model.training
     model.eval()
     outputs = []
-    order = []
+    positions = []  # in `indices`
     done = 0
+    batches = cut_batches(indices[compute.rank :: compute.world_size], reader.per_process)
     for groups in reader.read(batches, "evaluating", on_features):
         for group in groups:
             with compute.autocast():
                 outputs.append(model(move_batch(group.inputs, compute)))
-            order.append(done + group.positions)
+            positions.append(compute.rank + compute.world_size * (done + group.positions))
         done += sum(len(group.labels) for group in groups)
     model.train(was_training)
-    part = torch.empty(0)
-    if outputs:
-        part = torch.cat([each.cpu() for each in outputs])[torch.cat(order).argsort()]
-    return gather(part, compute)
-
-
-def compute_logits(
-    model: nn.Module, reader: Reader, indices: Tensor, on_features: bool = False
-) -> Tensor:
-    """Compute the logits of images, in each process: (M, C); raises `DataError` for NaN."""
-    if reader.compute.world_size > 1:  # BatchNorm has the statistics of its own process
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-    logits = compute_outputs(model, reader, indices, on_features)
+    ours = (positions, [each.cpu() for each in outputs])
+    parts = [ours] * compute.world_size
+    if compute.world_size > 1:
+        dist.all_gather_object(parts, ours)
+    order = torch.cat([each for part in parts for each in part[0]]).argsort()
+    logits = torch.cat([each for part in parts for each in part[1]])[order]
     logits = logits.clamp(-1e4, 1e4)  # float16 overflows
-    on_first_process(reader.compute, check_numbers, logits.sum().item(), "the network's outputs")
+    on_first_process(compute, check_numbers, logits.max().item(), "the network's outputs")
     return logits
 
 
@@ -953,15 +948,13 @@ def evaluate(
     if calibrated is None:
         calibrated = calibration.apply(logits, eval_set.log_share)
     log_probability = calibrated.log_softmax(1)
-    best, predicted = log_probability.max(1)
+    predicted = log_probability.argmax(1)
     losses = -log_probability.gather(1, targets[:, None]).squeeze(1)
-    loss = (class_weights(targets) @ losses.double()).item()
     confusion = confusion_matrix(targets, predicted, len(train_counts))
     before = logits.float().log_softmax(1).argmax(1)
     as_trained = confusion_matrix(targets, before, len(train_counts))
-    effective = 1 + (effective_counts(eval_set)[0] - 1) / spanning_factor(
-        predicted == targets, eval_set
-    )
+    factor = spanning_factor(predicted == targets, eval_set)
+    effective = 1 + (effective_counts(eval_set)[0] - 1) / factor
     summary = summarise(confusion, train_counts, effective)
     plain = summarise(as_trained, train_counts, as_trained.sum(1))
     return Evaluation(
@@ -969,12 +962,10 @@ def evaluate(
         calibration=calibration,
         probabilities=log_probability.exp(),
         predicted=predicted,
-        probability=best.exp(),
         true_probability=(-losses).exp(),
         confusion=confusion,
-        loss=loss,
         summary={
-            "val_loss": loss,
+            "val_loss": (class_weights(targets) @ losses.double()).item(),
             **summary,
             **{f"as_trained_{name}": plain[name] for name in MEASURES},
             "logit_scale": calibration.scale,
@@ -1017,14 +1008,14 @@ def fit_calibration(logits: Tensor, targets: Tensor, eval_set: EvalSet) -> Calib
     counts = torch.bincount(targets, minlength=len(log_share)).clamp(min=0.5)
     prior = PRIOR * (1 / counts).mean() / len(counts)  # by the effective sample size (Kish 1965)
     spread = max(log_share.std(correction=0).item(), 0.05)  # what differs less is shifted little
-    steps = (log_share - log_share.mean()) / spread
-    numbers = torch.tensor([1.0, expected * spread], dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([numbers], max_iter=50, line_search_fn="strong_wolfe")
+    shares = (log_share - log_share.mean()) / spread
+    parameters = torch.tensor([1.0, expected * spread], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([parameters], max_iter=50, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        scale, shift = numbers
-        losses = F.cross_entropy(scale * logits - shift * steps, targets, reduction="none")
+        scale, shift = parameters
+        losses = F.cross_entropy(scale * logits - shift * shares, targets, reduction="none")
         far = (scale - 1) ** 2 + (shift - expected * spread * scale) ** 2
         value = weights @ losses + prior * far
         value.backward()
@@ -1032,7 +1023,7 @@ def fit_calibration(logits: Tensor, targets: Tensor, eval_set: EvalSet) -> Calib
 
     with torch.enable_grad():
         optimizer.step(loss)
-    scale, shift = numbers.tolist()
+    scale, shift = parameters.tolist()
     if scale < LEAST_SCALE:  # worse than chance: it is not turned round, but knows nothing
         return Calibration(LEAST_SCALE, expected * LEAST_SCALE)
     return Calibration(scale, shift / spread)
@@ -1106,7 +1097,7 @@ def list_predictions(data: Data, evaluation: Evaluation) -> Table:
         "path": [data.files[index].name for index in evaluation.eval_set.indices.tolist()],
         "class": [data.classes[label] for label in evaluation.eval_set.targets.tolist()],
         "predicted": [data.classes[label] for label in evaluation.predicted.tolist()],
-        "probability": evaluation.probability,
+        "probability": evaluation.probabilities.amax(1),
         "true_probability": evaluation.true_probability,
     }
     table = to_rows(add_classes(columns, data.classes, evaluation.probabilities))
@@ -1193,10 +1184,11 @@ def print_end(outcome: Outcome) -> None:
     known = [row for row in outcome.classes if row["val_images"]]
     lines += map(format_recall, sorted(known, key=lambda row: row["recall"])[:3])
     for change in outcome.changes:
-        name, before, now, points, low, high, is_sure = change.values()
-        text = f"{name:17} {before:.1%} in {outcome.settings.baseline}, now {now:.1%}: "
-        text += f"{100 * points:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
-        lines.append(f"{text}, more than the chance of these images? {is_sure}")
+        *_, (question, answer) = change.items()
+        text = f"{change['measure']:17} {change['before']:.1%} in {outcome.settings.baseline}, "
+        text += f"now {change['after']:.1%}: {100 * change['difference']:+.1f} points "
+        text += f"[{100 * change['low']:+.1f}, {100 * change['high']:+.1f}], {question} {answer}"
+        lines.append(text)
     lines.append(f"Everything else is in {outcome.settings.output}, see report.html there")
     print(*map(printable, lines), sep="\n")
 
@@ -1345,14 +1337,15 @@ def show_confusions(classes: list[str], confusion: Tensor) -> str:
 def show_mistakes(data: Data, evaluation: Evaluation) -> str:
     """Return the images that are wrong with the most confidence, each beside a training image."""
     wrong = (evaluation.predicted != evaluation.eval_set.targets).nonzero().flatten()
-    order = evaluation.probability[wrong].argsort(descending=True, stable=True)
+    surest = evaluation.probabilities.amax(1)
+    order = surest[wrong].argsort(descending=True, stable=True)
     text = ""
     for row in wrong[order][:MISTAKES].tolist():
         index = int(evaluation.eval_set.indices[row])
         taken = int(evaluation.predicted[row])
         learnt = data.learnt(int(evaluation.eval_set.folds[row]))
         alike = learnt[data.labels[learnt] == taken]
-        relation = f"taken for ({show(evaluation.probability[row].item())})"
+        relation = f"taken for ({show(surest[row].item())})"
         text += f"<figure>{show_image(data, index, 'is', int(data.labels[index]))}"
         text += f"{show_image(data, int(alike[len(alike) // 2]), relation, taken)}</figure>"
     said = "Wrong with the most confidence, beside a training image of the class it was taken for."
@@ -1417,11 +1410,10 @@ def reopen_run(folder: Path, precision: str | None) -> tuple[Settings, Listing, 
         raise DataError(f"--resume {folder}: no stopped run there, or a complete one")
     stored = load_tensors(folder / STATE, "--resume")
     check_format(folder / STATE, stored)
-    chosen = {
-        each.name: stored["settings"].get(each.name, each.default) for each in fields(Settings)
-    }
-    chosen |= {"output": folder, "precision": precision or chosen["precision"]}
-    chosen |= {name: Path(chosen[name]).resolve() for name in PATHS if chosen[name]}
+    chosen = {**stored["settings"], "output": folder}  # what is not there has its default
+    if precision:
+        chosen["precision"] = precision
+    chosen |= {name: Path(path).resolve() for name in PATHS if (path := chosen.get(name))}
     settings = Settings(**chosen)
     return settings, list_data(settings.data, settings.val, settings.source), stored
 
@@ -1445,7 +1437,8 @@ def check_output(output: Path) -> None:
     """
     names = {path.name for path in output.iterdir()} if output.is_dir() else set()
     is_begun = LOCK in names and not names & {STATE, NETWORK}
-    if output.is_file() or not is_begun and any(name[0] != "." for name in names):
+    is_empty = not any(name[0] != "." for name in names)
+    if output.is_file() or not (is_empty or is_begun):
         raise DataError(f"--output {output}: not empty; name a new folder, or --resume a run")
 
 
@@ -1813,6 +1806,8 @@ def assign_parts(
     for group in groups:
         classes, images = np.unique(labels[group], return_counts=True)
         want, lack = wanted[:, classes], missing[:, classes]
+        # A part that has none of a class is due one if no more families of it are left than such
+        # parts; ties go to the parts by turns.
         is_bare = (lack == want) & (want > 0)
         is_due = is_bare & (is_bare.cumsum(0) <= left[classes]) & (is_bare.sum(0) >= left[classes])
         with np.errstate(divide="ignore"):
@@ -2059,7 +2054,7 @@ def check_images(paths: list[str]) -> tuple[dict[str, int], int]:
 
 
 def check_image(path: str) -> tuple[int, int, int] | str:
-    """Return a file's digest (64 bits of SHA-256), deepest grey and pages; or what is wrong."""
+    """Return a file's digest (64 bits of SHA-256), largest grey and pages; or what is wrong."""
     try:
         content = read_bytes(path)
         with Image.open(io.BytesIO(content)) as image:
@@ -2212,7 +2207,7 @@ def group_by_shape(samples: list[tuple[Tensor, int]]) -> list[Group]:
 
 
 class Reader:
-    """Reads images by workers that live as long as it does: one starts in four seconds."""
+    """Reads images by workers that live as long as it does: to start one takes seconds."""
 
     def __init__(self, images: Images, compute: Compute, workers: int, batch_size: int):
         """Read the images in batches of so many, over all processes."""
@@ -2258,14 +2253,12 @@ class Reader:
 
 def cut_batches(indices: Tensor, batch_size: int, seeds: Generator | None = None) -> list[Tensor]:
     """Cut images into batches of (index, seed), (B, 2) int64; without `seeds`, to be evaluated."""
-    if not len(indices):  # of a process that has no image to evaluate
-        return []
     drawn = torch.full_like(indices, EVALUATED)
     if seeds:
         drawn = torch.randint(2**62, (len(indices),), generator=seeds)
     pairs = torch.stack([indices, drawn], 1)
     # Of sizes that differ by one at most: a last batch of a single image would break BatchNorm.
-    return list(pairs.tensor_split(math.ceil(len(indices) / batch_size)))
+    return list(pairs.tensor_split(max(1, math.ceil(len(indices) / batch_size))))
 
 
 def make_reader(settings: Settings, options: Options, data: Data, compute: Compute) -> Reader:
@@ -2372,7 +2365,7 @@ def spanning_factor(values: Tensor, eval_set: EvalSet) -> float:
     values = values.double()
     means = torch.bincount(eval_set.targets, values, len(counts)) / counts
     errors = values - means[eval_set.targets]
-    if not errors.any():  # all are right: how alike families are is not known, as in Kish's count
+    if not errors.any():  # how alike families are is then not known: as alike as can be
         errors = torch.ones_like(errors)
     errors = errors / counts[eval_set.targets]
     together = torch.bincount(eval_set.families, errors).square().sum()
@@ -2394,8 +2387,9 @@ def mean_interval(recall: Tensor, counts: Tensor, weights: Tensor) -> tuple[Tens
 def lowest_mean(recall: Tensor, n: Tensor, weights: Tensor) -> Tensor:
     """Return how far below the mean that was seen the true one may be: (K,) float64.
 
-    Of all recalls with a lower mean the likeliest are pulled down by r - p = pull * w * p * (1 - p)
-    / n. That is `pull` variances of the mean, or Z of its deviations if pull * distance = Z^2.
+    Of one class this is Wilson's interval. Of all recalls with a lower mean the likeliest are
+    pulled down by r - p = pull * w * p * (1 - p) / n. That is `pull` variances of the mean, or Z of
+    its deviations if pull * distance = Z^2; bisection finds that pull.
     """
     low, high = (torch.full((len(weights), 1), end, dtype=torch.float64) for end in (Z**2, 1e12))
     for _ in range(60):
@@ -2551,18 +2545,6 @@ def check_numbers(value: float, name: str) -> None:
     """Raise `DataError` if a number is not finite."""
     if not math.isfinite(value):
         raise DataError(f"{name} became {value}; try --no-amp, or other weights")
-
-
-def gather(part: Tensor, compute: Compute) -> Tensor:
-    """Return the rows of all processes; `part` of rank r are rows r, r + world_size, and so on."""
-    if compute.world_size == 1:
-        return part
-    parts = [part] * compute.world_size
-    dist.all_gather_object(parts, part)
-    table = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
-    for rank, rows in enumerate(parts):
-        table[rank :: compute.world_size] = rows.reshape(len(rows), *table.shape[1:])
-    return table
 
 
 # ------------------------------------------------------------------------------------------- files

@@ -332,13 +332,6 @@ def default_run(animals: Path, pretrained: Path) -> Run:
 
 
 @pytest.fixture(scope="session")
-def scratch_run(animals: Path) -> Run:
-    """Two epochs from random weights."""
-    output = animals.parent / "scratch"
-    return run(animals, "--weights", "none", "--epochs", 2, *TINY, "--output", output)
-
-
-@pytest.fixture(scope="session")
 def folds_run(animals: Path, others: Path, pretrained: Path) -> Run:
     """Three folds of an epoch each, and `others` to test them together."""
     flags = ["--folds", 3, "--val", others, "--epochs", 1]

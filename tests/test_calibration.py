@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import PLAIN, by_hand, eval_set_of, images, network_of, prepare, rows_of
+from conftest import eval_set_of, images, prepare
 from torch import Tensor
 from torch.nn import functional
 
@@ -100,7 +100,6 @@ def test_no_image_is_judged_by_numbers_that_were_fitted_on_it(folds):
         scale, shift = fit(logits[others], targets[others], log_share)
         probabilities = (scale * logits[own] - shift * log_share).softmax(1)
         torch.testing.assert_close(evaluation.probabilities[own], probabilities)
-        torch.testing.assert_close(evaluation.probability[own], probabilities.amax(1))
         assert torch.equal(evaluation.predicted[own], probabilities.argmax(1))
     assert [*evaluation.calibration] == fit(logits, targets, log_share)
     confusion = training.confusion_matrix(targets, logits.argmax(1), 2)
@@ -126,20 +125,3 @@ def test_logits_that_overflow_are_bounded_and_nan_is_refused(animals, tmp_path):
     assert logits_of(math.inf) == [[1e4, 0, 0], [0, 1, -1e4]]
     with pytest.raises(training.DataError, match="outputs became nan"):
         logits_of(math.nan)
-
-
-def test_a_run_tells_what_calibration_does_and_stores_its_two_numbers(default_run, animals):
-    rows = rows_of(default_run.path / "predictions.csv")
-    last = rows_of(default_run.path / "history.csv")[-1]
-    network = network_of(default_run.path)
-    targets = torch.tensor([network["classes"].index(row["class"]) for row in rows])
-    paths = [animals / row["path"] for row in rows]
-    raw = by_hand(network | PLAIN, paths)
-    scale, shift = fit(raw, targets, network["natural"])
-    found = [float(last[f"logit_{name}"]) for name in ("scale", "shift")]
-    assert found == pytest.approx([scale, shift], rel=1e-3)
-    assert found == pytest.approx([network["scale"], network["shift"]], rel=1e-5)
-    confusion = training.confusion_matrix(targets, raw.argmax(1), 3)
-    mean = training.recall_by_class(confusion).mean().item()
-    assert float(last["as_trained_balanced_accuracy"]) == pytest.approx(mean, abs=1e-5)
-    assert f"\nas trained        {mean:.1%}\n" in default_run.out

@@ -419,7 +419,7 @@ def test_images_of_several_shapes_are_answered_in_their_order(tmp_path):
     reader = training.Reader(training.Images(paths, torch.arange(7), PREPARE), CPU, 0, 3)
     network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
     for order in ([0, 1, 2, 3, 4, 5, 6], [3, 0, 6, 2, 5, 1, 4]):
-        outputs = training.compute_outputs(network, reader, torch.tensor(order))
+        outputs = training.compute_logits(network, reader, torch.tensor(order))
         reds = [(30 * at / 255 - 0.485) / 0.229 for at in order]
         assert outputs[:, 0].tolist() == pytest.approx(reds, abs=1e-4)
     [groups] = reader.read([torch.tensor([[0, -1], [1, -1], [2, -1]])], "")

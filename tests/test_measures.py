@@ -169,7 +169,7 @@ def test_loss_counts_classes_alike_and_of_one_image_all_is_possible():
     result = training.evaluate(logits, training.Calibration(), eval_set_of(targets, [16, 10, 5]))
     a, b, c = math.exp(2), math.exp(0.6), math.exp(0.1)
     losses = math.log(a + 2) - 2, math.log(b + 2), math.log(c + 2) - 0.1
-    assert result.loss == pytest.approx(sum(losses) / 3)
+    assert result.summary["val_loss"] == pytest.approx(sum(losses) / 3)
     assert result.predicted.tolist() == [2 * (label > 0) for label in targets]
     expected = [math.exp(-losses[label]) for label in targets]
     assert result.true_probability.tolist() == pytest.approx(expected)

@@ -19,9 +19,9 @@ import data_training as training
 
 
 @pytest.fixture(scope="session")
-def compared_run(scratch_run: Run, pretrained: Path, animals: Path) -> Run:
-    """An epoch from pretrained weights, compared with the run from random ones."""
-    flags = ["--weights", pretrained, "--epochs", 1, *TINY, "--baseline", scratch_run.path]
+def compared_run(default_run: Run, animals: Path) -> Run:
+    """An epoch from random weights, compared with two from pretrained ones."""
+    flags = ["--weights", "none", "--epochs", 1, *TINY, "--baseline", default_run.path]
     return run(animals, *flags, "--output", animals.parent / "compared")
 
 
@@ -111,9 +111,9 @@ def test_lines_stand_under_their_header_and_say_what_the_tables_do(any_run):
     assert str(any_run.path) in last
 
 
-def test_a_comparison_has_both_runs_and_their_difference(compared_run, scratch_run):
+def test_a_comparison_has_both_runs_and_their_difference(compared_run, default_run):
     rows = rows_of(compared_run.path / "comparison.csv")
-    before, after = (result_of(run.path) for run in (scratch_run, compared_run))
+    before, after = (result_of(run.path) for run in (default_run, compared_run))
     known = [name for name in training.MEASURES if not math.isnan(before[name])]
     assert [row["measure"] for row in rows] == [name.replace("_", " ") for name in known]
     for name, row in zip(known, rows, strict=True):
@@ -121,19 +121,19 @@ def test_a_comparison_has_both_runs_and_their_difference(compared_run, scratch_r
         assert float(row["before"]) == near(before[name])
         assert difference == near(after[name] - before[name]) and low <= difference <= high
         assert (row["more than the chance of these images?"] == "undecided") is (low <= 0 <= high)
-        [line] = re.findall(rf"^{row['measure']} .*in .*/scratch, now.*$", compared_run.out, re.M)
+        [line] = re.findall(rf"^{row['measure']} .*in .*/default, now.*$", compared_run.out, re.M)
         assert f"{100 * difference:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]" in line
 
 
 def test_a_baseline_on_other_images_or_of_other_classes_is_refused(
-    scratch_run, animals, tmp_path, capsys
+    default_run, animals, tmp_path, capsys
 ):
-    shutil.copytree(scratch_run.path, tmp_path / "odd")
+    shutil.copytree(default_run.path, tmp_path / "odd")
     table = tmp_path / "odd/predictions.csv"
     table.write_text(table.read_text().replace(",ape,", ",dog,").replace(",bee,", ",dog,"))
     odd = "it predicted dog, which DATA lacks; give both runs the same DATA"
     for seed, baseline, told in (
-        (1, scratch_run.path, "judged by other images, "),
+        (1, default_run.path, "judged by other images, "),
         (0, tmp_path / "odd", odd),
     ):
         command = [animals, "--weights", "none", *TINY, "--seed", seed, "--baseline", baseline]
@@ -272,7 +272,7 @@ def test_the_page_shows_the_commonest_confusions():
 
 def test_the_page_shows_the_surest_mistakes_each_beside_what_it_was_taken_for(invented):
     evaluation, wrong = invented.evaluation, []
-    answers = evaluation.eval_set.targets, evaluation.predicted, evaluation.probability
+    answers = evaluation.eval_set.targets, evaluation.predicted, evaluation.probabilities.amax(1)
     for true, taken, sure in zip(*answers, strict=True):
         names = [training.printable(NAMES[label]) for label in (true, taken)]
         relation = f"taken for ({training.show(sure.item())})"

@@ -180,7 +180,7 @@ def test_an_epoch_draws_what_its_fold_learns_and_without_power_each_image_once()
 
 
 def test_batches_differ_by_one_image_at_most_and_each_draw_is_augmented_in_its_own_way():
-    for count, size, sizes in ((10, 4, [4, 3, 3]), (3, 8, [3]), (65, 64, [33, 32]), (0, 4, [])):
+    for count, size, sizes in ((10, 4, [4, 3, 3]), (3, 8, [3]), (65, 64, [33, 32]), (0, 4, [0])):
         stream = training.seeded("augment", 0)
         batches = training.cut_batches(torch.arange(count), size, stream)
         assert [len(batch) for batch in batches] == sizes
@@ -316,7 +316,8 @@ def test_the_head_alone_is_kept_where_its_loss_is_surely_lower_or_all_layers_har
         monkeypatch.setattr(training, "FEWEST_EFFECTIVE", fewest)
         eval_set, (steps, loss) = eval_set_of([0, 0, 1], [1, 1], families), trained
         alike = torch.full((3,), math.exp(-3))
-        whole = SimpleNamespace(eval_set=eval_set, true_probability=alike, loss=loss)
+        summary = {"val_loss": loss}
+        whole = SimpleNamespace(eval_set=eval_set, true_probability=alike, summary=summary)
         head = SimpleNamespace(eval_set=eval_set, true_probability=(torch.tensor(gains) - 3).exp())
         found = training.choose_kept(head, whole, steps)
         assert found == kept, (gains, families, fewest, trained)
@@ -341,7 +342,7 @@ def test_the_rate_rises_for_a_tenth_and_then_falls_in_any_number_of_steps(steps,
     for step in range(steps):
         biases.append(biases[-1] - 3 * rate_by_hand(step, max(4, steps), rising))
         trainer.step(model.fc(torch.ones(1, 1)).sum())
-    end = sum(biases[1:]) / steps if stage.averages else biases[-1]  # the mean of all steps
+    end = sum(biases[1:]) / steps if stage.upper_half else biases[-1]  # the mean of all steps
     assert model.fc.bias.item() == pytest.approx(end, rel=1e-4)
 
 
@@ -461,6 +462,8 @@ def test_a_run_folder_has_its_networks_and_what_is_said_of_them(default_run, ani
     history = rows_of(default_run.path / "history.csv")
     told = [(row["fold"], row["epoch"], row["stage"]) for row in history]
     assert told == [("1", "0", "head"), ("1", "1", "whole"), ("1", "2", "whole")]
+    for name in ("scale", "shift"):  # of a single network, as they were fitted
+        assert content[name] == pytest.approx(float(history[-1][f"logit_{name}"]), rel=1e-6)
     draws = sum(int(row["draws"]) for row in rows_of(default_run.path / "classes.csv"))
     assert draws == (39 + 2) * 31  # 100 steps of 12 images for the head, and two epochs
 
@@ -485,10 +488,13 @@ def test_each_image_is_judged_once_by_its_fold_and_others_by_the_ensemble(
     # The mean of several is too cautious: theirs are the numbers of single ones, times 1.2.
     numbers = [1.2 * number for number in evaluation.calibration]
     assert [network["scale"], network["shift"]] == pytest.approx(numbers, rel=1e-3)
+    result = json.loads((folds_run.path / "config.json").read_text())["result"]
+    for name in ("as_trained_balanced_accuracy", "logit_scale", "logit_shift"):
+        assert result[name] == pytest.approx(evaluation.summary[name], rel=1e-3)
     tests = rows_of(folds_run.path / "test_predictions.csv")
     assert len(tests) == 12
     answers = by_hand(network, [others / row["path"] for row in tests])
-    found = evaluation.probability, evaluation.predicted
+    found = evaluation.probabilities.amax(1), evaluation.predicted
     told = [(rows, *found), (tests, *answers.softmax(1).max(1))]
     for table, probability, predicted in told:
         assert [row["predicted"] for row in table] == [classes[at] for at in predicted]

@@ -172,8 +172,6 @@ def train_loop(prepared: Prepared, rate: float) -> models.ResNet:
     settings, data, reader = prepared
     compute, learnt = reader.compute, data.learnt(0)
     model = compute.to_device(load_plain(settings, data.classes)).train()
-    is_float16 = compute.precision == "float16"
-    scaler = torch.amp.GradScaler(compute.device.type, enabled=is_float16)
     optimizer = torch.optim.AdamW(model.parameters(), rate, fused=True)
     steps = settings.epochs * math.ceil(len(learnt) / settings.batch_size)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -186,9 +184,8 @@ def train_loop(prepared: Prepared, rate: float) -> models.ResNet:
                 logits = model(training.move_batch(group.inputs, compute))
             targets = training.move_batch(group.labels, compute)
             optimizer.zero_grad()
-            scaler.scale(F.cross_entropy(logits.float(), targets)).backward()
-            scaler.step(optimizer)
-            scaler.update()
+            F.cross_entropy(logits.float(), targets).backward()
+            optimizer.step()
             cosine.step()
     return model
 
@@ -297,8 +294,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--seeds", type=int, default=5, help="trainings of each way on each staircase")
     add("--rotations", type=int, default=2, help="staircases of each folder")
     chosen = parser.parse_args(argv)
-    if any("--image-size" in way for way in chosen.ways):
-        parser.error("--ways: the test is read as in all ways; pass --image-size, or --flags")
     rows = training.read_table(chosen.csv) if chosen.csv and chosen.csv.exists() else []
     there = {tuple(row[name] for name in KEY): row for row in rows}
     asked: dict[Key, Row] = {}
