@@ -5,6 +5,7 @@
     python data_training.py DATA --group '^(P[0-9]+)'   # no patient on both sides
     python data_training.py PHOTOS --predict RUN        # a CSV of classes and probabilities
     python data_training.py --resume RUN                # go on where a run was stopped
+    from data_training import load_network              # in a program: a run's networks
     torchrun --nproc-per-node=K data_training.py DATA   # one run on several devices
 
 DATA holds one folder per class; a fifth of each class is kept for validation. A
@@ -116,7 +117,7 @@ def flag(group: str, kind: Any, metavar: str, text: str, default: Any = None, **
 class Settings:
     """What decides how a run comes out? Where the command line is silent, `open_run` decides."""
 
-    data: Path = flag("", None, "DATA", "folder with one folder per class, which is only read; or, "
+    data: Path = flag("", Path, "DATA", "folder with one folder per class, which is only read; or, "
         "with --predict, an image or a folder of images")
     folds: int = flag("data", int, "K", "train K networks, 3 to 10, each evaluated on the part of "
         "the images that it has not learnt; images of --val or --source test the ensemble", 1,
@@ -155,7 +156,8 @@ class Options:
     """What is asked of this call alone? It is not stored."""
 
     predict: Path | None = flag("use", Path, "RUN", "predict the class of each image in DATA by a "
-        "run (its folder, or network.pt); writes CSV to stdout, or to --output FILE")
+        "run (its folder, or network.pt); writes CSV (class: the answer, true: the folder) to "
+        "stdout, or to --output FILE")
     natural: bool = flag("use", None, "", "predict for classes as frequent as in training, not for "
         "equally frequent ones", False, action="store_true")
     resume: Path | None = flag("run", Path, "RUN", "go on with the run in this folder")
@@ -760,18 +762,22 @@ def train_epoch(trainer: Trainer, reader: Reader, drawn: Tensor, seeds: Generato
 def load_network(run: str | Path) -> tuple[Ensemble, Preparation, list[str]]:
     """Return a run's networks as one, what makes its input of an image file, and its classes.
 
-    `network(prepare("photo.jpg")[None]).softmax(1)` has the probability of each class, as
-    `--predict`; but for grey images of over 8 bits, if training had none: in each the brightest
-    pixel decides what is white, not that of a folder.
+        network, prepare, classes = load_network("runs/first")
+        probabilities = network(prepare("photo.jpg")[None]).softmax(1)[0]  # one for each class
+
+    `prepare` returns (3, H, W), and `[None]` makes a batch of that. `--predict` says the same; but
+    for grey images of over 8 bits, if training had none: there the brightest pixel of a folder is
+    white, here that of each image. For `--natural` add `network.log_share` before the softmax.
     """
     content = read_run(Path(run))
-    network = Ensemble(content).eval()
+    network = Ensemble(content).eval().requires_grad_(False)
     return network, Preparation(content["image_size"], content["white"]), content["classes"]
 
 
 def predict(settings: Settings, options: Options) -> None:
     """Write what a run says of each image below DATA, as CSV; and how right, if that is known."""
-    output, run = settings.output, Path(str(options.predict))
+    output = settings.output
+    run = Path(str(options.predict))
     if output and (output.exists() or not output.parent.is_dir()):
         raise DataError(f"--output {output}: there already, or no folder for it; name a new file")
     network, prepare, classes = load_network(run)
@@ -1201,8 +1207,9 @@ TERMS = (
     "Balanced accuracy: the mean recall of the classes; many, medium, few: of those of over 100, "
     "20 to 100, under 20 training images. Intervals (bars): 95 %, over images; another training "
     "can move a figure further. Calibration: logits times a scale, less a shift times log share of "
-    "the class, fitted on other images. Precision in use: where classes are as frequent as in "
-    "training. AUC: how often an image of the class has a higher probability of it than others."
+    "the class, fitted on other images; for --predict on all, so that its probabilities differ a "
+    "little. Precision in use: where classes are as frequent as in training. AUC: how often an "
+    "image of the class has a higher probability of it than others."
 )
 STYLE = """:root{color-scheme:light dark;background:Canvas;color:CanvasText;font:16px/1.5 system-ui,
 sans-serif}body{max-width:1150px;margin:auto;padding:8px 14px 64px;overflow-wrap:anywhere}h2{
@@ -1960,7 +1967,7 @@ def read_run(run: Path) -> dict[str, Any]:
     """Read the networks of a run, by its folder or file, and all that it takes to use them."""
     content = read_weights(str(run))
     if "classes" not in content:
-        raise DataError(f"--predict {run}: no network of a run there; name the folder of one")
+        raise DataError(f"{run}: no network of a run there; name the folder of one")
     return content
 
 
@@ -2437,7 +2444,8 @@ def compare(before: Tensor, evaluation: Evaluation) -> Table:
     means = [(weights @ recall_by_class(each).nan_to_num()).tolist() for each in (old, new)]
     rows = []
     for name, one, two, far in zip(MEASURES, *means, half.tolist(), strict=True):
-        low, high = max(two - one - far, -1.0), min(two - one + far, 1.0)
+        low = max(two - one - far, -1.0)
+        high = min(two - one + far, 1.0)
         sure = "undecided" if low <= 0 <= high else "yes; another seed may move it as much"
         row = {"measure": name.replace("_", " "), "before": one, "after": two}
         row |= {"difference": two - one, "low": low, "high": high}
@@ -2658,19 +2666,6 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {printable(message)}; see --help\n")
 
 
-def number(kind: type, least: float, most: float) -> Callable[[str], Any]:
-    """Return a parser of numbers for argparse."""
-
-    def parse(text: str) -> Any:
-        with contextlib.suppress(ValueError):
-            if least <= kind(text) <= most:
-                return kind(text)
-        wanted = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"{text!r} is no {wanted} from {least:g} to {most:g}")
-
-    return parse
-
-
 def make_parser() -> OneLineParser:
     """Return the parser of the flags that `Settings` and `Options` declare; only what is typed."""
     parser = OneLineParser(
@@ -2685,9 +2680,8 @@ def make_parser() -> OneLineParser:
         said = {key: value for key, value in each.metadata.items() if value not in ("", None)}
         if not said:
             continue
-        if "least" in said:
-            most = said.pop("most", 2**62)
-            said["type"] = number(said["type"], said.pop("least"), most)
+        said.pop("least", None)
+        said.pop("most", None)
         if type(each.default) in (int, float, str) and "choices" not in said:
             said["help"] += f" (default: {each.default})"
         title = said.pop("group", "")
@@ -2704,6 +2698,12 @@ def parse_args(argv: list[str] | None) -> tuple[Settings, Options]:
     """Return what a command line says; exit with status 2 if that is wrong or clashes."""
     parser = make_parser()
     typed = vars(parser.parse_args(argv))
+    for each in fields(Settings) + fields(Options):
+        if each.name in typed and "least" in each.metadata:
+            least = each.metadata["least"]
+            most = each.metadata.get("most", 2**62)
+            if not least <= typed[each.name] <= most:
+                parser.error(f"--{each.name.replace('_', '-')}: not from {least:g} to {most:g}")
     clashes = {"resume": typed.keys() - WITH_RESUME, "predict": typed.keys() - WITH_PREDICT}
     clashes["val"] = typed.keys() & {"source"}  # whose names may be those of other images
     for name, others in clashes.items():
@@ -2718,8 +2718,6 @@ def parse_args(argv: list[str] | None) -> tuple[Settings, Options]:
         re.compile(typed.get("group", ""))
     except (re.error, OverflowError) as error:
         parser.error(f"--group: no regular expression: {error}")
-    if "data" in typed:
-        typed["data"] = Path(typed["data"])
     if not typed.keys() & {"output", "predict", "resume"}:
         typed["output"] = Path(time.strftime(f"runs/%Y-%m-%d_%H-%M-%S_{secrets.token_hex(2)}"))
     words = sys.argv if argv is None else ["data_training.py", *argv]

@@ -35,8 +35,8 @@ import data_training as training
 
 ERRORS = {
     "": "arguments are required: DATA",
-    "DATA --epochs 0": "'0' is no whole number from 1 to",
-    "DATA --power nan": "'nan' is no number from 0 to 10",
+    "DATA --epochs 0": "--epochs: not from 1 to",
+    "DATA --power nan": "--power: not from 0 to 10",
     "DATA --group (": "--group: no regular expression",
     "--resume RUN --epochs 10": "--epochs and --resume: drop one",  # though the default
     "DATA --natural": "--natural: only with --predict; drop it",
@@ -69,7 +69,7 @@ ERRORS = {
     "DATA --weights RUN/network.pt --arch resnet50": "--arch resnet50: not with these weights",
     "DATA --weights VOTE": "--weights VOTE: an ensemble",
     "DATA --weights OLD": "OLD: written by version before 1.0 of this script, which is ",
-    "DATA --predict EMPTY": "--predict EMPTY: no network of a run there; name the folder of one",
+    "DATA --predict EMPTY": "EMPTY: no network of a run there; name the folder of one",
     "NOWHERE --predict RUN": "DATA NOWHERE: no image there; known are .jpg",
     "BROKEN/bee --predict RUN": "DATA BROKEN/bee: no image that can be read",
     "DATA --predict RUN --output FILE": "--output FILE: there already, or no folder",
