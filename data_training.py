@@ -117,7 +117,7 @@ def flag(group: str, kind: Any, metavar: str, text: str, default: Any = None, **
 class Settings:
     """What decides how a run comes out? Where the command line is silent, `open_run` decides."""
 
-    data: Path = flag("", Path, "DATA", "folder with one folder per class, which is only read; or, "
+    data: Path = flag("", None, "DATA", "folder with one folder per class, which is only read; or, "
         "with --predict, an image or a folder of images")
     folds: int = flag("data", int, "K", "train K networks, 3 to 10, each evaluated on the part of "
         "the images that it has not learnt; images of --val or --source test the ensemble", 1,
@@ -2718,6 +2718,8 @@ def parse_args(argv: list[str] | None) -> tuple[Settings, Options]:
         re.compile(typed.get("group", ""))
     except (re.error, OverflowError) as error:
         parser.error(f"--group: no regular expression: {error}")
+    if "data" in typed:  # argparse would apply a type to `SUPPRESS`, too
+        typed["data"] = Path(typed["data"])
     if not typed.keys() & {"output", "predict", "resume"}:
         typed["output"] = Path(time.strftime(f"runs/%Y-%m-%d_%H-%M-%S_{secrets.token_hex(2)}"))
     words = sys.argv if argv is None else ["data_training.py", *argv]
