@@ -264,7 +264,7 @@ class Evaluation(NamedTuple):
     calibration: Calibration  # fitted on all images, for those to come
     probabilities: Tensor  # (M, C) float32, calibrated
     predicted: Tensor  # (M,) int64
-    true_probability: Tensor  # (M,) float32, of the true class
+    losses: Tensor  # (M,) float32, minus the log of the probability of the true class
     confusion: Tensor  # (C, C) int64, rows true, columns predicted
     summary: dict[str, float]  # what the history holds of it: loss, `MEASURES`, calibration ...
 
@@ -630,9 +630,8 @@ def choose_kept(head: Evaluation, whole: Evaluation, steps: int) -> str:
     """
     eval_set = head.eval_set
     weights = class_weights(eval_set.targets)
-    least = torch.finfo(torch.float32).tiny
-    gain = (head.true_probability / whole.true_probability.clamp(min=least)).clamp(min=least).log()
-    mean = weights @ gain.double()
+    gain = whole.losses.double() - head.losses
+    mean = weights @ gain
     error = torch.bincount(eval_set.families, weights * (gain - mean)).square().sum().sqrt()
     chance = math.log(len(eval_set.train_counts))
     if steps < FEW_STEPS or whole.summary["val_loss"] > RUINED * chance:
@@ -968,7 +967,7 @@ def evaluate(
         calibration=calibration,
         probabilities=log_probability.exp(),
         predicted=predicted,
-        true_probability=(-losses).exp(),
+        losses=losses,
         confusion=confusion,
         summary={
             "val_loss": (class_weights(targets) @ losses.double()).item(),
@@ -1104,7 +1103,7 @@ def list_predictions(data: Data, evaluation: Evaluation) -> Table:
         "class": [data.classes[label] for label in evaluation.eval_set.targets.tolist()],
         "predicted": [data.classes[label] for label in evaluation.predicted.tolist()],
         "probability": evaluation.probabilities.amax(1),
-        "true_probability": evaluation.true_probability,
+        "true_probability": (-evaluation.losses).exp(),
     }
     table = to_rows(add_classes(columns, data.classes, evaluation.probabilities))
     return sorted(table, key=lambda row: row["true_probability"])
@@ -2346,12 +2345,12 @@ def auc_by_class(scores: Tensor, targets: Tensor) -> Tensor:
     That is how often an image of the class has a higher one of (M, C) scores than another image.
     """
     areas = []
-    for label in range(scores.shape[1]):
-        ours = targets == label
-        _, rank = scores[:, label].unique(return_inverse=True)
-        others = torch.bincount(rank[~ours], minlength=int(rank.max()) + 1).double()
-        lower = others.cumsum(0) - others / 2
-        areas.append(lower[rank[ours]].mean() / others.sum())
+    for label, score in enumerate(scores.T.contiguous()):
+        ours = score[targets == label]
+        others = score[targets != label].sort().values
+        lower = torch.searchsorted(others, ours)
+        not_higher = torch.searchsorted(others, ours, right=True)
+        areas.append((lower + not_higher).double().mean() / (2 * len(others)))
     return torch.stack(areas)
 
 

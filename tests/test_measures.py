@@ -171,8 +171,7 @@ def test_loss_counts_classes_alike_and_of_one_image_all_is_possible():
     losses = math.log(a + 2) - 2, math.log(b + 2), math.log(c + 2) - 0.1
     assert result.summary["val_loss"] == pytest.approx(sum(losses) / 3)
     assert result.predicted.tolist() == [2 * (label > 0) for label in targets]
-    expected = [math.exp(-losses[label]) for label in targets]
-    assert result.true_probability.tolist() == pytest.approx(expected)
+    assert result.losses.tolist() == pytest.approx([losses[label] for label in targets])
     rows = training.list_classes(["ape", "bee", "cat"], [1, 2, 3], result)
     assert [row["recall"] for row in rows] == [1, 0, 1]
     assert (rows[2]["low"], rows[2]["high"]) == (0, 1)

@@ -315,10 +315,9 @@ def test_the_head_alone_is_kept_where_its_loss_is_surely_lower_or_all_layers_har
     ):
         monkeypatch.setattr(training, "FEWEST_EFFECTIVE", fewest)
         eval_set, (steps, loss) = eval_set_of([0, 0, 1], [1, 1], families), trained
-        alike = torch.full((3,), math.exp(-3))
         summary = {"val_loss": loss}
-        whole = SimpleNamespace(eval_set=eval_set, true_probability=alike, summary=summary)
-        head = SimpleNamespace(eval_set=eval_set, true_probability=(torch.tensor(gains) - 3).exp())
+        whole = SimpleNamespace(eval_set=eval_set, losses=torch.full((3,), 3.0), summary=summary)
+        head = SimpleNamespace(eval_set=eval_set, losses=3 - torch.tensor(gains))
         found = training.choose_kept(head, whole, steps)
         assert found == kept, (gains, families, fewest, trained)
 
