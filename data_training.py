@@ -758,7 +758,7 @@ def train_epoch(trainer: Trainer, reader: Reader, drawn: Tensor, seeds: Generato
 # -------------------------------------------------------------------------------------- predicting
 
 
-def load_network(run: str | Path) -> tuple[Ensemble, Preparation, list[str]]:
+def load_network(path: str | Path) -> tuple[Ensemble, Preparation, list[str]]:
     """Return a run's networks as one, what makes its input of an image file, and its classes.
 
         network, prepare, classes = load_network("runs/first")
@@ -768,7 +768,7 @@ def load_network(run: str | Path) -> tuple[Ensemble, Preparation, list[str]]:
     for grey images of over 8 bits, if training had none: there the brightest pixel of a folder is
     white, here that of each image. For `--natural` add `network.log_share` before the softmax.
     """
-    content = read_run(Path(run))
+    content = read_run(Path(path))
     network = Ensemble(content).eval().requires_grad_(False)
     return network, Preparation(content["image_size"], content["white"]), content["classes"]
 
@@ -776,12 +776,12 @@ def load_network(run: str | Path) -> tuple[Ensemble, Preparation, list[str]]:
 def predict(settings: Settings, options: Options) -> None:
     """Write what a run says of each image below DATA, as CSV; and how right, if that is known."""
     output = settings.output
-    run = Path(str(options.predict))
+    path = Path(str(options.predict))
     if output and (output.exists() or not output.parent.is_dir()):
         raise DataError(f"--output {output}: there already, or no folder for it; name a new file")
-    network, prepare, classes = load_network(run)
-    if (run / STATE).exists() or run.with_name(STATE).exists():
-        text = f"{run} is unfinished, better --resume it first"
+    network, prepare, classes = load_network(path)
+    if (path / STATE).exists() or (path.parent / STATE).exists():
+        text = f"{path} is unfinished, better --resume it first"
         print(f"warning: {printable(text)}", file=sys.stderr)
     # The same answers on every machine, and in a program.
     compute = pick_compute(replace(options, amp=bool(options.amp)))
@@ -814,7 +814,7 @@ def predict(settings: Settings, options: Options) -> None:
         sys.stdout.buffer.flush()
     print(f"{len(files)} images", file=sys.stderr)
     if is_labelled:
-        print_recalls(read_run(run), files, digests, logits + log_share * options.natural)
+        print_recalls(read_run(path), files, digests, logits + log_share * options.natural)
 
 
 def print_recalls(content: Stored, files: list[ImageFile], digests: Tensor, logits: Tensor) -> None:
@@ -1962,11 +1962,11 @@ def read_weights(path: str) -> dict[str, Any]:
     return {"networks": [{key.removeprefix("module."): value for key, value in items}]}
 
 
-def read_run(run: Path) -> dict[str, Any]:
+def read_run(path: Path) -> dict[str, Any]:
     """Read the networks of a run, by its folder or file, and all that it takes to use them."""
-    content = read_weights(str(run))
+    content = read_weights(str(path))
     if "classes" not in content:
-        raise DataError(f"{run}: no network of a run there; name the folder of one")
+        raise DataError(f"{path}: no network of a run there; name the folder of one")
     return content
 
 
@@ -2557,7 +2557,7 @@ def check_numbers(value: float, name: str) -> None:
 # ------------------------------------------------------------------------------------------- files
 
 
-def lock_folder(folder: Path, flag: str) -> None:
+def lock_folder(folder: Path, name: str) -> None:
     """Make a folder and lock it until this process ends, or raise `DataError`."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR)
@@ -2569,7 +2569,7 @@ def lock_folder(folder: Path, flag: str) -> None:
     except OSError:
         os.close(lock)
         text = "another process is at work there; wait for its end"
-        raise DataError(f"{flag} {folder}: {text}") from None
+        raise DataError(f"{name} {folder}: {text}") from None
 
 
 def list_folders(root: Path) -> list[str]:
@@ -2610,14 +2610,14 @@ def save_tensors(path: Path, value: Any) -> None:
     write_file(path, content.getbuffer())
 
 
-def load_tensors(path: Path, flag: str) -> Any:
+def load_tensors(path: Path, name: str) -> Any:
     """Read tensors and plain values; `DataError` if the file is damaged or would run code."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception:  # a damaged file raises nearly anything
-        raise DataError(f"{flag} {path}: damaged, or not of tensors alone; take another") from None
+        raise DataError(f"{name} {path}: damaged, or not of tensors alone; take another") from None
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
