@@ -765,8 +765,9 @@ def load_network(path: str | Path) -> tuple[Ensemble, Preparation, list[str]]:
         probabilities = network(prepare("photo.jpg")[None]).softmax(1)[0]  # one for each class
 
     `prepare` returns (3, H, W), and `[None]` makes a batch of that. `--predict` says the same; but
-    for grey images of over 8 bits, if training had none: there the brightest pixel of a folder is
-    white, here that of each image. For `--natural` add `network.log_share` before the softmax.
+    for grey images of over 8 bits, if training had none: there the brightest pixel of a folder
+    decides what is white, here that of each image. For `--natural` add `network.log_share` before
+    the softmax.
     """
     content = read_run(Path(path))
     network = Ensemble(content).eval().requires_grad_(False)
@@ -780,10 +781,11 @@ def predict(settings: Settings, options: Options) -> None:
     if output and (output.exists() or not output.parent.is_dir()):
         raise DataError(f"--output {output}: there already, or no folder for it; name a new file")
     network, prepare, classes = load_network(path)
-    if (path / STATE).exists() or (path.parent / STATE).exists():
-        text = f"{path} is unfinished, better --resume it first"
+    folder = path if path.is_dir() else path.parent
+    if (folder / STATE).exists():
+        text = f"{folder} is unfinished, better --resume it first"
         print(f"warning: {printable(text)}", file=sys.stderr)
-    # The same answers on every machine, and in a program.
+    # In float32, as in a program: on all machines nearly the same answers.
     compute = pick_compute(replace(options, amp=bool(options.amp)))
     files, digests, peak = read_photos(settings.data, classes)
     if prepare.white and peak > prepare.white:
@@ -1415,8 +1417,10 @@ def reopen_run(folder: Path, precision: str | None) -> tuple[Settings, Listing, 
     if not (folder / STATE).exists():  # any more
         raise DataError(f"--resume {folder}: no stopped run there, or a complete one")
     stored = load_tensors(folder / STATE, "--resume")
-    check_format(folder / STATE, stored)
-    chosen = {**stored["settings"], "output": folder}  # what is not there has its default
+    check_format(folder / STATE, stored, "--resume")
+    # What is not there has its default; what is no setting any more is left out.
+    chosen = {name: x for name, x in stored["settings"].items() if hasattr(Settings, name)}
+    chosen["output"] = folder
     if precision:
         chosen["precision"] = precision
     chosen |= {name: Path(path).resolve() for name in PATHS if (path := chosen.get(name))}
@@ -1643,8 +1647,8 @@ def list_contradictions(data: Data) -> Table:
 
 def check_batches(settings: Settings, data: Data, world_size: int) -> None:
     """Raise `DataError` if some process would train on too few images for BatchNorm."""
-    images = int(data.train_mask.sum(1).min())  # of the fold that learns the fewest
-    smallest = images // math.ceil(images / settings.batch_size) // world_size
+    images = data.train_mask.sum(1).tolist()  # of each fold
+    smallest = min(n // math.ceil(n / settings.batch_size) for n in images) // world_size
     if smallest < (2 if settings.image_size <= STRIDE else 1):
         text = "too few images for BatchNorm; take more"
         raise DataError(f"--batch-size {settings.batch_size}: {text}")
@@ -1945,36 +1949,37 @@ def fetch_weights(arch: str, name: str) -> State:
         raise DataError(f"--weights {name}: {text}") from None
 
 
-def read_weights(path: str) -> dict[str, Any]:
+def read_weights(path: str, name: str = "--weights") -> dict[str, Any]:
     """Read the network of a run, or a state_dict as one of "networks"; {} for a name."""
     file = os.path.join(path, NETWORK) if os.path.isdir(path) else path
     if not os.path.isfile(file):
         return {}
-    content = load_tensors(Path(file), "--weights")
+    content = load_tensors(Path(file), name)
     state: Any = content if isinstance(content, dict) else {}
     if state.get("networks") and "classes" in state:
-        check_format(Path(file), state)
+        check_format(Path(file), state, name)
         return state
     state = state.get("state_dict", state.get("model", state))
     items = state.items() if isinstance(state, dict) else ()
     if not (items and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in items)):
-        raise DataError(f"--weights {file}: no weights in it; torch.save a state_dict there")
+        raise DataError(f"{name} {file}: no weights in it; torch.save a state_dict there")
     return {"networks": [{key.removeprefix("module."): value for key, value in items}]}
 
 
 def read_run(path: Path) -> dict[str, Any]:
     """Read the networks of a run, by its folder or file, and all that it takes to use them."""
-    content = read_weights(str(path))
+    content = read_weights(str(path), "--predict")
     if "classes" not in content:
         raise DataError(f"{path}: no network of a run there; name the folder of one")
     return content
 
 
-def check_format(path: Path, content: Stored) -> None:
+def check_format(path: Path, content: Stored, name: str) -> None:
     """Raise `DataError` if a file is of a version that writes it otherwise."""
     if content.get("format") != FORMAT:
         text = f"written by version {content.get('version', 'before 1.0')} of this script"
-        raise DataError(f"{path}: {text}, which is {__version__}; use that version, or train anew")
+        text += f", which is {__version__}; use that version, or train anew"
+        raise DataError(f"{name} {path}: {text}")
 
 
 def check_weights(weights: str, stored: Stored, arch: str) -> str:

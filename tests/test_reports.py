@@ -150,8 +150,8 @@ def test_an_unfinished_run_shows_figures_of_its_own_networks(animals, pretrained
     evaluated = {parts[row["path"]] for row in rows_of(output / "predictions.csv")}
     assert evaluated == {"fold 1"} and len(training.read_weights(str(output))["networks"]) == 1
     predict = [animals, "--device", "cpu", "--predict"]
+    warning = f"warning: {output} is unfinished, better --resume it first\n"
     for path in (output, output / "network.pt"):
-        warning = f"warning: {path} is unfinished, better --resume it first\n"
         assert run(*predict, path).err.startswith(warning)
     run("--resume", output)
     assert "Unfinished" not in page.read_text() and "warning" not in run(*predict, output).err

@@ -185,6 +185,7 @@ def test_what_is_said_beside_resume_holds_and_moments_follow_the_layout_of_weigh
     """
     state = torch.load(begun / training.STATE, weights_only=True)
     del state["settings"]["flip"]
+    state["settings"]["gone"] = 1  # of a version before
     torch.save(state, begun / training.STATE)
     context, progress = prepare("--resume", begun)
     stored = progress.trainer["optimizer"]["state"]

@@ -114,7 +114,7 @@ def places(animals, others, pretrained, default_run, folds_run, tmp_path_factory
 
 def test_no_fold_trains_on_a_single_image():
     settings = training.Settings(image_size=32, batch_size=2)
-    mask = torch.arange(8) < torch.tensor([[6], [5]])  # steps of 2, 2, 2 and of 2, 2, 1 images
+    mask = torch.arange(8) < torch.tensor([[6], [7]])  # steps of 2, 2, 2 and of 2, 2, 2, 1 images
     data: Any = SimpleNamespace(train_mask=mask)
     with pytest.raises(training.DataError, match="--batch-size 2: too few images for BatchNorm"):
         training.check_batches(settings, data, 1)
