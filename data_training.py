@@ -769,7 +769,11 @@ def load_network(path: str | Path) -> tuple[Ensemble, Preparation, list[str]]:
     decides what is white, here that of each image. For `--natural` add `network.log_share` before
     the softmax.
     """
-    content = read_run(Path(path))
+    return build_ensemble(read_run(Path(path)))
+
+
+def build_ensemble(content: Stored) -> tuple[Ensemble, Preparation, list[str]]:
+    """Return what `load_network` does, from the content of `NETWORK`."""
     network = Ensemble(content).eval().requires_grad_(False)
     return network, Preparation(content["image_size"], content["white"]), content["classes"]
 
@@ -780,7 +784,8 @@ def predict(settings: Settings, options: Options) -> None:
     path = Path(str(options.predict))
     if output and (output.exists() or not output.parent.is_dir()):
         raise DataError(f"--output {output}: there already, or no folder for it; name a new file")
-    network, prepare, classes = load_network(path)
+    content = read_run(path)
+    network, prepare, classes = build_ensemble(content)
     folder = path if path.is_dir() else path.parent
     if (folder / STATE).exists():
         text = f"{folder} is unfinished, better --resume it first"
@@ -797,8 +802,9 @@ def predict(settings: Settings, options: Options) -> None:
     workers = count_workers(options.workers, compute.device.type)
     reader = Reader(images, compute, workers, settings.batch_size or BATCH)
     logits = compute_logits(compute.to_device(network), reader, torch.arange(len(files)))
-    log_share = network.log_share.cpu()
-    probabilities = (logits + log_share * options.natural).softmax(1)
+    if options.natural:
+        logits = logits + content["natural"]
+    probabilities = logits.softmax(1)
     probability, best = probabilities.max(1)
     columns: dict[str, Any] = {
         "path": images.paths,
@@ -808,15 +814,15 @@ def predict(settings: Settings, options: Options) -> None:
     is_labelled = bool(labels.min() >= 0)
     if is_labelled:
         columns["true"] = [classes[label] for label in labels.tolist()]
-    content = format_table(to_rows(add_classes(columns, classes, probabilities)))
+    table = format_table(to_rows(add_classes(columns, classes, probabilities)))
     if output:
-        write_file(output, content)
+        write_file(output, table)
     else:
-        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.write(table)
         sys.stdout.buffer.flush()
     print(f"{len(files)} images", file=sys.stderr)
     if is_labelled:
-        print_recalls(read_run(path), files, digests, logits + log_share * options.natural)
+        print_recalls(content, files, digests, logits)
 
 
 def print_recalls(content: Stored, files: list[ImageFile], digests: Tensor, logits: Tensor) -> None:
@@ -1081,19 +1087,19 @@ def make_tables(outcome: Outcome) -> dict[str, bytes]:
     config: dict[str, Any] = {"settings": vars(outcome.settings), "classes": data.classes}
     config |= {"kept": outcome.kept, "facts": outcome.facts}
     config |= {"left_out": data.unreadable, "white": data.white, "version": __version__}
-    draws = [row["draws"] for row in outcome.classes]
+    sides = [("result", "", outcome.evaluation, outcome.classes)]
+    if outcome.tested:
+        draws = [row["draws"] for row in outcome.classes]
+        rows = list_classes(data.classes, draws, outcome.tested)
+        sides.append(("test", "test_", outcome.tested, rows))
     tables = {"history.csv": outcome.history, "comparison.csv": outcome.changes}
-    for name, prefix, each in (
-        ("result", "", outcome.evaluation),
-        ("test", "test_", outcome.tested),
-    ):
-        if each:
-            summary = each.summary.items()
-            config[name] = {key: None if math.isnan(x) else x for key, x in summary}
-            tables[f"{prefix}classes.csv"] = list_classes(data.classes, draws, each)
-            tables[f"{prefix}predictions.csv"] = list_predictions(data, each)
-            confusion = add_classes({"class": data.classes}, data.classes, each.confusion)
-            tables[f"{prefix}confusion.csv"] = to_rows(confusion)
+    for name, prefix, each, classes in sides:
+        summary = each.summary.items()
+        config[name] = {key: None if math.isnan(x) else x for key, x in summary}
+        tables[f"{prefix}classes.csv"] = classes
+        tables[f"{prefix}predictions.csv"] = list_predictions(data, each)
+        confusion = add_classes({"class": data.classes}, data.classes, each.confusion)
+        tables[f"{prefix}confusion.csv"] = to_rows(confusion)
     files = {name: format_table(rows) for name, rows in tables.items() if rows}
     return files | {"config.json": json.dumps(config, indent=1, default=str).encode()}
 
@@ -1225,8 +1231,8 @@ white-space:nowrap;border-bottom:1px solid #8883}tr:first-child td{white-space:n
 overflow-wrap:normal;vertical-align:bottom}td:first-child{text-align:left;white-space:normal;
 min-width:12ch;max-width:40vw}td[style]{min-width:14ch;background:linear-gradient(90deg,
 #0000 var(--low),#3987c966 0,#3987c966 var(--high),#0000 0)}svg{width:100%;max-width:800px;
-overflow:visible}text{fill:currentColor;font-size:14px}polyline{fill:none;stroke:currentColor;stroke-width:2;
-vector-effect:non-scaling-stroke}.old{color:#e08214}.new{color:#3987c9}"""
+overflow:visible}text{fill:currentColor;font-size:14px}polyline{fill:none;stroke:currentColor;
+stroke-width:2;vector-effect:non-scaling-stroke}.old{color:#e08214}.new{color:#3987c9}"""
 
 
 def make_page(outcome: Outcome) -> bytes:
