@@ -1194,8 +1194,8 @@ def print_end(outcome: Outcome) -> None:
     if outcome.tested:
         lines.append(f"untouched test    {format_range(outcome.tested.summary)}")
     lines += [*outcome.remarks, "Lowest recall:"]
-    known = [row for row in outcome.classes if row["val_images"]]
-    lines += map(format_recall, sorted(known, key=lambda row: row["recall"])[:3])
+    judged = [row for row in outcome.classes if row["val_images"]]
+    lines += map(format_recall, sorted(judged, key=lambda row: row["recall"])[:3])
     for change in outcome.changes:
         *_, (question, answer) = change.items()
         text = f"{change['measure']:17} {change['before']:.1%} in {outcome.settings.baseline}, "
@@ -1270,11 +1270,11 @@ def show_result(outcome: Outcome) -> str:
     if outcome.tested:
         tiles["untouched test"] = format_range(outcome.tested.summary)
     tiles["as trained"] = f"{summary['as_trained_balanced_accuracy']:.1%} before calibration"
-    known = [row for row in outcome.classes if row["val_images"]]
+    judged = [row for row in outcome.classes if row["val_images"]]
     named = {
-        "most frequent class": max(known, key=lambda row: row["train_images"]),
-        "rarest class": min(known, key=lambda row: row["train_images"]),
-        "lowest recall": min(known, key=lambda row: row["recall"]),
+        "most frequent class": max(judged, key=lambda row: row["train_images"]),
+        "rarest class": min(judged, key=lambda row: row["train_images"]),
+        "lowest recall": min(judged, key=lambda row: row["recall"]),
     }
     for name, row in named.items():
         tiles[name] = f"{row['recall']:.1%} [{row['low']:.0%}, {row['high']:.0%}] {row['class']}"
@@ -1645,9 +1645,9 @@ def list_contradictions(data: Data) -> Table:
     first: dict[int, ImageFile] = {}
     table = []
     for file, digest in zip(data.files, data.digests.tolist(), strict=True):
-        known = first.setdefault(digest, file)
-        if known.label != file.label:
-            table.append({"image": known.name, "is also": file.name})
+        other = first.setdefault(digest, file)
+        if other.label != file.label:
+            table.append({"image": other.name, "is also": file.name})
     return table
 
 
@@ -1725,8 +1725,8 @@ def find_learnt(files: list[ImageFile], digests: Tensor, learnt: Stored) -> Tens
     """
     is_learnt = torch.isin(digests, learnt.get("digests", digests[:0]))
     for pattern, names in learnt.get("groups", ()):
-        known = set(names)
-        is_learnt |= torch.tensor([family_name(file.name, pattern) in known for file in files])
+        families = set(names)
+        is_learnt |= torch.tensor([family_name(file.name, pattern) in families for file in files])
     return is_learnt
 
 
@@ -1990,9 +1990,9 @@ def check_format(path: Path, content: Stored, name: str) -> None:
 
 def check_weights(weights: str, stored: Stored, arch: str) -> str:
     """Return the full name of the weights; raises `DataError` where they do not fit."""
-    known = [name for name in models.list_models(models) if architecture_of(name)]
-    if arch not in known or stored.get("arch", arch) != arch:
-        choice = stored.get("arch") or ", ".join(known)
+    supported = [name for name in models.list_models(models) if architecture_of(name)]
+    if arch not in supported or stored.get("arch", arch) != arch:
+        choice = stored.get("arch") or ", ".join(supported)
         raise DataError(f"--arch {arch}: not with these weights, or unknown; take {choice}")
     if len(stored.get("networks", ())) > 1:
         raise DataError(f"--weights {weights}: an ensemble; train from a run of one network")
@@ -2431,8 +2431,8 @@ def measure_weights(val_counts: Tensor, train_counts: Tensor) -> Tensor:
     """Return the weight of each class's recall in each of `MEASURES`: (5, C) float64, or NaN."""
     many = train_counts > 100
     few = train_counts < 20
-    known = val_counts > 0
-    rows = [val_counts, known, known & many, known & ~many & ~few, known & few]
+    judged = val_counts > 0
+    rows = [val_counts, judged, judged & many, judged & ~many & ~few, judged & few]
     weights = torch.stack(rows).double()
     return weights / weights.sum(1, keepdim=True)
 
