@@ -21,10 +21,10 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 __version__ = "1.0"
 
@@ -136,12 +136,20 @@ def scan_classes(src: Path) -> Scan:
     return scan
 
 
-def walk_files(folder: str, above: tuple, folders: set) -> Iterator[tuple[str, bool]]:
-    """Every file or hidden entry below `folder`, links followed, and whether it is an image."""
+def walk_files(
+    folder: str,
+    above: tuple[tuple[int, int], ...] = (),
+    folders: set[tuple[int, int]] | None = None,
+) -> Iterator[tuple[str, bool]]:
+    """Yield every file or hidden entry below `folder`, and whether it is an image; follow links.
+
+    The identities of the folders that it looks into are added to `folders`.
+    """
     here = identity(folder)
     if here in above:
         raise DataError(f"{folder}: this link leads back to a folder above it; remove it")
-    folders.add(here)
+    if folders is not None:
+        folders.add(here)
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
@@ -269,16 +277,27 @@ def format_report(ranked: list[RankedClass], order: str, left_out: int) -> str:
     return "\n".join(lines)
 
 
-def format_manifest(ranked: list[RankedClass]) -> bytes:
-    """Format a CSV table with a row for every image of SRC; `kept` is 0 or 1."""
-    rows: list[str] = []
-    writer = csv.writer(SimpleNamespace(write=rows.append))
-    writer.writerow(["path", "class", "rank", "kept"])
+def list_manifest(ranked: list[RankedClass]) -> list[dict[str, Any]]:
+    """Return a row for every image of SRC; `kept` is 0 or 1."""
+    rows = []
     for rank, (name, images, _, kept) in enumerate(ranked):
         chosen = set(kept)
-        writer.writerows([f"{name}/{path}", name, rank, int(path in chosen)] for path in images)
+        for path in images:
+            row = {"path": f"{name}/{path}", "class": name, "rank": rank}
+            rows.append(row | {"kept": int(path in chosen)})
+    return rows
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Format rows with the same columns as CSV; fractions with eight digits, names unaltered."""
+    lines: list[str] = []
+    writer = csv.DictWriter(SimpleNamespace(write=lines.append), rows[0].keys())
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{x:.8g}" if isinstance(x, float) else x for k, x in row.items()})
     # With its own line ends the writer quotes a lone carriage return, which "\n" would leave bare.
-    return "".join(row.removesuffix("\r\n") + "\n" for row in rows).encode(errors="surrogateescape")
+    text = "".join(line.removesuffix("\r\n") + "\n" for line in lines)
+    return text.encode(errors="surrogateescape")
 
 
 def draw_staircase(ranked: list[RankedClass], order: str) -> str:
@@ -317,14 +336,19 @@ def ticks(top: int) -> range:
     return range(0, top + 1, next(step for step in steps if top <= 7 * step))
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write or replace the file as a whole."""
-    partial = new_sibling(path)
+def write_file(path: Path, content: bytes | memoryview) -> None:
+    """Write or replace a file as a whole: who reads it sees the old one or the new one."""
+    unfinished = path.with_name(f".{path.name}.partial")  # on the same file system
     try:
-        partial.write_bytes(content)
-        partial.replace(path)
+        with open(unfinished, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def new_sibling(path: Path) -> Path:
@@ -397,7 +421,7 @@ def main(argv: list[str] | None = None) -> int:
         ranked = rank_classes(scan.classes, args.order, args.step, args.seed)
         print(format_report(ranked, args.order, len(scan.left_out)), flush=True)
         if manifest:
-            write_file(manifest, format_manifest(ranked))
+            write_file(manifest, format_table(list_manifest(ranked)))
         if chart:
             write_file(chart, draw_staircase(ranked, args.order).encode())
         if not args.dry_run:

@@ -8,17 +8,23 @@
     from data_training import load_network              # in a program: a run's networks
     torchrun --nproc-per-node=K data_training.py DATA   # one run on several devices
 
-DATA holds one folder per class; a fifth of each class is kept for validation. A
-`WeightedRandomSampler` draws training images with weights 1 / (training images of the class), so
-that every class is seen about equally often. The head of a pretrained ResNet is trained first, then
-all layers; the head alone is kept if it is better. Two numbers, fitted on the validation images,
-reduce the remaining bias towards frequent classes (calibration). With `--folds K` each network is
-evaluated on the validation fold that it has not learnt; together they answer, as an ensemble.
+DATA holds one folder per class; a fifth of each class is kept for validation. A network is trained
+in three steps, the same for every data set:
 
-The records come first: what is known of a run, in the order in which it comes to be known. Then the
-story, from the top down; each section uses only records and the sections below it: run, sampling,
-training, predicting, evaluation and calibration, results, page, run folder, data, model, reading
-(of images), measures, devices, files. The command line stands last and uses all.
+1. linear probe: a new last layer is fitted to the features of the pretrained network;
+2. fine-tuning: all layers are trained. A `WeightedRandomSampler` draws the images with weights
+   1 / (training images of the class), so that every class is seen about equally often;
+3. kept point: of a few points on the straight line between the weights of both, the one with the
+   lowest validation loss is kept.
+
+Two numbers, fitted on the validation images, then reduce the remaining bias towards frequent
+classes (calibration). With `--folds K` each network is evaluated on the fold that it has not
+learnt; together they answer, as an ensemble.
+
+The records come first, each says what it holds. Then the story, from the top down; each section
+uses only records and the sections below it: run, sampling, training, predicting, evaluation and
+calibration, results, page, run folder, data, model, reading (of images), measures, devices, files.
+The command line stands last and uses all.
 
 Exit status: 0 done, 2 bad input (one line on stderr says where and what to do), 130 interrupted.
 """
@@ -46,16 +52,14 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
-from fnmatch import fnmatch
 from functools import cache
 from multiprocessing.pool import ThreadPool
 from multiprocessing.util import get_temp_dir
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
@@ -67,15 +71,22 @@ from PIL import Image, ImageOps
 from torch import Generator, Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 from torchvision import models
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-__version__ = "1.0"
+from data_creation import (
+    IMAGE_EXTENSIONS,
+    DataError,
+    OneLineParser,
+    __version__,
+    format_table,
+    printable,
+    walk_files,
+    write_file,
+)
 
 if sys.platform == "win32":
     import msvcrt
@@ -86,7 +97,7 @@ NETWORK = "network.pt"  # in a run folder
 STATE = "resume.pt"  # of a stopped run, beside it
 LOCK = ".lock"  # of a run at work, beside it
 COPIES = ".copies"  # of large images, shrunk: a folder beside it
-FORMAT = 6  # of these files, to be raised where those of before cannot be read
+FORMAT = 7  # of these files, to be raised where those of before cannot be read
 EVALUATED = -1  # instead of the seed of an image: it is evaluated, not augmented
 # The part that is right, the mean recall, and that of classes of many, medium, few training images.
 MEASURES = ("accuracy", "balanced_accuracy", "many", "medium", "few")
@@ -99,79 +110,46 @@ State = dict[str, Tensor]  # of a network
 Stored = Mapping[str, Any]  # what a file of a stopped run, or of weights, holds; may be empty
 
 
-class DataError(Exception):
-    """Bad input, told in one line: where, what, what to do."""
-
-
 # ---------------------------------------------------------------------------------------- records
 
 
-def flag(group: str, kind: Any, metavar: str, text: str, default: Any = None, **more: Any) -> Any:
-    """Declare a field that the command line sets; `make_parser` reads what is said of it here."""
-    said = {"group": group, "type": kind, "metavar": metavar, "help": text}
-    return field(default=default, metadata=said | more)
-
-
-# fmt: off
 @dataclass(frozen=True)
 class Settings:
-    """What decides how a run comes out? Where the command line is silent, `open_run` decides."""
+    """All that decides the result of a run. What the command line leaves out, `open_run` fills."""
 
-    data: Path = flag("", None, "DATA", "folder with one folder per class, which is only read; or, "
-        "with --predict, an image or a folder of images")
-    folds: int = flag("data", int, "K", "train K networks, 3 to 10, each evaluated on the part of "
-        "the images that it has not learnt; images of --val or --source test the ensemble", 1,
-        least=3, most=10)
-    val: Path | None = flag("data", Path, "DIR", "class folders to validate on, in place of a fifth"
-        " of DATA")
-    source: Path | None = flag("data", Path, "SRC", "folder that DATA was made from: its other "
-        "images validate, too")
-    group: str | None = flag("data", str, "PATTERN", "regular expression for paths below the class "
-        "folder: images with the same first group, or match, stay on one side, also across classes "
-        "(patient, film)")
-    image_size: int = flag("data", int, "PX", "of a training crop (default: of --weights, or 224)",
-        least=1)
-    flip: str = flag("data", str, "", "mirror half of the training images (sides, the default), "
-        "none (text, signs), or also turn them (all, from above)", "sides",
-        choices=("sides", "none", "all"))
-    arch: str = flag("model", str, "NAME", "default: of --weights, or resnet50, resnet18 on a CPU")
-    weights: str = flag("model", str, "NAME|PATH", "of torchvision, a file, a run, or none",
-        "DEFAULT")
-    epochs: int = flag("training", int, "N", "each draws as many images as there are to train on",
-        10, least=1)
-    power: float = flag("training", float, "P", "draw by (images of class) ** -P; 0: no sampler",
-        1.0, least=0, most=10)
-    batch_size: int = flag("training", int, "N", "images per step, rounded up to a multiple of the "
-        f"processes (default: {BATCH}, half for under {SMALL:,} training images)", least=2)
-    output: Path = flag("run", Path, "DIR", "new folder for the results (default: runs/DATE-TIME)")
-    baseline: Path | None = flag("run", Path, "RUN", "earlier run evaluated on the same images, to "
-        "compare with")
-    seed: int = flag("run", int, "N", "of split, draws, augmentation, random weights", 0, least=0)
-    precision: str = "float32"  # or that of mixed precision
-    command: str = ""  # that started the run
+    data: Path
+    folds: int
+    val: Path | None
+    source: Path | None
+    group: str | None
+    image_size: int
+    flip: str
+    arch: str
+    weights: str
+    epochs: int
+    power: float
+    batch_size: int
+    output: Path
+    baseline: Path | None
+    seed: int
+    precision: str  # "float32", or that of mixed precision
+    command: str  # that started the run
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked of this call alone? It is not stored."""
+    """What concerns this call alone, and is not stored."""
 
-    predict: Path | None = flag("use", Path, "RUN", "predict the class of each image in DATA by a "
-        "run (its folder, or network.pt); writes CSV (class: the answer, true: the folder) to "
-        "stdout, or to --output FILE")
-    natural: bool = flag("use", None, "", "predict for classes as frequent as in training, not for "
-        "equally frequent ones", False, action="store_true")
-    resume: Path | None = flag("run", Path, "RUN", "go on with the run in this folder")
-    workers: int | None = flag("machine", int, "N", "processes that read images (default: by the "
-        "cores)", least=0)
-    device: str = flag("machine", str, "NAME", "cpu, cuda, ...; auto: an accelerator, else cpu",
-        "auto")
-    amp: bool | None = flag("machine", None, "", "mixed precision (default: in training, where the "
-        "hardware gains from it)", action=argparse.BooleanOptionalAction)
-# fmt: on
+    predict: Path | None
+    natural: bool
+    resume: Path | None
+    workers: int | None
+    device: str
+    amp: bool | None
 
 
 class Compute(NamedTuple):
-    """Where does this process compute, how precisely, and which of how many is it?"""
+    """The device of this process, its precision, and its place among the processes of a run."""
 
     device: torch.device
     precision: str  # "float32", or that of mixed precision
@@ -191,7 +169,7 @@ class Compute(NamedTuple):
 
 
 class ImageFile(NamedTuple):
-    """Where is an image, and of which class?"""
+    """The place of an image, and its class."""
 
     path: str
     name: str  # class/file: its path below DATA, SRC or `--val`, with `/` on every system
@@ -202,16 +180,28 @@ class ImageFile(NamedTuple):
 Listing = tuple[list[str], list[ImageFile]]  # the classes of DATA, and all images
 
 
+class Opened(NamedTuple):
+    """The settings of a run, its images, and what is read from files before it begins."""
+
+    settings: Settings
+    listing: Listing
+    weights: Stored  # the content of the file of `--weights`; empty for a name, or a stopped run
+    state: Stored  # of a stopped run; empty for a new one
+
+
 class Data(NamedTuple):
-    """Which of the K networks learns which of the N images, and which images is it evaluated on?"""
+    """N images, which of them the network of each of K folds learns, and which it is evaluated on.
+
+    A family is a set of images that stay together: copies of one image, or a group of `--group`.
+    """
 
     classes: list[str]  # C names
     files: list[ImageFile]
     labels: Tensor  # (N,) int64
     train_mask: Tensor  # (K, N) bool, the images that the network of each fold learns
     eval_mask: Tensor  # (K + 1, N) bool, those it is evaluated on; the last row tests the ensemble
-    families: Tensor  # (N,) int64, the same for images that stay together: copies, or `--group`
-    digests: Tensor  # (N,) int64, see `check_image`
+    families: Tensor  # (N,) int64, the same number for the images of a family
+    digests: Tensor  # (N,) int64, see `digest_of`
     white: int  # the value that is white in grey images of over 8 bits; 0: there are none
     leaks: int  # number of validation images left out that leak from training
     unreadable: list[str]  # paths left out
@@ -224,21 +214,30 @@ class Data(NamedTuple):
         """Count the images of each class among `indices`: (C,) int64."""
         return torch.bincount(self.labels[indices], minlength=len(self.classes))
 
+    def fold_counts(self) -> Tensor:
+        """Count the training images of each class in each fold: (K, C) int64."""
+        return torch.stack([self.counts(self.learnt(fold)) for fold in range(len(self.train_mask))])
+
 
 class EvalSet(NamedTuple):
-    """Which M images are networks evaluated on, and what is expected of their logits?"""
+    """M images that networks are evaluated on."""
 
     indices: Tensor  # (M,) int64, of the images in `Data`
     targets: Tensor  # (M,) int64
     families: Tensor  # (M,) int64
-    folds: Tensor  # (M,) int64, whose network answers
-    train_counts: Tensor  # (C,) int64, training images of each class
-    log_share: Tensor  # (C,) float32, the log of the share of each class, less their mean
-    expected_shift: float  # in log class shares
+    folds: Tensor  # (M,) int64, whose network answers; K: all K of them together
+
+
+class ClassShares(NamedTuple):
+    """How frequent each class was in training, for the networks that answer for M images."""
+
+    train_counts: Tensor  # (C,) float64, training images of each class, the mean over networks
+    log_share: Tensor  # (M, C) float32, the log of each class's share for the network that answers
+    expected_shift: float  # the part of that which training is expected to leave in the logits
 
 
 class Calibration(NamedTuple):
-    """How are logits corrected? They become scale * logits - shift * log_share.
+    """The correction of logits: they become scale * logits - shift * log_share.
 
     Rare classes are recognised less often even if drawn as often: `shift` takes that back
     (arXiv:2007.07314, Menon et al. 2021); `scale` corrects confidence (arXiv:1706.04599, Guo 2017).
@@ -258,83 +257,75 @@ class Calibration(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """How right are (M, C) calibrated logits of the images of an evaluation set?"""
+    """The answers of networks for the M images of an evaluation set, and how right they are."""
 
     eval_set: EvalSet
+    shares: ClassShares
     calibration: Calibration  # fitted on all images, for those to come
     probabilities: Tensor  # (M, C) float32, calibrated
     predicted: Tensor  # (M,) int64
     losses: Tensor  # (M,) float32, minus the log of the probability of the true class
     confusion: Tensor  # (C, C) int64, rows true, columns predicted
-    summary: dict[str, float]  # what the history holds of it: loss, `MEASURES`, calibration ...
-
-
-class Stage(NamedTuple):
-    """How is a network trained in some epochs of a fold? `plan` says what comes when."""
-
-    name: str
-    begins_from: str = "weights"  # as loaded; "head": with the trained head; "trial": as it ended
-    on_features: bool = False  # trains the head on stored features, not the network on images
-    # Alone is trained, in small steps, with the statistics of BatchNorm as they are, and ends as
-    # the mean of the weights after each step.
-    upper_half: bool = False
-    fold: int = 0
-    epochs: range = range(0)
-    passes: int = 1  # times an epoch draws as many images as there are
-    total_steps: int = 0  # of the optimizer, in all epochs
+    summary: dict[str, float]  # the columns of the history: loss, `MEASURES`, calibration ...
 
 
 class FoldResult(NamedTuple):
-    """What has come of a fold that is trained to the end?"""
+    """A fold that is trained to the end: both ends of its line, and its answers along the line."""
 
-    network: State
-    logits: Tensor  # of the images it is evaluated on: (M, C)
-    kept: str  # of `choose_kept`: "all" layers as trained, the "head" alone, or "all, undecided"
+    head: State  # the last layer of the linear probe; its other layers are as loaded
+    end: State  # the network after fine-tuning
+    logits: Tensor  # of its validation images at each of the P points of `LINE`: (P, M, C)
+
+
+class Kept(NamedTuple):
+    """The networks that a run keeps, and their evaluation."""
+
+    networks: list[State]
+    evaluation: Evaluation
+    point: float | None = None  # of the line, the same in all folds; None: still in training
+    line: Table = []  # the result at each point
 
 
 @dataclass
 class Progress:
-    """How far has a run come? What is stored to go on from there."""
+    """How far a run has come: all that it needs to go on from there."""
 
-    start: State  # of each fold's network before its first step
-    draws: Tensor  # how often images of each class were drawn so far: (C,) int64
-    history: Table = field(default_factory=list)  # a row for each epoch, from the first one on
-    head: State = field(default_factory=dict)  # the last layer, as the stage "head" left it
+    start: State  # the network of each fold before the linear probe
+    draws: Tensor  # how often fine-tuning has drawn images of each class so far: (C,) int64
+    history: Table = field(default_factory=list)  # a row for each epoch, 0 is the linear probe
+    head: State = field(default_factory=dict)  # the last layer of the fold's linear probe
     trainer: dict[str, Any] = field(default_factory=dict)  # its state after the last epoch
     finished: list[FoldResult] = field(default_factory=list)
-    evaluation: Evaluation | None = None  # of what is finished, else of the last epoch; not stored
+    stored_at: float = 0.0  # seconds, by a clock of this process
 
     def has_done(self, fold: int, epoch: int) -> bool:
         """Return whether this epoch of this fold, or a later one, is done."""
         return any((row["fold"], row["epoch"]) >= (fold + 1, epoch) for row in self.history)
 
 
-class Context(NamedTuple):
-    """What does a run have before its first epoch, that stays as it is?"""
+class Setup(NamedTuple):
+    """All that a run has before its first epoch and does not change."""
 
     settings: Settings
     data: Data
     compute: Compute  # of this process
     baseline: Tensor  # what the run `--baseline` predicted for the validation images: (M,), or none
-    learnt_before: Stored  # what the network of `--weights` has learnt, see `find_learnt`
-    model: Any  # the network in training
     reader: Reader
 
 
 class Outcome(NamedTuple):
-    """What is to be said of a run, after an epoch or at the end? All that reports are made from."""
+    """All that the reports of a run are made from, after an epoch or at the end."""
 
     settings: Settings
     data: Data
     facts: dict[str, str]  # of `describe_run`
-    remarks: list[str]  # what must be known beside the result
+    remarks: list[str]  # sentences that must be read with the result
     history: Table
-    kept: list[str]  # of each fold trained to the end, see `FoldResult`
+    kept: Kept
     baseline: Tensor  # what the run `--baseline` predicted, of the same M images or of none
     changes: Table  # since that run
     classes: Table  # of `list_classes`
-    evaluation: Evaluation  # of validation images
-    tested: Evaluation | None  # of images that no network has learnt or is evaluated on
+    tested: Evaluation | None  # of images that no network has learnt or is validated on
 
 
 # -------------------------------------------------------------------------------------------- run
@@ -345,197 +336,214 @@ WRITE_EVERY = 30.0  # seconds; on a fast GPU the files of an epoch take longer t
 def run(settings: Settings, options: Options) -> None:
     """Train a network, or one for each fold, evaluate it, and fill the run folder."""
     compute = join_processes(options)
-    settings, listing, stored = on_first_process(compute, open_run, settings, options, compute)
+    opened = on_first_process(compute, open_run, settings, options, compute)
+    settings = opened.settings
     compute = compute._replace(precision=settings.precision)
-    data = on_first_process(compute, load_data, settings, listing, stored)
+    data = on_first_process(compute, load_data, settings, opened.listing, opened.weights)
     on_first_process(compute, check_batches, settings, data, compute.world_size)
     baseline = on_first_process(compute, load_baseline, settings.baseline, data)
-    model = on_first_process(compute, load_model, settings, data.classes, stored)
-    progress = on_first_process(compute, load_progress, settings, data, model, stored)
-    context = Context(
+    progress = on_first_process(compute, load_progress, opened, data)
+    model = compute.to_device(build_model(settings.arch, data.classes, progress.start))
+    setup = Setup(
         settings=settings,
         data=data,
         compute=compute,
         baseline=baseline,
-        learnt_before=stored.get("learnt", {}),
-        model=compute.to_device(model),
         reader=make_reader(settings, options, data, compute),
     )
     if compute.rank == 0:
-        save_tensors(settings.output / STATE, state_of(context, progress))
+        save_tensors(settings.output / STATE, state_of(settings, progress))
         print_start(settings, describe_run(settings, data, compute), progress.history)
-    for fold in range(settings.folds):
-        for stage in plan(settings, data, fold)[:-1]:
-            train_stage(context, progress, stage)
-        failed = on_first_process(compute, trial_failed, progress.history)
-        train_stage(context, progress, plan(settings, data, fold, failed)[-1])
-    finish(context, progress)
+    for fold in range(len(progress.finished), settings.folds):
+        train_fold(setup, progress, model, fold)
+    finish(setup, progress)
 
 
-def train_stage(context: Context, progress: Progress, stage: Stage) -> None:
-    """Train the epochs of a stage that are not done yet; evaluate and store each."""
-    settings, data, reader = context.settings, context.data, context.reader
-    epochs = [epoch for epoch in stage.epochs if not progress.has_done(stage.fold, epoch)]
-    if not epochs:
-        return
-    trainer = begin_stage(context, progress, stage)
-    learnt = data.learnt(stage.fold)
-    eval_set = make_eval_set(data, [stage.fold], settings.power)
-    written = time.perf_counter()
-    for epoch in epochs:
-        started = time.perf_counter()
-        key = (settings.seed, stage.fold, epoch)
-        drawn = draw_epoch(data.labels, learnt, settings.power, stage.passes, seeded("draw", *key))
-        loss = train_epoch(trainer, reader, drawn, seeded("augment", *key))
-        seconds = time.perf_counter() - started
-        logits = compute_logits(trainer.module, reader, eval_set.indices, stage.on_features)
-        evaluation = None if context.compute.rank else evaluate_cross_fitted(logits, eval_set)
-        if stage.on_features:
-            progress.head = copy_head(context.model)
-        if epoch == settings.epochs:
-            result, evaluation = end_fold(context, progress, stage, logits, evaluation)
-            progress.finished.append(result)
-        if stage.fold == 0:
-            progress.evaluation = evaluation
-        elif epoch == settings.epochs:
-            progress.evaluation = None  # to be made anew, of one network more
-        counts = data.counts(drawn)
-        progress.draws += counts
-        progress.trainer = trainer.state_dict()
-        progress.history.append({
-            "fold": stage.fold + 1,
-            "epoch": epoch,
-            "stage": stage.name,
-            "train_loss": loss,
-            **(evaluation.summary if evaluation else {}),
-            "fewest_draws": int(counts.min()),
-            "most_draws": int(counts.max()),
-            "distinct_images": len(drawn.unique()) / len(learnt),
-            "learning_rate": trainer.scheduler.get_last_lr()[-1],
-            "images_per_second": len(drawn) / seconds,
-            "seconds": time.perf_counter() - started,
-        })  # fmt: skip
-        if context.compute.rank == 0:
-            if epoch == epochs[-1] or time.perf_counter() - written >= WRITE_EVERY:
-                store_epoch(context, progress)
-                written = time.perf_counter()
-            # A logger of your own takes `progress.history[-1]` here: in one process, but epochs
-            # that were not stored when a run was killed come once more after `--resume`.
-            print(format_epoch(progress.history[-1], settings), flush=True)
+def train_fold(setup: Setup, progress: Progress, model: Any, fold: int) -> None:
+    """Train the network of a fold: linear probe, fine-tuning, and the line between both.
+
+    What a stopped run has done already is skipped.
+    """
+    settings = setup.settings
+    model.load_state_dict(progress.start)
+    if not progress.has_done(fold, 0):
+        row = make_probe(setup, progress, model, fold)
+        end_epoch(setup, progress, model, row)
+    trainer = begin_fine_tuning(setup, progress, model, fold)
+    for epoch in range(1, settings.epochs + 1):
+        if not progress.has_done(fold, epoch):
+            row = fine_tune(setup, progress, trainer, fold, epoch)
+            end_epoch(setup, progress, model, row)
+    result = follow_line(setup, progress, model, fold)
+    progress.finished.append(result)
+    if setup.compute.rank == 0:
+        save_tensors(settings.output / f"fold-{fold + 1}.pt", result._asdict())
+        save_tensors(settings.output / STATE, state_of(settings, progress))
+        if fold + 1 < settings.folds:  # after the last one `finish` writes them
+            write_results(setup, progress, choose_point(setup, progress))
 
 
-def begin_stage(context: Context, progress: Progress, stage: Stage) -> Trainer:
-    """Set up the trainer of a stage, or go on with a stored one."""
-    settings, model, reader = context.settings, context.model, context.reader
-    is_new = not progress.has_done(stage.fold, stage.epochs[0])
-    if is_new and stage.begins_from == "weights":
-        model.load_state_dict(progress.start)
-    elif is_new and stage.begins_from == "head":
-        model.load_state_dict(progress.start | progress.head)
-    if stage.on_features:
-        if reader.features is None:
-            everything = torch.arange(len(reader.labels))
-            reader.features = compute_logits(without_head(model), reader, everything).half()
-        learnt = context.data.learnt(stage.fold)
-        optimizer = head_optimizer(head_of(model), reader.features[learnt])
-    elif stage.upper_half:
-        optimizer = upper_optimizer(model)
-    else:
-        optimizer = whole_optimizer(model, settings.weights != "none")
-    trainer = Trainer(model, stage, optimizer, context.compute)
-    if not is_new:
+def make_probe(setup: Setup, progress: Progress, model: Any, fold: int) -> dict[str, Any]:
+    """Give the network its linear probe; return the row of the history, but for the evaluation."""
+    data = setup.data
+    learnt = data.learnt(fold)
+    started = time.perf_counter()
+    features = compute_logits(without_head(model), setup.reader, learnt)
+    labels = data.labels[learnt]
+    weights = sample_weights(labels, setup.settings.power)
+    progress.head, loss = on_first_process(setup.compute, fit_probe, features, labels, weights)
+    model.load_state_dict(progress.start | progress.head)
+    counts = torch.bincount(labels)
+    return {
+        "fold": fold + 1,
+        "epoch": 0,
+        "step": "linear probe",
+        "train_loss": loss,
+        "fewest_draws": int(counts.min()),
+        "most_draws": int(counts.max()),
+        "distinct_images": 1.0,
+        "learning_rate": math.nan,
+        "images_per_second": len(learnt) / (time.perf_counter() - started),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def begin_fine_tuning(setup: Setup, progress: Progress, model: Any, fold: int) -> Trainer:
+    """Set up the training of all layers, or go on with a stored one."""
+    settings = setup.settings
+    steps = settings.epochs * math.ceil(len(setup.data.learnt(fold)) / settings.batch_size)
+    is_pretrained = settings.weights != "none"
+    trainer = Trainer(model, is_pretrained, steps, setup.compute)
+    if progress.has_done(fold, 1):
         trainer.load_state_dict(progress.trainer)
+    else:
+        model.load_state_dict(progress.start | first_head(progress.head))
     return trainer
 
 
-def end_fold(
-    context: Context, progress: Progress, stage: Stage, logits: Tensor, whole: Evaluation | None
-) -> tuple[FoldResult, Evaluation | None]:
-    """Return what is kept of a fold: all layers, or the head alone on the weights as loaded.
+def fine_tune(
+    setup: Setup, progress: Progress, trainer: Trainer, fold: int, epoch: int
+) -> dict[str, Any]:
+    """Train all layers for an epoch; return its row of the history, but for the evaluation."""
+    settings, data = setup.settings, setup.data
+    learnt = data.learnt(fold)
+    started = time.perf_counter()
+    key = (settings.seed, fold, epoch)
+    drawn = draw_epoch(data.labels, learnt, settings.power, seeded("draw", *key))
+    loss = train_epoch(trainer, setup.reader, drawn, seeded("augment", *key))
+    counts = data.counts(drawn)
+    progress.draws += counts
+    progress.trainer = trainer.state_dict()
+    return {
+        "fold": fold + 1,
+        "epoch": epoch,
+        "step": "fine-tuning",
+        "train_loss": loss,
+        "fewest_draws": int(counts.min()),
+        "most_draws": int(counts.max()),
+        "distinct_images": len(drawn.unique()) / len(learnt),
+        "learning_rate": trainer.scheduler.get_last_lr()[-1],
+        "images_per_second": len(drawn) / (time.perf_counter() - started),
+        "seconds": time.perf_counter() - started,
+    }
 
-    With it comes its evaluation, in the first process.
-    """
-    model, compute = context.model, context.compute
-    trained = FoldResult(copy_state(model), logits, "all")
-    if not progress.head:
-        return trained, whole
-    model.load_state_dict(progress.start | progress.head)
-    eval_set = make_eval_set(context.data, [stage.fold], context.settings.power)
-    head_logits = compute_logits(model, context.reader, eval_set.indices)
-    head = None if compute.rank else evaluate_cross_fitted(head_logits, eval_set)
-    kept = on_first_process(compute, choose_kept, head, whole, stage.total_steps)
-    if kept == "head":
-        return FoldResult(copy_state(model), head_logits, kept), head
-    return trained._replace(kept=kept), whole
+
+def end_epoch(setup: Setup, progress: Progress, model: Any, row: dict[str, Any]) -> None:
+    """Evaluate an epoch and add its row to the history; store it, then show it."""
+    started = time.perf_counter()
+    eval_set = make_eval_set(setup.data, [row["fold"] - 1])
+    logits = compute_logits(model, setup.reader, eval_set.indices)
+    if setup.compute.rank > 0:
+        progress.history.append(row)
+        return
+    shares = class_shares(setup.data, eval_set, setup.settings.power)
+    evaluation = evaluate_cross_fitted(logits, eval_set, shares)
+    seconds = row["seconds"] + time.perf_counter() - started
+    progress.history.append(row | evaluation.summary | {"seconds": seconds})
+    if time.perf_counter() - progress.stored_at >= WRITE_EVERY:
+        save_tensors(setup.settings.output / STATE, state_of(setup.settings, progress))
+        if not progress.finished:  # else the files are about the folds that are finished
+            write_results(setup, progress, Kept([copy_state(model)], evaluation))
+        progress.stored_at = time.perf_counter()
+    # A logger of your own takes `progress.history[-1]` here: in one process, but epochs that were
+    # not stored when a run was killed come once more after `--resume`.
+    print(format_epoch(progress.history[-1], setup.settings), flush=True)
 
 
-def store_epoch(context: Context, progress: Progress) -> None:
-    """Write the files of a run after an epoch; they are about the folds trained to the end."""
-    output = context.settings.output
-    fold = progress.history[-1]["fold"]
-    if len(progress.finished) == fold:
-        save_tensors(output / f"fold-{fold}.pt", progress.finished[-1]._asdict())
-    save_tensors(output / STATE, state_of(context, progress))
-    write_results(context, progress)
+def follow_line(setup: Setup, progress: Progress, model: Any, fold: int) -> FoldResult:
+    """Let the networks at the points of the line answer for the fold's validation images."""
+    end = copy_state(model)
+    indices = make_eval_set(setup.data, [fold]).indices
+    answers = []
+    for point in LINE:
+        model.load_state_dict(interpolate(progress.start | progress.head, end, point))
+        answers.append(compute_logits(model, setup.reader, indices))
+    return FoldResult(progress.head, end, torch.stack(answers))
+
+
+def choose_point(setup: Setup, progress: Progress) -> Kept:
+    """Keep the point with the lowest validation loss over all finished folds, the same in each."""
+    folds = range(len(progress.finished))
+    eval_set = make_eval_set(setup.data, folds)
+    shares = class_shares(setup.data, eval_set, setup.settings.power)
+    evaluations = []
+    for number in range(len(LINE)):
+        logits = torch.cat([result.logits[number] for result in progress.finished])
+        evaluations.append(evaluate_cross_fitted(logits, eval_set, shares))
+    losses = [evaluation.summary["val_loss"] for evaluation in evaluations]
+    best = losses.index(min(losses))
+    networks = [
+        interpolate(progress.start | result.head, result.end, LINE[best])
+        for result in progress.finished
+    ]
+    line = [
+        {"point": point, **evaluation.summary, "kept": int(number == best)}
+        for number, (point, evaluation) in enumerate(zip(LINE, evaluations, strict=True))
+    ]
+    return Kept(networks, evaluations[best], LINE[best], line)
+
+
+def finish(setup: Setup, progress: Progress) -> None:
+    """Choose what is kept, test the ensemble if there are images for it, and write all results."""
+    settings, data, compute = setup.settings, setup.data, setup.compute
+    kept = on_first_process(compute, choose_point, setup, progress)
+    tested = None
+    eval_set = make_eval_set(data, [settings.folds])
+    if len(eval_set.indices):
+        shares = class_shares(data, eval_set, settings.power)
+        calibration = kept.evaluation.calibration.of_networks(settings.folds)
+        networks = [build_model(settings.arch, data.classes, state) for state in kept.networks]
+        ensemble = Ensemble(networks, Calibration(), shares.log_share[0])
+        logits = compute_logits(compute.to_device(ensemble), setup.reader, eval_set.indices)
+        tested = evaluate(logits, calibration, eval_set, shares)
+    if compute.rank == 0:
+        print_end(write_results(setup, progress, kept, tested))
+        remove_state(settings.output)
 
 
 def write_results(
-    context: Context, progress: Progress, tested: Evaluation | None = None
+    setup: Setup, progress: Progress, kept: Kept, tested: Evaluation | None = None
 ) -> Outcome:
     """Write the networks, the tables and the page of a run; return what they are made from."""
-    settings, data = context.settings, context.data
-    evaluation = evaluate_finished(context, progress)
-    networks = [result.network for result in progress.finished] or [copy_state(context.model)]
-    save_tensors(settings.output / NETWORK, describe_networks(context, networks, evaluation))
-    kept = [result.kept for result in progress.finished]
-    classes = list_classes(data.classes, progress.draws, evaluation)
+    settings, data = setup.settings, setup.data
+    save_tensors(settings.output / NETWORK, describe_networks(settings, data, kept))
+    classes = list_classes(data.classes, progress.draws, kept.evaluation)
     outcome = Outcome(
         settings=settings,
         data=data,
-        facts=describe_run(settings, data, context.compute),
-        remarks=list_remarks(settings.folds, kept, classes),
+        facts=describe_run(settings, data, setup.compute),
+        remarks=list_remarks(settings.folds, len(progress.finished), kept, classes),
         history=progress.history,
         kept=kept,
-        baseline=context.baseline,
-        changes=compare(context.baseline, evaluation),
+        baseline=setup.baseline,
+        changes=compare(setup.baseline, kept.evaluation),
         classes=classes,
-        evaluation=evaluation,
         tested=tested,
     )
     for name, content in make_tables(outcome).items():
         write_file(settings.output / name, content)
     write_file(settings.output / "report.html", make_page(outcome))
     return outcome
-
-
-def evaluate_finished(context: Context, progress: Progress) -> Evaluation:
-    """Evaluate the networks trained to the end, unless done, each on its validation fold."""
-    if progress.evaluation is None:
-        logits = torch.cat([result.logits for result in progress.finished])
-        folds = range(len(progress.finished))
-        eval_set = make_eval_set(context.data, folds, context.settings.power)
-        progress.evaluation = evaluate_cross_fitted(logits, eval_set)
-    return progress.evaluation
-
-
-def finish(context: Context, progress: Progress) -> None:
-    """Test the ensemble if there are images for it, and write what there is to say of a run."""
-    settings, data, compute = context.settings, context.data, context.compute
-    tested = None
-    eval_set = make_eval_set(data, [settings.folds], settings.power)
-    if len(eval_set.indices):
-        networks = [result.network for result in progress.finished]
-        content: dict[str, Any] = {"arch": settings.arch, "classes": data.classes}
-        content |= {"networks": networks, "scale": 1.0, "shift": 0.0}  # as trained
-        content |= {"natural": eval_set.log_share}
-        ensemble = compute.to_device(Ensemble(content))
-        logits = compute_logits(ensemble, context.reader, eval_set.indices)
-        if compute.rank == 0:
-            fitted = evaluate_finished(context, progress).calibration
-            tested = evaluate(logits, fitted.of_networks(settings.folds), eval_set)
-    if compute.rank == 0:
-        print_end(write_results(context, progress, tested))
-        remove_state(settings.output)
 
 
 # ---------------------------------------------------------------------------------------- sampling
@@ -546,187 +554,134 @@ def sample_weights(labels: Tensor, power: float) -> Tensor:
     return torch.bincount(labels).double()[labels] ** -power
 
 
-def draw_epoch(
-    labels: Tensor, learnt: Tensor, power: float, passes: int, stream: Generator
-) -> Tensor:
-    """Draw images of `learnt` for an epoch, `passes` times as many as there are: indices, int64."""
+def draw_epoch(labels: Tensor, learnt: Tensor, power: float, stream: Generator) -> Tensor:
+    """Draw as many images as there are in `learnt` for an epoch, by their weights: indices, int64.
+
+    With a power of 0 there is no sampler: each image comes once, in random order.
+    """
     if power > 0:
         weights = sample_weights(labels[learnt], power)
         # As a list the draw is the same for any number of workers and processes.
-        sampler = WeightedRandomSampler(weights.tolist(), passes * len(learnt), generator=stream)
+        sampler = WeightedRandomSampler(weights.tolist(), len(learnt), generator=stream)
         return learnt[torch.tensor(list(sampler))]
-    orders = [torch.randperm(len(learnt), generator=stream) for _ in range(passes)]
-    return learnt[torch.cat(orders)]
+    return learnt[torch.randperm(len(learnt), generator=stream)]
 
 
 # ---------------------------------------------------------------------------------------- training
 
+# The linear probe is a logistic regression. Its penalty is small: features should be separated.
+PENALTY = 3e-5  # half of it times the squared weights, for features of unit length
+FIRST_HEAD = 0.25  # fine-tuning begins with so much of the linear probe: see `first_head`
+# Points of the line from the linear probe (0) to the end of fine-tuning (1).
+LINE = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 RATE = 3e-4  # of AdamW, for pretrained weights
 SCRATCH_RATE = 1e-3  # and for random ones
 RATE_BELOW = 0.7  # part of the rate of the layers above (Howard & Ruder 2018, arXiv:1801.06146)
 WARM_UP = 0.1  # part of the steps in which the rate rises
-HEAD_STEPS = 1000  # at least, of training the head alone: on features they cost next to nothing
-HEAD_RATE = 0.02  # of SGD, for features of squared length 512, as those of a ResNet-18
-HEAD_DECAY = 0.002  # its weight decay
-# On images like those that the weights were trained on, training all layers may do harm.
-TRIAL_STEPS = 190  # show it; such a trial is made if that is at most a fifth of all steps
-TRIAL_FAILS = 1.1  # a trial fails above 1.1 times the loss of the head
-SURE = 1.645  # keep the head alone only if it is better at one-sided p < 0.05
-FEWEST_EFFECTIVE = 10  # independent images; fewer cannot tell
-FEW_STEPS = 40  # in fewer, all layers hardly learn
-RUINED = 0.9  # nor have they above this part of the loss of chance, the log of the classes
-
-HEAD = Stage("head", on_features=True)
-WHOLE = Stage("whole")
-TRIAL = Stage("trial", begins_from="head")
-UPPER = Stage("upper", upper_half=True)
 
 
-def plan(settings: Settings, data: Data, fold: int, failed: bool = False) -> list[Stage]:
-    """Return the stages of a fold: its head, in long runs a trial, and the rest.
+def fit_probe(features: Tensor, labels: Tensor, weights: Tensor) -> tuple[State, float]:
+    """Fit a last layer to (N, D) features of images with weights, and return it with its loss.
 
-    Pretrained weights get a trained head first, on stored features. In short runs all layers are
-    then trained from the weights as loaded, not from that head, which they are only compared with.
-    Long runs train all layers from that head; the first epochs of the first fold are a trial. If it
-    `failed`, each fold trains only its upper half, from its head.
+    That is logistic regression. Computed on the CPU it is the same on all devices. Raises
+    `DataError` if the features have no finite fit.
     """
-    stages = []
-    epochs = range(1, settings.epochs + 1)
-    images = len(data.learnt(fold))
-    trial = math.ceil(TRIAL_STEPS / math.ceil(len(data.learnt(0)) / settings.batch_size))
-    begins_from = "weights"
-    if settings.weights != "none":
-        # Few images make few steps: they are drawn several times.
-        passes = math.ceil(HEAD_STEPS * settings.batch_size / images)
-        stages.append(HEAD._replace(epochs=range(1), passes=passes))
-        if 5 * trial <= settings.epochs:
-            begins_from = "head"
-            if fold == 0:
-                stages.append(TRIAL._replace(epochs=epochs[:trial]))
-                epochs = epochs[trial:]
-                begins_from = "head" if failed else "trial"
-    rest = UPPER if failed else WHOLE
-    stages.append(rest._replace(epochs=epochs, begins_from=begins_from))
-    planned = []
-    for stage in stages:
-        steps_per_epoch = math.ceil(stage.passes * images / settings.batch_size)
-        total_steps = len(stage.epochs) * steps_per_epoch
-        planned.append(stage._replace(fold=fold, total_steps=total_steps))
-    return planned
+    weights = (weights / weights.sum()).float()
+    features = features.float()
+    length = (weights @ features.square().sum(1)).sqrt().clamp(min=1e-12)
+    features = features / length  # so that the penalty means the same for all networks
+    classes = int(labels.max()) + 1
+    weight = torch.zeros(classes, features.shape[1], requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=300, history_size=20, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        losses = F.cross_entropy(F.linear(features, weight, bias), labels, reduction="none")
+        value = weights @ losses + PENALTY / 2 * weight.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+        fitted = loss().item()
+    if not fitted <= math.log(classes) + 1e-3:  # above chance, or not a number
+        raise DataError(f"the linear probe did not converge, loss {fitted}; try other weights")
+    return {"fc.weight": (weight / length).detach(), "fc.bias": bias.detach()}, fitted
 
 
-def trial_failed(history: Table) -> bool:
-    """Return whether a trial made the first network clearly worse than its head alone."""
-    losses = {row["stage"]: row["val_loss"] for row in history if row["fold"] == 1}
-    return TRIAL.name in losses and losses[TRIAL.name] > TRIAL_FAILS * losses[HEAD.name]
+def first_head(probe: State) -> State:
+    """Return the last layer that fine-tuning begins with: the linear probe, scaled down.
 
-
-def choose_kept(head: Evaluation, whole: Evaluation, steps: int) -> str:
-    """Return what is kept: "all" layers, or the "head" alone, by their losses.
-
-    The head is kept where it is surely better; and, after few `steps` or at the loss of chance,
-    where all layers are not. Families count, not their images. A head that looks better, while too
-    few images tell, leaves "all, undecided".
+    A whole probe fits the training images already and leaves the other layers little to learn; one
+    of zeros forgets what the pretrained layers know. A part of it keeps its direction
+    (arXiv:2202.10054, Kumar et al. 2022; arXiv:2302.05779, Ren et al. 2023).
     """
-    eval_set = head.eval_set
-    weights = class_weights(eval_set.targets)
-    gain = whole.losses.double() - head.losses
-    mean = weights @ gain
-    error = torch.bincount(eval_set.families, weights * (gain - mean)).square().sum().sqrt()
-    chance = math.log(len(eval_set.train_counts))
-    if steps < FEW_STEPS or whole.summary["val_loss"] > RUINED * chance:
-        return "head" if mean > -SURE * error else "all"
-    if mean <= SURE * error:
-        return "all"
-    effective = 1 / torch.bincount(eval_set.families, weights).square().sum()
-    return "head" if effective >= FEWEST_EFFECTIVE else "all, undecided"
+    return {name: FIRST_HEAD * value for name, value in probe.items()}
 
 
-def head_optimizer(head: nn.Linear, features: Tensor) -> Optimizer:
-    """Make SGD for the head; its largest stable step depends on the norm of the (N, D) features."""
-    lengths = torch.linalg.vector_norm(features, dim=1, dtype=torch.float32)
-    square = max(lengths.square().mean().item() / 512, 1e-12)
-    groups = [
-        {"params": [head.weight], "lr": HEAD_RATE / square, "weight_decay": HEAD_DECAY * square},
-        {"params": [head.bias], "lr": HEAD_RATE, "weight_decay": HEAD_DECAY},
-    ]
-    return torch.optim.SGD(groups, momentum=0.9, fused=True)
+def interpolate(probe: State, end: State, point: float) -> State:
+    """Return the network at a point of the straight line between two, statistics included.
 
-
-def whole_optimizer(model: Any, is_pretrained: bool) -> Optimizer:
-    """Make AdamW for all layers; pretrained ones take smaller steps the lower they are."""
-    groups = []
-    for above, layers in zip((3, 2, 1, 0), model.architecture.layers, strict=True):
-        weights = [weight for name, weight in model.named_parameters() if name.startswith(layers)]
-        rate = RATE * RATE_BELOW**above if is_pretrained else SCRATCH_RATE
-        groups.append({"params": weights, "lr": rate})
-    return torch.optim.AdamW(groups, fused=True)
-
-
-def upper_optimizer(model: Any) -> Optimizer:
-    """Make AdamW for the upper half of the layers, in small steps; the lower half is frozen."""
-    lower = model.architecture.layers[0] + model.architecture.layers[1]
-    for name, weight in model.named_parameters():
-        weight.requires_grad = not name.startswith(lower)
-    upper = [weight for weight in model.parameters() if weight.requires_grad]
-    return torch.optim.AdamW(upper, RATE / 15, fused=True)
+    On that line generalisation is often better than at both ends (arXiv:2109.01903, Wortsman et al.
+    2022).
+    """
+    return {
+        name: value.lerp(end[name], point) if value.is_floating_point() else end[name]
+        for name, value in probe.items()
+    }
 
 
 class Trainer:
-    """The model, optimizer, schedule, scaler and mean weights of one stage."""
+    """The model, optimizer, schedule and scaler of a fold's fine-tuning."""
 
-    def __init__(self, model: Any, stage: Stage, optimizer: Optimizer, compute: Compute):
-        """Set up the beginning of a stage; a weight that would never be trained is an error."""
-        self.stage = stage
+    def __init__(self, model: Any, is_pretrained: bool, steps: int, compute: Compute):
+        """Set up AdamW for all layers; pretrained ones take smaller steps the lower they are."""
+        self.model = model
         self.compute = compute
-        self.optimizer = optimizer
-        self.module = head_of(model) if stage.on_features else model  # what is trained
-        self.module.train(not stage.upper_half)
-        self.network: nn.Module = self.module
+        self.network: nn.Module = model.train()
         if compute.world_size > 1:  # evaluation sends the statistics of BatchNorm round
             warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)
-            self.network = DistributedDataParallel(self.module, broadcast_buffers=False)
-        self.weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-        held = {id(weight) for weight in self.weights}
-        for name, weight in self.module.named_parameters():
-            if weight.requires_grad and id(weight) not in held:
-                raise ValueError(f"{name} is in no group of the optimizer: see ARCHITECTURES")
-        peaks = [group["lr"] for group in optimizer.param_groups]
+            self.network = DistributedDataParallel(model, broadcast_buffers=False)
+        groups: list[dict[str, Any]] = []
+        for above, layers in zip((3, 2, 1, 0), LAYERS, strict=True):
+            weights = [
+                weight for name, weight in model.named_parameters() if name.startswith(layers)
+            ]
+            rate = RATE * RATE_BELOW**above if is_pretrained else SCRATCH_RATE
+            groups.append({"params": weights, "lr": rate})
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
+        rates = [group["lr"] for group in groups]
         # OneCycleLR divides by zero where either part of the cycle has a single step.
-        steps = max(4, stage.total_steps)
+        steps = max(4, steps)
         rising = max(WARM_UP, 2 / steps)
-        self.scheduler = OneCycleLR(optimizer, peaks, steps, pct_start=rising, cycle_momentum=False)
+        self.scheduler = OneCycleLR(
+            self.optimizer, rates, steps, pct_start=rising, cycle_momentum=False
+        )
         self.scaler = GradScaler(compute.device.type, enabled=compute.precision == "float16")
-        self.mean: list[Tensor] = []  # of the weights after each step so far
 
     def step(self, loss: Tensor) -> None:
-        """Take a step against the gradient of `loss`; the last one may end at the mean weights."""
+        """Take a step against the gradient of `loss`."""
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
-        steps = self.scheduler.last_epoch
-        if self.stage.upper_half:  # `AveragedModel` would wait for the device at every step
-            with torch.no_grad():
-                self.mean = self.mean or [weight.clone() for weight in self.weights]
-                torch._foreach_lerp_(self.mean, self.weights, 1 / steps)
-                if steps == self.stage.total_steps:
-                    torch._foreach_copy_(self.weights, self.mean)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on as if nothing had happened."""
-        names = ("optimizer", "scheduler", "scaler")
-        return {name: getattr(self, name).state_dict() for name in names} | {"mean": self.mean}
+        names = ("model", "optimizer", "scheduler", "scaler")
+        return {name: getattr(self, name).state_dict() for name in names}
 
     def load_state_dict(self, state: Stored) -> None:
-        """Go on with what was stored in this stage."""
+        """Go on with what was stored."""
+        self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if state["scaler"]:  # an unused scaler stored nothing, and a used one refuses that
             self.scaler.load_state_dict(state["scaler"])
-        for weight, kept in zip(self.weights, state["mean"], strict=False):
-            self.mean.append(torch.empty_like(weight).copy_(kept))
         for weight, moments in self.optimizer.state.items():
             for name, value in moments.items():  # kernels need them in the same memory layout
                 if isinstance(value, Tensor) and value.shape == weight.shape:
@@ -737,13 +692,13 @@ def train_epoch(trainer: Trainer, reader: Reader, drawn: Tensor, seeds: Generato
     """Train on the drawn images; return their mean loss, or raise `DataError` if not finite."""
     compute = trainer.compute
     batches = cut_batches(drawn, reader.batch_size, seeds)
-    ours = [batch[compute.rank :: compute.world_size] for batch in batches]
-    loaded = reader.read(ours, f"training, {trainer.stage.name}", trainer.stage.on_features)
+    own_parts = [batch[compute.rank :: compute.world_size] for batch in batches]
     total = torch.zeros((), device=compute.device)
+    loaded = reader.read(own_parts, "fine-tuning")
     for [group], batch in zip(loaded, batches, strict=True):
         targets = move_batch(group.labels, compute)
         with compute.autocast():
-            logits = trainer.network(move_batch(group.inputs, compute))
+            logits = trainer.network(move_batch(group.images, compute))
         loss = F.cross_entropy(logits.float(), targets)
         # Gradients are averaged over processes, whose parts of a batch may differ by one image.
         trainer.step(loss * (len(targets) * compute.world_size / len(batch)))
@@ -774,28 +729,32 @@ def load_network(path: str | Path) -> tuple[Ensemble, Preparation, list[str]]:
 
 def build_ensemble(content: Stored) -> tuple[Ensemble, Preparation, list[str]]:
     """Return what `load_network` does, from the content of `NETWORK`."""
-    network = Ensemble(content).eval().requires_grad_(False)
-    return network, Preparation(content["image_size"], content["white"]), content["classes"]
+    classes = content["classes"]
+    networks = [build_model(content["arch"], classes, state) for state in content["networks"]]
+    calibration = Calibration(content["scale"], content["shift"])
+    ensemble = Ensemble(networks, calibration, content["natural"]).eval().requires_grad_(False)
+    return ensemble, Preparation(content["image_size"], content["white"]), classes
 
 
 def predict(settings: Settings, options: Options) -> None:
     """Write what a run says of each image below DATA, as CSV; and how right, if that is known."""
+    if is_launched() and int(os.environ["RANK"]) > 0:
+        return  # one process predicts
     output = settings.output
     path = Path(str(options.predict))
     if output and (output.exists() or not output.parent.is_dir()):
-        raise DataError(f"--output {output}: there already, or no folder for it; name a new file")
+        raise DataError(f"--output {output}: exists, or its folder does not; name a new file")
     content = read_run(path)
     network, prepare, classes = build_ensemble(content)
     folder = path if path.is_dir() else path.parent
     if (folder / STATE).exists():
-        text = f"{folder} is unfinished, better --resume it first"
-        print(f"warning: {printable(text)}", file=sys.stderr)
+        print_warning(f"{folder} is unfinished; --resume it first for its best network")
     # In float32, as in a program: on all machines nearly the same answers.
     compute = pick_compute(replace(options, amp=bool(options.amp)))
     files, digests, peak = read_photos(settings.data, classes)
     if prepare.white and peak > prepare.white:
-        text = f"grey values up to {peak}; all above {prepare.white}, as in training, are white"
-        print(f"warning: {text}", file=sys.stderr)
+        text = f"grey values up to {peak}; all above {prepare.white} are white, as in training"
+        print_warning(f"{settings.data}: {text}")
     prepare = prepare._replace(white=prepare.white or find_white(peak))
     labels = torch.tensor([file.label for file in files])
     images = Images([file.path for file in files], labels, prepare)
@@ -827,23 +786,19 @@ def predict(settings: Settings, options: Options) -> None:
 
 def print_recalls(content: Stored, files: list[ImageFile], digests: Tensor, logits: Tensor) -> None:
     """Print on stderr how right the calibrated (N, C) logits of images that were not learnt are."""
-    patterns = [pattern for pattern, _ in content["learnt"]["groups"]]
-    families = torch.tensor(find_families(files, digests.tolist(), patterns))
-    is_learnt = torch.isin(families, families[find_learnt(files, digests, content["learnt"])])
+    families = find_families(files, digests.tolist(), content["group"])
+    is_learnt = find_learnt(files, digests, content)
+    is_learnt = torch.isin(families, families[is_learnt])
     print(f"{is_learnt.sum()} of them, or their families, were learnt: left out", file=sys.stderr)
     new = (~is_learnt).nonzero().flatten()
     if not len(new):
         return
-    eval_set = EvalSet(
-        indices=new,
-        targets=torch.tensor([file.label for file in files])[new],
-        families=families[new],
-        folds=torch.zeros_like(new),
-        train_counts=torch.tensor(content["train_images"]),
-        log_share=content["natural"],
-        expected_shift=0.0,
-    )
-    evaluation = evaluate(logits[new], Calibration(), eval_set)
+    targets = torch.tensor([file.label for file in files])[new]
+    eval_set = EvalSet(new, targets, families[new], folds=torch.zeros_like(new))
+    train_counts = torch.tensor(content["train_images"], dtype=torch.float64)
+    log_share = content["natural"].expand(len(new), -1)
+    shares = ClassShares(train_counts, log_share, expected_shift=0.0)
+    evaluation = evaluate(logits[new], Calibration(), eval_set, shares)
     print(f"balanced accuracy {format_range(evaluation.summary)}", file=sys.stderr)
     for row in list_classes(content["classes"], [0] * len(content["classes"]), evaluation):
         if row["val_images"]:
@@ -858,19 +813,20 @@ def read_photos(path: Path, classes: list[str]) -> tuple[list[ImageFile], Tensor
     files: list[ImageFile] = []
     if path.is_dir():
         files, _ = list_images(path, classes, "")
-    elif path.is_file() and path.name.lower().endswith(IMG_EXTENSIONS):
+    elif path.is_file() and path.name.lower().endswith(IMAGE_EXTENSIONS):
         files = [ImageFile(str(path), path.name, -1, "")]
     if not files:
-        raise DataError(f"DATA {path}: no image there; known are {', '.join(IMG_EXTENSIONS)}")
+        known = ", ".join(IMAGE_EXTENSIONS)
+        raise DataError(f"DATA {path}: no image there; pass a folder with files of {known}")
     checked, peak = check_images([file.path for file in files])
     files = [file for file in files if file.path in checked]
     if not files:
-        raise DataError(f"DATA {path}: no image that can be read")
+        raise DataError(f"DATA {path}: no image that can be read; pass other images")
     files.sort(key=lambda file: Path(file.path))
     if strays := [file for file in files if file.label < 0]:
         if len(strays) < len(files):
-            text = f"{len(strays)} images are in no class folder, as {strays[0].path}"
-            print(f"warning: {printable(text)}: nothing is judged", file=sys.stderr)
+            text = f"{len(strays)} images are in no class folder, the first is {strays[0].path}"
+            print_warning(f"{text}; so no recalls are computed")
         files = [file._replace(label=-1) for file in files]
     return files, torch.tensor([checked[file.path] for file in files]), peak
 
@@ -887,29 +843,37 @@ LEAST_SCALE = 0.01
 PARTS = 5  # of the images that fit the calibration of each other; two would leave each too few
 
 
-def make_eval_set(data: Data, folds: Iterable[int], power: float) -> EvalSet:
+def make_eval_set(data: Data, folds: Iterable[int]) -> EvalSet:
     """Return the images that the networks of these folds are evaluated on, fold by fold."""
     parts = {fold: data.eval_mask[fold].nonzero().flatten() for fold in folds}
     indices = torch.cat([*parts.values()])
-    train_counts = data.counts(data.learnt(0))
     return EvalSet(
         indices=indices,
         targets=data.labels[indices],
         families=data.families[indices],
         folds=torch.cat([torch.full_like(part, fold) for fold, part in parts.items()]),
-        train_counts=train_counts,
-        log_share=train_counts.log() - train_counts.log().mean(),  # centred, for digits
+    )
+
+
+def class_shares(data: Data, eval_set: EvalSet, power: float) -> ClassShares:
+    """Return how frequent the classes were in training for the networks that answer."""
+    counts = data.fold_counts().double()
+    log_share = centred_log(counts)
+    # All networks together, in the last row, have seen the mean of what each has seen.
+    counts = torch.cat([counts, counts.mean(0, keepdim=True)])
+    log_share = torch.cat([log_share, log_share.mean(0, keepdim=True)])
+    return ClassShares(
+        train_counts=counts[eval_set.folds.unique()].mean(0),
+        log_share=log_share[eval_set.folds],
         expected_shift=EXPECTED_SHIFT + 1 - power,
     )
 
 
 @torch.no_grad()
-def compute_logits(
-    model: nn.Module, reader: Reader, indices: Tensor, on_features: bool = False
-) -> Tensor:
+def compute_logits(model: nn.Module, reader: Reader, indices: Tensor) -> Tensor:
     """Compute the logits of images in evaluation mode, each process a part: (M, C) in all of them.
 
-    Without its head a network computes features: (M, D). Raises `DataError` for NaN.
+    Without its last layer a network computes features: (M, D). Raises `DataError` for NaN.
     """
     compute = reader.compute
     if compute.world_size > 1:  # BatchNorm has the statistics of its own process
@@ -917,61 +881,68 @@ def compute_logits(
             dist.broadcast(buffer, 0)
     was_training = model.training
     model.eval()
+    order = []  # the images in the order of the outputs
     outputs = []
-    positions = []  # in `indices`
-    done = 0
     batches = cut_batches(indices[compute.rank :: compute.world_size], reader.per_process)
-    for groups in reader.read(batches, "evaluating", on_features):
+    for groups in reader.read(batches, "evaluating"):
         for group in groups:
             with compute.autocast():
-                outputs.append(model(move_batch(group.inputs, compute)))
-            positions.append(compute.rank + compute.world_size * (done + group.positions))
-        done += sum(len(group.labels) for group in groups)
+                outputs.append(model(move_batch(group.images, compute)))
+            order.append(group.indices)
     model.train(was_training)
-    ours = (positions, [each.cpu() for each in outputs])
-    parts = [ours] * compute.world_size
+    part = (torch.cat(order), torch.cat([each.cpu() for each in outputs])) if order else None
+    parts = [part] * compute.world_size
     if compute.world_size > 1:
-        dist.all_gather_object(parts, ours)
-    order = torch.cat([each for part in parts for each in part[0]]).argsort()
-    logits = torch.cat([each for part in parts for each in part[1]])[order]
+        dist.all_gather_object(parts, part)
+    # The images come by shape and by process; they go back to the order of `indices`.
+    found = torch.cat([each[0] for each in parts if each])
+    logits = torch.cat([each[1] for each in parts if each])
+    logits = logits[found.argsort()[indices.argsort().argsort()]]
     logits = logits.clamp(-1e4, 1e4)  # float16 overflows
     on_first_process(compute, check_numbers, logits.max().item(), "the network's outputs")
     return logits
 
 
-def evaluate_cross_fitted(logits: Tensor, eval_set: EvalSet) -> Evaluation:
+def evaluate_cross_fitted(logits: Tensor, eval_set: EvalSet, shares: ClassShares) -> Evaluation:
     """Evaluate (M, C) logits, calibrated by other images than the one that each is of."""
-    parts = eval_set.folds  # calibrated by the images of the others
+    targets, log_share, expected = eval_set.targets, shares.log_share, shares.expected_shift
+    parts = eval_set.folds  # each is calibrated by the images of the others
     if len(parts.unique()) < 2:
-        parts = cut_parts(eval_set.targets, eval_set.families)
+        parts = cut_parts(targets, eval_set.families)
     calibrated = torch.empty(logits.shape)
     for part in parts.unique():
-        ours = parts == part
-        fitted = fit_calibration(logits[~ours], eval_set.targets[~ours], eval_set)
-        calibrated[ours] = fitted.apply(logits[ours], eval_set.log_share)
-    fitted = fit_calibration(logits, eval_set.targets, eval_set)
-    return evaluate(logits, fitted, eval_set, calibrated)
+        inside = parts == part
+        outside = ~inside
+        fitted = fit_calibration(logits[outside], targets[outside], log_share[outside], expected)
+        calibrated[inside] = fitted.apply(logits[inside], log_share[inside])
+    fitted = fit_calibration(logits, targets, log_share, expected)
+    return evaluate(logits, fitted, eval_set, shares, calibrated)
 
 
 def evaluate(
-    logits: Tensor, calibration: Calibration, eval_set: EvalSet, calibrated: Tensor | None = None
+    logits: Tensor,
+    calibration: Calibration,
+    eval_set: EvalSet,
+    shares: ClassShares,
+    calibrated: Tensor | None = None,
 ) -> Evaluation:
     """Evaluate (M, C) logits as trained and calibrated, by `calibration` unless cross-fitted."""
-    targets, train_counts = eval_set.targets, eval_set.train_counts
+    targets, train_counts = eval_set.targets, shares.train_counts
     if calibrated is None:
-        calibrated = calibration.apply(logits, eval_set.log_share)
+        calibrated = calibration.apply(logits, shares.log_share)
     log_probability = calibrated.log_softmax(1)
     predicted = log_probability.argmax(1)
     losses = -log_probability.gather(1, targets[:, None]).squeeze(1)
     confusion = confusion_matrix(targets, predicted, len(train_counts))
     before = logits.float().log_softmax(1).argmax(1)
     as_trained = confusion_matrix(targets, before, len(train_counts))
-    factor = spanning_factor(predicted == targets, eval_set)
-    effective = 1 + (effective_counts(eval_set)[0] - 1) / factor
+    factor = spanning_factor(predicted == targets, eval_set, len(train_counts))
+    effective = 1 + (effective_counts(eval_set, len(train_counts))[0] - 1) / factor
     summary = summarise(confusion, train_counts, effective)
     plain = summarise(as_trained, train_counts, as_trained.sum(1))
     return Evaluation(
         eval_set=eval_set,
+        shares=shares,
         calibration=calibration,
         probabilities=log_probability.exp(),
         predicted=predicted,
@@ -988,15 +959,20 @@ def evaluate(
 
 
 def cut_parts(targets: Tensor, families: Tensor) -> Tensor:
-    """Cut M images at random into `PARTS` with as many families of each class: (M,) int64."""
-    unique, family = families.unique(return_inverse=True)
-    by_size = targets.bincount().argsort(stable=True)
-    rank = by_size.argsort()[targets]
-    rarest = torch.full_like(unique, len(by_size)).scatter_reduce(0, family, rank, "amin")
-    order = torch.randperm(len(unique), generator=seeded("parts", 0, 0))
-    order = order[by_size[rarest][order].argsort(stable=True)]
-    part = torch.zeros_like(unique)
-    part[order] = torch.arange(len(unique)) % PARTS
+    """Cut M images at random into `PARTS` with as many families of each class: (M,) int64.
+
+    Families are sorted by their rarest class and dealt out like cards: of 7 families of "ape", then
+    6 of "bee", part 0 gets the 1st and 6th of ape, then the 4th of bee.
+    """
+    names, family = families.unique(return_inverse=True)  # F families
+    by_size = targets.bincount().argsort(stable=True)  # classes, the rarest first
+    rank_of_class = by_size.argsort()
+    rank = torch.full_like(names, len(by_size))
+    rank = rank.scatter_reduce(0, family, rank_of_class[targets], "amin")  # of the rarest class
+    shuffled = torch.randperm(len(names), generator=seeded("parts", 0, 0))
+    order = shuffled[by_size[rank][shuffled].argsort(stable=True)]
+    part = torch.zeros_like(names)
+    part[order] = torch.arange(len(names)) % PARTS
     return part[family]
 
 
@@ -1006,31 +982,33 @@ def class_weights(targets: Tensor) -> Tensor:
     return weights / weights.sum()
 
 
-def fit_calibration(logits: Tensor, targets: Tensor, eval_set: EvalSet) -> Calibration:
+def fit_calibration(
+    logits: Tensor, targets: Tensor, log_share: Tensor, expected_shift: float
+) -> Calibration:
     """Fit the numbers with the lowest cross entropy of (M, C) logits; each class counts the same.
 
     A prior worth `PRIOR` images holds them near a scale of 1, and the expected shift times that.
     """
-    expected = eval_set.expected_shift
     if not len(targets):
-        return Calibration(1.0, expected)
+        return Calibration(1.0, expected_shift)
     logits = logits.double()
-    log_share = eval_set.log_share.double()
     weights = class_weights(targets)
     # Of a class without images it would be best never to predict it: it counts as half an image.
-    counts = torch.bincount(targets, minlength=len(log_share)).clamp(min=0.5)
+    counts = torch.bincount(targets, minlength=logits.shape[1]).clamp(min=0.5)
     prior = PRIOR * (1 / counts).mean() / len(counts)  # by the effective sample size (Kish 1965)
-    spread = max(log_share.std(correction=0).item(), 0.05)  # what differs less is shifted little
-    shares = (log_share - log_share.mean()) / spread
-    parameters = torch.tensor([1.0, expected * spread], dtype=torch.float64, requires_grad=True)
+    spread = max(log_share.double().std(correction=0).item(), 0.05)  # smaller ones shift little
+    shares = log_share.double() / spread
+    parameters = torch.tensor(
+        [1.0, expected_shift * spread], dtype=torch.float64, requires_grad=True
+    )
     optimizer = torch.optim.LBFGS([parameters], max_iter=50, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
         scale, shift = parameters
         losses = F.cross_entropy(scale * logits - shift * shares, targets, reduction="none")
-        far = (scale - 1) ** 2 + (shift - expected * spread * scale) ** 2
-        value = weights @ losses + prior * far
+        distance = (scale - 1) ** 2 + (shift - expected_shift * spread * scale) ** 2
+        value = weights @ losses + prior * distance
         value.backward()
         return value
 
@@ -1038,7 +1016,7 @@ def fit_calibration(logits: Tensor, targets: Tensor, eval_set: EvalSet) -> Calib
         optimizer.step(loss)
     scale, shift = parameters.tolist()
     if scale < LEAST_SCALE:  # worse than chance: it is not turned round, but knows nothing
-        return Calibration(LEAST_SCALE, expected * LEAST_SCALE)
+        return Calibration(LEAST_SCALE, expected_shift * LEAST_SCALE)
     return Calibration(scale, shift / spread)
 
 
@@ -1050,55 +1028,61 @@ def describe_run(settings: Settings, data: Data, compute: Compute) -> dict[str, 
     counts = data.counts(data.learnt(0))
     versions = [f"{each.__name__} {each.__version__}" for each in (torch, torchvision, np, PIL)]
     evaluated, tested = data.eval_mask[:-1].sum(), data.eval_mask[-1].sum()
+    networks = f"{settings.folds} networks" if settings.folds > 1 else "the network"
     return {
         "network": f"{settings.folds} x {settings.arch}, from {settings.weights}",
         "device": f"{compute.device}, {settings.precision}, processes: {compute.world_size}",
         "training images": f"{counts.sum()} in {len(counts)} classes of {counts.max()} to "
         f"{counts.min()}, imbalance ratio {counts.max() / counts.min():.1f}",
-        "judged by": f"{evaluated} images, by a network that has not learnt it; "
-        f"all networks together by {tested} others",
+        "validation images": f"{evaluated}, each for a network that has not learnt it",
+        "test images": f"{tested}, for the ensemble" if settings.folds > 1 else "none",
         "left out": f"{len(data.unreadable)} unreadable images, {data.leaks} leaks from training",
+        "kept": f"{networks} at the point of lowest validation loss on the line from linear probe "
+        "to fine-tuning",
         "versions": ", ".join([f"python {sys.version.split()[0]}", *versions]),
         **{name: str(value) for name, value in vars(settings).items()},
     }
 
 
-def list_remarks(folds: int, kept: list[str], classes: Table) -> list[str]:
-    """Return what must be known beside the result: how far the run is, what is kept, what lacks."""
-    lines = []
-    if len(kept) < folds:
-        lines.append(f"Unfinished: {len(kept)} of {folds} networks are trained to the end")
-    if "head" in kept:
-        text = "The head alone is kept, all layers are no better"
-        lines.append(f"{text}: {kept.count('head')} of {folds}")
-    if undecided := kept.count("all, undecided"):
-        text = "The head alone looks better than all layers, too few images tell"
-        lines.append(f"{text}; all layers are kept: {undecided} of {folds}")
+def list_remarks(folds: int, finished: int, kept: Kept, classes: Table) -> list[str]:
+    """Return sentences that must be read with the result: what is kept, and what is missing."""
+    remarks = []
+    if finished < folds:
+        remarks.append(f"Unfinished: {finished} of {folds} networks are trained to the end")
+    if kept.point is not None:
+        images = len(kept.evaluation.eval_set.targets)
+        text = f"Kept point: {kept.point:g} of the way from linear probe (0) to fine-tuning (1)"
+        remarks.append(f"{text}, by the lowest validation loss on {images} images")
     if folds > 1:
-        lines.append("Shown is what single networks do, not what they do together")
-    if bare := [row["class"] for row in classes if not row["val_images"]]:
-        lines.append(f"Classes without an image to judge them by: {len(bare)}, as {bare[0]}")
-    return lines
+        remarks.append("These are results of single networks; the ensemble is usually better")
+    if missing := [row["class"] for row in classes if not row["val_images"]]:
+        text = f"Classes without a validation image: {len(missing)}, the first is {missing[0]}"
+        remarks.append(f"{text}; nothing here says how well they are recognised")
+    return remarks
 
 
 def make_tables(outcome: Outcome) -> dict[str, bytes]:
     """Return, by their files' names, config.json and the tables of a run."""
-    data = outcome.data
+    data, kept = outcome.data, outcome.kept
     config: dict[str, Any] = {"settings": vars(outcome.settings), "classes": data.classes}
-    config |= {"kept": outcome.kept, "facts": outcome.facts}
+    config |= {"kept_point": kept.point, "facts": outcome.facts}
     config |= {"left_out": data.unreadable, "white": data.white, "version": __version__}
-    sides = [("result", "", outcome.evaluation, outcome.classes)]
+    sides = [("result", "", kept.evaluation, outcome.classes)]
     if outcome.tested:
         draws = [row["draws"] for row in outcome.classes]
         rows = list_classes(data.classes, draws, outcome.tested)
         sides.append(("test", "test_", outcome.tested, rows))
-    tables = {"history.csv": outcome.history, "comparison.csv": outcome.changes}
-    for name, prefix, each, classes in sides:
-        summary = each.summary.items()
+    tables = {
+        "history.csv": outcome.history,
+        "line.csv": kept.line,
+        "comparison.csv": outcome.changes,
+    }
+    for name, prefix, evaluation, classes in sides:
+        summary = evaluation.summary.items()
         config[name] = {key: None if math.isnan(x) else x for key, x in summary}
         tables[f"{prefix}classes.csv"] = classes
-        tables[f"{prefix}predictions.csv"] = list_predictions(data, each)
-        confusion = add_classes({"class": data.classes}, data.classes, each.confusion)
+        tables[f"{prefix}predictions.csv"] = list_predictions(data, evaluation)
+        confusion = add_classes({"class": data.classes}, data.classes, evaluation.confusion)
         tables[f"{prefix}confusion.csv"] = to_rows(confusion)
     files = {name: format_table(rows) for name, rows in tables.items() if rows}
     return files | {"config.json": json.dumps(config, indent=1, default=str).encode()}
@@ -1131,12 +1115,13 @@ def add_classes(columns: Mapping[str, Any], classes: list[str], values: Tensor) 
 def list_classes(names: list[str], draws: Any, evaluation: Evaluation) -> Table:
     """Return a row for each class; NaN where nothing is known."""
     eval_set, confusion = evaluation.eval_set, evaluation.confusion
-    effective, families = effective_counts(eval_set)
+    train_counts = evaluation.shares.train_counts
+    effective, families = effective_counts(eval_set, len(names))
     recall = recall_by_class(confusion)
     _, low, high = mean_interval(recall, effective, torch.eye(len(names)))
     return to_rows({
         "class": names,
-        "train_images": eval_set.train_counts,
+        "train_images": train_counts.round().long(),
         "val_images": confusion.sum(1),
         "draws": draws,
         "recall": recall,
@@ -1144,7 +1129,7 @@ def list_classes(names: list[str], draws: Any, evaluation: Evaluation) -> Table:
         "high": high.where(effective > 1, 0.0 * recall + 1),
         "precision": recall_by_class(confusion.T),  # NaN for a class never predicted
         "auc": auc_by_class(evaluation.probabilities, eval_set.targets),
-        "precision_in_use": precision_in_use(confusion, eval_set.train_counts),
+        "precision_in_use": precision_in_use(confusion, train_counts),
         "false_answers": confusion.sum(0) - confusion.diag(),
         "families": families,
         "effective_images": effective.round().long(),
@@ -1152,15 +1137,16 @@ def list_classes(names: list[str], draws: Any, evaluation: Evaluation) -> Table:
 
 
 HEADER = (
-    "fold   epoch  stage  train loss  val loss  accuracy  balanced [95 %]       as trained    many "
-    " medium     few  images/s   left"
+    "fold   epoch  step          train loss  val loss  accuracy  balanced [95 %]       as trained"
+    "    many  medium     few  images/s   left"
 )
 
 
 def print_start(settings: Settings, facts: dict[str, str], history: Table) -> None:
     """Print what a run is made of, and the epochs that are done."""
     print(printable(f"{facts['network']}; {facts['device']}; {facts['training images']}"))
-    print(printable("; ".join(f"{name}: {facts[name]}" for name in ("judged by", "left out"))))
+    names = ("validation images", "test images", "left out")
+    print(printable("; ".join(f"{name}: {facts[name]}" for name in names)))
     print("", HEADER, *(format_epoch(row, settings) for row in history), sep="\n", flush=True)
 
 
@@ -1170,10 +1156,10 @@ def format_epoch(row: dict[str, Any], settings: Settings) -> str:
     cells = {key: "-" if math.isnan(x) else f"{x:.1%}" for key, x in numbers.items()}
     epochs = settings.epochs * (settings.folds - row["fold"] + 1) - row["epoch"]
     hours, minutes = divmod(round(row["seconds"] * epochs / 60), 60)
-    left = f"{hours}h{minutes:02}" if row["epoch"] else "-"  # epoch 0 is of another kind
+    left = f"{hours}h{minutes:02}" if row["epoch"] else "-"  # the linear probe takes less
     return (
         f"{row['fold']:2}/{settings.folds:<2} {row['epoch']:3}/{settings.epochs:<3} "
-        f"{row['stage']:5}  {row['train_loss']:10.3f}  {row['val_loss']:8.3f}  "
+        f"{row['step']:12}  {row['train_loss']:10.3f}  {row['val_loss']:8.3f}  "
         f"{cells['accuracy']:>8}  {format_range(row):<20}  "
         f"{cells['as_trained_balanced_accuracy']:>10}  {cells['many']:>6}  {cells['medium']:>6}  "
         f"{cells['few']:>6}  {row['images_per_second']:8.1f}  {left:>5}"
@@ -1188,22 +1174,33 @@ def format_recall(row: dict[str, Any]) -> str:
 
 def print_end(outcome: Outcome) -> None:
     """Print, in one screen, the result, what is recognised least, and where the rest is."""
-    summary = outcome.evaluation.summary
-    lines = ["", f"balanced accuracy {format_range(summary)}"]
+    summary = outcome.kept.evaluation.summary
+    lines = ["", "point  val loss  balanced [95 %]   from linear probe (0) to fine-tuning (1)"]
+    for row in outcome.kept.line:
+        end = "  kept" if row["kept"] else ""
+        lines.append(f"{row['point']:5.2f}  {row['val_loss']:8.3f}  {format_range(row)}{end}")
+    lines += ["", f"balanced accuracy {format_range(summary)}"]
     lines.append(f"as trained        {summary['as_trained_balanced_accuracy']:.1%}")
     if outcome.tested:
         lines.append(f"untouched test    {format_range(outcome.tested.summary)}")
     lines += [*outcome.remarks, "Lowest recall:"]
-    judged = [row for row in outcome.classes if row["val_images"]]
-    lines += map(format_recall, sorted(judged, key=lambda row: row["recall"])[:3])
-    for change in outcome.changes:
-        *_, (question, answer) = change.items()
-        text = f"{change['measure']:17} {change['before']:.1%} in {outcome.settings.baseline}, "
-        text += f"now {change['after']:.1%}: {100 * change['difference']:+.1f} points "
-        text += f"[{100 * change['low']:+.1f}, {100 * change['high']:+.1f}], {question} {answer}"
-        lines.append(text)
+    validated = [row for row in outcome.classes if row["val_images"]]
+    lines += map(format_recall, sorted(validated, key=lambda row: row["recall"])[:3])
+    lines += [format_change(row, outcome.settings.baseline) for row in outcome.changes]
     lines.append(f"Everything else is in {outcome.settings.output}, see report.html there")
     print(*map(printable, lines), sep="\n")
+
+
+def format_change(row: dict[str, Any], baseline: Path | None) -> str:
+    """Return a sentence on how a measure has changed since the baseline."""
+    points = [f"{100 * row[name]:+.1f}" for name in ("difference", "low", "high")]
+    chance = "within the chance of these images"
+    if row["more_than_chance"] == "yes":
+        chance = "more than the chance of these images; another seed may change it as much"
+    return (
+        f"{row['measure']:17} {row['before']:.1%} in {baseline}, now {row['after']:.1%}: "
+        f"{points[0]} points [{points[1]}, {points[2]}], {chance}"
+    )
 
 
 # -------------------------------------------------------------------------------------------- page
@@ -1213,10 +1210,10 @@ THUMBNAIL = 160  # pixels a side
 TERMS = (
     "Balanced accuracy: the mean recall of the classes; many, medium, few: of those of over 100, "
     "20 to 100, under 20 training images. Intervals (bars): 95 %, over images; another training "
-    "can move a figure further. Calibration: logits times a scale, less a shift times log share of "
-    "the class, fitted on other images; for --predict on all, so that its probabilities differ a "
-    "little. Precision in use: where classes are as frequent as in training. AUC: how often an "
-    "image of the class has a higher probability of it than others."
+    "can change a figure by more. Calibration: logits times a scale, less a shift times the log of "
+    "the class's share, fitted on other images; for --predict on all, so that its probabilities "
+    "differ a little. Precision in use: where classes are as frequent as in training. AUC: how "
+    "often an image of the class has a higher probability of it than others."
 )
 STYLE = """:root{color-scheme:light dark;background:Canvas;color:CanvasText;font:16px/1.5 system-ui,
 sans-serif}body{max-width:1150px;margin:auto;padding:8px 14px 64px;overflow-wrap:anywhere}h2{
@@ -1237,22 +1234,15 @@ stroke-width:2;vector-effect:non-scaling-stroke}.old{color:#e08214}.new{color:#3
 
 def make_page(outcome: Outcome) -> bytes:
     """Return the page of a run, which is one file without scripts."""
-    evaluation, history, classes = outcome.evaluation, outcome.history, outcome.classes
-    if outcome.changes:
-        before = confusion_matrix(evaluation.eval_set.targets, outcome.baseline, len(classes))
-        recalls = recall_by_class(before).tolist()
-        classes = [row | {"before": x} for row, x in zip(classes, recalls, strict=True)]
-    loss = ("Loss (orange: training, blue: validation)", "train_loss", "val_loss")
-    balanced = "Balanced accuracy (orange: as trained, blue: calibrated)"
-    results = (balanced, "as_trained_balanced_accuracy", "balanced_accuracy")
+    evaluation = outcome.kept.evaluation
     facts = "".join(f"<dt>{show(k)}</dt><dd>{show(v)}</dd>" for k, v in outcome.facts.items())
     sections = {
         "Compared with the baseline": show_changes(outcome.changes),
-        "Classes": show_rows(sorted(classes, key=lambda row: -row["train_images"])),
+        "Classes": show_rows(sorted(outcome.classes, key=lambda row: -row["train_images"])),
         "Mistakes": show_mistakes(outcome.data, evaluation),
-        "Images that two classes have": show_rows(list_contradictions(outcome.data)),
         "Confusions": show_confusions(outcome.data.classes, evaluation.confusion),
-        "Training": curve_chart(history, *loss) + curve_chart(history, *results),
+        "Training": show_training(outcome.history),
+        "From linear probe (0) to fine-tuning (1)": show_line(outcome.kept.line),
         "How this was measured": f"<p>{TERMS}</p><dl>{facts}</dl>",
     }
     title = show(outcome.settings.data.name)
@@ -1264,17 +1254,17 @@ def make_page(outcome: Outcome) -> bytes:
 
 
 def show_result(outcome: Outcome) -> str:
-    """Return what was judged in words, and tiles: the result, the rarest and the worst class."""
-    summary = outcome.evaluation.summary
+    """Return the remarks, and tiles: the result, the most frequent, rarest and worst class."""
+    summary = outcome.kept.evaluation.summary
     tiles = {"balanced accuracy": format_range(summary)}
     if outcome.tested:
         tiles["untouched test"] = format_range(outcome.tested.summary)
     tiles["as trained"] = f"{summary['as_trained_balanced_accuracy']:.1%} before calibration"
-    judged = [row for row in outcome.classes if row["val_images"]]
+    validated = [row for row in outcome.classes if row["val_images"]]
     named = {
-        "most frequent class": max(judged, key=lambda row: row["train_images"]),
-        "rarest class": min(judged, key=lambda row: row["train_images"]),
-        "lowest recall": min(judged, key=lambda row: row["recall"]),
+        "most frequent class": max(validated, key=lambda row: row["train_images"]),
+        "rarest class": min(validated, key=lambda row: row["train_images"]),
+        "lowest recall": min(validated, key=lambda row: row["recall"]),
     }
     for name, row in named.items():
         tiles[name] = f"{row['recall']:.1%} [{row['low']:.0%}, {row['high']:.0%}] {row['class']}"
@@ -1291,6 +1281,25 @@ def show(value: Any) -> str:
     if isinstance(value, float):
         return "–" if math.isnan(value) else f"{100 * value:.1f}\u00a0%"
     return html.escape(printable(str(value)))
+
+
+def show_training(history: Table) -> str:
+    """Return charts of loss and balanced accuracy by epoch, of which 0 is the linear probe."""
+    loss = ("Loss (orange: training, blue: validation)", "train_loss", "val_loss")
+    title = "Balanced accuracy (orange: as trained, blue: calibrated)"
+    results = (title, "as_trained_balanced_accuracy", "balanced_accuracy")
+    return curve_chart(history, *loss) + curve_chart(history, *results)
+
+
+def show_line(line: Table) -> str:
+    """Return a table of the results at the points of the line."""
+    names = ("val_loss", "balanced_accuracy", "many", "medium", "few")
+    rows = []
+    for row in line:
+        cells = {"point": f"{row['point']:g}", "val_loss": f"{row['val_loss']:.3f}"}
+        cells |= {name: row[name] for name in names[1:]}
+        rows.append(cells | {"": "kept" if row["kept"] else ""})
+    return show_rows(rows)
 
 
 def curve_chart(history: Table, title: str, before: str, after: str) -> str:
@@ -1337,33 +1346,34 @@ def show_rows(rows: Table) -> str:
 
 
 def show_confusions(classes: list[str], confusion: Tensor) -> str:
-    """Return a table of what is most often taken for what."""
+    """Return a table of the classes that are most often mistaken for each other."""
     wrong = confusion.clone().fill_diagonal_(-1).flatten()
     worst = wrong.argsort(descending=True, stable=True)[: int((wrong > 0).sum())]
     rows = []
     for pair in worst[:20].tolist():
-        true, taken = divmod(pair, len(classes))
+        true, predicted = divmod(pair, len(classes))
         share = f"{wrong[pair]} of {confusion[true].sum()}"
-        rows.append({"class": classes[true], "taken for": classes[taken], "images": share})
+        rows.append({"class": classes[true], "predicted": classes[predicted], "images": share})
     return show_rows(rows)
 
 
 def show_mistakes(data: Data, evaluation: Evaluation) -> str:
     """Return the images that are wrong with the most confidence, each beside a training image."""
     wrong = (evaluation.predicted != evaluation.eval_set.targets).nonzero().flatten()
-    surest = evaluation.probabilities.amax(1)
-    order = surest[wrong].argsort(descending=True, stable=True)
+    confidence = evaluation.probabilities.amax(1)
+    order = confidence[wrong].argsort(descending=True, stable=True)
     text = ""
     for row in wrong[order][:MISTAKES].tolist():
         index = int(evaluation.eval_set.indices[row])
-        taken = int(evaluation.predicted[row])
+        predicted = int(evaluation.predicted[row])
         learnt = data.learnt(int(evaluation.eval_set.folds[row]))
-        alike = learnt[data.labels[learnt] == taken]
-        relation = f"taken for ({show(surest[row].item())})"
+        examples = learnt[data.labels[learnt] == predicted]
+        example = int(examples[len(examples) // 2])
+        relation = f"predicted ({show(confidence[row].item())})"
         text += f"<figure>{show_image(data, index, 'is', int(data.labels[index]))}"
-        text += f"{show_image(data, int(alike[len(alike) // 2]), relation, taken)}</figure>"
-    said = "Wrong with the most confidence, beside a training image of the class it was taken for."
-    return text and f'<p>{said}</p><div class="pairs">{text}</div>'
+        text += f"{show_image(data, example, relation, predicted)}</figure>"
+    title = "Wrong with the most confidence, beside a training image of the predicted class."
+    return text and f'<p>{title}</p><div class="pairs">{text}</div>'
 
 
 def show_image(data: Data, index: int, relation: str, label: int) -> str:
@@ -1382,21 +1392,19 @@ def show_image(data: Data, index: int, relation: str, label: int) -> str:
 # -------------------------------------------------------------------------------------- run folder
 
 START = "start.pt"  # the network before its first step
-NOT_IN_STATE = ("start", "finished", "evaluation")  # what of `Progress` is stored elsewhere, or not
+IN_STATE = ("draws", "history", "head", "trainer")  # what of `Progress` is stored there
 PATHS = ("data", "val", "source", "output", "baseline")  # settings that are paths
 
 
-def open_run(
-    settings: Settings, options: Options, compute: Compute
-) -> tuple[Settings, Listing, Stored]:
-    """Return the settings of a run, its images, and what is stored: its state, or its weights."""
+def open_run(settings: Settings, options: Options, compute: Compute) -> Opened:
+    """Return the settings of a run, its images, and what is read from files before it begins."""
     if options.resume:
         return reopen_run(options.resume, compute.precision if options.amp is not None else None)
     check_paths(settings)
     listing = list_data(settings.data, settings.val, settings.source)
-    stored = read_weights(settings.weights)
+    weights = read_weights(settings.weights)
     default_arch = "resnet18" if compute.device.type == "cpu" else "resnet50"
-    arch = settings.arch or stored.get("arch", default_arch)
+    arch = settings.arch or weights.get("arch", default_arch)
     images = sum(file.part == "train" for file in listing[1])
     if settings.folds > 1:
         images -= round(images / settings.folds)
@@ -1404,38 +1412,37 @@ def open_run(
         images -= round(images * VAL_FRACTION)
     size = settings.batch_size or (BATCH if images >= SMALL else BATCH // 2)
     paths = {name: path.resolve() for name in PATHS if (path := getattr(settings, name))}
-    settled = replace(
+    settings = replace(
         settings,
         **paths,
         arch=arch,
-        image_size=settings.image_size or stored.get("image_size", 224),
-        weights=check_weights(settings.weights, stored, arch),
+        image_size=settings.image_size or weights.get("image_size", 224),
+        weights=check_weights(settings.weights, weights, arch),
         batch_size=math.ceil(size / compute.world_size) * compute.world_size,
         precision=compute.precision,
     )
-    return settled, listing, stored
+    return Opened(settings, listing, weights, state={})
 
 
-def reopen_run(folder: Path, precision: str | None) -> tuple[Settings, Listing, Stored]:
+def reopen_run(folder: Path, precision: str | None) -> Opened:
     """Return the same of a stopped run, which goes on in another `precision` if one is named."""
     if (folder / STATE).exists():
         lock_folder(folder, "--resume")
     if not (folder / STATE).exists():  # any more
         raise DataError(f"--resume {folder}: no stopped run there, or a complete one")
-    stored = load_tensors(folder / STATE, "--resume")
-    check_format(folder / STATE, stored, "--resume")
-    # What is not there has its default; what is no setting any more is left out.
-    chosen = {name: x for name, x in stored["settings"].items() if hasattr(Settings, name)}
-    chosen["output"] = folder
+    state = load_tensors(folder / STATE, "--resume")
+    check_format(folder / STATE, state, "--resume")
+    chosen = state["settings"] | {"output": folder}
     if precision:
         chosen["precision"] = precision
-    chosen |= {name: Path(path).resolve() for name in PATHS if (path := chosen.get(name))}
+    chosen |= {name: Path(path).resolve() for name in PATHS if (path := chosen[name])}
     settings = Settings(**chosen)
-    return settings, list_data(settings.data, settings.val, settings.source), stored
+    listing = list_data(settings.data, settings.val, settings.source)
+    return Opened(settings, listing, weights={}, state=state)
 
 
 def check_paths(settings: Settings) -> None:
-    """Raise `DataError` where the paths of a command line are of no use."""
+    """Raise `DataError` where the paths of a command line cannot be used."""
     output = settings.output
     check_output(output)
     sources = {"DATA": settings.data, "--source": settings.source, "--val": settings.val}
@@ -1443,7 +1450,7 @@ def check_paths(settings: Settings) -> None:
         if folder and not folder.is_dir():
             raise DataError(f"{name} {folder}: no such folder; pass one that holds class folders")
         if folder and output.resolve().is_relative_to(folder.resolve()):
-            raise DataError(f"--output {output}: would be a class of {folder}; move it out")
+            raise DataError(f"--output {output}: would be a class of {folder}; name one outside it")
 
 
 def check_output(output: Path) -> None:
@@ -1458,36 +1465,36 @@ def check_output(output: Path) -> None:
         raise DataError(f"--output {output}: not empty; name a new folder, or --resume a run")
 
 
-def load_progress(settings: Settings, data: Data, model: Any, stored: Stored) -> Progress:
+def load_progress(opened: Opened, data: Data) -> Progress:
     """Return how far a stopped run has come, or begin to store a new one."""
+    settings, state = opened.settings, opened.state
     output = settings.output
-    if "history" not in stored:
+    if not state:
+        start = load_model(settings, data.classes, opened.weights).state_dict()
         lock_folder(output, "--output")
         check_output(output)  # another run may have been there meanwhile
         shutil.rmtree(output / COPIES, ignore_errors=True)  # of other images, from a killed run
         write_file(output / "split.csv", format_table(list_split(data)))
-        progress = Progress(copy_state(model), torch.zeros(len(data.classes), dtype=torch.int64))
-        save_tensors(output / START, progress.start)
-        return progress
+        save_tensors(output / START, start)
+        return Progress(start, draws=torch.zeros(len(data.classes), dtype=torch.int64))
     if changed := find_difference(list_split(data), read_table(output / "split.csv")):
         text = "gone, new or changed since the run began; put it back, or start a new run"
         raise DataError(f"{settings.data}: {changed}: {text}")
-    kept = {each.name: stored[each.name] for each in fields(Progress) if each.name in stored}
-    progress = Progress(start=load_tensors(output / START, "--resume"), **kept)
-    for fold in range(1, settings.folds + 1):
-        if progress.has_done(fold - 1, settings.epochs):
-            content = load_tensors(output / f"fold-{fold}.pt", "--resume")
-            progress.finished.append(FoldResult(**content))
+    start = load_tensors(output / START, "--resume")
+    progress = Progress(start, **{name: state[name] for name in IN_STATE})
+    for fold in range(settings.folds):
+        file = output / f"fold-{fold + 1}.pt"
+        if progress.has_done(fold, settings.epochs) and file.exists():
+            progress.finished.append(FoldResult(**load_tensors(file, "--resume")))
     return progress
 
 
-def state_of(context: Context, progress: Progress) -> dict[str, Any]:
-    """Return what is stored to go on with a run."""
-    stored = {name: value for name, value in vars(progress).items() if name not in NOT_IN_STATE}
-    settings = vars(context.settings).items()
-    stored["settings"] = {k: str(v) if isinstance(v, Path) else v for k, v in settings}
-    stored |= {"format": FORMAT, "version": __version__, "learnt": context.learnt_before}
-    return stored | {"networks": [context.model.state_dict()]}
+def state_of(settings: Settings, progress: Progress) -> dict[str, Any]:
+    """Return what is stored to go on with a run; `START` and the files of folds hold the rest."""
+    stored: dict[str, Any] = {name: getattr(progress, name) for name in IN_STATE}
+    chosen = vars(settings).items()
+    stored["settings"] = {k: str(v) if isinstance(v, Path) else v for k, v in chosen}
+    return stored | {"format": FORMAT, "version": __version__}
 
 
 def remove_state(output: Path) -> None:
@@ -1499,32 +1506,30 @@ def remove_state(output: Path) -> None:
     shutil.rmtree(output / COPIES, ignore_errors=True)
 
 
-def describe_networks(
-    context: Context, networks: list[State], evaluation: Evaluation
-) -> dict[str, Any]:
-    """Return all that it takes to use the networks of a run: the content of `NETWORK`."""
-    settings, data, before = context.settings, context.data, context.learnt_before
+def describe_networks(settings: Settings, data: Data, kept: Kept) -> dict[str, Any]:
+    """Return all that it takes to use the networks of a run: the content of `NETWORK`.
+
+    Images and families that they have learnt are there as digests alone: names may be patients'.
+    """
     learnt = data.train_mask.any(0).nonzero().flatten()
-    digests = torch.cat([data.digests[learnt], before.get("digests", data.digests[:0])])
-    groups = {pattern: set(names) for pattern, names in before.get("groups", ())}
-    groups |= {settings.group: groups.get(settings.group, set())} if settings.group else {}
-    for pattern, names in groups.items():
-        names |= {family_name(data.files[index].name, pattern) for index in learnt.tolist()}
-    families = [(pattern, sorted(names - {None})) for pattern, names in groups.items()]
-    calibration = evaluation.calibration.of_networks(len(networks))
+    names = {group_name(data.files[index].name, settings.group) for index in learnt.tolist()}
+    digests = [digest_of(name.encode(errors="surrogateescape")) for name in names if name]
+    calibration = kept.evaluation.calibration.of_networks(len(kept.networks))
+    counts = data.fold_counts()[: len(kept.networks)].double()
     return {
         "format": FORMAT,
         "version": __version__,
         "arch": settings.arch,
         "classes": data.classes,
-        "train_images": evaluation.eval_set.train_counts.tolist(),
-        "natural": evaluation.eval_set.log_share,  # for classes as frequent as in training
+        "train_images": counts.mean(0).round().long().tolist(),
+        "natural": centred_log(counts).mean(0),  # added to logits: for classes as in training
         "image_size": settings.image_size,
         "white": data.white,
-        "learnt": {"digests": digests.unique(), "groups": families},
+        "group": settings.group,
+        "learnt": torch.cat([data.digests[learnt], torch.tensor(digests).long()]).unique(),
         "scale": calibration.scale,
         "shift": calibration.shift,
-        "networks": networks,  # as trained, before calibration
+        "networks": kept.networks,  # as trained, before calibration
     }
 
 
@@ -1554,8 +1559,8 @@ def load_baseline(folder: Path | None, data: Data) -> Tensor:
     tables = [list_split(data), read_table(folder / "split.csv")]
     evaluated = [[row for row in rows if row["part"] not in ("train", "test")] for rows in tables]
     if different := find_difference(*evaluated):
-        text = f"judged by other images, {different} for one; give both runs the same DATA, flags"
-        raise DataError(f"--baseline {folder}: {text}")
+        text = f"it was evaluated on other images, the first is {different}"
+        raise DataError(f"--baseline {folder}: {text}; give both runs the same DATA and flags")
     labels = {name: label for label, name in enumerate(data.classes)}
     rows = read_table(folder / "predictions.csv")
     if strange := {row["predicted"] for row in rows} - labels.keys():
@@ -1566,9 +1571,9 @@ def load_baseline(folder: Path | None, data: Data) -> Tensor:
     return torch.tensor([predicted[data.files[index].name] for index in fold_by_fold])
 
 
-def find_difference(ours: Table, theirs: Table) -> str:
+def find_difference(one: Table, other: Table) -> str:
     """Return the path of the first image that only one of two splits has, "" if there is none."""
-    sides = [{(row["path"], row["digest"]) for row in rows} for rows in (ours, theirs)]
+    sides = [{(row["path"], row["digest"]) for row in rows} for rows in (one, other)]
     return min(sides[0] ^ sides[1], default=("",))[0]
 
 
@@ -1577,78 +1582,76 @@ def find_difference(ours: Table, theirs: Table) -> str:
 VAL_FRACTION = 0.2  # part of each class that is kept for validation
 
 
-def load_data(settings: Settings, listing: Listing, stored: Stored) -> Data:
+def load_data(settings: Settings, listing: Listing, weights: Stored) -> Data:
     """Read the listed images and decide who learns and who is evaluated; leaks are left out."""
     classes, files = listing
     checked, peak = check_images([file.path for file in files])
     unreadable = [file.path for file in files if file.path not in checked]
     files = [file for file in files if file.path in checked]
     if not files:
-        raise DataError(f"{settings.data}: no image that can be read")
+        raise DataError(f"{settings.data}: no image that can be read; pass other images")
     digests = torch.tensor([checked[file.path] for file in files])
-    patterns = [settings.group] if settings.group else []
-    families = torch.tensor(find_families(files, digests.tolist(), patterns))
+    families = find_families(files, digests.tolist(), settings.group)
     if settings.group:
         check_group(settings.group, files, families)
-    before = families[find_learnt(files, digests, stored.get("learnt", {}))]
-    is_learnt = torch.isin(families, before)
-    train_mask, eval_mask = assign_images(settings, files, families, is_learnt)
-    is_ours = torch.tensor([file.part == "train" for file in files])
-    if len(before):
-        text = f"its network has learnt {(is_ours & is_learnt).sum()} of {is_ours.sum()} images, or"
-        text += " their families: these only train"
-        print(f"--weights {printable(settings.weights)}: {text}", file=sys.stderr)
-    taken = torch.cat([families[train_mask.any(0)], before])
-    leaks = ~is_ours & torch.isin(families, taken)
-    kept = (~leaks).nonzero().flatten()
+    train_mask, eval_mask = assign_images(settings, files, families)
+    is_own = torch.tensor([file.part == "train" for file in files])
+    leaks = ~is_own & torch.isin(families, families[train_mask.any(0)])
     if leaks.any():
-        first = printable(files[int(leaks.nonzero()[0])].path)
-        text = f"{leaks.sum()} validation images leak from training: left out, {first} for one"
-        print(f"warning: {text}", file=sys.stderr)
+        first = files[int(leaks.nonzero()[0])].path
+        text = f"{leaks.sum()} validation images are, or belong to, training images: left out"
+        print_warning(f"{text}, the first is {first}")
+    remaining = (~leaks).nonzero().flatten()
     data = Data(
         classes=classes,
-        files=[files[index] for index in kept.tolist()],
-        labels=torch.tensor([file.label for file in files])[kept],
-        train_mask=train_mask[:, kept],
-        eval_mask=eval_mask[:, kept],
-        families=families[kept],
-        digests=digests[kept],
+        files=[files[index] for index in remaining.tolist()],
+        labels=torch.tensor([file.label for file in files])[remaining],
+        train_mask=train_mask[:, remaining],
+        eval_mask=eval_mask[:, remaining],
+        families=families[remaining],
+        digests=digests[remaining],
         white=find_white(peak),
         leaks=int(leaks.sum()),
         unreadable=unreadable,
     )
-    if twice := list_contradictions(data):
-        text = f"{len(twice)} images are in two classes, as {' and '.join(twice[0].values())}"
-        print(f"warning: {printable(text)}; both labels stay, see the page", file=sys.stderr)
+    if pairs := list_contradictions(data):
+        first = " and ".join(pairs[0])
+        print_warning(f"{len(pairs)} images are in two classes, the first is {first}; both stay")
     check_parts(settings, data)
+    is_learnt = find_learnt(data.files, data.digests, weights) & data.eval_mask.any(0)
+    if is_learnt.any():
+        text = f"its network has learnt {is_learnt.sum()} of {data.eval_mask.any(0).sum()}"
+        print_warning(
+            f"--weights {settings.weights}: {text} validation images: results are too good"
+        )
     return data
 
 
 def check_parts(settings: Settings, data: Data) -> None:
     """Raise `DataError` if there is nothing to train on, or to validate on."""
     for fold in range(settings.folds):
-        if bare := (data.counts(data.learnt(fold)) == 0).nonzero().flatten().tolist():
+        absent = (data.counts(data.learnt(fold)) == 0).nonzero().flatten().tolist()
+        if absent:
             text = "no image that can be read is left to train on; add some or remove the class"
-            raise DataError(f"{settings.data}: {data.classes[bare[0]]}: {text}")
+            raise DataError(f"{settings.data}: {data.classes[absent[0]]}: {text}")
         if not data.eval_mask[fold].any():
             text = f"{settings.data}: nothing to validate on; pass --val"
             if settings.folds > 1:
-                text = f"--folds {settings.folds}: too few images for so many, or all are learnt"
-                text += "; take fewer, or other --weights"
+                text = f"--folds {settings.folds}: too few images for so many; take fewer"
             elif settings.val:
                 text = f"--val {settings.val}: nothing to validate on; pass another folder"
             raise DataError(text)
 
 
-def list_contradictions(data: Data) -> Table:
-    """Return a row for each image that is, byte by byte, in another class as well."""
+def list_contradictions(data: Data) -> list[tuple[str, str]]:
+    """Return the names of images that are, byte by byte, in another class as well, in pairs."""
     first: dict[int, ImageFile] = {}
-    table = []
+    pairs = []
     for file, digest in zip(data.files, data.digests.tolist(), strict=True):
         other = first.setdefault(digest, file)
         if other.label != file.label:
-            table.append({"image": other.name, "is also": file.name})
-    return table
+            pairs.append((other.name, file.name))
+    return pairs
 
 
 def check_batches(settings: Settings, data: Data, world_size: int) -> None:
@@ -1656,7 +1659,7 @@ def check_batches(settings: Settings, data: Data, world_size: int) -> None:
     images = data.train_mask.sum(1).tolist()  # of each fold
     smallest = min(n // math.ceil(n / settings.batch_size) for n in images) // world_size
     if smallest < (2 if settings.image_size <= STRIDE else 1):
-        text = "too few images for BatchNorm; take more"
+        text = "too few images for BatchNorm; choose a larger one"
         raise DataError(f"--batch-size {settings.batch_size}: {text}")
 
 
@@ -1672,8 +1675,8 @@ def list_data(data: Path, val: Path | None, source: Path | None) -> Listing:
     empty = sorted(set(classes).difference(classes[file.label] for file in files))
     if empty or len(classes) < 2:
         text = "at least two class folders are needed, with images in each"
-        cure = f"{empty[0]} has none" if empty else "pass the folder that holds them"
-        raise DataError(f"{data}: {text}; {cure}")
+        advice = f"{empty[0]} has none" if empty else "pass the folder that holds them"
+        raise DataError(f"{data}: {text}; {advice}")
     names = {file.name for file in files}
     for part, folder in (("val", val), ("source", source)):
         if folder:
@@ -1690,8 +1693,8 @@ def list_class_images(root: Path, classes: list[str], part: str) -> list[ImageFi
     files, others = list_images(root, classes, part)
     others += [file.name for file in files if file.label < 0]
     if others:
-        text = f"{root}: {len(others)} files left out, no images or in no class: {min(others)} ..."
-        print(f"warning: {printable(text)}", file=sys.stderr)
+        text = f"{len(others)} files left out, which are no images or in no class"
+        print_warning(f"{root}: {text}, the first is {min(others)}")
     files = [file for file in files if file.label >= 0]
     return sorted(files, key=lambda file: (file.label, os.path.split(file.path)))
 
@@ -1701,38 +1704,32 @@ def list_images(root: Path, classes: list[str], part: str) -> tuple[list[ImageFi
     labels = {name: label for label, name in enumerate(classes)}
     files = []
     others = []
-    for path in walk_files(str(root)):
+    for path, is_image in walk_files(str(root)):
         name = path.removeprefix(str(root)).replace(os.sep, "/").lstrip("/")
         folder, _, below = name.partition("/")
-        if name.lower().endswith(IMG_EXTENSIONS):
+        if is_image:
             label = labels.get(folder, -1) if below else -1
             files.append(ImageFile(path, name, label, part))
-        else:
+        elif not os.path.basename(path).startswith("."):
             others.append(name)
     return files, others
 
 
-def family_name(name: str, pattern: str) -> str | None:
-    """Return what a pattern matches in the name of an image, class/file, below its class, if so."""
-    match = re.search(pattern, name.partition("/")[2])
-    return match and match[min(1, match.re.groups)]
+def group_name(name: str, pattern: str | None) -> str:
+    """Return what a pattern matches in the path of an image below its class; "" for nothing."""
+    match = re.search(pattern, name.partition("/")[2]) if pattern else None
+    return (match[min(1, match.re.groups)] or "") if match else ""
 
 
-def find_learnt(files: list[ImageFile], digests: Tensor, learnt: Stored) -> Tensor:
-    """Return which images a network has learnt, itself or one of its family: (N,) bool.
-
-    `learnt` holds "digests", and "groups": patterns, each with the names of families.
-    """
-    is_learnt = torch.isin(digests, learnt.get("digests", digests[:0]))
-    for pattern, names in learnt.get("groups", ()):
-        families = set(names)
-        is_learnt |= torch.tensor([family_name(file.name, pattern) in families for file in files])
-    return is_learnt
+def find_learnt(files: list[ImageFile], digests: Tensor, weights: Stored) -> Tensor:
+    """Return which images the network of a run has learnt, or others of their group: (N,) bool."""
+    learnt = weights.get("learnt", digests[:0])
+    names = [group_name(file.name, weights.get("group")) for file in files]
+    groups = [digest_of(name.encode(errors="surrogateescape")) if name else 0 for name in names]
+    return torch.isin(digests, learnt) | torch.isin(torch.tensor(groups), learnt)
 
 
-def find_families(
-    files: list[ImageFile], digests: Sequence[int], patterns: Sequence[str]
-) -> list[int]:
+def find_families(files: list[ImageFile], digests: Sequence[int], pattern: str | None) -> Tensor:
     """Return a number for each image, the same in a family: copies, and what a pattern matches."""
     parent: dict[Any, Any] = {}  # a forest (union-find), in which each tree is a family
 
@@ -1742,17 +1739,15 @@ def find_families(
         return key
 
     for file, digest in zip(files, digests, strict=True):
-        for pattern in patterns:
-            name = family_name(file.name, pattern)
-            if name is not None:
-                parent[root(digest)] = root((pattern, name))
+        if name := group_name(file.name, pattern):
+            parent[root(digest)] = root(name)
     numbers: dict[Any, int] = {}
-    return [numbers.setdefault(root(digest), len(numbers)) for digest in digests]
+    return torch.tensor([numbers.setdefault(root(digest), len(numbers)) for digest in digests])
 
 
 def check_group(pattern: str, files: list[ImageFile], families: Tensor) -> None:
-    """Say what `--group` has matched, or raise `DataError` if that is of no use."""
-    unmatched = [family_name(file.name, pattern) for file in files].count(None)
+    """Print what `--group` has matched, or raise `DataError` if that is of no use."""
+    unmatched = [group_name(file.name, pattern) for file in files].count("")
     count = len(families.unique())
     text = f"--group {pattern}: {count} families; unmatched images: {unmatched}"
     if unmatched == len(files) or count == 1:
@@ -1761,22 +1756,22 @@ def check_group(pattern: str, files: list[ImageFile], families: Tensor) -> None:
 
 
 def assign_images(
-    settings: Settings, files: list[ImageFile], families: Tensor, is_learnt: Tensor
+    settings: Settings, files: list[ImageFile], families: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return who learns, (K, N) bool, and who is evaluated, (K + 1, N); families stay together.
 
     Images of `--val` and SRC are evaluated, with folds by the ensemble alone. Of DATA each fold has
-    its share, or the only one a fifth. What `--weights` has learnt only trains.
+    its share, or the only one a fifth.
     """
     folds = settings.folds
-    is_ours = torch.tensor([file.part == "train" for file in files])
-    train_mask = is_ours.repeat(folds, 1)
+    is_own = torch.tensor([file.part == "train" for file in files])
+    train_mask = is_own.repeat(folds, 1)
     eval_mask = torch.zeros(folds + 1, len(files), dtype=torch.bool)
-    eval_mask[folds if folds > 1 else 0] = ~is_ours
+    eval_mask[folds if folds > 1 else 0] = ~is_own
     if settings.val and folds == 1:
         return train_mask, eval_mask
-    ours = (is_ours & ~is_learnt if folds > 1 else is_ours).nonzero().flatten()
-    candidates = [files[index] for index in ours.tolist()]
+    own = is_own.nonzero().flatten()
+    candidates = [files[index] for index in own.tolist()]
     labels = np.array([file.label for file in candidates], dtype=np.int64)
     counts = np.bincount(labels).astype(float)
     wanted = np.tile(counts / folds, (folds, 1))
@@ -1786,51 +1781,47 @@ def assign_images(
     # Their order depends on their names and the seed alone, whatever else is there.
     names = [f"{settings.seed}/{file.name}".encode(errors="surrogateescape") for file in candidates]
     order = [hashlib.sha256(name).digest() for name in names]
-    stays = is_learnt[ours].tolist()
-    parts = assign_parts(labels, families[ours].tolist(), order, wanted, stays)
+    parts = assign_parts(labels, families[own].tolist(), order, wanted)
     for fold in range(folds):
-        held = ours[torch.from_numpy(parts == (fold if folds > 1 else 1))]
+        held = own[torch.from_numpy(parts == (fold if folds > 1 else 1))]
         train_mask[fold, held] = False
         eval_mask[fold, held] = True
     return train_mask, eval_mask
 
 
 def assign_parts(
-    labels: np.ndarray,
-    families: Sequence[int],
-    order: Sequence[bytes],
-    wanted: np.ndarray,
-    stays: Sequence[bool],
+    labels: np.ndarray, families: Sequence[int], order: Sequence[bytes], wanted: np.ndarray
 ) -> np.ndarray:
     """Return the part of each image, so that part p gets about `wanted[p, c]` images of class c.
 
-    Images that stay are in part 0. The families of others, largest first, then in `order`, go where
-    they most reduce the sum of squared differences / wanted. Every part gets every class that has
-    enough families; but for rare cases, where families span classes.
+    Families, largest first, then in `order`, go where they most reduce the sum of squared
+    differences / wanted. Every part gets every class that has enough families; but for rare cases,
+    where families span classes.
     """
     members: dict[int, list[int]] = defaultdict(list)
     for index, family in enumerate(families):
         members[family].append(index)
     groups = sorted(members.values(), key=lambda each: (-len(each), min(order[i] for i in each)))
-    groups.sort(key=lambda each: not stays[each[0]])
     left = np.zeros(wanted.shape[1])  # families of each class to come
     for group in groups:
         left[np.unique(labels[group])] += 1
-    missing = wanted.copy()
+    missing = wanted.copy()  # images of each class that each part still lacks
     parts = np.zeros(len(labels), dtype=int)
     turns = np.arange(len(wanted))
     for group in groups:
         classes, images = np.unique(labels[group], return_counts=True)
-        want, lack = wanted[:, classes], missing[:, classes]
-        # A part that has none of a class is due one if no more families of it are left than such
-        # parts; ties go to the parts by turns.
-        is_bare = (lack == want) & (want > 0)
-        is_due = is_bare & (is_bare.cumsum(0) <= left[classes]) & (is_bare.sum(0) >= left[classes])
+        want = wanted[:, classes]
+        lack = missing[:, classes]
+        # A part without any image of a class is due one, if no more families of the class are left
+        # than there are such parts: of 3 families and 3 parts each part gets one.
+        is_empty = (lack == want) & (want > 0)
+        is_due = is_empty & (is_empty.cumsum(0) <= left[classes])
+        is_due &= is_empty.sum(0) >= left[classes]
         with np.errstate(divide="ignore"):
-            closer = (images * (2 * lack - images) / want).sum(1)
+            improvement = (images * (2 * lack - images) / want).sum(1)
+        # Ties go to the parts by turns.
         turn = (classes[0] - turns) % len(turns) if len(turns) > 2 else -turns
-        best = np.lexsort((turn, closer, is_due.any(1)))[-1]
-        best = 0 if stays[group[0]] else best
+        best = np.lexsort((turn, improvement, is_due.any(1)))[-1]
         missing[best, classes] -= images
         left[classes] -= 1
         parts[group] = best
@@ -1839,19 +1830,12 @@ def assign_parts(
 
 # ------------------------------------------------------------------------------------------- model
 
+SUPPORTED = ("resnet", "resnext", "wide_resnet")  # how names of networks begin; others: unmeasured
+# How the names of a ResNet's layers begin, in four groups, from below; "fc" is the last layer.
+LAYERS = (("conv1.", "bn1.", "layer1."), ("layer2.",), ("layer3.",), ("layer4.", "fc."))
 # AdamW changes a weight by about the rate, whatever its size, and files differ a hundredfold.
 CONV_SCALE = 0.5  # root mean square of weights, times sqrt(fan-in), that the rates are for
 FEATURE_SCALE = 2.0  # and of the BatchNorms that add up to the features
-
-
-class Architecture(NamedTuple):
-    """What the script knows of networks of torchvision that are built alike."""
-
-    names: tuple[str, ...]  # patterns of their names
-    head: str  # the name of the last layer
-    layers: tuple[tuple[str, ...], ...]  # how names begin in four groups, from below; the stage
-    # "upper" freezes the first two
-    rescale: Callable[[Any], None]  # brings weights to the scale that the rates are for
 
 
 class Head(nn.Linear):
@@ -1866,13 +1850,11 @@ class Head(nn.Linear):
 class Ensemble(nn.Module):
     """The networks of a run: they answer by the mean of their logits, calibrated."""
 
-    def __init__(self, content: Stored):
-        """Build the networks from the content of `NETWORK`."""
+    def __init__(self, networks: list[Any], calibration: Calibration, log_share: Tensor):
+        """Put networks of the same classes together."""
         super().__init__()
-        arch, classes, log_share = content["arch"], content["classes"], content["natural"]
-        networks = [build_model(arch, classes, state) for state in content["networks"]]
         self.networks = nn.ModuleList(networks)
-        self.calibration = Calibration(content["scale"], content["shift"])
+        self.calibration = calibration
         self.log_share: Tensor
         self.register_buffer("log_share", log_share)
 
@@ -1882,15 +1864,10 @@ class Ensemble(nn.Module):
         return self.calibration.apply(mean, self.log_share)
 
 
-def head_of(model: Any) -> Any:
-    """Return the head of a network."""
-    return model.get_submodule(model.architecture.head)
-
-
 def without_head(model: Any) -> nn.Module:
     """Return a copy of a network that computes features: (B, D)."""
     backbone = copy.deepcopy(model)
-    backbone.set_submodule(model.architecture.head, nn.Identity())
+    backbone.fc = nn.Identity()
     return backbone
 
 
@@ -1899,18 +1876,10 @@ def copy_state(module: nn.Module) -> State:
     return {key: value.to("cpu", copy=True) for key, value in module.state_dict().items()}
 
 
-def copy_head(model: Any) -> State:
-    """Copy the head's part of the state of a network into main memory."""
-    state = copy_state(head_of(model))
-    return {f"{model.architecture.head}.{key}": value for key, value in state.items()}
-
-
 def build_model(arch: str, classes: list[str], state: State | None = None) -> Any:
     """Build a network for `classes`, at random or from a state; `DataError` where it misfits."""
     model: Any = models.get_model(arch, weights=None, num_classes=len(classes))
-    model.architecture = architecture_of(arch)
-    head = Head(head_of(model).in_features, len(classes))
-    model.set_submodule(model.architecture.head, head)
+    model.fc = Head(model.fc.in_features, len(classes))
     if state is None:
         return model
     try:
@@ -1919,28 +1888,20 @@ def build_model(arch: str, classes: list[str], state: State | None = None) -> An
         reason = " ".join(str(error).split("\n\t")[1].split())[:200]
         raise DataError(f"--weights: not of a {arch}: {reason} ...; pass their --arch") from None
     if not all(value.isfinite().all() for value in state.values()):
-        raise DataError("--weights: of a training that failed: not finite; take others")
+        raise DataError("--weights: not finite, from a training that failed; pass others")
     return model
 
 
-def load_model(settings: Settings, classes: list[str], stored: Stored) -> Any:
-    """Build the pretrained network of a new run, or that of a stopped one."""
+def load_model(settings: Settings, classes: list[str], weights: Stored) -> Any:
+    """Build the network that a new run begins with: pretrained, with a new last layer."""
     torch.manual_seed(settings.seed)
     model = build_model(settings.arch, classes)
-    if settings.weights == "none" and not stored:
-        return model
-    state = stored["networks"][0] if stored else fetch_weights(settings.arch, settings.weights)
-    bias = state.get(f"{model.architecture.head}.bias", torch.empty(0))
-    if bias.shape != (len(classes),) or stored.get("classes", classes) != classes:
-        # On pretrained layers zeros are 2 points better with the sampler, and 11 worse without.
-        if settings.power > 0:
-            nn.init.zeros_(head_of(model).weight)
-            nn.init.zeros_(head_of(model).bias)
-        others = (key for key in state if not key.startswith(f"{model.architecture.head}."))
-        state = {key: state[key] for key in others} | copy_head(model)
-    model = build_model(settings.arch, classes, state)
-    if "history" not in stored:
-        model.architecture.rescale(model)
+    if settings.weights != "none":
+        head = {name: value for name, value in model.state_dict().items() if name[:3] == "fc."}
+        state = (weights.get("networks") or [fetch_weights(settings.arch, settings.weights)])[0]
+        body = {name: value for name, value in state.items() if name[:3] != "fc."}
+        model = build_model(settings.arch, classes, body | head)
+        rescale(model)
     return model
 
 
@@ -1976,7 +1937,7 @@ def read_run(path: Path) -> dict[str, Any]:
     """Read the networks of a run, by its folder or file, and all that it takes to use them."""
     content = read_weights(str(path), "--predict")
     if "classes" not in content:
-        raise DataError(f"{path}: no network of a run there; name the folder of one")
+        raise DataError(f"--predict {path}: no network of a run there; name the folder of one")
     return content
 
 
@@ -1988,24 +1949,25 @@ def check_format(path: Path, content: Stored, name: str) -> None:
         raise DataError(f"{name} {path}: {text}")
 
 
-def check_weights(weights: str, stored: Stored, arch: str) -> str:
+def check_weights(path: str, content: Stored, arch: str) -> str:
     """Return the full name of the weights; raises `DataError` where they do not fit."""
-    supported = [name for name in models.list_models(models) if architecture_of(name)]
-    if arch not in supported or stored.get("arch", arch) != arch:
-        choice = stored.get("arch") or ", ".join(supported)
-        raise DataError(f"--arch {arch}: not with these weights, or unknown; take {choice}")
-    if len(stored.get("networks", ())) > 1:
-        raise DataError(f"--weights {weights}: an ensemble; train from a run of one network")
-    if stored:
-        return os.path.abspath(weights)
+    supported = [name for name in models.list_models(models) if name.startswith(SUPPORTED)]
+    if arch not in supported or content.get("arch", arch) != arch:
+        choice = content.get("arch") or ", ".join(supported)
+        raise DataError(f"--arch {arch}: unknown, or not that of --weights; choose {choice}")
+    if len(content.get("networks", ())) > 1:
+        raise DataError(f"--weights {path}: an ensemble; name a run of one network")
+    if content:
+        return os.path.abspath(path)
     names = models.get_model_weights(arch).__members__
-    if weights not in ("none", *names):
-        raise DataError(f"--weights {weights}: no such file; or take {', '.join(names)}, or none")
-    return "none" if weights == "none" else names[weights].name  # what DEFAULT means may change
+    if path not in ("none", *names):
+        choice = ", ".join(names)
+        raise DataError(f"--weights {path}: no such file; name one, or {choice}, or none")
+    return "none" if path == "none" else names[path].name  # what DEFAULT means may change
 
 
 @torch.no_grad()
-def rescale_resnet(model: Any) -> None:
+def rescale(model: Any) -> None:
     """Bring weights to the scale that the learning rates are for; the outputs do not change."""
     blocks = list(model.layer4)
     added = [getattr(block, "bn3", block.bn2) for block in blocks] + [blocks[0].downsample[1]]
@@ -2021,23 +1983,6 @@ def rescale_resnet(model: Any) -> None:
         conv.weight *= factor
         norm.running_mean *= factor
         norm.running_var.add_(norm.eps).mul_(factor**2).sub_(norm.eps)
-
-
-# Another architecture is another entry; without one it is refused, since it was not measured.
-ARCHITECTURES = (
-    Architecture(
-        names=("resnet*", "resnext*", "wide_resnet*"),
-        head="fc",
-        layers=(("conv1.", "bn1.", "layer1."), ("layer2.",), ("layer3.",), ("layer4.", "fc.")),
-        rescale=rescale_resnet,
-    ),
-)
-
-
-def architecture_of(arch: str) -> Architecture | None:
-    """Return what is known of the network called `arch`, if it is."""
-    fitting = [each for each in ARCHITECTURES if any(fnmatch(arch, x) for x in each.names)]
-    return fitting[0] if fitting else None
 
 
 # ----------------------------------------------------------------------------------------- reading
@@ -2065,13 +2010,13 @@ def check_images(paths: list[str]) -> tuple[dict[str, int], int]:
             peaks.append(peak)
             several += [path] if pages > 1 else []
     if several:
-        text = f"of {len(several)} files with several pages the first is read, as {several[0]}"
-        print(f"warning: {printable(text)}", file=sys.stderr)
+        text = f"of {len(several)} files with several pages the first page is read"
+        print_warning(f"{text}, the first file is {several[0]}")
     return digests, max(peaks)
 
 
 def check_image(path: str) -> tuple[int, int, int] | str:
-    """Return a file's digest (64 bits of SHA-256), largest grey and pages; or what is wrong."""
+    """Return a file's digest, largest grey value and pages; or what is wrong with it."""
     try:
         content = read_bytes(path)
         with Image.open(io.BytesIO(content)) as image:
@@ -2085,7 +2030,12 @@ def check_image(path: str) -> tuple[int, int, int] | str:
         raise
     except Exception as error:  # Pillow raises nearly anything on a broken file
         return str(error).partition(" <_io")[0] or type(error).__name__
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True), peak, pages
+    return digest_of(content), peak, pages
+
+
+def digest_of(content: bytes) -> int:
+    """Return 64 bits of the SHA-256 of a file, or of a name, as a signed number."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
 
 
 def find_white(peak: int) -> int:
@@ -2152,7 +2102,7 @@ class Preparation(NamedTuple):
         return read_image(path, self.white, least_side(self.image_size))
 
 
-class Images(Dataset[tuple[Tensor, int]]):
+class Images(Dataset[tuple[Tensor, int, int]]):
     """Images by (index, seed): the same pair gives the same pixels in any process."""
 
     def __init__(self, paths: list[str], labels: Tensor, prepare: Preparation, flip: str = "none"):
@@ -2168,8 +2118,8 @@ class Images(Dataset[tuple[Tensor, int]]):
         self.training = v2.Compose([crop, mirror, turn] if flip == "all" else [crop, mirror])
         self.eval_size = eval_size(size)
 
-    def __getitem__(self, item: Sequence[int]) -> tuple[Tensor, int]:
-        """Return the image as (H, W, 3) uint8, and its label."""
+    def __getitem__(self, item: Sequence[int]) -> tuple[Tensor, int, int]:
+        """Return the image as (H, W, 3) uint8, its label and its index."""
         index, seed = map(int, item)
         image = self.read(index)
         if seed == EVALUATED:
@@ -2177,7 +2127,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         else:
             torch.default_generator.manual_seed(seed)  # which the transforms draw from
             image = self.training(image)
-        return image.permute(1, 2, 0), int(self.labels[index])
+        return image.permute(1, 2, 0), int(self.labels[index]), index
 
     def keep_copies(self, folder: Path) -> None:
         """Keep copies of large images, shrunk; they may take a quarter of the disk that is free."""
@@ -2189,37 +2139,36 @@ class Images(Dataset[tuple[Tensor, int]]):
         """Return the image, shrunk, from its copy, of the same pixels, if there is one."""
         if not self.copies:
             return self.prepare.read(self.paths[index])
-        kept = self.copies / f"{index}.npy"
+        saved = self.copies / f"{index}.npy"
         with contextlib.suppress(Exception):  # not there, cut short or empty
-            return torch.from_numpy(np.load(kept)).permute(2, 0, 1)
+            return torch.from_numpy(np.load(saved)).permute(2, 0, 1)
         image = self.prepare.read(self.paths[index])
         if min(image.shape[1:]) == least_side(self.prepare.image_size):  # it was shrunk
             unfinished = self.copies / f"{secrets.token_hex(8)}.npy"
             with contextlib.suppress(OSError):  # a full disk
                 if shutil.disk_usage(self.copies).free > self.reserve:
                     np.save(unfinished, image.permute(1, 2, 0).numpy())
-                    unfinished.replace(kept)  # others see the whole file or none
+                    unfinished.replace(saved)  # others see the whole file or none
         return image
 
 
 class Group(NamedTuple):
-    """Images of a batch that have the same shape, or features, for a network to take at once."""
+    """Images of a batch that have the same shape, for a network to take at once."""
 
-    inputs: Tensor  # (G, H, W, 3) uint8, or (G, D) float32
+    images: Tensor  # (G, H, W, 3) uint8
     labels: Tensor  # (G,) int64
-    positions: Tensor  # (G,) int64, in the batch
+    indices: Tensor  # (G,) int64, of the images in `Data`
 
 
-def group_by_shape(samples: list[tuple[Tensor, int]]) -> list[Group]:
+def group_by_shape(samples: list[tuple[Tensor, int, int]]) -> list[Group]:
     """Return the images of a batch by their shapes; crops for training are one group."""
-    positions: dict[torch.Size, list[int]] = defaultdict(list)
-    for position, (image, _) in enumerate(samples):
-        positions[image.shape].append(position)
+    by_shape: dict[torch.Size, list[tuple[Tensor, int, int]]] = defaultdict(list)
+    for sample in samples:
+        by_shape[sample[0].shape].append(sample)
     groups = []
-    for alike in positions.values():
-        images = torch.stack([samples[position][0] for position in alike])
-        labels = torch.tensor([samples[position][1] for position in alike])
-        groups.append(Group(images, labels, torch.tensor(alike)))
+    for same_shape in by_shape.values():
+        images, labels, indices = zip(*same_shape, strict=True)
+        groups.append(Group(torch.stack(images), torch.tensor(labels), torch.tensor(indices)))
     return groups
 
 
@@ -2228,8 +2177,6 @@ class Reader:
 
     def __init__(self, images: Images, compute: Compute, workers: int, batch_size: int):
         """Read the images in batches of so many, over all processes."""
-        self.labels = images.labels
-        self.features: Any = None  # (N, D) float16, once they are extracted
         self.compute = compute
         self.batch_size = batch_size
         self.per_process = math.ceil(batch_size / compute.world_size)
@@ -2237,7 +2184,7 @@ class Reader:
             try:
                 get_temp_dir()  # in which workers make their sockets: here once, not in each
             except OSError as error:
-                print(f"warning: no worker processes: {printable(str(error))}", file=sys.stderr)
+                print_warning(f"no worker processes: {error}")
                 workers = 0
         self.batches: list[Any] = []  # of a pass; the loader walks through them anew in each
         self.loader = DataLoader(
@@ -2252,20 +2199,11 @@ class Reader:
         if workers and compute.world_size > 1:
             iter(self.loader)  # its workers start: once NCCL runs, a fork may hang (docs of DDP)
 
-    def read(self, batches: Sequence[Tensor], title: str, on_features: bool = False) -> Any:
-        """Return the images of each batch, or their features: an iterable of lists of `Group`."""
-        loaded: Iterable[list[Group]] = self.loader
-        if on_features:
-            loaded = ([self.take_features(batch[:, 0])] for batch in batches)
-        else:
-            self.batches[:] = [batch.numpy() for batch in batches]
+    def read(self, batches: Sequence[Tensor], title: str) -> Any:
+        """Return the images of each batch: an iterable of lists of `Group`."""
+        self.batches[:] = [batch.numpy() for batch in batches]
         hidden = self.compute.rank > 0 or None  # None: unless it is a terminal
-        return tqdm(loaded, title, len(batches), unit=" batches", leave=False, disable=hidden)
-
-    def take_features(self, indices: Tensor) -> Group:
-        """Return the features of images."""
-        features = self.features[indices].float()
-        return Group(features, self.labels[indices], torch.arange(len(indices)))
+        return tqdm(self.loader, title, len(batches), unit=" batches", leave=False, disable=hidden)
 
 
 def cut_batches(indices: Tensor, batch_size: int, seeds: Generator | None = None) -> list[Tensor]:
@@ -2333,9 +2271,14 @@ def seeded(purpose: str, *numbers: int) -> Generator:
 
 
 def confusion_matrix(targets: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """Return how often each class was taken for each: (C, C) int64, rows true."""
+    """Return how often each class was predicted for each: (C, C) int64, rows true."""
     pairs = torch.bincount(targets * classes + predicted, minlength=classes**2)
     return pairs.reshape(classes, classes)
+
+
+def centred_log(counts: Tensor) -> Tensor:
+    """Return the log of (K, C) counts less its mean over classes: log shares, float32."""
+    return (counts.log() - counts.log().mean(1, keepdim=True)).float()
 
 
 def recall_by_class(confusion: Tensor) -> Tensor:
@@ -2357,17 +2300,16 @@ def auc_by_class(scores: Tensor, targets: Tensor) -> Tensor:
     """
     areas = []
     for label, score in enumerate(scores.T.contiguous()):
-        ours = score[targets == label]
+        inside = score[targets == label]
         others = score[targets != label].sort().values
-        lower = torch.searchsorted(others, ours)
-        not_higher = torch.searchsorted(others, ours, right=True)
+        lower = torch.searchsorted(others, inside)
+        not_higher = torch.searchsorted(others, inside, right=True)
         areas.append((lower + not_higher).double().mean() / (2 * len(others)))
     return torch.stack(areas)
 
 
-def effective_counts(eval_set: EvalSet) -> tuple[Tensor, Tensor]:
+def effective_counts(eval_set: EvalSet, classes: int) -> tuple[Tensor, Tensor]:
     """Return each class's effective sample size (Kish 1965) and number of families: (C,) each."""
-    classes = len(eval_set.train_counts)
     width = int(eval_set.families.max()) + 1
     pairs, sizes = (eval_set.targets * width + eval_set.families).unique(return_counts=True)
     label = pairs // width
@@ -2376,17 +2318,17 @@ def effective_counts(eval_set: EvalSet) -> tuple[Tensor, Tensor]:
     return (images**2 / squares).nan_to_num(), torch.bincount(label, minlength=classes)
 
 
-def spanning_factor(values: Tensor, eval_set: EvalSet) -> float:
+def spanning_factor(values: Tensor, eval_set: EvalSet, classes: int) -> float:
     """Return how much families that span classes enlarge the variance of the mean of classes."""
-    counts = eval_set.targets.bincount(minlength=len(eval_set.train_counts)).double()
+    counts = eval_set.targets.bincount(minlength=classes).double()
     values = values.double()
-    means = torch.bincount(eval_set.targets, values, len(counts)) / counts
+    means = torch.bincount(eval_set.targets, values, classes) / counts
     errors = values - means[eval_set.targets]
-    if not errors.any():  # how alike families are is then not known: as alike as can be
+    if not errors.any():  # how similar a family's images are is not known: as similar as can be
         errors = torch.ones_like(errors)
     errors = errors / counts[eval_set.targets]
     together = torch.bincount(eval_set.families, errors).square().sum()
-    _, pairs = (eval_set.families * len(counts) + eval_set.targets).unique(return_inverse=True)
+    _, pairs = (eval_set.families * classes + eval_set.targets).unique(return_inverse=True)
     apart = torch.bincount(pairs, errors).square().sum()
     return max(1.0, float(together / apart))
 
@@ -2404,18 +2346,21 @@ def mean_interval(recall: Tensor, counts: Tensor, weights: Tensor) -> tuple[Tens
 def lowest_mean(recall: Tensor, n: Tensor, weights: Tensor) -> Tensor:
     """Return how far below the mean that was seen the true one may be: (K,) float64.
 
-    Of one class this is Wilson's interval. Of all recalls with a lower mean the likeliest are
-    pulled down by r - p = pull * w * p * (1 - p) / n. That is `pull` variances of the mean, or Z of
-    its deviations if pull * distance = Z^2; bisection finds that pull.
+    It is the end of a score interval; of one class, Wilson's. Of all recalls p with a lower mean,
+    the likeliest for the observed r solve r - p = t * w * p * (1 - p) / n, with a multiplier t that
+    all classes share (of Lagrange). Their distance from the observed mean is Z standard errors
+    where t * distance = Z^2: solved for t by bisection.
     """
-    low, high = (torch.full((len(weights), 1), end, dtype=torch.float64) for end in (Z**2, 1e12))
+    low = torch.full((len(weights), 1), Z**2, dtype=torch.float64)
+    high = torch.full_like(low, 1e12)
     for _ in range(60):
-        pull = (low * high).sqrt()
-        odds = pull * weights / n
+        multiplier = (low * high).sqrt()
+        odds = multiplier * weights / n
         root = ((1 - odds) ** 2 + 4 * odds * (1 - recall)).sqrt()
         distance = (weights * (recall - 2 * recall / (1 + odds + root))).sum(1, keepdim=True)
-        far = pull * distance > Z**2
-        low, high = torch.where(far, low, pull), torch.where(far, pull, high)
+        is_too_large = multiplier * distance > Z**2
+        low = torch.where(is_too_large, low, multiplier)
+        high = torch.where(is_too_large, multiplier, high)
     return distance.squeeze(1)
 
 
@@ -2431,36 +2376,49 @@ def measure_weights(val_counts: Tensor, train_counts: Tensor) -> Tensor:
     """Return the weight of each class's recall in each of `MEASURES`: (5, C) float64, or NaN."""
     many = train_counts > 100
     few = train_counts < 20
-    judged = val_counts > 0
-    rows = [val_counts, judged, judged & many, judged & ~many & ~few, judged & few]
+    present = val_counts > 0
+    rows = [val_counts, present, present & many, present & ~many & ~few, present & few]
     weights = torch.stack(rows).double()
     return weights / weights.sum(1, keepdim=True)
 
 
 def compare(before: Tensor, evaluation: Evaluation) -> Table:
-    """Return what changed since another run, by its answers `before` (M,): a row for a measure."""
-    eval_set, new = evaluation.eval_set, evaluation.confusion
-    targets, classes = eval_set.targets, len(new)
+    """Return what changed since another run, by its answers `before` (M,): a row for a measure.
+
+    The interval is for paired proportions, with 1/4 added to both cells of images that only one of
+    the runs has right (Agresti, Min 2005).
+    """
+    eval_set = evaluation.eval_set
+    targets = eval_set.targets
     if len(before) != len(targets):  # no other run, or this one is unfinished
         return []
+    new = evaluation.confusion
+    classes = len(new)
     old = confusion_matrix(targets, before, classes)
-    weights = measure_weights(new.sum(1), eval_set.train_counts)
+    weights = measure_weights(new.sum(1), evaluation.shares.train_counts)
     change = (evaluation.predicted == targets).long() - (before == targets).long()
-    lost = torch.bincount(targets[change < 0], minlength=classes) + 0.25  # Agresti, Min 2005
+    lost = torch.bincount(targets[change < 0], minlength=classes) + 0.25
     won = torch.bincount(targets[change > 0], minlength=classes) + 0.25
     n = new.sum(1).double() + 0.5
-    variance = ((won + lost) / n - ((won - lost) / n) ** 2) / (effective_counts(eval_set)[0] - 0.5)
-    half = Z * (weights**2 @ variance * spanning_factor(change, eval_set)).sqrt()
+    effective = effective_counts(eval_set, classes)[0]
+    variance = ((won + lost) / n - ((won - lost) / n) ** 2) / (effective - 0.5)
+    half = Z * (weights**2 @ variance * spanning_factor(change, eval_set, classes)).sqrt()
     means = [(weights @ recall_by_class(each).nan_to_num()).tolist() for each in (old, new)]
     rows = []
-    for name, one, two, far in zip(MEASURES, *means, half.tolist(), strict=True):
-        low = max(two - one - far, -1.0)
-        high = min(two - one + far, 1.0)
-        sure = "undecided" if low <= 0 <= high else "yes; another seed may move it as much"
-        row = {"measure": name.replace("_", " "), "before": one, "after": two}
-        row |= {"difference": two - one, "low": low, "high": high}
-        row["more than the chance of these images?"] = sure
-        rows += [] if math.isnan(one) else [row]  # of an empty group
+    for name, one, two, margin in zip(MEASURES, *means, half.tolist(), strict=True):
+        if math.isnan(one):  # an empty group
+            continue
+        low = max(two - one - margin, -1.0)
+        high = min(two - one + margin, 1.0)
+        rows.append({
+            "measure": name.replace("_", " "),
+            "before": one,
+            "after": two,
+            "difference": two - one,
+            "low": low,
+            "high": high,
+            "more_than_chance": "no" if low <= 0 <= high else "yes",
+        })  # fmt: skip
     return rows
 
 
@@ -2475,10 +2433,15 @@ def format_range(summary: Mapping[str, float]) -> str:
 PINNED = "cuda"  # the device to which pinned memory is copied while the host goes on
 
 
+def is_launched() -> bool:
+    """Return whether torchrun has started this process; some builds of torch lack that part."""
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
 def join_processes(options: Options) -> Compute:
     """Return the device and precision of this process; under torchrun, meet the others first."""
     compute = pick_compute(options)
-    if dist.is_torchelastic_launched():
+    if is_launched():
         # The others wait for the first one, which may check a million images.
         dist.init_process_group(timeout=timedelta(days=1))
         compute = compute._replace(rank=dist.get_rank(), world_size=dist.get_world_size())
@@ -2492,7 +2455,7 @@ def pick_compute(options: Options) -> Compute:
     best = found or torch.device("cpu")
     try:
         device = best if name == "auto" else torch.device(name)
-        if device.type != "cpu" and dist.is_torchelastic_launched():
+        if device.type != "cpu" and is_launched():
             index = int(os.environ["LOCAL_RANK"]) % max(1, torch.accelerator.device_count())
             device = torch.device(device.type, index)
         probe = torch.ones(1, device=device)
@@ -2540,7 +2503,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def move_batch(batch: Tensor, compute: Compute) -> Tensor:
-    """Return labels or features on the device; images (B, H, W, 3) uint8 as normalised input."""
+    """Return labels on the device; images (B, H, W, 3) uint8 as normalised input."""
     is_pinned = compute.device.type == PINNED
     batch = batch.pin_memory() if is_pinned else batch
     batch = batch.to(compute.device, non_blocking=is_pinned)
@@ -2568,6 +2531,11 @@ def check_numbers(value: float, name: str) -> None:
 # ------------------------------------------------------------------------------------------- files
 
 
+def print_warning(text: str) -> None:
+    """Print a warning on stderr, on one line."""
+    print(f"warning: {printable(text)}", file=sys.stderr)
+
+
 def lock_folder(folder: Path, name: str) -> None:
     """Make a folder and lock it until this process ends, or raise `DataError`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -2586,32 +2554,6 @@ def lock_folder(folder: Path, name: str) -> None:
 def list_folders(root: Path) -> list[str]:
     """List the names of the folders in `root`, sorted, without hidden ones."""
     return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != ".")
-
-
-def walk_files(root: str) -> Iterator[str]:
-    """Yield the path of every file below `root`; follow links, leave out what is hidden."""
-    for folder, folders, files in os.walk(root, followlinks=True):
-        here = Path(folder).absolute()
-        above = {os.path.realpath(each) for each in (here, *here.parents)}
-        for name in list(folders):  # a link to a folder above it would be followed for ever
-            if name[0] == "." or os.path.realpath(os.path.join(folder, name)) in above:
-                folders.remove(name)
-        yield from (os.path.join(folder, name) for name in files if name[0] != ".")
-
-
-def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Write or replace a file as a whole: who reads it sees the old one or the new one."""
-    unfinished = path.with_name(f".{path.name}.partial")  # on the same file system
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def save_tensors(path: Path, value: Any) -> None:
@@ -2637,27 +2579,10 @@ def read_table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def format_table(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Format rows with the same columns as CSV; fractions with eight digits, names unaltered."""
-    lines: list[str] = []
-    writer = csv.DictWriter(SimpleNamespace(write=lines.append), rows[0].keys())
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: f"{x:.8g}" if isinstance(x, float) else x for k, x in row.items()})
-    # With its own line ends the writer quotes a lone carriage return, which "\n" would leave bare.
-    text = "".join(line.removesuffix("\r\n") + "\n" for line in lines)
-    return text.encode(errors="surrogateescape")
-
-
 def to_rows(columns: Mapping[str, Sequence[Any] | Tensor]) -> Table:
     """Return a row for each place of the columns."""
     lists = [x.tolist() if isinstance(x, Tensor) else x for x in columns.values()]
     return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
-
-
-def printable(text: str) -> str:
-    """Return `text` on one line, with control characters and undecodable bytes as escapes."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -2666,18 +2591,20 @@ def printable(text: str) -> str:
 NO_MEMORY = r"(?i)can't allocate memory|not enough memory|out of memory|killed by signal"
 WITH_RESUME = {"resume", "device", "workers", "amp"}  # where a run goes on, not what comes out
 WITH_PREDICT = {"predict", "data", "output", "natural", "batch_size", "device", "workers", "amp"}
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose errors are one line, without the usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print `message` on stderr and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {printable(message)}; see --help\n")
+DEFAULTS = {
+    "folds": 1,
+    "flip": "sides",
+    "weights": "DEFAULT",
+    "epochs": 10,
+    "power": 1.0,
+    "seed": 0,
+    "natural": False,
+    "device": "auto",
+}
 
 
 def make_parser() -> OneLineParser:
-    """Return the parser of the flags that `Settings` and `Options` declare; only what is typed."""
+    """Return the parser of the command line. It returns what is typed; see `DEFAULTS`."""
     parser = OneLineParser(
         prog="data_training.py",
         description=str(__doc__).partition("\n\nDATA")[0],  # with the commands
@@ -2685,45 +2612,98 @@ def make_parser() -> OneLineParser:
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    groups: dict[str, Any] = {"": parser}
-    for each in fields(Settings) + fields(Options):
-        said = {key: value for key, value in each.metadata.items() if value not in ("", None)}
-        if not said:
-            continue
-        said.pop("least", None)
-        said.pop("most", None)
-        if type(each.default) in (int, float, str) and "choices" not in said:
-            said["help"] += f" (default: {each.default})"
-        title = said.pop("group", "")
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        if title:
-            groups[title].add_argument(f"--{each.name.replace('_', '-')}", **said)
-        else:
-            parser.add_argument(each.name, nargs="?", **said)
+    parser.add_argument("data", metavar="DATA", nargs="?", help="folder with one folder per class,"
+        " which is only read; or, with --predict, an image or a folder of images")  # fmt: skip
+
+    # fmt: off
+    add = parser.add_argument_group("data").add_argument
+    add("--folds", type=number(int, 3, 10), metavar="K", help="train K networks, 3 to 10, each "
+        "evaluated on the part of the images that it has not learnt; images of --val or --source "
+        "test the ensemble")
+    add("--val", type=Path, metavar="DIR", help="class folders to validate on, in place of a fifth "
+        "of DATA")
+    add("--source", type=Path, metavar="SRC", help="folder that DATA was made from: its other "
+        "images validate, too")
+    add("--group", metavar="PATTERN", help="regular expression for paths below the class folder: "
+        "images with the same first group, or match, stay on one side, also across classes "
+        "(patient, film)")
+    add("--image-size", type=number(int, 1), metavar="PX", help="side of a training crop (default: "
+        "that of --weights, or 224)")
+    add("--flip", choices=("sides", "none", "all"), help="mirror half of the training images "
+        "(sides, the default), none (text, signs), or also turn them (all, from above)")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--arch", metavar="NAME", help="a ResNet of torchvision (default: that of --weights, or "
+        "resnet50, resnet18 on a CPU)")
+    add("--weights", metavar="NAME|PATH", help="name in torchvision, a file, a run, or none "
+        "(default: DEFAULT, torchvision's best)")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=number(int, 1), metavar="N", help="of fine-tuning, each draws as many "
+        "images as there are to train on (default: 10)")
+    add("--power", type=number(float, 0, 10), metavar="P", help="draw by (images of class) ** -P; "
+        "0: no sampler (default: 1)")
+    add("--batch-size", type=number(int, 2), metavar="N", help="images per step, rounded up to a "
+        f"multiple of the processes (default: {BATCH}, half for under {SMALL:,} training images)")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--output", type=Path, metavar="DIR", help="new folder for the results (default: "
+        "runs/DATE-TIME)")
+    add("--baseline", type=Path, metavar="RUN", help="earlier run evaluated on the same images, to "
+        "compare with")
+    add("--seed", type=number(int, 0), metavar="N", help="of split, draws, augmentation, random "
+        "weights (default: 0)")
+    add("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+
+    add = parser.add_argument_group("prediction").add_argument
+    add("--predict", type=Path, metavar="RUN", help="predict the class of each image in DATA by a "
+        "run (its folder, or network.pt); writes CSV (class: the answer, true: the folder) to "
+        "stdout, or to --output FILE")
+    add("--natural", action="store_true", help="predict for classes as frequent as in training, "
+        "not for equally frequent ones")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--workers", type=number(int, 0), metavar="N", help="processes that read images (default: "
+        "by the cores)")
+    add("--device", metavar="NAME", help="cpu, cuda, ... (default: auto, an accelerator, else cpu)")
+    add("--amp", action=argparse.BooleanOptionalAction, help="mixed precision (default: in "
+        "training, where the hardware gains from it)")
+    # fmt: on
     return parser
 
 
+def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], Any]:
+    """Return a function that reads a number from `least` to `most`."""
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            kind_name = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {kind_name}") from None
+        if not least <= value <= min(most, 2**62):
+            limits = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
+        return value
+
+    return read
+
+
 def parse_args(argv: list[str] | None) -> tuple[Settings, Options]:
-    """Return what a command line says; exit with status 2 if that is wrong or clashes."""
+    """Return what a command line says; exit with status 2 if that is wrong."""
     parser = make_parser()
     typed = vars(parser.parse_args(argv))
-    for each in fields(Settings) + fields(Options):
-        if each.name in typed and "least" in each.metadata:
-            least = each.metadata["least"]
-            most = each.metadata.get("most", 2**62)
-            if not least <= typed[each.name] <= most:
-                parser.error(f"--{each.name.replace('_', '-')}: not from {least:g} to {most:g}")
     clashes = {"resume": typed.keys() - WITH_RESUME, "predict": typed.keys() - WITH_PREDICT}
     clashes["val"] = typed.keys() & {"source"}  # whose names may be those of other images
     for name, others in clashes.items():
         if name in typed and others:
-            text = f"--{min(others).replace('_', '-')} and --{name}: drop one of them"
-            parser.error(text.replace("--data ", "DATA "))
+            other = min(others)
+            flag = "DATA" if other == "data" else f"--{other.replace('_', '-')}"
+            parser.error(f"{flag} and --{name} cannot be used together; drop one of them")
     if not typed.keys() & {"data", "resume"}:
         parser.error("the following arguments are required: DATA")
     if "natural" in typed and "predict" not in typed:
-        parser.error("--natural: only with --predict; drop it")
+        parser.error("--natural is only for --predict; drop it")
     try:
         re.compile(typed.get("group", ""))
     except (re.error, OverflowError) as error:
@@ -2733,9 +2713,11 @@ def parse_args(argv: list[str] | None) -> tuple[Settings, Options]:
     if not typed.keys() & {"output", "predict", "resume"}:
         typed["output"] = Path(time.strftime(f"runs/%Y-%m-%d_%H-%M-%S_{secrets.token_hex(2)}"))
     words = sys.argv if argv is None else ["data_training.py", *argv]
-    typed["command"] = shlex.join(["python", *words])
-    settings = Settings(**{key: value for key, value in typed.items() if hasattr(Settings, key)})
-    options = Options(**{key: value for key, value in typed.items() if hasattr(Options, key)})
+    chosen: dict[str, Any] = DEFAULTS | typed
+    chosen["command"] = shlex.join(["python", *words])
+    values: dict[str, Any] = defaultdict(lambda: None, chosen)
+    settings = Settings(**{each.name: values[each.name] for each in fields(Settings)})
+    options = Options(**{each.name: values[each.name] for each in fields(Options)})
     return settings, options
 
 
@@ -2746,34 +2728,34 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command = predict if options.predict else run
         command(settings, options)
-        if dist.is_initialized():
+        if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
         return 0
     except KeyboardInterrupt:
         status = 130
-        text = "interrupted"
+        message = "interrupted"
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains
-        text = "stdout was closed before all was written; write to --output FILE"
+        message = "stdout was closed before all was written; write to --output FILE"
     except DataError as error:
-        text = str(error).rstrip()
-        if "Original Traceback" in text:  # from a process that reads images
-            text = text.splitlines()[-1].partition(": ")[2]
+        message = str(error).rstrip()
+        if "Original Traceback" in message:  # from a process that reads images
+            message = message.splitlines()[-1].partition(": ")[2]
     except OSError as error:
         if error.filename is None:
             raise
-        text = f"{os.fsdecode(error.filename)}: {error.strerror}; mend that"
+        message = f"{os.fsdecode(error.filename)}: {error.strerror}; repair that and try again"
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error))):
             raise
-        text = "out of memory; try a smaller --batch-size or --image-size, fewer --workers, or "
-        text += "--device cpu"
+        message = "out of memory; try a smaller --batch-size or --image-size, fewer --workers, or "
+        message += "--device cpu"
     folder = options.resume or settings.output
-    is_of_flag = text.startswith("--")
+    is_of_flag = message.startswith("--")
     if folder and not (options.predict or is_of_flag) and os.path.exists(folder / STATE):
-        text += f"; go on with --resume {shlex.quote(str(folder))}"
+        message += f"; go on with --resume {shlex.quote(str(folder))}"
     kind = "error: " if status == 2 else ""
-    print(f"data_training.py: {kind}{printable(text)}", file=sys.stderr)
+    print(f"data_training.py: {kind}{printable(message)}", file=sys.stderr)
     return status
 
 
