@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import io
-import math
 import os
 import random
 import signal
@@ -32,10 +31,6 @@ sys.path[:0] = [str(Path(__file__).parent / x) for x in ("..", "", "experiments"
 import data_training as training  # noqa: E402
 
 Run = SimpleNamespace  # a whole run: its folder, what it printed, its bars
-# Of the script as it is, and with what no head is kept alone.
-NAMES = ("HEAD_STEPS", "SURE", "FEW_STEPS", "RUINED")
-USUAL = {name: getattr(training, name) for name in NAMES}
-NO_HEAD = {"SURE": math.inf, "FEW_STEPS": 0, "RUINED": math.inf}
 COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan", "white", "black")
 
 
@@ -52,14 +47,11 @@ class Narrow(models.ResNet):
 
 @pytest.fixture(scope="session", autouse=True)
 def quick() -> Iterator[None]:
-    """No waiting for the disk, narrow networks, heads of 100 steps, none of them kept alone."""
+    """No waiting for the disk, and narrow networks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
         patch.setattr(os, "sync", lambda: None, raising=False)
         patch.setattr(models.resnet, "ResNet", Narrow)  # what `models.resnet18` makes
-        patch.setattr(training, "HEAD_STEPS", 100)
-        for name, value in NO_HEAD.items():
-            patch.setattr(training, name, value)
         yield
 
 
@@ -94,14 +86,15 @@ CPU = training.Compute(torch.device("cpu"), "float32")
 PLAIN = {"scale": 1.0, "shift": 0.0}  # in a network file: no calibration
 
 
-def open_run(*command: object) -> tuple[training.Settings, training.Listing, dict[str, Any]]:
+def open_run(*command: object) -> training.Opened:
     """Settings, images and weights of a run with this command."""
     return training.open_run(*training.parse_args([*map(str, command)]), CPU)
 
 
 def load(*command: object) -> training.Data:
     """The images of a run with this command; its network knows none of them."""
-    return training.load_data(*open_run(*command)[:2], {})
+    opened = open_run(*command)
+    return training.load_data(opened.settings, opened.listing, {})
 
 
 def images(labels: list[int], held: list[Any], folds: int = 1, **others: Any) -> training.Data:
@@ -116,31 +109,39 @@ def images(labels: list[int], held: list[Any], folds: int = 1, **others: Any) ->
     return training.Data(**fields | others)
 
 
-def eval_set_of(
-    targets: list[int], train_counts: list[int], families: list[int] | None = None
-) -> training.EvalSet:
+def eval_set_of(targets: list[int], families: list[int] | None = None) -> training.EvalSet:
     """Images of these classes that the network of one fold is evaluated on."""
-    indices, counts = torch.arange(len(targets)), torch.tensor(train_counts)
-    kin = indices if families is None else torch.tensor(families)
-    share = counts.log() - counts.log().mean()
-    return training.EvalSet(indices, torch.tensor(targets), kin, 0 * indices, counts, share, 1.0)
+    indices = torch.arange(len(targets))
+    return training.EvalSet(
+        indices=indices,
+        targets=torch.tensor(targets),
+        families=indices if families is None else torch.tensor(families),
+        folds=torch.zeros_like(indices),
+    )
 
 
-def prepare(*command: object) -> tuple[training.Context, training.Progress]:
-    """A run of a ResNet-18 with this command, as it is before its first epoch."""
-    settings, listing, stored = open_run(*command)
-    data = training.load_data(settings, listing, stored)
-    model = CPU.to_device(training.load_model(settings, data.classes, stored))
-    progress = training.load_progress(settings, data, model, stored)
-    reader = training.make_reader(settings, training.Options(workers=0), data, CPU)
-    return training.Context(settings, data, CPU, torch.empty(0), {}, model, reader), progress
+def shares_of(train_counts: list[int], images: int) -> training.ClassShares:
+    """The class shares for so many images of a network that learnt so many of each class."""
+    counts = torch.tensor(train_counts, dtype=torch.float64)
+    log_share = (counts.log() - counts.log().mean()).float()
+    return training.ClassShares(counts, log_share.expand(images, -1), expected_shift=1.0)
 
 
-def begin(context: training.Context, progress: training.Progress, epoch: int) -> training.Trainer:
-    """The trainer of an epoch of the first fold, as `run` sets it up."""
-    stages = training.plan(context.settings, context.data, 0)
-    stage = next(stage for stage in stages if epoch in stage.epochs)
-    return training.begin_stage(context, progress, stage)
+def prepare(*command: object) -> tuple[training.Setup, training.Progress, Any]:
+    """A run with this command, as it is before its first epoch, and its model."""
+    opened = open_run(*command)
+    data = training.load_data(opened.settings, opened.listing, opened.weights)
+    progress = training.load_progress(opened, data)
+    options = training.parse_args([*map(str, command), "--workers", "0"])[1]
+    setup = training.Setup(
+        settings=opened.settings,
+        data=data,
+        compute=CPU,
+        baseline=torch.empty(0),
+        reader=training.make_reader(opened.settings, options, data, CPU),
+    )
+    model = training.build_model(opened.settings.arch, data.classes, progress.start)
+    return setup, progress, CPU.to_device(model)
 
 
 class Terminal(io.StringIO):
@@ -326,7 +327,7 @@ def pretrained(animals: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def default_run(animals: Path, pretrained: Path) -> Run:
-    """A run with the defaults but for TINY: two epochs of all layers."""
+    """A run with the defaults but for TINY: a linear probe and two epochs of fine-tuning."""
     output = animals.parent / "default"
     return run(animals, "--weights", pretrained, "--epochs", 2, *TINY, "--output", output)
 

@@ -129,10 +129,11 @@ def command_of(chosen: argparse.Namespace, work: Path, flags: list[str]) -> list
 
 def prepare(chosen: argparse.Namespace, work: Path, flags: list[str]) -> Prepared:
     """What the script makes of a command line: settings, split and reader."""
-    said, options = training.parse_args(command_of(chosen, work, flags))
+    chosen_settings, options = training.parse_args(command_of(chosen, work, flags))
     compute = training.pick_compute(options)
-    settings, listing, stored = training.open_run(said, options, compute)
-    data = training.load_data(settings, listing, stored)
+    opened = training.open_run(chosen_settings, options, compute)
+    data = training.load_data(opened.settings, opened.listing, opened.weights)
+    settings = opened.settings
     # Copies are named by indices of `Data`, which is the same for all seeds.
     settings = replace(settings, output=work / ("copies with test" if settings.val else "copies"))
     settings.output.mkdir(exist_ok=True)
@@ -147,10 +148,14 @@ def run_script(stairs: Stairs, way: str, seed: int) -> Answer:
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         if status := training.main(command_of(chosen, stairs.work, flags)):
             sys.exit(status)
-    content = training.read_weights(str(run))
+    content = training.read_run(run)
     shutil.rmtree(run)
     fitted = training.Calibration(content["scale"], content["shift"])
-    ensemble = training.Ensemble(content | PLAIN._asdict())
+    networks = [
+        training.build_model(content["arch"], content["classes"], state)
+        for state in content["networks"]
+    ]
+    ensemble = training.Ensemble(networks, PLAIN, content["natural"])
     return Answer(stairs.test.ask(ensemble), content["natural"], fitted)
 
 
@@ -164,7 +169,8 @@ def load_plain(settings: training.Settings, classes: list[str]) -> models.ResNet
         training.fetch_weights(settings.arch, settings.weights)
     ]
     body = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    return training.build_model(settings.arch, classes, body | training.copy_head(model))
+    model.load_state_dict(body, strict=False)
+    return model
 
 
 def train_loop(prepared: Prepared, rate: float) -> models.ResNet:
@@ -177,11 +183,11 @@ def train_loop(prepared: Prepared, rate: float) -> models.ResNet:
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for epoch in range(settings.epochs):
         stream = training.seeded("loop", settings.seed, epoch)
-        drawn = training.draw_epoch(data.labels, learnt, settings.power, 1, stream)
+        drawn = training.draw_epoch(data.labels, learnt, settings.power, stream)
         batches = training.cut_batches(drawn, settings.batch_size, stream)
         for [group] in reader.read(batches, "loop"):
             with compute.autocast():
-                logits = model(training.move_batch(group.inputs, compute))
+                logits = model(training.move_batch(group.images, compute))
             targets = training.move_batch(group.labels, compute)
             optimizer.zero_grad()
             F.cross_entropy(logits.float(), targets).backward()
@@ -195,24 +201,32 @@ def run_loop(stairs: Stairs, way: str, seed: int) -> Answer:
     flags = ["--seed", str(seed), *["--power", "0"] * (way == "loop-none")]
     prepared = prepare(stairs.chosen, stairs.work, flags)
     network = train_loop(prepared, 3e-4 if way in LOOPS else float(way.removeprefix("loop-")))
-    eval_set = training.make_eval_set(prepared.data, [0], prepared.settings.power)
-    fitted = training.fit_calibration(prepared.ask(network), eval_set.targets, eval_set)
-    return Answer(stairs.test.ask(network), eval_set.log_share, fitted)
+    eval_set = training.make_eval_set(prepared.data, [0])
+    shares = training.class_shares(prepared.data, eval_set, prepared.settings.power)
+    fitted = training.fit_calibration(
+        prepared.ask(network), eval_set.targets, shares.log_share, shares.expected_shift
+    )
+    return Answer(stairs.test.ask(network), shares.log_share[0], fitted)
 
 
 def measure(stairs: Stairs, answer: Answer) -> dict[str, float]:
     """The measures of an answer on the test, in %, as trained and calibrated."""
     logits, log_share, own = answer
-    eval_set = training.make_eval_set(stairs.test.data, [0], 1.0)._replace(log_share=log_share)
+    eval_set = training.make_eval_set(stairs.test.data, [0])
+    shares = training.ClassShares(
+        train_counts=stairs.test.data.fold_counts()[0].double(),
+        log_share=log_share.expand(len(logits), -1),
+        expected_shift=1.0,
+    )
     found: dict[str, float] = {}
     for name, fitted in {"trained": PLAIN, "calibrated": own}.items():
-        confusion = training.evaluate(logits, fitted, eval_set).confusion
+        confusion = training.evaluate(logits, fitted, eval_set, shares).confusion
         recall = 100 * training.recall_by_class(confusion)
         rarest, frequent = recall[stairs.ends].tolist()
         found[name] = recall.mean().item()
         found |= {f"{name}_rarest": rarest, f"{name}_frequent": frequent}
     natural_logits = logits if own == PLAIN else own.apply(logits, log_share) + log_share
-    confusion = training.evaluate(natural_logits, PLAIN, eval_set).confusion
+    confusion = training.evaluate(natural_logits, PLAIN, eval_set, shares).confusion
     natural = log_share.double().softmax(0) @ training.recall_by_class(confusion)
     return found | {"natural": 100 * natural.item()} | own._asdict()
 
