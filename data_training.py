@@ -584,7 +584,7 @@ def fit_probe(features: Tensor, labels: Tensor, weights: Tensor) -> tuple[State,
     """Fit a last layer to (N, D) features of images with weights, and return it with its loss.
 
     That is logistic regression. Computed on the CPU it is the same on all devices. Raises
-    `DataError` if the features have no finite fit.
+    `DataError` where the features are no numbers.
     """
     weights = (weights / weights.sum()).float()
     features = features.float()
@@ -601,14 +601,13 @@ def fit_probe(features: Tensor, labels: Tensor, weights: Tensor) -> tuple[State,
         optimizer.zero_grad()
         losses = F.cross_entropy(F.linear(features, weight, bias), labels, reduction="none")
         value = weights @ losses + PENALTY / 2 * weight.square().sum()
+        check_numbers(value.item(), "the loss of the linear probe")
         value.backward()
         return value
 
     with torch.enable_grad():
         optimizer.step(loss)
         fitted = loss().item()
-    if not fitted <= math.log(classes) + 1e-3:  # above chance, or not a number
-        raise DataError(f"the linear probe did not converge, loss {fitted}; try other weights")
     return {"fc.weight": (weight / length).detach(), "fc.bias": bias.detach()}, fitted
 
 

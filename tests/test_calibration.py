@@ -1,4 +1,4 @@
-"""What calibration promises: two numbers, fitted on other images than those they are judged on."""
+"""What calibration promises: two numbers, fitted on other images than they are evaluated on."""
 
 import itertools
 import math
@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import eval_set_of, images, prepare
+from conftest import images, prepare
 from torch import Tensor
 from torch.nn import functional
 
@@ -15,9 +15,8 @@ import data_training as training
 
 def fit(logits: Tensor, targets: Tensor, log_share: Tensor, left: float = 1.0) -> list[float]:
     """Scale and shift by the script, which expects `left` of the log shares in the logits."""
-    eval_set = eval_set_of(targets.tolist(), [1] * len(log_share))
-    eval_set = eval_set._replace(log_share=log_share, expected_shift=left)
-    return [*training.fit_calibration(logits, targets, eval_set)]
+    log_share = log_share.expand(len(targets), -1)
+    return [*training.fit_calibration(logits, targets, log_share, left)]
 
 
 def best_on_a_grid(logits: Tensor, targets: Tensor, log_share: Tensor, left: float) -> list[float]:
@@ -86,41 +85,73 @@ def test_each_class_is_cut_at_random_into_five_parts():
 
 
 @pytest.mark.parametrize("folds", [1, 3])
-def test_no_image_is_judged_by_numbers_that_were_fitted_on_it(folds):
+def test_no_image_is_evaluated_by_numbers_that_were_fitted_on_it(folds):
     held = [at % 3 if folds == 3 else (0, None)[at % 2] for at in range(120)]
     data = images([0, 0, 0, 1] * 30, held, folds, families=torch.arange(120) // 4)
-    eval_set = training.make_eval_set(data, range(folds), 1.0)
-    targets, log_share = eval_set.targets, eval_set.log_share
+    eval_set = training.make_eval_set(data, range(folds))
+    shares = training.class_shares(data, eval_set, 1.0)
+    targets, log_share = eval_set.targets, shares.log_share
     noise = torch.randn(len(targets), 2, generator=torch.Generator().manual_seed(0))
     logits = 2 * functional.one_hot(targets, 2) + noise
-    evaluation = training.evaluate_cross_fitted(logits, eval_set)
+    evaluation = training.evaluate_cross_fitted(logits, eval_set, shares)
     part = eval_set.folds if folds == 3 else training.cut_parts(targets, eval_set.families)
     for each in part.unique():
         own, others = part == each, part != each
-        scale, shift = fit(logits[others], targets[others], log_share)
-        probabilities = (scale * logits[own] - shift * log_share).softmax(1)
+        scale, shift = fit(logits[others], targets[others], log_share[others])
+        probabilities = (scale * logits[own] - shift * log_share[own]).softmax(1)
         torch.testing.assert_close(evaluation.probabilities[own], probabilities)
         assert torch.equal(evaluation.predicted[own], probabilities.argmax(1))
     assert [*evaluation.calibration] == fit(logits, targets, log_share)
     confusion = training.confusion_matrix(targets, logits.argmax(1), 2)
-    expected = training.summarise(confusion, eval_set.train_counts, confusion.sum(1))
+    expected = training.summarise(confusion, shares.train_counts, confusion.sum(1))
     found = {name: evaluation.summary[f"as_trained_{name}"] for name in training.MEASURES}
     assert found == pytest.approx({name: expected[name] for name in found}, rel=0, nan_ok=True)
 
 
 @pytest.mark.parametrize(("power", "left"), [(1, 1), (0.5, 1.5), (0, 2), (2, 0)])
 def test_what_the_sampler_does_not_balance_is_expected_in_the_logits(power, left):
-    eval_set = training.make_eval_set(images([0, 0, 0, 1, 0, 1], [None] * 4 + [0] * 2), [0], power)
-    assert eval_set.expected_shift == left
-    assert eval_set.log_share.tolist() == pytest.approx([math.log(3) / 2, -math.log(3) / 2])
+    data = images([0, 0, 0, 1, 0, 1], [None] * 4 + [0] * 2)
+    shares = training.class_shares(data, training.make_eval_set(data, [0]), power)
+    assert shares.expected_shift == left
+    assert shares.train_counts.tolist() == [3, 1]
+    half = pytest.approx([math.log(3) / 2, -math.log(3) / 2])
+    assert shares.log_share.tolist() == [half, half]
+
+
+def test_each_network_has_its_own_class_shares_and_the_ensemble_their_mean():
+    """Fold 1 learns 2 and 1 images, fold 2 learns 4 and 1, and the last image tests both."""
+    data = images([0, 0, 0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1, 0, 1, 2], 2)
+    networks = training.make_eval_set(data, [0, 1])
+    ensemble = training.make_eval_set(data, [2])
+    assert networks.folds.tolist() == [0] * 5 + [1] * 3
+    assert ensemble.indices.tolist() == [8]
+    shares = training.class_shares(data, networks, 1.0)
+    assert shares.train_counts.tolist() == [3, 1]
+    rows = [math.log(2) / 2] * 5 + [math.log(4) / 2] * 3
+    assert shares.log_share[:, 0].tolist() == pytest.approx(rows)
+    assert shares.log_share[:, 1].tolist() == pytest.approx([-x for x in rows])
+    together = training.class_shares(data, ensemble, 1.0)
+    assert together.train_counts.tolist() == [3, 1]
+    assert together.log_share.tolist() == [pytest.approx([math.log(8) / 4, -math.log(8) / 4])]
+
+
+class Constant(torch.nn.Module):
+    """A network that says the same of two images, whatever they show."""
+
+    def __init__(self, said: list[list[float]]):
+        super().__init__()
+        self.said = torch.tensor(said)
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.said
 
 
 def test_logits_that_overflow_are_bounded_and_nan_is_refused(animals, tmp_path):
     reader = prepare(animals, "--weights", "none", "--output", tmp_path / "x")[0].reader
 
     def logits_of(value: float) -> list[list[float]]:
-        reader.features = torch.tensor([[value, 0.0, 0.0], [0.0, 1.0, -math.inf]])
-        return training.compute_logits(torch.nn.Identity(), reader, torch.arange(2), True).tolist()
+        network = Constant([[value, 0.0, 0.0], [0.0, 1.0, -math.inf]])
+        return training.compute_logits(network, reader, torch.arange(2)).tolist()
 
     assert logits_of(math.inf) == [[1e4, 0, 0], [0, 1, -1e4]]
     with pytest.raises(training.DataError, match="outputs became nan"):

@@ -14,6 +14,7 @@ os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before the first product: t
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ def every_epoch_is_written() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def settings(folder: Path) -> list[str]:
-    """The head and two epochs of all layers; the device is to be added."""
+    """The linear probe and two epochs of fine-tuning; the device is to be added."""
     weights = weights_file(folder.parent / "pretrained.pth")
     command = [str(folder), "--arch", "resnet18", "--weights", str(weights), "--epochs", "2"]
     return [*command, "--image-size", "32", "--batch-size", "24", "--workers", "2", "--device"]
@@ -57,7 +58,7 @@ def on_cpu(folder: Path, settings: list[str]) -> Path:
 def assert_near(one: Path, other: Path, tolerance: float) -> None:
     """Losses and probabilities of two runs differ by no more."""
     tables = [rows_of(run / "history.csv") for run in (one, other)]
-    assert [row["stage"] for row in tables[1]] == ["head", "whole", "whole"]
+    assert [row["step"] for row in tables[1]] == ["linear probe", "fine-tuning", "fine-tuning"]
     keys = ("train_loss", "val_loss")
     losses = [[float(row[key]) for row in rows for key in keys] for rows in tables]
     assert losses[0] == pytest.approx(losses[1], abs=tolerance)  # 1.1 at the start
@@ -68,18 +69,18 @@ def assert_near(one: Path, other: Path, tolerance: float) -> None:
 
 @cuda
 @pytest.mark.parametrize(("amp", "tolerance"), [("--no-amp", 2e-3), ("--amp", 5e-2)])
-def test_both_stages_and_evaluation_agree_with_the_cpu(amp, tolerance, settings, on_cpu, tmp_path):
+def test_both_steps_and_evaluation_agree_with_the_cpu(amp, tolerance, settings, on_cpu, tmp_path):
     """Mixed precision against float32 within 0.05, float32 within 0.002."""
     assert training.main([*settings, "cuda", amp, "--output", str(tmp_path / "run")]) == 0
     assert_near(on_cpu, tmp_path / "run", tolerance)
 
 
 @pytest.mark.skipif(not FOUND, reason="needs a GPU")
-def test_folds_pass_through_all_stages_on_any_gpu(settings, tmp_path):
+def test_folds_pass_through_all_steps_on_any_gpu(settings, tmp_path):
     output = tmp_path / "run"
     assert training.main([*settings, "auto", "--folds", "3", "--output", str(output)]) == 0
-    stages = [row["stage"] for row in rows_of(output / "history.csv")]
-    assert stages == 3 * ["head", "whole", "whole"]
+    steps = [row["step"] for row in rows_of(output / "history.csv")]
+    assert steps == 3 * ["linear probe", "fine-tuning", "fine-tuning"]
     assert FOUND.type in (output / "report.html").read_text()
 
 
@@ -107,7 +108,7 @@ def test_a_run_goes_from_one_device_to_another_and_to_other_precision(
     assert_near(on_cpu, moved, 2e-2)
     moved = interrupt_after(1, [*settings, "cuda", "--amp"], tmp_path / "scaled")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
-    assert training.pick_compute(training.Options(device="cuda")).precision == "float16"
+    assert training.pick_compute(SimpleNamespace(device="cuda", amp=None)).precision == "float16"
     assert training.main(["--resume", str(moved), "--amp"]) == 0
     assert_near(on_cpu, moved, 5e-2)
 
@@ -117,7 +118,7 @@ def test_a_run_goes_from_one_device_to_another_and_to_other_precision(
 def test_nothing_waits_for_the_gpu_between_the_batches_of_a_pass(
     amp, settings, tmp_path, monkeypatch
 ):
-    """In the feature pass, in training of the head and of all layers, and in evaluation."""
+    """In the pass for features, in fine-tuning, and in evaluation."""
     command, read, passes = [*settings, "cuda", amp, "--output"], training.Reader.read, []
     assert training.main([*command, str(tmp_path / "first")]) == 0  # makes what stays
 
@@ -132,8 +133,9 @@ def test_nothing_waits_for_the_gpu_between_the_batches_of_a_pass(
 
     monkeypatch.setattr(training.Reader, "read", read_watched)
     assert training.main([*command, str(tmp_path / "second")]) == 0
-    # Evaluated: all images for their features, each epoch, and the head in the end.
-    assert Counter(passes) == {"training, head": 1, "training, whole": 2, "evaluating": 5}
+    # Evaluated: features, the linear probe, two epochs, and the points of the line.
+    evaluated = 4 + len(training.LINE)
+    assert Counter(passes) == {"fine-tuning": 2, "evaluating": evaluated}
 
 
 @cuda

@@ -59,15 +59,18 @@ BOMB = b"P6 50000 50000 255\n"  # a small file that claims as many pixels
 FILES: dict[str, Callable[[Path], object]] = {
     "an image that claims too much": lambda path: path.write_bytes(BOMB),
     "most of an image": lambda path: path.write_bytes(path.read_bytes()[:-100]),
-    "a pipe": lambda path: path.unlink() or os.mkfifo(path),
     "a disk that fails": lambda path: path.unlink() or path.symlink_to("/proc/self/mem"),
-    "a link that leads nowhere": lambda path: path.unlink() or path.symlink_to("none"),
+}
+
+NOT_FILES: dict[str, Callable[[Path], object]] = {
+    "named like an image, but no file; remove it": lambda path: os.mkfifo(path),
+    "this link leads nowhere; mend or remove it": lambda path: path.symlink_to("none"),
 }
 
 
 @linux
 @pytest.mark.parametrize("kind", FILES)
-def test_what_is_no_image_is_left_out_or_named(kind, src, capsys):
+def test_what_is_no_image_is_left_out_and_named(kind, src, capsys):
     path = src / "ape/ape_005.jpg"
     FILES[kind](path)
     data = load(src)
@@ -76,6 +79,18 @@ def test_what_is_no_image_is_left_out_or_named(kind, src, capsys):
     assert warning.startswith(f"warning: {path}: ") and warning.endswith("; left out")
     with pytest.raises(training.DataError, match="ape_005.jpg: cannot be read"):
         training.read_image(str(path), 255, 32)
+
+
+@linux
+@pytest.mark.parametrize("text", NOT_FILES)
+def test_pipes_and_links_that_lead_nowhere_end_a_run_before_it_begins(text, src, tmp_path, capsys):
+    path = src / "ape/ape_005.jpg"
+    path.unlink()
+    NOT_FILES[text](path)
+    [line] = refused([src, *TINY, "--output", tmp_path / "run"], capsys, tmp_path)
+    assert line.endswith(f"error: {path}: {text}")
+    with pytest.raises(training.DataError, match="cannot be read .gone, or no regular file"):
+        training.read_image(str(path), 255, 32)  # which opens no pipe, to wait for ever
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -105,8 +120,11 @@ NO_MEMORY = "error: out of memory; try a smaller --batch-size or --image-size, f
 NO_MEMORY += "--device cpu"
 OURS = None  # a mistake in the script, which keeps its traceback
 SAID: list[tuple[Exception, str | None]] = [
-    (FileNotFoundError(2, "No such file", "/a"), "error: /a: No such file; mend that"),
-    (OSError(errno.EIO, "Input/output error", b"/a"), "error: /a: Input/output error; mend that"),
+    (
+        FileNotFoundError(2, "No such file", "/a"),
+        "error: /a: No such file; repair that and try again",
+    ),
+    (OSError(errno.EIO, "I/O error", b"/a"), "error: /a: I/O error; repair that and try again"),
     (MemoryError(), NO_MEMORY),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), NO_MEMORY),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"), NO_MEMORY),
@@ -148,19 +166,34 @@ def test_a_full_disk_is_named_and_leaves_whole_files_and_a_way_on(
     with monkeypatch.context() as full:
         full.setattr(os, "fsync", fsync)
         error = refused([src, *TINY, "--output", output], capsys)[-1]
-    assert f"error: {output / name}: No space left on device; mend that" in error
+    assert f"error: {output / name}: No space left on device; repair that and try again" in error
     assert not list(output.glob("*.partial")) and not (output / name).exists()
     for path in output.glob("*.pt"):
         torch.load(path, weights_only=True)
     is_begun = error.endswith(f"; go on with --resume {output}")
     assert is_begun is (name in (training.NETWORK, "report.html"))
     run(*(["--resume", output] if is_begun else [src, *TINY, "--output", output]))
-    assert len(rows_of(output / "history.csv")) == 1
+    assert [row["epoch"] for row in rows_of(output / "history.csv")] == ["0", "1"]
+
+
+def test_a_table_keeps_every_name_and_eight_digits_of_a_fraction():
+    names = ["a,b", 'quo"te', "car\rriage", "new\nline", os.fsdecode(b"caf\xe9"), ""]
+    table = creation.format_table([{"name": name, "share": 2 / 3, "count": 7} for name in names])
+    cells = [b'"a,b"', b'"quo""te"', b'"car\rriage"', b'"new\nline"', b"caf\xe9", b""]
+    rows = [cell + b",0.66666667,7\n" for cell in cells]
+    assert table == b"name,share,count\n" + b"".join(rows)
+
+
+def test_a_file_is_written_or_replaced_as_a_whole_and_nothing_else_stays(tmp_path):
+    for content in (b"old and long", memoryview(b"new")):
+        creation.write_file(tmp_path / "table.csv", content)
+        assert (tmp_path / "table.csv").read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
 
 
 def test_a_file_that_cannot_be_replaced_is_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", fail_with(PermissionError(13, "Permission denied")))
     (tmp_path / "table.csv").write_text("old")
     with pytest.raises(PermissionError, match=r"Permission denied: '.*/table.csv'"):
-        training.write_file(tmp_path / "table.csv", b"new")
+        creation.write_file(tmp_path / "table.csv", b"new")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import eval_set_of
+from conftest import eval_set_of, shares_of
 
 import data_training as training
 
@@ -51,11 +51,17 @@ def test_intervals_of_means_of_nothing_and_of_sure_things():
     assert all(end.isnan().all() for end in empty)
 
 
-def evaluated(targets: list[int], predicted: list[int], train_counts: list[int], **others: object):
+def evaluated(
+    targets: list[int],
+    predicted: list[int],
+    train_counts: list[int],
+    families: list[int] | None = None,
+) -> training.Evaluation:
     """The evaluation of these answers, each with logits of 1 and 0."""
-    eval_set = eval_set_of(targets, train_counts, **others)
+    eval_set = eval_set_of(targets, families)
+    shares = shares_of(train_counts, len(targets))
     logits = torch.nn.functional.one_hot(torch.tensor(predicted), len(train_counts)).float()
-    return training.evaluate(logits, training.Calibration(), eval_set)
+    return training.evaluate(logits, training.Calibration(), eval_set, shares)
 
 
 def test_a_comparison_adds_a_quarter_of_an_image_to_both_who_won_and_who_lost():
@@ -75,9 +81,9 @@ def test_a_comparison_adds_a_quarter_of_an_image_to_both_who_won_and_who_lost():
     assert [*rows[3].values()][1:6] == pytest.approx([0.5, 0.5, 0, -half, half])
     assert (rows[0]["before"], rows[0]["after"]) == pytest.approx((0.5, 0.7))
     assert (rows[1]["before"], rows[1]["after"]) == (0.5, 0.625)
-    assert {[*row.values()][-1] for row in rows} == {"undecided"}
+    assert {row["more_than_chance"] for row in rows} == {"no"}
     clear = training.compare(1 - torch.tensor(targets), evaluated(targets, targets, [101, 5]))
-    assert all([*row.values()][-1].startswith("yes") for row in clear)
+    assert {row["more_than_chance"] for row in clear} == {"yes"}
     # Twice each image, in one family, tells as much as once: 8 images and not 16.
     twice = [each for each in targets for _ in "12"], [each for each in after for _ in "12"]
     families = [at // 2 for at in range(20)]
@@ -133,8 +139,8 @@ def test_images_tell_as_much_as_their_families_let_them():
         ([7, 7, 7, 7, 7], 1, 1),  # one film tells what one image does
         ([0, 0, 0, 0, 1, 1], 6**2 / (4**2 + 2**2), 2),  # of families that differ in size fewer
     ):
-        eval_set = eval_set_of([0] * len(families) + [1], [9, 9, 9], families=[*families, 0])
-        counts, told = training.effective_counts(eval_set)
+        eval_set = eval_set_of([0] * len(families) + [1], [*families, 0])
+        counts, told = training.effective_counts(eval_set, 3)
         assert counts.tolist() == pytest.approx([effective, 1, 0])
         assert told.tolist() == [groups, 1, 0]
 
@@ -149,10 +155,10 @@ def test_families_that_span_classes_widen_intervals_of_means_and_of_differences(
     spanning = evaluated(targets, wrong, [9, 9], families=[0, 1, 2, 3] * 2)
     apart = evaluated(targets, wrong, [9, 9])
     right = spanning.predicted == spanning.eval_set.targets
-    assert training.spanning_factor(right, spanning.eval_set) == pytest.approx(2)
-    assert training.spanning_factor(right, apart.eval_set) == 1
+    assert training.spanning_factor(right, spanning.eval_set, 2) == pytest.approx(2)
+    assert training.spanning_factor(right, apart.eval_set, 2) == 1
     # Where all are right it is not known how alike families are: as if wholly so.
-    assert training.spanning_factor(torch.ones(8), spanning.eval_set) == pytest.approx(2)
+    assert training.spanning_factor(torch.ones(8), spanning.eval_set, 2) == pytest.approx(2)
     half = torch.full((1, 2), 0.5).double()
     ends = training.mean_interval(half[0], torch.tensor([1 + 3 / 2] * 2), half)[1:]
     found = [spanning.summary[end] for end in ("low", "high")]
@@ -166,7 +172,8 @@ def test_loss_counts_classes_alike_and_of_one_image_all_is_possible():
     """Four images of one class, two of another, one of the last."""
     targets = [0, 0, 0, 0, 1, 1, 2]
     logits = torch.tensor([[2.0, 0, 0], [0, 0, 0.6], [0, 0, 0.1]])[targets]
-    result = training.evaluate(logits, training.Calibration(), eval_set_of(targets, [16, 10, 5]))
+    shares = shares_of([16, 10, 5], len(targets))
+    result = training.evaluate(logits, training.Calibration(), eval_set_of(targets), shares)
     a, b, c = math.exp(2), math.exp(0.6), math.exp(0.1)
     losses = math.log(a + 2) - 2, math.log(b + 2), math.log(c + 2) - 0.1
     assert result.summary["val_loss"] == pytest.approx(sum(losses) / 3)

@@ -9,16 +9,18 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType, SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import (
     CPU,
     TINY,
     Process,
     assert_moved_alike,
-    begin,
+    interrupt_after,
     network_of,
     prepare,
     refused,
@@ -29,7 +31,9 @@ from conftest import (
 import data_training as training
 
 
-def test_two_processes_train_the_heads_of_folds_as_one_does(animals, others, pretrained, tmp_path):
+def test_two_processes_fit_the_linear_probes_of_folds_as_one_does(
+    animals, others, pretrained, tmp_path
+):
     """To within rounding. One has no image to test with, as there is only one such image."""
     shutil.copytree(others / "bee", tmp_path / "one/bee", ignore=lambda _, names: names[1:])
     command = [animals, "--weights", pretrained, "--epochs", 1, *TINY]
@@ -39,7 +43,7 @@ def test_two_processes_train_the_heads_of_folds_as_one_does(animals, others, pre
     several, alone = tmp_path / "two", run(*command, "--output", tmp_path / "alone").path
     assert (alone / "split.csv").read_bytes() == (several / "split.csv").read_bytes()
     tables = [rows_of(path / "history.csv") for path in (alone, several)]
-    pairs = [pair for pair in zip(*tables, strict=True) if pair[0]["stage"] == "head"]
+    pairs = [pair for pair in zip(*tables, strict=True) if pair[0]["epoch"] == "0"]
     assert [ours["fold"] for ours, _ in pairs] == ["1", "2", "3"]
     for ours, theirs in pairs:
         for name in ("train_loss", "val_loss", "balanced_accuracy"):
@@ -56,10 +60,12 @@ def test_two_processes_train_the_heads_of_folds_as_one_does(animals, others, pre
 
 @pytest.fixture(scope="module")
 def two(animals: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An epoch of all layers, by two processes."""
+    """An epoch of fine-tuning by two processes, of which the end is kept."""
     output = tmp_path_factory.mktemp("two") / "run"
     command = [animals, "--weights", pretrained, "--epochs", 1, *TINY, "--output", output]
-    Process(*command, processes=2).end()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "LINE", (1.0,))
+        Process(*command, processes=2).end()
     return output
 
 
@@ -68,17 +74,19 @@ def test_two_processes_train_all_layers_as_a_loop_that_is_written_by_hand(
 ):
     """Each takes every other image of a batch, and the gradient is the mean over all images."""
     command = [animals, "--weights", pretrained, "--epochs", 1, *TINY]
-    context, progress = prepare(*command, "--output", tmp_path / "other")
-    trainer, model, data = begin(context, progress, 1), context.model, context.data
+    setup, progress, model = prepare(*command, "--output", tmp_path / "other")
+    training.make_probe(setup, progress, model, 0)
+    trainer, data = training.begin_fine_tuning(setup, progress, model, 0), setup.data
+    start = training.copy_state(model)
     stream = training.seeded("draw", 0, 0, 1)
-    drawn = training.draw_epoch(data.labels, data.learnt(0), 1.0, 1, stream)
+    drawn = training.draw_epoch(data.labels, data.learnt(0), 1.0, stream)
     batches = training.cut_batches(drawn, 12, training.seeded("augment", 0, 0, 1))
     assert [len(batch) for batch in batches] == [11, 10, 10]  # 6 and 5 images, 5 and 5, 5 and 5
     for batch in batches:
         losses, twin = [], copy.deepcopy(model)
         for part, network in ((batch[::2], model), (batch[1::2], twin)):
-            [[group]] = context.reader.read([part], "")
-            logits = network(training.move_batch(group.inputs, CPU))
+            [[group]] = setup.reader.read([part], "")
+            logits = network(training.move_batch(group.images, CPU))
             losses.append(F.cross_entropy(logits, group.labels, reduction="sum") / len(batch))
         losses[1].backward()
         model.zero_grad()
@@ -86,19 +94,53 @@ def test_two_processes_train_all_layers_as_a_loop_that_is_written_by_hand(
         pairs = zip(model.parameters(), twin.parameters(), strict=True)
         trainer.step(losses[0] + sum((weight * other.grad).sum() for weight, other in pairs))
     # Statistics are those of the first process.
-    assert_moved_alike(network_of(two)["networks"][0], model, progress.start)
+    assert_moved_alike(network_of(two)["networks"][0], model, start)
 
 
 def test_unlike_devices_compute_in_the_precision_of_the_first(
     two, animals, pretrained, tmp_path, monkeypatch
 ):
     picked = {"0": "float32", "1": "bfloat16"}
+    monkeypatch.setattr(training, "LINE", (1.0,))
     monkeypatch.setattr(training, "pick_precision", lambda *_: picked[os.environ["RANK"]])
     command = [animals, "--weights", pretrained, "--epochs", 1, *TINY]
     printed, _ = Process(*command, "--output", tmp_path / "run", processes=2).end()
     assert "cpu, float32, processes: 2;" in printed
     table = (two / "predictions.csv").read_bytes()
     assert (tmp_path / "run/predictions.csv").read_bytes() == table
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_of_several_processes_one_predicts_writes_and_prints(
+    is_named, default_run, others, tmp_path
+):
+    command = [others, "--predict", default_run.path, "--device", "cpu"]
+    alone, together = tmp_path / "alone.csv", tmp_path / "together.csv"
+    run(*command, "--output", alone)
+    output = ["--output", together] if is_named else []
+    printed, error = Process(*command, *output, processes=2).end()
+    written = together.read_text() if is_named else printed
+    assert written == alone.read_text()
+    assert is_named is (printed == "")
+    assert error.count("12 images\n") == error.count("balanced accuracy") == 1
+
+
+def test_all_works_with_a_torch_that_is_built_without_processes(
+    default_run, animals, others, pretrained, tmp_path, monkeypatch
+):
+    """There `torch.distributed` says that it is not available, and has nothing else."""
+    names = [name for name, value in vars(dist).items() if type(value) is FunctionType]
+    assert {"is_initialized", "is_torchelastic_launched", "all_reduce"} < {*names}
+    for name in names:
+        monkeypatch.delattr(dist, name)
+    monkeypatch.setattr(dist, "is_available", lambda: False, raising=False)
+    command = [animals, "--weights", pretrained, "--epochs", 2, *TINY]
+    output = interrupt_after(1, [*map(str, command)], tmp_path / "run")
+    run("--resume", output)
+    for name, path in (("here", output), ("there", default_run.path)):
+        table = tmp_path / f"{name}.csv"
+        run(others, "--predict", path, "--device", "cpu", "--output", table)
+    assert (tmp_path / "here.csv").read_bytes() == (tmp_path / "there.csv").read_bytes()
 
 
 @pytest.fixture
@@ -174,7 +216,7 @@ def test_a_device_that_cannot_be_used_is_told_with_one_that_can(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("hpu"))
     for name in ("auto", "gpu", "meta"):
         with pytest.raises(training.DataError, match=f"^--device {name}: .*; try cpu"):
-            training.pick_compute(training.Options(device=name))
+            training.pick_compute(SimpleNamespace(device=name, amp=None))
 
 
 @pytest.mark.parametrize(

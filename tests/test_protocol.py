@@ -4,6 +4,7 @@ from pathlib import Path
 
 import protocol
 import pytest
+import torch
 from conftest import open_run, rows_of, weights_file, write_folder
 
 WAYS = ["default", "none", "default --folds 3", "loop-none", "loop-1e-4", "loop"]
@@ -23,7 +24,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(root / "fur"), str(root / "skin"), *numbers.split(), *weights, f"--flags={flags}"]
 
 
-def test_all_ways_are_judged_once_and_a_second_call_finds_them(command, monkeypatch, capsys):
+def test_all_ways_are_tested_once_and_a_second_call_finds_them(command, monkeypatch, capsys):
     monkeypatch.setattr(protocol, "LEAST", 6)
     protocol.main([*command, "--ways", *WAYS])
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
@@ -46,10 +47,11 @@ def test_the_counts_fall_geometrically_to_the_rarest_and_leave_a_test():
     assert protocol.count_stairs([250, 90, 900], 20, 600) == [200, 40, 20]
 
 
-def test_the_loop_and_random_weights_begin_at_random_where_the_script_begins_with_zeros(command):
+def test_the_loop_begins_with_the_weights_as_they_are_and_a_new_head_at_random(command):
     weights, classes = command[command.index("--weights") + 1], ["a", "b", "c"]
-    settings, _, stored = open_run(command[0], "--weights", weights, "--arch", "resnet18")
-    assert not protocol.training.load_model(settings, classes, stored).fc.weight.any()
-    assert protocol.load_plain(settings, classes).fc.weight.std() > 0.01
-    settings, _, stored = open_run(command[0], "--weights", "none", "--arch", "resnet18")
-    assert protocol.training.load_model(settings, classes, stored).fc.weight.std() > 0.01
+    settings = open_run(command[0], "--weights", weights, "--arch", "resnet18").settings
+    stored = torch.load(weights, weights_only=True)
+    state = protocol.load_plain(settings, classes).state_dict()
+    assert state["fc.weight"].shape[0] == 3 and state["fc.weight"].std() > 0.01
+    for name in stored.keys() - {"fc.weight", "fc.bias"}:
+        assert torch.equal(state[name], stored[name]), name

@@ -17,6 +17,8 @@ from PIL import Image
 
 import data_training as training
 
+GROUPS = ("many", "medium", "few")  # of classes, by their training images
+
 
 @pytest.fixture(scope="session")
 def compared_run(default_run: Run, animals: Path) -> Run:
@@ -82,9 +84,22 @@ def test_tables_agree_with_each_other(any_run):
         -math.log(float(row["true_probability"])) / asked[row["class"]] for row in predictions
     ]
     assert result["val_loss"] == pytest.approx(sum(losses) / 3, rel=1e-3)
-    if path.name == "default":  # the last row describes the network
-        *_, last = rows_of(path / "history.csv")
-        assert all(float(last[name]) == near(x) for name, x in result.items())
+    lines = rows_of(path / "line.csv")
+    assert [float(row["point"]) for row in lines] == [*training.LINE]
+    [kept] = [row for row in lines if row["kept"] == "1"]  # describes the network
+    assert all(float(kept[name]) == near(x) for name, x in result.items())
+    assert result["val_loss"] == near(min(float(row["val_loss"]) for row in lines))
+    assert json.loads((path / "config.json").read_text())["kept_point"] == float(kept["point"])
+
+
+def test_the_ends_of_the_line_are_linear_probe_and_fine_tuning(default_run):
+    """One network: the line begins at the first row of the history and ends at the last."""
+    first, *_, last = rows_of(default_run.path / "history.csv")
+    probe, *_, end = rows_of(default_run.path / "line.csv")
+    assert (first["step"], last["step"]) == ("linear probe", "fine-tuning")
+    for row, point in ((first, probe), (last, end)):
+        for name in ("val_loss", "balanced_accuracy", "low", "high", "logit_scale", "logit_shift"):
+            assert float(row[name]) == near(float(point[name]))
 
 
 def test_each_class_has_a_column_of_its_own_whatever_it_is_called():
@@ -120,9 +135,10 @@ def test_a_comparison_has_both_runs_and_their_difference(compared_run, default_r
         difference, low, high = (float(row[key]) for key in ("difference", "low", "high"))
         assert float(row["before"]) == near(before[name])
         assert difference == near(after[name] - before[name]) and low <= difference <= high
-        assert (row["more than the chance of these images?"] == "undecided") is (low <= 0 <= high)
+        assert row["more_than_chance"] == ("no" if low <= 0 <= high else "yes")
         [line] = re.findall(rf"^{row['measure']} .*in .*/default, now.*$", compared_run.out, re.M)
         assert f"{100 * difference:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]" in line
+        assert ("within the chance of these images" in line) is (low <= 0 <= high)
 
 
 def test_a_baseline_on_other_images_or_of_other_classes_is_refused(
@@ -133,7 +149,7 @@ def test_a_baseline_on_other_images_or_of_other_classes_is_refused(
     table.write_text(table.read_text().replace(",ape,", ",dog,").replace(",bee,", ",dog,"))
     odd = "it predicted dog, which DATA lacks; give both runs the same DATA"
     for seed, baseline, told in (
-        (1, default_run.path, "judged by other images, "),
+        (1, default_run.path, "it was evaluated on other images, the first is "),
         (0, tmp_path / "odd", odd),
     ):
         command = [animals, "--weights", "none", *TINY, "--seed", seed, "--baseline", baseline]
@@ -150,7 +166,7 @@ def test_an_unfinished_run_shows_figures_of_its_own_networks(animals, pretrained
     evaluated = {parts[row["path"]] for row in rows_of(output / "predictions.csv")}
     assert evaluated == {"fold 1"} and len(training.read_weights(str(output))["networks"]) == 1
     predict = [animals, "--device", "cpu", "--predict"]
-    warning = f"warning: {output} is unfinished, better --resume it first\n"
+    warning = f"warning: {output} is unfinished; --resume it first for its best network\n"
     for path in (output, output / "network.pt"):
         assert run(*predict, path).err.startswith(warning)
     run("--resume", output)
@@ -160,7 +176,7 @@ def test_an_unfinished_run_shows_figures_of_its_own_networks(animals, pretrained
 def row(epoch: int, fold: int = 1, seconds: float = 60.0, **others: object) -> dict[str, object]:
     """A row of a history, with the longest numbers that there are."""
     known = dict.fromkeys((*training.MEASURES, "as_trained_balanced_accuracy", "high"), 1.0)
-    known |= {"fold": fold, "epoch": epoch, "stage": "whole", "train_loss": 1.5, "low": 0.555}
+    known |= {"fold": fold, "epoch": epoch, "step": "linear probe", "train_loss": 1.5, "low": 0.555}
     known |= {"val_loss": 123.456, "many": math.nan, "images_per_second": 12345.6}
     return known | {"seconds": seconds} | others
 
@@ -171,35 +187,35 @@ NAMES = [*HOSTILE, *(f"n021{at:05}-Shetland_sheepdog_{at}" for at in range(26))]
 
 @pytest.fixture(scope="module")
 def invented(animals: Path, tmp_path_factory: pytest.TempPathFactory) -> training.Outcome:
-    """Five folds of ten epochs, and invented answers; the last class but one is not judged."""
+    """Five folds of ten epochs, and invented answers; none for the last class but one."""
     noise = tmp_path_factory.mktemp("invented") / "noise.jpg"
     Image.effect_noise((200, 150), 90).convert("RGB").save(noise)
     flags = ["--folds", 5, "--output", "new", "--baseline", "runs/plain"]
-    settings, _, _ = open_run(animals, *flags)
+    settings = open_run(animals, *flags).settings
     classes = len(NAMES)
     labels = torch.arange(classes).repeat_interleave(torch.logspace(2.4, 1.15, classes).long())
     held = [None if label == classes - 2 else at % 5 for at, label in enumerate(labels)]
-    copied = torch.arange(len(held)) % (len(held) - 1)  # the last image is the first one, too
-    data = images(labels.tolist(), held, 5, classes=NAMES, digests=copied)
+    data = images(labels.tolist(), held, 5, classes=NAMES)
     data = data._replace(files=[file._replace(path=str(noise)) for file in data.files])
-    eval_set = training.make_eval_set(data, range(5), 1.0)
+    eval_set = training.make_eval_set(data, range(5))
+    shares = training.class_shares(data, eval_set, 1.0)
     truth = torch.nn.functional.one_hot(eval_set.targets, classes)
     chance = torch.randn(2, *truth.shape, generator=torch.Generator().manual_seed(0))
     before = (1.5 * truth + chance[0]).argmax(1)
-    evaluation = training.evaluate_cross_fitted(3.0 * truth + chance[1], eval_set)
-    kept = ["head", "all, undecided", *["all"] * 3]
+    evaluation = training.evaluate_cross_fitted(3.0 * truth + chance[1], eval_set, shares)
+    line = [{"point": x, **evaluation.summary, "kept": int(x == 0.35)} for x in training.LINE]
+    kept = training.Kept([], evaluation, 0.35, line)
     listed = training.list_classes(NAMES, torch.full((classes,), 100), evaluation)
     return training.Outcome(
         settings=settings,
         data=data,
         facts=training.describe_run(settings, data, CPU),
-        remarks=training.list_remarks(5, kept, listed),
+        remarks=training.list_remarks(5, 4, kept, listed),
         history=[row(epoch, **evaluation.summary) for epoch in range(11)],
         kept=kept,
         baseline=before,
         changes=training.compare(before, evaluation),
         classes=listed,
-        evaluation=evaluation,
         tested=evaluation,
     )
 
@@ -239,30 +255,55 @@ def test_the_page_closes_every_tag_and_loads_nothing(invented):
 
 
 def test_page_and_console_say_the_same_of_every_class_and_fact(invented, capsys):
-    text, evaluation = training.make_page(invented).decode(), invented.evaluation
+    text, evaluation = training.make_page(invented).decode(), invented.kept.evaluation
     said, cells = " ".join(parse(text).itertext()), cells_of(text)
-    before = training.confusion_matrix(evaluation.eval_set.targets, invented.baseline, len(NAMES))
-    recalls = (before.diag() / before.sum(1)).tolist()
-    listed = [[*row.values(), old] for row, old in zip(invented.classes, recalls, strict=True)]
+    listed = [[*row.values()] for row in invented.classes]
     for name, old, new, *ends, sure in map(dict.values, invented.changes):
         listed.append([name, old, new, *(f"{100 * x:+.1f} points" for x in ends), sure])
     for values in listed:
         assert [html.unescape(training.show(value)) for value in values] in cells
-    assert [file.name for file in (invented.data.files[0], invented.data.files[-1])] in cells
+    for row in invented.kept.line:
+        fractions = [training.show(row[name]) for name in ("balanced_accuracy", *GROUPS)]
+        end = "kept" if row["point"] == 0.35 else ""
+        assert [f"{row['point']:g}", f"{row['val_loss']:.3f}", *fractions, end] in cells
     assert all(training.printable(fact) in said for fact in invented.facts.values())
     training.print_end(invented)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 24  # one screen
+    assert len(lines) <= 28  # one screen, even if all there is to say is said
     result = training.format_range(evaluation.summary)
     trained = f"{evaluation.summary['as_trained_balanced_accuracy']:.1%}"
     assert all(shown in said for shown in (*result.split(" ", 1), trained))
-    assert lines[1:3] == [f"balanced accuracy {result}", f"as trained        {trained}"]
-    assert lines[3] == f"untouched test    {result}"
-    bare = f"Classes without an image to judge them by: 1, as {NAMES[-2]}"
-    undecided = "The head alone looks better than all layers, too few images tell; all layers are "
-    undecided += "kept: 1 of 5"
-    for remark in (bare, undecided, "The head alone is kept, all layers are no better: 1 of 5"):
-        assert remark in lines and remark in said and remark in invented.remarks
+    points = [f"{x:5.2f}  {evaluation.summary['val_loss']:8.3f}  {result}" for x in training.LINE]
+    points[3] += "  kept"
+    assert lines[2:9] == points
+    assert lines[10:12] == [f"balanced accuracy {result}", f"as trained        {trained}"]
+    assert lines[12] == f"untouched test    {result}"
+    images = len(evaluation.eval_set.targets)
+    for remark in (
+        "Unfinished: 4 of 5 networks are trained to the end",
+        "Kept point: 0.35 of the way from linear probe (0) to fine-tuning (1), by the lowest "
+        f"validation loss on {images} images",
+        "These are results of single networks; the ensemble is usually better",
+        f"Classes without a validation image: 1, the first is {NAMES[-2]}; nothing here says how "
+        "well they are recognised",
+    ):
+        assert remark in lines and f"{remark}." in said and remark in invented.remarks
+
+
+def test_the_page_has_a_section_for_each_table(invented, default_run):
+    titles = re.findall("<h2>(.*?)</h2>", training.make_page(invented).decode())
+    first, *others = titles
+    assert first == "Compared with the baseline"
+    assert others == [
+        "Classes",
+        "Mistakes",
+        "Confusions",
+        "Training",
+        "From linear probe (0) to fine-tuning (1)",
+        "How this was measured",
+    ]
+    page = (default_run.path / "report.html").read_text()
+    assert set(re.findall("<h2>(.*?)</h2>", page)) <= set(others)
 
 
 def test_the_page_shows_the_commonest_confusions():
@@ -272,11 +313,11 @@ def test_the_page_shows_the_commonest_confusions():
 
 
 def test_the_page_shows_the_surest_mistakes_each_beside_what_it_was_taken_for(invented):
-    evaluation, wrong = invented.evaluation, []
+    evaluation, wrong = invented.kept.evaluation, []
     answers = evaluation.eval_set.targets, evaluation.predicted, evaluation.probabilities.amax(1)
     for true, taken, sure in zip(*answers, strict=True):
         names = [training.printable(NAMES[label]) for label in (true, taken)]
-        relation = f"taken for ({training.show(sure.item())})"
+        relation = f"predicted ({training.show(sure.item())})"
         if true != taken:
             wrong.append((-sure, ["is", names[0], relation, names[1]]))
     figures = parse(training.show_mistakes(invented.data, evaluation)).iter("figure")

@@ -10,25 +10,35 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, Process, begin, interrupt_after, prepare, refused, rows_of, run
+from conftest import TINY, Process, interrupt_after, prepare, refused, rows_of, run
 from PIL import Image
 
 import data_training as training
 
 TIMES = ("images_per_second", "seconds")
-KINDS = {"default": ["--epochs", "2"], "folds": ["--folds", "3", "--epochs", "1", "--val", "all"]}
+FOLDS = ["--folds", "3", "--epochs", "1", "--val", "all"]
+# Flags, and the seconds between two times that the state of an unfinished fold is stored.
+KINDS = {"default": (["--epochs", "2"], 0.0), "folds": (FOLDS, 0.0), "seldom": (FOLDS, math.inf)}
 # The kind of run, the file that is being written, and for which time.
 MOMENTS = {
     "default resume.pt 2": "nothing is trained",
-    "default network.pt 1": "the head is stored, its files are not",
-    "default resume.pt 3": "all layers had their first epoch, but the state is of the head",
-    "default fold-1.pt 1": "the network is trained, but the state is of the epoch before",
-    "default resume.pt 4": "so it is, but the network is stored",
-    "default report.html 4": "all epochs and the result are stored, but for the page",
-    "folds resume.pt 4": "between the first fold and the second",
-    "folds fold-2.pt 1": "the second fold is trained, but the state is of its head",
-    "folds resume.pt 7": "the last network is stored, but the state is of its head",
-    "folds test_predictions.csv 1": "all epochs are stored, the result is not",
+    "default network.pt 1": "the linear probe is stored, its files are not",
+    "default resume.pt 3": "the first epoch is done, but the state is of the linear probe",
+    "default network.pt 2": "the first epoch is stored, its files are not",
+    "default fold-1.pt 1": "all epochs are stored, the fold is not",
+    "default resume.pt 5": "the fold is stored, but the state is of the last epoch",
+    "default network.pt 4": "so is the state, but the network is of the last epoch",
+    "default report.html 4": "all is stored, but for the page",
+    "folds fold-1.pt 1": "all epochs of the first fold are stored, the fold is not",
+    "folds network.pt 3": "the first fold is stored, its files are not",
+    "folds resume.pt 5": "between the first fold and the second",
+    "folds resume.pt 6": "the second fold had its epoch, but the state is of its linear probe",
+    "folds resume.pt 7": "the second fold is stored, but the state is of its last epoch",
+    "folds resume.pt 10": "all folds are stored, but the state is of the last epoch",
+    "folds test_predictions.csv 1": "all folds are stored, the result is not",
+    "seldom fold-1.pt 1": "the first fold is trained, but the state is of the beginning",
+    "seldom resume.pt 2": "so it is, but the fold is stored",
+    "seldom resume.pt 3": "the second fold is stored, but the state is of the end of the first",
 }
 
 
@@ -47,7 +57,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def recorded(animals, others, pretrained, tmp_path_factory):
-    """Runs of both kinds; in "kept" their folders as a kill at each moment would leave them."""
+    """Runs of all kinds; in "kept" their folders as a kill at each moment would leave them."""
     root, seen = tmp_path_factory.mktemp("recorded"), Counter[Path]()
 
     def keep(_: int) -> None:
@@ -62,10 +72,10 @@ def recorded(animals, others, pretrained, tmp_path_factory):
                 (kept / unfinished.name).write_bytes(b"half of it")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "WRITE_EVERY", 0.0)
         patch.setattr(os, "fsync", keep)
         patch.chdir(animals.parent)
-        for kind, flags in KINDS.items():
+        for kind, (flags, seconds) in KINDS.items():
+            patch.setattr(training, "WRITE_EVERY", seconds)
             run("animals", "--weights", pretrained, *flags, *TINY, "--output", root / kind)
     return root
 
@@ -101,21 +111,26 @@ def test_a_process_that_is_stopped_leaves_a_run_that_goes_on(
     assert_same_run(default_run.path, output)
 
 
-@pytest.mark.parametrize("kept", ["all", "head"])
-def test_a_failed_trial_and_a_head_kept_alone_are_remembered(
-    kept, animals, pretrained, tmp_path, monkeypatch
+def test_a_linear_probe_that_fails_costs_nothing_that_is_stored(
+    folds_run, animals, others, pretrained, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(training, "FEWEST_EFFECTIVE", 1)
-    monkeypatch.setattr(training, "SURE", math.inf if kept == "all" else -math.inf)
-    monkeypatch.setattr(training, "TRIAL_STEPS", 3)  # an epoch
-    monkeypatch.setattr(training, "TRIAL_FAILS", 0.0)
-    command = [str(animals), "--weights", str(pretrained), "--epochs", "5", *TINY]
-    whole = run(*command, "--output", tmp_path / "whole").path
-    stages = [row["stage"] for row in rows_of(whole / "history.csv")]
-    assert stages == ["head", "trial", *["upper"] * 4]
-    interrupt_after(2, command, tmp_path / "run")
+    """The features of the second fold are no numbers, and then they are."""
+    fit_probe, calls = training.fit_probe, Counter[str]()
+
+    def fit_or_fail(features, labels, weights):
+        calls["probe"] += 1
+        return fit_probe(features * (math.nan if calls["probe"] == 2 else 1), labels, weights)
+
+    flags = ["--folds", 3, "--val", others, "--epochs", 1, *TINY]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "fit_probe", fit_or_fail)
+        command = [animals, "--weights", pretrained, *flags, "--output", tmp_path / "run"]
+        error = refused(command, capsys)[-1]
+    text = "the loss of the linear probe became nan; try --no-amp, or other weights; go on with"
+    assert error.endswith(f"error: {text} --resume {tmp_path / 'run'}")
+    assert len(torch.load(tmp_path / "run/network.pt")["networks"]) == 1
     run("--resume", tmp_path / "run")
-    assert_same_run(whole, tmp_path / "run")
+    assert_same_run(folds_run.path, tmp_path / "run")
 
 
 @pytest.fixture
@@ -179,25 +194,18 @@ def test_a_folder_that_another_run_has_filled_meanwhile_stays_as_it_is(
 
 
 def test_what_is_said_beside_resume_holds_and_moments_follow_the_layout_of_weights(begun):
-    """The optimizer's kernels read weights and moments in the order of memory.
-
-    What a version of before did not ask for is as by default.
-    """
-    state = torch.load(begun / training.STATE, weights_only=True)
-    del state["settings"]["flip"]
-    state["settings"]["gone"] = 1  # of a version before
-    torch.save(state, begun / training.STATE)
-    context, progress = prepare("--resume", begun)
+    """The optimizer's kernels read weights and moments in the order of memory."""
+    setup, progress, model = prepare("--resume", begun)
     stored = progress.trainer["optimizer"]["state"]
     for state in stored.values():
         state["exp_avg"] = state["exp_avg"].contiguous()  # as from where that is the layout
-    optimizer, differ = begin(context, progress, 2).optimizer, 0
+    optimizer, differ = training.begin_fine_tuning(setup, progress, model, 0).optimizer, 0
     for weight, before in zip(optimizer.state, stored.values(), strict=True):
         after = optimizer.state[weight]["exp_avg"]
         assert after.stride() == weight.stride()
         assert torch.equal(after, before["exp_avg"])
         differ += before["exp_avg"].stride() != weight.stride()
-    assert differ and context.settings.flip == "sides"
+    assert differ
     assert "cpu, bfloat16" in run("--resume", begun, "--workers", "1", "--amp").out.splitlines()[0]
 
 

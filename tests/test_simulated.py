@@ -16,17 +16,17 @@ from typing import Any
 import pytest
 import simulated_device
 import torch
-from conftest import NO_HEAD, TINY, interrupt_after, rows_of, run
+from conftest import TINY, interrupt_after, run
 from test_resume import assert_same_run
 
 import data_training as training
 
 pytestmark = pytest.mark.skipif(not simulated_device.COMPILER, reason="needs g++ on Linux")
 Simulate = Callable[..., SimpleNamespace]
-QUICK = {"HEAD_STEPS": 100, "WRITE_EVERY": 0.0, **NO_HEAD}
-PINNED = {"PINNED": "sim", **QUICK}
-UPPER = {"TRIAL_STEPS": 3, "TRIAL_FAILS": 0.0, **QUICK}  # a trial of one epoch, which fails
-STEPS = 3  # an epoch of all layers: 31 images in batches of 12
+PINNED = {"PINNED": "sim", "WRITE_EVERY": 0.0}
+KINDS = {"pinned": PINNED, "unpinned": {"WRITE_EVERY": 0.0}}
+EPOCHS = 3
+STEPS = 3  # an epoch of fine-tuning: 31 images in batches of 12
 
 
 def load_device() -> None:
@@ -72,22 +72,17 @@ def command(animals: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str
     return [str(animals), *flags]
 
 
-KINDS = {"default": (["--epochs", "2"], PINNED), "upper": (["--epochs", "4"], UPPER)}
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def both(
     request: Any, simulate: Simulate, command: list[str], tmp_path_factory: Any
 ) -> SimpleNamespace:
-    """A run on the CPU and on the device, which is found: of all layers, or of the upper half."""
-    root, (flags, constants) = tmp_path_factory.mktemp(request.param), KINDS[request.param]
-    words = [*command, *flags, "--output"]
+    """A run on the CPU and on the device, which is found: with pinned memory, or without."""
+    root, constants = tmp_path_factory.mktemp(request.param), KINDS[request.param]
+    words = [*command, "--epochs", str(EPOCHS), "--output"]
     on_cpu = call(run, *words, root / "on_cpu", **constants).path
     done = simulate(run, *words, root / "on_sim", "--device", "auto", **constants)
-    stages = {row["stage"] for row in rows_of(on_cpu / "history.csv")}
-    assert request.param in stages or stages == {"head", "whole"}
-    found = {"flags": flags, "constants": constants, "epochs": int(flags[1])}
-    return SimpleNamespace(on_cpu=on_cpu, on_sim=done.result.path, done=done, **found)
+    on_sim = done.result.path
+    return SimpleNamespace(on_cpu=on_cpu, on_sim=on_sim, done=done, constants=constants)
 
 
 def test_a_run_ends_with_the_bytes_of_the_cpu(both):
@@ -101,13 +96,14 @@ def test_networks_predict_as_on_the_cpu(both, simulate, others, tmp_path):
     assert (tmp_path / "cpu.csv").read_bytes() == (tmp_path / "sim.csv").read_bytes()
 
 
-def test_a_run_goes_on_from_one_device_to_the_other_in_the_middle_of_a_stage(
+def test_a_run_goes_on_from_one_device_to_the_other_in_the_middle_of_fine_tuning(
     both, simulate, command, tmp_path
 ):
     acts = [simulate, call] if both.constants is PINNED else [call, simulate]
     names = ["sim" if act is simulate else "cpu" for act in acts]
-    words, folder = [*command, *both.flags, "--device", names[0]], tmp_path / "run"
-    acts[0](interrupt_after, both.epochs - 1, words, folder, **both.constants)
+    words = [*command, "--epochs", str(EPOCHS), "--device", names[0]]
+    folder = tmp_path / "run"
+    acts[0](interrupt_after, EPOCHS - 1, words, folder, **both.constants)
     acts[1](run, "--resume", folder, "--device", names[1], **both.constants)
     assert_same_run(both.on_cpu, folder)
 
@@ -118,18 +114,18 @@ def test_no_step_waits_for_the_device_and_nothing_on_it_grows_or_stays(both):
     An epoch waits twice: for its loss, and for what evaluation says. Of a run that is done, mean
     and deviation of images stay: six numbers a device.
     """
-    done, epochs = both.done, both.epochs
+    done = both.done
     sent = 0 if "PINNED" in both.constants else 2
-    head = len(done.steps) - STEPS * epochs  # steps, all in one epoch
-    ends = [0, *(head + STEPS * epoch for epoch in range(epochs + 1))]
-    parts = [done.steps[first:last] for first, last in pairwise(ends)]
+    assert len(done.steps) == STEPS * EPOCHS  # the linear probe is fitted on the CPU
+    parts = [done.steps[STEPS * epoch : STEPS * (epoch + 1)] for epoch in range(EPOCHS)]
     for steps in parts:
         for before, after in pairwise(steps):
-            assert after.waits == before.waits and after.sent <= before.sent + sent
+            assert after.waits == before.waits
+            assert after.sent <= before.sent + sent
     for one, other in pairwise(parts):
         assert other[0].waits - one[0].waits <= 2
-    assert len({steps[-1].live for steps in parts[2:]}) == 1
+    assert len({steps[-1].live for steps in parts[1:]}) == 1
     assert done.after.live <= 2 * 24
     assert done.after.torn == 0  # nothing was changed while it was being sent
-    # The feature pass waits once, for all its batches, and the head's first step at most once.
-    assert done.steps[0].waits - done.before.waits <= 2
+    # Before the first step it waits for the features, and for the evaluation of the linear probe.
+    assert done.steps[0].waits - done.before.waits <= 3

@@ -14,11 +14,11 @@ from conftest import (
     CPU,
     PLAIN,
     TINY,
-    USUAL,
     assert_moved_alike,
     by_hand,
     eval_set_of,
     images,
+    load,
     network_of,
     open_run,
     prepare,
@@ -35,12 +35,12 @@ import data_training as training
 
 ERRORS = {
     "": "arguments are required: DATA",
-    "DATA --epochs 0": "--epochs: not from 1 to",
-    "DATA --power nan": "--power: not from 0 to 10",
+    "DATA --epochs 0": "--epochs: 0 is not at least 1",
+    "DATA --power nan": "--power: nan is not from 0 to 10",
     "DATA --group (": "--group: no regular expression",
-    "--resume RUN --epochs 10": "--epochs and --resume: drop one",  # though the default
-    "DATA --natural": "--natural: only with --predict; drop it",
-    "DATA --source DATA --val OTHERS": "--source and --val",
+    "--resume RUN --epochs 10": "--epochs and --resume cannot be used together; drop",  # though 10
+    "DATA --natural": "--natural is only for --predict; drop it",
+    "DATA --source DATA --val OTHERS": "--source and --val cannot be used together",
     "NOWHERE": "DATA NOWHERE: no such folder",
     "DATA --output FILE": "--output FILE: not empty",
     "DATA --output DATA/new/run": "--output DATA/new/run: would be a class of",
@@ -51,30 +51,30 @@ ERRORS = {
     "SINGLE": "/SINGLE: nothing to validate on",
     "PARTS": "parts of a data set, not classes; run data_training.py PARTS/train --val PARTS/valid",
     "DATA --source MORE": "--source MORE: not classes of DATA: cow, dog; rename or remove",
-    "TWO --folds 3 --val HOLLOW": "--folds 3: too few images for so many, or all are learnt; take",
+    "TWO --folds 3 --val HOLLOW": "--folds 3: too few images for so many; take fewer",
     "MORE --folds 5": "/MORE: dog: no image that can be read is left to train on",
     "DATA --weights none --baseline NOWHERE": "NOWHERE/split.csv: No such file",
     "DATA --weights none --image-size 32 --batch-size 2": "2: too few images for BatchNorm",
     "--resume RUN": "--resume RUN: no stopped run there, or a complete one",
     "DATA --device tpu": "--device tpu: not on this machine",
-    "DATA --arch resnt18": "--arch resnt18: not with these weights, or unknown; take resnet101",
-    "DATA --weights NOWHERE": "--weights NOWHERE: no such file; or take IMAGENET1K_V1",
+    "DATA --arch resnt18": "--arch resnt18: unknown, or not that of --weights; choose resnet101",
+    "DATA --weights NOWHERE": "--weights NOWHERE: no such file; name one, or IMAGENET1K_V1",
     "DATA --weights FILE": "--weights FILE: damaged",
     "DATA --weights TRAP": "--weights TRAP: damaged, or not of tensors alone",
     "DATA --weights NUMBERS": "--weights NUMBERS: no weights in it",
     "DATA --weights NAME": "--weights NAME: no weights in it",
     "DATA --weights PLACES": "--weights PLACES: no weights in it",
-    "DATA --weights NAN": "--weights: of a training that failed: not finite",
+    "DATA --weights NAN": "--weights: not finite, from a training that failed; pass others",
     "DATA --weights PRETRAINED --arch resnet50": "--weights: not of a resnet50",
-    "DATA --weights RUN/network.pt --arch resnet50": "--arch resnet50: not with these weights",
+    "DATA --weights RUN/network.pt --arch resnet50": "not that of --weights; choose resnet18",
     "DATA --weights VOTE": "--weights VOTE: an ensemble",
     "DATA --weights OLD": "OLD: written by version before 1.0 of this script, which is ",
     "DATA --predict EMPTY": "EMPTY: no network of a run there; name the folder of one",
-    "NOWHERE --predict RUN": "DATA NOWHERE: no image there; known are .jpg",
+    "NOWHERE --predict RUN": "DATA NOWHERE: no image there; pass a folder with files of .jpg",
     "BROKEN/bee --predict RUN": "DATA BROKEN/bee: no image that can be read",
-    "DATA --predict RUN --output FILE": "--output FILE: there already, or no folder",
+    "DATA --predict RUN --output FILE": "FILE: exists, or its folder does not; name a",
     "DATA --predict RUN --device tpu": "--device tpu: not on this machine",
-    "DATA --predict RUN --image-size 32": "image-size and --predict: drop one of them",
+    "DATA --predict RUN --image-size 32": "--image-size and --predict cannot be used together",
 }
 FOLDERS = {  # with so many images in each of their class folders
     "HOLLOW": {"ape": 3, "bee": 0},
@@ -113,7 +113,7 @@ def places(animals, others, pretrained, default_run, folds_run, tmp_path_factory
 
 
 def test_no_fold_trains_on_a_single_image():
-    settings = training.Settings(image_size=32, batch_size=2)
+    settings: Any = SimpleNamespace(image_size=32, batch_size=2)
     mask = torch.arange(8) < torch.tensor([[6], [7]])  # steps of 2, 2, 2 and of 2, 2, 2, 1 images
     data: Any = SimpleNamespace(train_mask=mask)
     with pytest.raises(training.DataError, match="--batch-size 2: too few images for BatchNorm"):
@@ -167,14 +167,14 @@ def test_an_epoch_draws_what_its_fold_learns_and_without_power_each_image_once()
     data = images([0] * 900 + [1] * 100 + [0] * 9, held, 4)
     drawn = {}
     for fold, power, seed in itertools.product(range(4), (0.0, 1.0), (0, 1)):
-        learnt, stream = data.learnt(fold), training.seeded("draw", seed)
-        draw = training.draw_epoch(data.labels, learnt, power, 2, stream)
-        assert len(draw) == 1500
+        learnt = data.learnt(fold)
+        draw = training.draw_epoch(data.labels, learnt, power, training.seeded("draw", seed))
+        assert len(draw) == 750
         assert {held[at] for at in draw.tolist()} == {0, 1, 2, 3} - {fold}
         drawn[fold, power, seed] = draw
     assert not torch.equal(drawn[0, 1.0, 0], drawn[0, 1.0, 1])
-    assert abs(data.labels[drawn[0, 1.0, 0]].sum() - 750) < 4 * 375**0.5  # standard deviations
-    first, second = drawn[0, 0.0, 0].split(750)
+    assert abs(data.labels[drawn[0, 1.0, 0]].sum() - 375) < 4 * 187.5**0.5  # standard deviations
+    first, second = drawn[0, 0.0, 0], drawn[0, 0.0, 1]
     assert sorted(first.tolist()) == sorted(second.tolist()) == data.learnt(0).tolist()
     assert not torch.equal(first, second)
 
@@ -201,30 +201,29 @@ def test_weights_are_found_in_whatever_people_save(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("size", "known", "head", "power", "begins"),
-    [
-        (2, None, "fc", 1, "kept"),
-        (2, ["no", "yes"], "fc", 0, "kept"),
-        (2, ["yes", "no"], "fc", 1, "zeros"),
-        (3, None, "fc", 0.5, "zeros"),
-        (2, None, "fc.1", 0, "at random"),  # of several layers
-    ],
+    ("size", "known", "head"),
+    [(3, ["ape", "bee", "cat"], "fc"), (3, None, "fc"), (1000, None, "fc"), (3, None, "fc.1")],
 )
-def test_a_head_stays_where_size_and_known_classes_agree_or_begins_as_is_best_for_the_sampler(
-    size, known, head, power, begins
+def test_a_network_begins_with_the_lower_layers_of_its_weights_and_a_last_layer_of_its_own(
+    size, known, head
 ):
+    """Whatever the file's last layer is: of the same classes, of as many, of several layers."""
     state = models.resnet18(num_classes=size).state_dict()
     weights = {key.replace("fc.", f"{head}."): value for key, value in state.items()}
     stored = {"networks": [weights]} | ({"classes": known} if known else {})
-    settings = SimpleNamespace(seed=0, arch="resnet18", weights="x", power=power)
-    model = training.load_model(settings, ["no", "yes"], stored)
+    settings = SimpleNamespace(seed=0, arch="resnet18", weights="x")
+    classes = [str(number) for number in range(size)]
+    model = training.load_model(settings, classes, stored)
     ratio = model.conv1.weight / state["conv1.weight"]  # rates are for one scale
     torch.testing.assert_close(ratio, torch.full_like(ratio, ratio.mean().item()))
-    assert torch.equal(model.fc.bias, state["fc.bias"]) is (begins == "kept")
-    assert model.fc.weight.shape == (2, 64) and model.fc.bias.shape == (2,)
-    is_zero = not model.fc.weight.any() and not model.fc.bias.any()
-    assert is_zero is (begins == "zeros")
-    assert model.fc.bias.abs().max() <= 64**-0.5  # of torch's own
+    assert model.fc.weight.shape == (size, 64)
+    assert model.fc.bias.shape == (size,)
+    assert not torch.equal(model.fc.bias, state["fc.bias"])
+    # Its direction is another as well: the weights may have been multiplied.
+    cosine = F.cosine_similarity(model.fc.weight.flatten(), state["fc.weight"].flatten(), 0)
+    assert abs(cosine) < 0.5
+    again = training.load_model(settings, classes, stored)
+    assert torch.equal(model.fc.weight, again.fc.weight)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
@@ -241,7 +240,7 @@ def test_weights_of_any_scale_begin_with_the_one_that_rates_are_for(arch):
     inputs = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = model(inputs)
-        training.rescale_resnet(model)
+        training.rescale(model)
         torch.testing.assert_close(model(inputs), expected, rtol=1e-3, atol=1e-3)
     for weight in model.parameters():
         if weight.dim() == 4:  # 0.5 / sqrt(fan-in)
@@ -253,73 +252,224 @@ def test_weights_of_any_scale_begin_with_the_one_that_rates_are_for(arch):
     assert square == pytest.approx(2**2, rel=1e-4)
 
 
-def test_the_head_of_pretrained_weights_comes_first_and_a_trial_where_it_is_worth_it(monkeypatch):
-    """Each stage by name, epochs, passes, steps and where it begins; batches are of 10 images."""
-    monkeypatch.setattr(training, "HEAD_STEPS", USUAL["HEAD_STEPS"])
-    data = images([0, 1] * 25, [None] * 40 + [0] * 10)
+def balanced_loss(parameters: Any, features: Any, labels: Any, weights: Any) -> Any:
+    """The loss of a linear probe by its definition; parameters are a row (weights, bias) a class.
 
-    def planned(epochs: int, weights: str = "x", **others: Any) -> list[tuple[Any, ...]]:
-        settings = SimpleNamespace(epochs=epochs, batch_size=10, weights=weights)
-        stages = training.plan(settings, data, **{"fold": 0} | others)
-        assert {stage.fold for stage in stages} == {others.get("fold", 0)}
-        return [(x.name, [*x.epochs][-1], x.passes, x.total_steps, x.begins_from) for x in stages]
-
-    # 1,000 steps of 10 images, by 40 images, make 250 passes of 4 steps
-    head = ("head", 0, 250, 1000, "weights")
-    assert planned(240, weights="none") == [("whole", 240, 1, 960, "weights")]
-    # 190 steps are 48 epochs, and a fifth of 240
-    assert planned(239) == [head, ("whole", 239, 1, 956, "weights")]
-    trial = ("trial", 48, 1, 192, "head")
-    assert planned(240) == [head, trial, ("whole", 240, 1, 768, "trial")]
-    assert planned(240, failed=True) == [head, trial, ("upper", 240, 1, 768, "head")]
-    # Folds follow the first one's trial, each in as many steps as its images ask for.
-    data = images([0, 1] * 20, [0] * 5 + [1] * 15 + [2] * 20, 3)
-    assert planned(1)[-1] == ("whole", 1, 1, 4, "weights")
-    assert planned(1, fold=2)[-1] == ("whole", 1, 1, 2, "weights")
-    assert planned(500, fold=1, failed=True)[-1] == ("upper", 500, 1, 1500, "head")
-    assert planned(500, fold=1)[-1] == ("whole", 500, 1, 1500, "head")
+    It is the weighted mean of minus the log of the true class's probability, and a small penalty.
+    """
+    logits = features @ parameters[:, :-1].T + parameters[:, -1]
+    surprise = logits.logsumexp(1) - logits[range(len(labels)), labels]
+    return weights @ surprise + 3e-5 / 2 * (parameters[:, :-1] ** 2).sum()
 
 
-def test_a_trial_fails_where_it_ends_with_a_tenth_more_loss_than_the_head():
-    for loss, failed in ((2.1, False), (2.3, True)):
-        told = [(1, "head", 2.0), (1, "trial", 9.0), (1, "trial", loss), (2, "head", 0.1)]
-        rows = [dict(zip(("fold", "stage", "val_loss"), row, strict=True)) for row in told]
-        assert training.trial_failed(rows) is failed
+def fit_by_hand(features: Any, labels: Any, weights: Any) -> tuple[Any, float]:
+    """The linear probe by Newton's method in float64: its answer for the features, and its loss."""
+    features, weights = features.double(), weights.double() / weights.sum()
+    features = features / (weights @ (features**2).sum(1)).sqrt()
+    parameters = torch.zeros(int(labels.max()) + 1, features.shape[1] + 1, dtype=torch.float64)
+
+    def loss(flat: Any) -> Any:
+        return balanced_loss(flat.view_as(parameters), features, labels, weights)
+
+    flat = parameters.flatten()
+    for _ in range(50):
+        slope = torch.autograd.functional.jacobian(loss, flat)
+        curvature = torch.autograd.functional.hessian(loss, flat)
+        way = torch.linalg.pinv(curvature, hermitian=True) @ slope
+        while loss(flat - way) > loss(flat) and way.norm() > 1e-9:
+            way = way / 2
+        flat = flat - way
+    assert slope.norm() < 1e-6
+    fitted = flat.view_as(parameters)
+    logits = features @ fitted[:, :-1].T + fitted[:, -1]
+    return logits.softmax(1), loss(flat).item()
 
 
-def test_the_head_alone_is_kept_where_its_loss_is_surely_lower_or_all_layers_hardly_learnt(
-    monkeypatch,
+@pytest.mark.parametrize("size", [1.0, 1000.0])
+def test_the_linear_probe_is_a_logistic_regression_in_which_classes_weigh_the_same(size):
+    """Of 24, 12 and 6 features that overlap, whatever their scale."""
+    labels = torch.tensor([0] * 24 + [1] * 12 + [2] * 6)
+    stream = training.seeded("features")
+    centres = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    features = size * (centres[labels] + torch.randn(42, 2, generator=stream))
+    weights = 1 / torch.tensor([24.0, 12.0, 6.0])[labels]
+    head, loss = training.fit_probe(features, labels, weights)
+    assert list(head) == ["fc.weight", "fc.bias"]
+    answer = (features @ head["fc.weight"].T + head["fc.bias"]).softmax(1)
+    expected, least = fit_by_hand(features, labels, weights)
+    assert loss == pytest.approx(least, abs=1e-5)
+    torch.testing.assert_close(answer.double(), expected, rtol=0, atol=5e-3)
+    # The mean probability of a class is its part of the weights: a third, not 24, 12, 6 of 42.
+    mean = weights / weights.sum() @ answer
+    assert mean.tolist() == pytest.approx([1 / 3] * 3, abs=2e-3)
+
+
+@pytest.mark.parametrize("power", [1.0, 0.0])
+def test_a_run_begins_with_the_linear_probe_of_its_features(power, animals, pretrained, tmp_path):
+    """By the weights of the sampler: with a power of 0 each image weighs the same."""
+    command = [animals, "--weights", pretrained, "--power", power, *TINY]
+    setup, progress, model = prepare(*command, "--output", tmp_path / "run")
+    row = training.make_probe(setup, progress, model, 0)
+    learnt = setup.data.learnt(0)
+    inputs = [setup.reader.loader.dataset[index, training.EVALUATED][0] for index in learnt]
+    twin = models.resnet18(num_classes=3).eval()
+    twin.load_state_dict(progress.start)
+    twin.fc = nn.Identity()
+    with torch.no_grad():
+        features = twin(training.normalise(torch.stack(inputs)))
+    labels = setup.data.labels[learnt]
+    weights = torch.bincount(labels).double()[labels] ** -power
+    # 31 images tell little of 64 features: their main directions tell the same.
+    shift, scale, directions = torch.linalg.svd(features.double(), full_matrices=False)
+    expected, least = fit_by_hand(shift * scale, labels, weights)
+    assert row["train_loss"] == pytest.approx(least, abs=1e-4)
+    answer = (features @ progress.head["fc.weight"].T + progress.head["fc.bias"]).softmax(1)
+    assert (answer - expected).abs().max() < 0.01
+    assert torch.equal(model.fc.weight, progress.head["fc.weight"])
+    assert (row["fewest_draws"], row["most_draws"]) == (5, 16)
+
+
+def test_features_that_tell_nothing_leave_chance_and_those_that_are_no_numbers_are_an_error():
+    labels, weights = torch.tensor([0, 0, 0, 1]), torch.tensor([1.0, 1.0, 1.0, 3.0])
+    head, loss = training.fit_probe(torch.zeros(4, 2), labels, weights)
+    assert loss == pytest.approx(math.log(2))
+    assert not head["fc.weight"].any()
+    with pytest.raises(training.DataError, match="loss of the linear probe became nan; try"):
+        training.fit_probe(torch.full((4, 2), math.nan), labels, weights)
+
+
+def test_weights_whose_features_are_no_numbers_get_one_line(animals, pretrained, tmp_path, capsys):
+    """A variance of -1: all weights are finite, but no root of that is."""
+    state = torch.load(pretrained, weights_only=True)
+    state["bn1.running_var"] -= 2
+    torch.save(state, tmp_path / "x.pth")
+    command = [animals, "--weights", tmp_path / "x.pth", *TINY, "--output", tmp_path / "run"]
+    [error] = refused(command, capsys)
+    assert "the network's outputs became nan; try --no-amp, or other weights; go on with" in error
+    assert not (tmp_path / "run/network.pt").exists()
+
+
+def test_a_point_of_the_line_is_so_much_of_the_way_in_weights_and_statistics():
+    probe = {"fc.weight": torch.tensor([0.0, 4.0]), "bn1.running_var": torch.tensor([1.0])}
+    end = {"fc.weight": torch.tensor([8.0, 0.0]), "bn1.running_var": torch.tensor([3.0])}
+    probe["bn1.num_batches_tracked"] = torch.tensor(0)
+    end["bn1.num_batches_tracked"] = torch.tensor(7)  # a whole number: that of the end
+    for point, weight, variance in ((0.0, [0, 4], 1), (0.25, [2, 3], 1.5), (1.0, [8, 0], 3)):
+        state = training.interpolate(probe, end, point)
+        assert state["fc.weight"].tolist() == weight
+        assert state["bn1.running_var"].tolist() == [variance]
+        assert state["bn1.num_batches_tracked"].tolist() == 7
+
+
+def test_the_point_of_the_lowest_loss_over_all_folds_together_is_kept(monkeypatch):
+    """Where the first fold alone would keep another one: it has few images."""
+    monkeypatch.setattr(training, "LINE", (0.0, 0.5, 1.0))
+    labels = [0, 1] * 5 + [0, 1] * 50
+    data = images(labels, [0] * 10 + [1] * 100, 2)
+    # How many of ten images, and of a hundred, are answered wrongly at each point.
+    wrong = ((0, 2, 4), (40, 10, 20))
+    results = []
+    for fold, size in enumerate((10, 100)):
+        truth = F.one_hot(torch.tensor([0, 1] * (size // 2)), 2)
+        points = []
+        for number in wrong[fold]:
+            sign = torch.where(torch.arange(size) < number, -1.0, 1.0)
+            points.append(3 * truth * sign[:, None])
+        head, end = ({"fc.bias": torch.tensor([x + fold])} for x in (0.0, 10.0))
+        results.append(training.FoldResult(head, end, torch.stack(points)))
+    setup: Any = SimpleNamespace(data=data, settings=SimpleNamespace(power=1.0))
+    for finished, point, biases in ((1, 0.0, [0]), (2, 0.5, [5, 6])):
+        start = {"fc.bias": torch.tensor([9.0])}
+        progress: Any = SimpleNamespace(start=start, finished=results[:finished])
+        kept = training.choose_point(setup, progress)
+        assert kept.point == point
+        assert [state["fc.bias"].item() for state in kept.networks] == biases
+        assert [row["point"] for row in kept.line] == [0.0, 0.5, 1.0]
+        losses = [row["val_loss"] for row in kept.line]
+        assert [row["kept"] for row in kept.line] == [int(x == min(losses)) for x in losses]
+        assert kept.evaluation.summary["val_loss"] == min(losses)
+
+
+def test_a_run_tells_what_it_has_kept_of_the_line(default_run):
+    line = rows_of(default_run.path / "line.csv")
+    points = [0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0]
+    assert [float(row["point"]) for row in line] == points
+    [kept] = [row for row in line if row["kept"] == "1"]
+    losses = [float(row["val_loss"]) for row in line]
+    assert float(kept["val_loss"]) == min(losses)
+    config = json.loads((default_run.path / "config.json").read_text())
+    assert config["kept_point"] == float(kept["point"])
+    assert config["result"]["val_loss"] == pytest.approx(min(losses))
+    title = "point  val loss  balanced [95 %]   from linear probe (0) to fine-tuning (1)"
+    _, _, table = default_run.out.partition(f"\n{title}\n")
+    printed = table.splitlines()[: len(points)]
+    assert [float(row.split()[0]) for row in printed] == pytest.approx(points, abs=0.006)
+    assert [row.endswith("  kept") for row in printed] == [row["kept"] == "1" for row in line]
+    history = rows_of(default_run.path / "history.csv")
+    for row, end in ((history[0], line[0]), (history[-1], line[-1])):  # both ends are epochs
+        assert float(row["val_loss"]) == pytest.approx(float(end["val_loss"]), abs=1e-4)
+
+
+def test_the_network_file_holds_the_weights_of_the_kept_point(
+    animals, pretrained, tmp_path, monkeypatch
 ):
-    for name, value in USUAL.items():
-        monkeypatch.setattr(training, name, value)
-    lost, won = (2.7, -0.7, 1.0), (-2.7, 0.7, -1.0)  # the error is 0.60, of which 1.645 are 0.99
-    less_lost, less_won = (2.8, -0.8, 1.0), (-2.8, 0.8, -1.0)  # 0.64, of which they are 1.05
-    learnt, few, ruined = (40, 0.62), (39, 0.62), (40, 0.63)  # steps, loss: 0.9 * log(2) = 0.624
-    for gains, families, fewest, trained, kept in (
-        # Of the loss of three images, the first two of one class: in the mean each time 1 or -1.
-        ((1.0, 1.0, 1.0), [0, 1, 2], 2, learnt, "head"),
-        (lost, [0, 1, 2], 2, learnt, "head"),
-        (less_lost, [0, 1, 2], 2, learnt, "all"),
-        (less_lost, [0, 0, 1], 2, learnt, "head"),  # if the two are of one family, they cancel out
-        ((0.0, 0.0, 0.0), [0, 1, 2], 2, learnt, "all"),
-        # They tell as much as 1 / (1/4^2 + 1/4^2 + 1/2^2) = 2.67 images of equal weight.
-        ((1.0, 1.0, 1.0), [0, 1, 2], 2.6, learnt, "head"),
-        ((1.0, 1.0, 1.0), [0, 1, 2], 2.7, learnt, "all, undecided"),
-        (less_lost, [0, 1, 2], 2.7, learnt, "all"),
-        (less_won, [0, 1, 2], 2.7, learnt, "all"),
-        (less_won, [0, 1, 2], 2.7, few, "head"),
-        (less_won, [0, 1, 2], 2.7, ruined, "head"),
-        (won, [0, 1, 2], 2.7, few, "all"),
-        (won, [0, 1, 2], 2.7, ruined, "all"),
-        (less_won, [0, 0, 1], 2.7, few, "all"),
-    ):
-        monkeypatch.setattr(training, "FEWEST_EFFECTIVE", fewest)
-        eval_set, (steps, loss) = eval_set_of([0, 0, 1], [1, 1], families), trained
-        summary = {"val_loss": loss}
-        whole = SimpleNamespace(eval_set=eval_set, losses=torch.full((3,), 3.0), summary=summary)
-        head = SimpleNamespace(eval_set=eval_set, losses=3 - torch.tensor(gains))
-        found = training.choose_kept(head, whole, steps)
-        assert found == kept, (gains, families, fewest, trained)
+    networks = []
+    for point in (0.0, 0.25, 1.0):
+        monkeypatch.setattr(training, "LINE", (point,))
+        output = tmp_path / str(point)
+        run(animals, "--weights", pretrained, "--epochs", 1, *TINY, "--output", output)
+        assert json.loads((output / "config.json").read_text())["kept_point"] == point
+        [state] = network_of(output)["networks"]
+        networks.append(state)
+    probe, kept, end = networks
+    assert not torch.equal(probe["fc.weight"], end["fc.weight"])
+    for name, value in kept.items():
+        expected = 0.75 * probe[name] + 0.25 * end[name]
+        if not value.is_floating_point():
+            expected = end[name]
+        torch.testing.assert_close(value, expected)
+
+
+def test_each_fold_has_class_shares_of_its_own():
+    """Of eight "no" the folds hold 4, 2, 2 and so learn 4, 6, 6; of four "yes" 0, 2, 2 and 4, 2, 2.
+
+    Two more of each class test all networks together.
+    """
+    held = [0, 0, 0, 0, 1, 1, 2, 2, 1, 1, 2, 2, 3, 3, 3, 3]
+    data = images([0] * 8 + [1] * 4 + [0, 0, 1, 1], held, 3)
+    assert data.fold_counts().tolist() == [[4, 4], [6, 2], [6, 2]]
+    half = math.log(3) / 2  # of the log of 6 / 2
+    eval_set = training.make_eval_set(data, range(3))
+    assert eval_set.folds.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    shares = training.class_shares(data, eval_set, 1.0)
+    expected = torch.tensor([[0.0, 0.0]] * 4 + [[half, -half]] * 8)
+    torch.testing.assert_close(shares.log_share.float(), expected)
+    assert shares.train_counts.tolist() == pytest.approx([16 / 3, 8 / 3])
+    shares = training.class_shares(data, training.make_eval_set(data, [1]), 1.0)
+    assert shares.train_counts.tolist() == [6, 2]
+    shares = training.class_shares(data, training.make_eval_set(data, [3]), 0.5)
+    mean = 2 / 3 * half
+    torch.testing.assert_close(shares.log_share.float(), torch.tensor([[mean, -mean]] * 4))
+    assert shares.expected_shift == 1.5  # half of the imbalance is drawn as well
+    settings: Any = SimpleNamespace(arch="resnet18", image_size=32, group=None)
+    evaluation: Any = SimpleNamespace(calibration=training.Calibration())
+    content = training.describe_networks(settings, data, training.Kept([{}] * 3, evaluation))
+    assert content["natural"].tolist() == pytest.approx([mean, -mean])
+    assert content["train_images"] == [5, 3]
+    alone = training.describe_networks(settings, data, training.Kept([{}], evaluation))
+    assert alone["natural"].tolist() == [0, 0]
+
+
+def test_families_of_unlike_size_make_folds_of_unlike_classes(make_folder):
+    """The first family is half of the larger class, so its fold learns as many of both."""
+    folder = make_folder({"ape": 20, "bee": 10})
+    for number in range(10):
+        (folder / f"ape/ape_{number:03}.jpg").rename(folder / f"ape/family_{number}.jpg")
+    data = load(folder, "--weights", "none", "--folds", 3, "--group", "^family", "--output", "x")
+    held = [data.counts(data.eval_mask[fold].nonzero().flatten()) for fold in range(3)]
+    assert sorted(int(counts[0]) for counts in held) == [5, 5, 10]
+    expected = [(torch.tensor([20, 10]) - counts).tolist() for counts in held]
+    assert data.fold_counts().tolist() == expected
 
 
 def rate_by_hand(step: int, steps: int, rising: float) -> float:
@@ -330,36 +480,53 @@ def rate_by_hand(step: int, steps: int, rising: float) -> float:
     return 4e-6 + (1 - 4e-6) * (1 + math.cos(math.pi * part)) / 2
 
 
-@pytest.mark.parametrize("stage", [training.WHOLE, training.UPPER])
 @pytest.mark.parametrize(("steps", "rising"), [(100, 9), (6, 1), (4, 1), (3, 1), (2, 1), (1, 1)])
-def test_the_rate_rises_for_a_tenth_and_then_falls_in_any_number_of_steps(steps, rising, stage):
-    model = nn.Module()
-    model.fc = nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(model.parameters(), 3.0)
-    trainer = training.Trainer(model, stage._replace(total_steps=steps), optimizer, CPU)
-    biases = [model.fc.bias.item()]
-    for step in range(steps):
-        biases.append(biases[-1] - 3 * rate_by_hand(step, max(4, steps), rising))
-        trainer.step(model.fc(torch.ones(1, 1)).sum())
-    end = sum(biases[1:]) / steps if stage.upper_half else biases[-1]  # the mean of all steps
-    assert model.fc.bias.item() == pytest.approx(end, rel=1e-4)
+def test_the_rate_rises_for_a_tenth_and_then_falls_in_any_number_of_steps(steps, rising):
+    model = training.build_model("resnet18", ["ape", "bee", "cat"])
+    trainer = training.Trainer(model, True, steps, CPU)
+    rates = []
+    for _ in range(steps):
+        rates.append([group["lr"] for group in trainer.optimizer.param_groups])
+        trainer.step(model.fc.weight.sum())
+    for step, found in enumerate(rates):
+        part = rate_by_hand(step, max(4, steps), rising)
+        assert found == pytest.approx([rate * part for rate in PEAKS])
 
 
-def test_a_run_of_all_layers_ends_as_a_loop_that_is_written_by_hand(
-    default_run, animals, pretrained, tmp_path
+PEAKS = (1.029e-4, 1.47e-4, 2.1e-4, 3e-4)  # 0.7 of the rate above
+
+
+def test_pretrained_layers_learn_the_slower_the_lower_they_are_and_random_ones_alike():
+    model = training.build_model("resnet18", ["ape", "bee", "cat"])
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    for is_pretrained, peaks in ((True, PEAKS), (False, (1e-3,) * 4)):
+        groups = training.Trainer(model, is_pretrained, 100, CPU).optimizer.param_groups
+        assert [group["max_lr"] for group in groups] == pytest.approx(list(peaks))
+        layers = [{names[id(x)].split(".")[0] for x in group["params"]} for group in groups]
+        assert layers == [{"conv1", "bn1", "layer1"}, {"layer2"}, {"layer3"}, {"layer4", "fc"}]
+        assert sum(len(group["params"]) for group in groups) == len(names)
+
+
+def test_fine_tuning_ends_as_a_loop_that_is_written_by_hand(
+    default_run, animals, pretrained, tmp_path, monkeypatch
 ):
-    """They start where the weights do, not from the head that was trained before."""
+    """It starts from the pretrained layers, and a quarter of the linear probe as the last one."""
+    monkeypatch.setattr(training, "LINE", (1.0,))
     command = [animals, "--weights", pretrained, "--epochs", 2, *TINY]
-    context, progress = prepare(*command, "--output", tmp_path / "run")
-    data, dataset = context.data, context.reader.loader.dataset
+    done = run(*command, "--output", tmp_path / "run")
+    setup, progress, model = prepare(*command, "--output", tmp_path / "other")
+    training.make_probe(setup, progress, model, 0)
+    data, dataset = setup.data, setup.reader.loader.dataset
     mean, std = (torch.tensor(each) for each in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     batches = []
     for epoch in (1, 2):
         stream = training.seeded("draw", 0, 0, epoch)
-        drawn = training.draw_epoch(data.labels, data.learnt(0), 1.0, 1, stream)
+        drawn = training.draw_epoch(data.labels, data.learnt(0), 1.0, stream)
         batches += training.cut_batches(drawn, 12, training.seeded("augment", 0, 0, epoch))
     model, losses = models.resnet18(num_classes=3), []
-    model.load_state_dict(progress.start)
+    quarter = {name: value / 4 for name, value in progress.head.items()}
+    start = progress.start | quarter
+    model.load_state_dict(start)
     layers = [layer for layer in model.named_children() if list(layer[1].parameters())]
     parts = {"conv1": 0.343, "bn1": 0.343, "layer1": 0.343, "layer2": 0.49, "layer3": 0.7}
     groups = [{"params": layer.parameters(), "part": parts.get(name, 1)} for name, layer in layers]
@@ -374,78 +541,23 @@ def test_a_run_of_all_layers_ends_as_a_loop_that_is_written_by_hand(
         loss.backward()
         optimizer.step()
         losses.append(loss.item() * len(batch))
-    assert_moved_alike(network_of(default_run.path)["networks"][0], model, progress.start)
-    _, *history = rows_of(default_run.path / "history.csv")
+    assert_moved_alike(network_of(done.path)["networks"][0], model, start)
+    probe, *history = rows_of(done.path / "history.csv")
+    assert probe["learning_rate"] == "nan"
     found = [float(row["train_loss"]) for row in history]  # of 31 images in three steps
     assert found == pytest.approx([sum(losses[:3]) / 31, sum(losses[3:]) / 31], rel=1e-3)
     rate = 3e-4 * rate_by_hand(3, 6, 1)  # of the next step
     assert float(history[0]["learning_rate"]) == pytest.approx(rate, rel=1e-4)
-
-
-def test_random_layers_learn_alike_and_a_layer_without_a_rate_is_an_error():
-    model = training.build_model("resnet18", ["ape", "bee", "cat"])
-    groups = training.whole_optimizer(model, False).param_groups
-    assert {group["lr"] for group in groups} == {1e-3}
-    model.layer5 = nn.Linear(1, 1)
-    optimizer = training.whole_optimizer(model, True)
-    with pytest.raises(ValueError, match="layer5.weight is in no group"):
-        training.Trainer(model, training.WHOLE, optimizer, CPU)
-
-
-@pytest.mark.parametrize("size", [0.1, 1.0, 10.0])
-def test_a_head_learns_the_same_whatever_the_scale_of_its_features(size):
-    """Ten times the features with a tenth of the weights give the same logits, step by step."""
-    head, features = nn.Linear(2, 3), torch.full((1, 2), 16.0)
-    nn.init.constant_(head.weight, 1 / size)
-    nn.init.zeros_(head.bias)
-    optimizer = training.head_optimizer(head, size * features)  # of a squared length of 512
-    F.cross_entropy(head(size * features), torch.tensor([0])).backward()
-    optimizer.step()
-    expected = 1 + 0.02 * (2 / 3 * 16 - 0.002)  # rate * (gradient + decay)
-    assert size * head.weight[0, 0].item() == pytest.approx(expected, rel=1e-5)
-    assert head.bias[0].item() == pytest.approx(0.02 * 2 / 3)
-
-
-def test_few_images_and_epochs_keep_the_head_with_the_backbone_it_began_with(
-    animals, pretrained, tmp_path, monkeypatch
-):
-    for name in ("SURE", "FEW_STEPS", "RUINED"):
-        monkeypatch.setattr(training, name, USUAL[name])
-    command = [animals, "--weights", pretrained, "--epochs", 2, *TINY, "--output"]
-    done = run(*command, tmp_path / "run")
-    start = prepare(*command, tmp_path / "other")[1].start
-    [end] = network_of(done.path)["networks"]
-    changed = {key for key in start if not torch.equal(start[key], end[key])}
-    assert changed == {"fc.weight", "fc.bias"}
-    # What is said is said of the head, which was trained on features of half the precision.
-    losses = [float(row["val_loss"]) for row in rows_of(done.path / "history.csv")]
-    assert losses[-1] == pytest.approx(losses[0], rel=1e-2)
-    assert "\nThe head alone is kept, all layers are no better: 1 of 1\n" in done.out
-
-
-def test_a_stage_begins_where_it_says_and_one_trains_the_upper_half_alone(
-    animals, pretrained, tmp_path
-):
-    context, progress = prepare(animals, "--weights", pretrained, "--output", tmp_path / "run")
-    model, start = context.model, progress.start
-    progress.head = {"fc.weight": torch.full((3, 64), 5.0), "fc.bias": torch.full((3,), 6.0)}
-    headed = start | progress.head
-    sevens = {name: torch.full_like(value, 7) for name, value in start.items()}
-    for begins_from, expected in (("trial", sevens), ("weights", start), ("head", headed)):
-        model.load_state_dict(sevens)
-        stage = training.UPPER._replace(begins_from=begins_from, epochs=range(2, 3))
-        trainer = training.begin_stage(context, progress, stage)
-        state = model.state_dict()
-        assert all(torch.equal(state[name], value) for name, value in expected.items())
-    assert not model.training  # so BatchNorm keeps its statistics
-    [group] = trainer.optimizer.param_groups
-    assert group["max_lr"] == pytest.approx(2e-5)
-    trained = {name.split(".")[0] for name, x in model.named_parameters() if x.requires_grad}
-    assert trained == {"layer3", "layer4", "fc"}
+    losses = [
+        [row["train_loss"] for row in rows_of(each.path / "history.csv")]
+        for each in (done, default_run)
+    ]
+    assert losses[0] == losses[1]
 
 
 TABLES = {"classes.csv", "predictions.csv", "confusion.csv"}
-FILES = TABLES | {"split.csv", "history.csv", "report.html", "config.json", "network.pt"}
+FILES = TABLES | {"split.csv", "history.csv", "line.csv"}
+FILES |= {"report.html", "config.json", "network.pt"}
 
 
 def test_a_run_folder_has_its_networks_and_what_is_said_of_them(default_run, animals):
@@ -457,14 +569,15 @@ def test_a_run_folder_has_its_networks_and_what_is_said_of_them(default_run, ani
     assert config["version"] == training.__version__ == data_creation.__version__
     assert content["train_images"] == [16, 10, 5]
     assert (content["image_size"], content["white"]) == (32, 0)  # no grey of over 8 bits
-    assert (len(content["networks"]), len(content["learnt"]["digests"])) == (1, 31)
+    assert (len(content["networks"]), len(content["learnt"])) == (1, 31)
     history = rows_of(default_run.path / "history.csv")
-    told = [(row["fold"], row["epoch"], row["stage"]) for row in history]
-    assert told == [("1", "0", "head"), ("1", "1", "whole"), ("1", "2", "whole")]
+    told = [(row["fold"], row["epoch"], row["step"]) for row in history]
+    tuned = [("1", "1", "fine-tuning"), ("1", "2", "fine-tuning")]
+    assert told == [("1", "0", "linear probe"), *tuned]
     for name in ("scale", "shift"):  # of a single network, as they were fitted
-        assert content[name] == pytest.approx(float(history[-1][f"logit_{name}"]), rel=1e-6)
+        assert content[name] == pytest.approx(config["result"][f"logit_{name}"], rel=1e-6)
     draws = sum(int(row["draws"]) for row in rows_of(default_run.path / "classes.csv"))
-    assert draws == (39 + 2) * 31  # 100 steps of 12 images for the head, and two epochs
+    assert draws == 2 * 31  # two epochs; the linear probe draws none
 
 
 def test_each_image_is_judged_once_by_its_fold_and_others_by_the_ensemble(
@@ -482,8 +595,14 @@ def test_each_image_is_judged_once_by_its_fold_and_others_by_the_ensemble(
         paths = [animals / row["path"] for row in rows if parts[row["path"]] == f"fold {fold}"]
         logits[folds == fold] = by_hand(network | PLAIN | {"networks": [state]}, paths)
     targets = [classes.index(row["class"]) for row in rows]
-    eval_set = eval_set_of(targets, network["train_images"])._replace(folds=folds)
-    evaluation = training.evaluate_cross_fitted(logits, eval_set)
+    eval_set = eval_set_of(targets)._replace(folds=folds)
+    counts = torch.zeros(3, 3)  # of the images of each class that each fold has learnt
+    for row in rows:
+        held = int(parts[row["path"]].removeprefix("fold ")) - 1
+        counts[torch.arange(3) != held, classes.index(row["class"])] += 1
+    log_share = counts.log() - counts.log().mean(1, keepdim=True)
+    shares = training.ClassShares(counts.double().mean(0), log_share[folds - 1], 1.0)
+    evaluation = training.evaluate_cross_fitted(logits, eval_set, shares)
     # The mean of several is too cautious: theirs are the numbers of single ones, times 1.2.
     numbers = [1.2 * number for number in evaluation.calibration]
     assert [network["scale"], network["shift"]] == pytest.approx(numbers, rel=1e-3)

@@ -1,4 +1,4 @@
-"""A protocol anyone can run: rare classes as people have them, judged by images nobody touched.
+"""A protocol anyone can run: rare classes as people have them, tested on images nobody touched.
 
     python tests/experiments/protocol.py FOLDER ... --rare 20 --epochs 3 --seeds 5 --csv results.csv
     python tests/experiments/protocol.py FOLDER --ways default loop-1e-4 "default --folds 5"
@@ -110,8 +110,8 @@ def make_stairs(source: Path, rotation: int, chosen: argparse.Namespace, work: P
     for label, count in zip(order, counts, strict=True):
         paths = images[label]
         random.Random(classes[label]).shuffle(paths)
-        test = paths[max(count, len(paths) - TEST) :]
-        for part, its in (("stairs", paths[:count]), ("test", test)):
+        others = paths[max(count, len(paths) - TEST) :]
+        for part, its in (("stairs", paths[:count]), ("test", others)):
             folder = work / part / classes[label]
             folder.mkdir(parents=True)
             for at, path in enumerate(its):
@@ -267,7 +267,8 @@ def make_table(results: dict[Key, Row]) -> str:
 
 def fill(chosen: Any, source: Path, rotation: int, there: dict[Key, Row]) -> dict[Key, Row]:
     """The results of a staircase: those that are `there`, and the others, made now."""
-    asked, stairs = {}, None
+    asked: dict[Key, Row] = {}
+    stairs: Stairs | None = None
     with tempfile.TemporaryDirectory() as name:
         for seed, way in itertools.product(range(chosen.seeds), chosen.ways):
             values = [source.resolve().name, rotation, seed, chosen.rare, chosen.most]
@@ -319,5 +320,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    training.WRITE_EVERY, os.fsync = math.inf, lambda _: None  # no run's files are kept
+    training.WRITE_EVERY, os.fsync = math.inf, lambda fd: None  # no run's files are kept
     main()
