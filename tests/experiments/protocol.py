@@ -14,10 +14,12 @@ seed is another default split of the staircase, and another training, in each of
     loop, loop-X   what people write: a new head, every layer trained from the first step by AdamW
                    at 3e-4, or X, along a cosine, the end kept; sampler and images as in the script
     loop-none      that loop without the sampler: each image once an epoch
+    fastai         the defaults of another library, which must be installed for this way alone:
+                   `vision_learner(...).fine_tune(epochs)`, images as in its own examples
 
 The table has means of sets, each the mean of its rotations and seeds, in % or points. Calibrated:
-by two numbers fitted on the run's own validation images; `none` and `loop-none` have a row as
-trained, too. Rarest and frequent are the recalls of the rarest and the most frequent class;
+by two numbers fitted on the run's own validation images; `none`, `loop-none` and `fastai` have a
+row as trained, too. Rarest and frequent are the recalls of the rarest and the most frequent class;
 natural (in the CSV alone) is the accuracy where classes are as frequent as in training.
 Differences to `default` are paired: same set, rotation, seed. Intervals (95 %, Student's t) are
 over the means of sets. Images of one patient may stand on both sides of the test.
@@ -52,6 +54,7 @@ import data_training as training  # noqa: E402
 TEST, LEAST = 200, 50  # images of a class to test: most and fewest
 SCRIPT = ("default", "none")
 LOOPS = ("loop", "loop-none")
+UNCORRECTED = ("none", "loop-none", "fastai")  # also shown as trained
 PLAIN = training.Calibration()
 KEY = ("set", "rotation", "seed", "rare", "most", "epochs", "image_size", "weights", "flags", "way")
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 2 to 11 sets
@@ -196,17 +199,76 @@ def train_loop(prepared: Prepared, rate: float) -> models.ResNet:
     return model
 
 
+def train_fastai(prepared: Prepared, paths: list[str]) -> tuple[Tensor, Tensor]:
+    """Train as fastai's examples do; return the logits of its validation images and of `paths`.
+
+    https://docs.fast.ai/tutorial.vision.html: `Resize` to about twice the size of a crop,
+    `aug_transforms` with `min_scale=0.75`, batches of 64, one epoch of the new layers alone before
+    the others. Only the device's mixed precision and memory format are those of the script.
+    """
+    from fastai.vision.all import ImageDataLoaders, Resize, aug_transforms, noop, set_seed
+    from fastai.vision.learner import model_meta, vision_learner
+
+    settings, data, reader = prepared
+    compute, validating = reader.compute, training.make_eval_set(data, [0]).indices
+    indices = torch.cat([data.learnt(0), validating]).tolist()
+    set_seed(settings.seed)
+
+    def load_arch(weights: object) -> models.ResNet:
+        return load_plain(settings, data.classes)
+
+    arch = models.resnet18 if settings.arch == "resnet18" else models.resnet50
+    model_meta[load_arch] = model_meta[arch]
+    split = len(data.learnt(0))
+    loaders = ImageDataLoaders.from_lists(
+        "/",
+        [data.files[index].path for index in indices],
+        [data.classes[data.labels[index]] for index in indices],
+        item_tfms=Resize(2 * settings.image_size),
+        batch_tfms=aug_transforms(size=settings.image_size, min_scale=0.75),
+        splitter=lambda items: (range(split), range(split, len(items))),
+        num_workers=0,
+        device=compute.device,
+    )
+    assert [*loaders.vocab] == data.classes
+    learner = vision_learner(loaders, load_arch)
+    model = compute.to_device(learner.model)
+    forward = compute.autocast()(model.forward)  # fastai's own mixed precision is for CUDA alone
+    model.forward = lambda images: forward(images).float()
+    with learner.no_bar(), learner.no_logging():
+        learner.fine_tune(settings.epochs)
+        lists = ([data.files[index].path for index in validating.tolist()], paths)
+        own, others = (
+            learner.get_preds(dl=loaders.test_dl(each), act=noop)[0].float() for each in lists
+        )
+    return own, others
+
+
+def run_fastai(stairs: Stairs, way: str, seed: int) -> Answer:
+    """What fastai's defaults say of the test."""
+    prepared = prepare(stairs.chosen, stairs.work, ["--seed", str(seed), "--power", "0"])
+    asked = stairs.test.data.eval_mask[0].nonzero().flatten().tolist()
+    paths = [stairs.test.data.files[index].path for index in asked]
+    own, logits = train_fastai(prepared, paths)
+    return fit_answer(prepared, own, logits)
+
+
+def fit_answer(prepared: Prepared, own: Tensor, logits: Tensor) -> Answer:
+    """An answer calibrated by the logits of the `own` validation images."""
+    eval_set = training.make_eval_set(prepared.data, [0])
+    shares = training.class_shares(prepared.data, eval_set, prepared.settings.power)
+    fitted = training.fit_calibration(
+        own, eval_set.targets, shares.log_share, shares.expected_shift
+    )
+    return Answer(logits, shares.log_share[0], fitted)
+
+
 def run_loop(stairs: Stairs, way: str, seed: int) -> Answer:
     """What the loop says of the test."""
     flags = ["--seed", str(seed), *["--power", "0"] * (way == "loop-none")]
     prepared = prepare(stairs.chosen, stairs.work, flags)
     network = train_loop(prepared, 3e-4 if way in LOOPS else float(way.removeprefix("loop-")))
-    eval_set = training.make_eval_set(prepared.data, [0])
-    shares = training.class_shares(prepared.data, eval_set, prepared.settings.power)
-    fitted = training.fit_calibration(
-        prepared.ask(network), eval_set.targets, shares.log_share, shares.expected_shift
-    )
-    return Answer(stairs.test.ask(network), shares.log_share[0], fitted)
+    return fit_answer(prepared, prepared.ask(network), stairs.test.ask(network))
 
 
 def measure(stairs: Stairs, answer: Answer) -> dict[str, float]:
@@ -278,8 +340,9 @@ def fill(chosen: Any, source: Path, rotation: int, there: dict[Key, Row]) -> dic
                 stairs = stairs or make_stairs(source, rotation, chosen, Path(name))
                 started = time.perf_counter()
                 make = run_script if way.split()[0] in SCRIPT else run_loop
+                make = run_fastai if way == "fastai" else make
                 answers = [make(stairs, way, seed)]
-                if way in ("none", "loop-none"):
+                if way in UNCORRECTED:
                     answers.insert(0, answers[0]._replace(calibration=PLAIN))
                 seconds = {"seconds": time.perf_counter() - started}
                 for key, answer in zip(keys, answers, strict=False):
