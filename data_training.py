@@ -742,19 +742,24 @@ def predict(settings: Settings, options: Options) -> None:
     output = settings.output
     path = Path(str(options.predict))
     if output and (output.exists() or not output.parent.is_dir()):
-        raise DataError(f"--output {output}: exists, or its folder does not; name a new file")
+        raise DataError(
+            f"--output {output}: the file exists already, or its folder does not exist; name a new "
+            "file in a folder that exists"
+        )
     content = read_run(path)
     network, prepare, classes = build_ensemble(content)
     folder = path if path.is_dir() else path.parent
     if (folder / STATE).exists():
-        print_warning(f"{folder} is unfinished; --resume it first for its best network")
+        print_warning(f"the run {folder} is not finished; finish it by --resume for better results")
     # In float32, as in a program: on all machines nearly the same answers.
     compute = pick_compute(replace(options, amp=bool(options.amp)))
-    files, digests, peak = read_photos(settings.data, classes)
-    if prepare.white and peak > prepare.white:
-        text = f"grey values up to {peak}; all above {prepare.white} are white, as in training"
-        print_warning(f"{settings.data}: {text}")
-    prepare = prepare._replace(white=prepare.white or find_white(peak))
+    files, digests, brightest = read_photos(settings.data, classes)
+    if prepare.white and brightest > prepare.white:
+        print_warning(
+            f"{settings.data}: grey values reach {brightest}; those above {prepare.white} are "
+            "shown as white, as in training"
+        )
+    prepare = prepare._replace(white=prepare.white or find_white(brightest))
     labels = torch.tensor([file.label for file in files])
     images = Images([file.path for file in files], labels, prepare)
     workers = count_workers(options.workers, compute.device.type)
@@ -815,19 +820,23 @@ def read_photos(path: Path, classes: list[str]) -> tuple[list[ImageFile], Tensor
     elif path.is_file() and path.name.lower().endswith(IMAGE_EXTENSIONS):
         files = [ImageFile(str(path), path.name, -1, "")]
     if not files:
-        known = ", ".join(IMAGE_EXTENSIONS)
-        raise DataError(f"DATA {path}: no image there; pass a folder with files of {known}")
-    checked, peak = check_images([file.path for file in files])
+        raise DataError(
+            f"DATA {path}: there is no image; pass an image, or a folder that holds files of the "
+            f"types {', '.join(IMAGE_EXTENSIONS)}"
+        )
+    checked, brightest = check_images([file.path for file in files])
     files = [file for file in files if file.path in checked]
     if not files:
-        raise DataError(f"DATA {path}: no image that can be read; pass other images")
+        raise DataError(f"DATA {path}: none of the images can be read; pass other images")
     files.sort(key=lambda file: Path(file.path))
-    if strays := [file for file in files if file.label < 0]:
-        if len(strays) < len(files):
-            text = f"{len(strays)} images are in no class folder, the first is {strays[0].path}"
-            print_warning(f"{text}; so no recalls are computed")
+    if outside := [file for file in files if file.label < 0]:
+        if len(outside) < len(files):
+            print_warning(
+                f"{len(outside)} images are in no class folder, the first is {outside[0].path}; "
+                "therefore no recalls are computed"
+            )
         files = [file._replace(label=-1) for file in files]
-    return files, torch.tensor([checked[file.path] for file in files]), peak
+    return files, torch.tensor([checked[file.path] for file in files]), brightest
 
 
 # ---------------------------------------------------------------------- evaluation and calibration
@@ -1428,7 +1437,10 @@ def reopen_run(folder: Path, precision: str | None) -> Opened:
     if (folder / STATE).exists():
         lock_folder(folder, "--resume")
     if not (folder / STATE).exists():  # any more
-        raise DataError(f"--resume {folder}: no stopped run there, or a complete one")
+        raise DataError(
+            f"--resume {folder}: there is no stopped run in it, or the run is complete; name the "
+            "folder of a run that was stopped"
+        )
     state = load_tensors(folder / STATE, "--resume")
     check_format(folder / STATE, state, "--resume")
     chosen = state["settings"] | {"output": folder}
@@ -1447,9 +1459,14 @@ def check_paths(settings: Settings) -> None:
     sources = {"DATA": settings.data, "--source": settings.source, "--val": settings.val}
     for name, folder in sources.items():
         if folder and not folder.is_dir():
-            raise DataError(f"{name} {folder}: no such folder; pass one that holds class folders")
+            raise DataError(
+                f"{name} {folder}: this folder does not exist; pass one that holds class folders"
+            )
         if folder and output.resolve().is_relative_to(folder.resolve()):
-            raise DataError(f"--output {output}: would be a class of {folder}; name one outside it")
+            raise DataError(
+                f"--output {output}: this is inside {folder}, where it would be taken for a class; "
+                "name a folder outside it"
+            )
 
 
 def check_output(output: Path) -> None:
@@ -1461,7 +1478,10 @@ def check_output(output: Path) -> None:
     is_begun = LOCK in names and not names & {STATE, NETWORK}
     is_empty = not any(name[0] != "." for name in names)
     if output.is_file() or not (is_empty or is_begun):
-        raise DataError(f"--output {output}: not empty; name a new folder, or --resume a run")
+        raise DataError(
+            f"--output {output}: this folder is not empty; name a new one, or go on with the run "
+            "in it by --resume"
+        )
 
 
 def load_progress(opened: Opened, data: Data) -> Progress:
@@ -1477,8 +1497,10 @@ def load_progress(opened: Opened, data: Data) -> Progress:
         save_tensors(output / START, start)
         return Progress(start, draws=torch.zeros(len(data.classes), dtype=torch.int64))
     if changed := find_difference(list_split(data), read_table(output / "split.csv")):
-        text = "gone, new or changed since the run began; put it back, or start a new run"
-        raise DataError(f"{settings.data}: {changed}: {text}")
+        raise DataError(
+            f"{settings.data}: {changed} is gone, new or changed since the run began; restore it "
+            "as it was, or start a new run"
+        )
     start = load_tensors(output / START, "--resume")
     progress = Progress(start, **{name: state[name] for name in IN_STATE})
     for fold in range(settings.folds):
@@ -1554,17 +1576,21 @@ def load_baseline(folder: Path | None, data: Data) -> Tensor:
     if not folder:
         return torch.empty(0)
     if (folder / STATE).exists():
-        raise DataError(f"--baseline {folder}: not finished; --resume it first")
+        raise DataError(f"--baseline {folder}: this run is not finished; finish it by --resume")
     tables = [list_split(data), read_table(folder / "split.csv")]
     evaluated = [[row for row in rows if row["part"] not in ("train", "test")] for rows in tables]
     if different := find_difference(*evaluated):
-        text = f"it was evaluated on other images, the first is {different}"
-        raise DataError(f"--baseline {folder}: {text}; give both runs the same DATA and flags")
+        raise DataError(
+            f"--baseline {folder}: this run was evaluated on other images, the first is "
+            f"{different}; give both runs the same DATA and flags"
+        )
     labels = {name: label for label, name in enumerate(data.classes)}
     rows = read_table(folder / "predictions.csv")
-    if strange := {row["predicted"] for row in rows} - labels.keys():
-        text = "which DATA lacks; give both runs the same DATA"
-        raise DataError(f"--baseline {folder}: it predicted {min(strange)}, {text}")
+    if unknown := {row["predicted"] for row in rows} - labels.keys():
+        raise DataError(
+            f"--baseline {folder}: this run predicts the class {min(unknown)}, which DATA lacks; "
+            "give both runs the same DATA"
+        )
     predicted = {row["path"]: labels[row["predicted"]] for row in rows}
     fold_by_fold = data.eval_mask[:-1].nonzero()[:, 1].tolist()
     return torch.tensor([predicted[data.files[index].name] for index in fold_by_fold])
@@ -1584,11 +1610,11 @@ VAL_FRACTION = 0.2  # part of each class that is kept for validation
 def load_data(settings: Settings, listing: Listing, weights: Stored) -> Data:
     """Read the listed images and decide who learns and who is evaluated; leaks are left out."""
     classes, files = listing
-    checked, peak = check_images([file.path for file in files])
+    checked, brightest = check_images([file.path for file in files])
     unreadable = [file.path for file in files if file.path not in checked]
     files = [file for file in files if file.path in checked]
     if not files:
-        raise DataError(f"{settings.data}: no image that can be read; pass other images")
+        raise DataError(f"{settings.data}: none of the images can be read; pass other images")
     digests = torch.tensor([checked[file.path] for file in files])
     families = find_families(files, digests.tolist(), settings.group)
     if settings.group:
@@ -1598,8 +1624,10 @@ def load_data(settings: Settings, listing: Listing, weights: Stored) -> Data:
     leaks = ~is_own & torch.isin(families, families[train_mask.any(0)])
     if leaks.any():
         first = files[int(leaks.nonzero()[0])].path
-        text = f"{leaks.sum()} validation images are, or belong to, training images: left out"
-        print_warning(f"{text}, the first is {first}")
+        print_warning(
+            f"{leaks.sum()} validation images are copies of training images, or of their group, "
+            f"and are left out; the first is {first}"
+        )
     remaining = (~leaks).nonzero().flatten()
     data = Data(
         classes=classes,
@@ -1609,19 +1637,21 @@ def load_data(settings: Settings, listing: Listing, weights: Stored) -> Data:
         eval_mask=eval_mask[:, remaining],
         families=families[remaining],
         digests=digests[remaining],
-        white=find_white(peak),
+        white=find_white(brightest),
         leaks=int(leaks.sum()),
         unreadable=unreadable,
     )
     if pairs := list_contradictions(data):
-        first = " and ".join(pairs[0])
-        print_warning(f"{len(pairs)} images are in two classes, the first is {first}; both stay")
+        print_warning(
+            f"{len(pairs)} images are copies of an image in another class, the first are "
+            f"{' and '.join(pairs[0])}; all are used"
+        )
     check_parts(settings, data)
     is_learnt = find_learnt(data.files, data.digests, weights) & data.eval_mask.any(0)
     if is_learnt.any():
-        text = f"its network has learnt {is_learnt.sum()} of {data.eval_mask.any(0).sum()}"
         print_warning(
-            f"--weights {settings.weights}: {text} validation images: results are too good"
+            f"--weights {settings.weights}: this network was trained on {is_learnt.sum()} of the "
+            f"{data.eval_mask.any(0).sum()} validation images, so that results are too good"
         )
     return data
 
@@ -1631,15 +1661,19 @@ def check_parts(settings: Settings, data: Data) -> None:
     for fold in range(settings.folds):
         absent = (data.counts(data.learnt(fold)) == 0).nonzero().flatten().tolist()
         if absent:
-            text = "no image that can be read is left to train on; add some or remove the class"
-            raise DataError(f"{settings.data}: {data.classes[absent[0]]}: {text}")
+            raise DataError(
+                f"{settings.data}: {data.classes[absent[0]]}: this class has no readable image "
+                "left to train on; add images, or remove the class"
+            )
         if not data.eval_mask[fold].any():
-            text = f"{settings.data}: nothing to validate on; pass --val"
+            message = f"{settings.data}: no image is left to validate on; pass some by --val"
             if settings.folds > 1:
-                text = f"--folds {settings.folds}: too few images for so many; take fewer"
+                message = f"--folds {settings.folds}: there are too few images; take fewer folds"
             elif settings.val:
-                text = f"--val {settings.val}: nothing to validate on; pass another folder"
-            raise DataError(text)
+                message = (
+                    f"--val {settings.val}: it has no image to validate on; pass another folder"
+                )
+            raise DataError(message)
 
 
 def list_contradictions(data: Data) -> list[tuple[str, str]]:
@@ -1658,8 +1692,10 @@ def check_batches(settings: Settings, data: Data, world_size: int) -> None:
     images = data.train_mask.sum(1).tolist()  # of each fold
     smallest = min(n // math.ceil(n / settings.batch_size) for n in images) // world_size
     if smallest < (2 if settings.image_size <= STRIDE else 1):
-        text = "too few images for BatchNorm; choose a larger one"
-        raise DataError(f"--batch-size {settings.batch_size}: {text}")
+        raise DataError(
+            f"--batch-size {settings.batch_size}: a step has too few images for batch "
+            "normalisation; choose a larger number"
+        )
 
 
 def list_data(data: Path, val: Path | None, source: Path | None) -> Listing:
@@ -1667,21 +1703,25 @@ def list_data(data: Path, val: Path | None, source: Path | None) -> Listing:
     classes = list_folders(data)
     parts = sorted({"val", "valid", "validation", "test"}.intersection(classes), reverse=True)
     if "train" in classes and parts:
-        text = f"train and {parts[0]} look like parts of a data set, not classes"
-        command = f"data_training.py {data / 'train'} --val {data / parts[0]}"
-        raise DataError(f"{data}: {text}; run {command}")
+        raise DataError(
+            f"{data}: train and {parts[0]} look like parts of a data set, not like classes; run "
+            f"data_training.py {data / 'train'} --val {data / parts[0]}"
+        )
     files = list_class_images(data, classes, "train")
     empty = sorted(set(classes).difference(classes[file.label] for file in files))
     if empty or len(classes) < 2:
-        text = "at least two class folders are needed, with images in each"
-        advice = f"{empty[0]} has none" if empty else "pass the folder that holds them"
-        raise DataError(f"{data}: {text}; {advice}")
+        advice = f"fill or remove {empty[0]}" if empty else "pass the folder that holds them"
+        raise DataError(
+            f"{data}: at least two class folders are needed, with images in each; {advice}"
+        )
     names = {file.name for file in files}
     for part, folder in (("val", val), ("source", source)):
         if folder:
-            if strange := sorted(set(list_folders(folder)).difference(classes)):
-                text = f"not classes of DATA: {', '.join(strange)}; rename or remove"
-                raise DataError(f"--{part} {folder}: {text}")
+            if unknown := sorted(set(list_folders(folder)).difference(classes)):
+                raise DataError(
+                    f"--{part} {folder}: these folders are no classes of DATA: "
+                    f"{', '.join(unknown)}; rename or remove them"
+                )
             others = list_class_images(folder, classes, part)
             files += [file for file in others if part == "val" or file.name not in names]
     return classes, files
@@ -1692,8 +1732,10 @@ def list_class_images(root: Path, classes: list[str], part: str) -> list[ImageFi
     files, others = list_images(root, classes, part)
     others += [file.name for file in files if file.label < 0]
     if others:
-        text = f"{len(others)} files left out, which are no images or in no class"
-        print_warning(f"{root}: {text}, the first is {min(others)}")
+        print_warning(
+            f"{root}: {len(others)} files are no images or in no class folder, and are left out; "
+            f"the first is {min(others)}"
+        )
     files = [file for file in files if file.label >= 0]
     return sorted(files, key=lambda file: (file.label, os.path.split(file.path)))
 
@@ -1747,11 +1789,11 @@ def find_families(files: list[ImageFile], digests: Sequence[int], pattern: str |
 def check_group(pattern: str, files: list[ImageFile], families: Tensor) -> None:
     """Print what `--group` has matched, or raise `DataError` if that is of no use."""
     unmatched = [group_name(file.name, pattern) for file in files].count("")
-    count = len(families.unique())
-    text = f"--group {pattern}: {count} families; unmatched images: {unmatched}"
-    if unmatched == len(files) or count == 1:
-        raise DataError(f"{text}; match what differs in the paths below the class folders")
-    print(printable(text), file=sys.stderr)
+    families_found = len(families.unique())
+    found = f"--group {pattern}: {families_found} families; images that do not match: {unmatched}"
+    if unmatched == len(files) or families_found == 1:
+        raise DataError(f"{found}; match what differs in the paths below the class folders")
+    print(printable(found), file=sys.stderr)
 
 
 def assign_images(
@@ -1885,9 +1927,11 @@ def build_model(arch: str, classes: list[str], state: State | None = None) -> An
         model.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split("\n\t")[1].split())[:200]
-        raise DataError(f"--weights: not of a {arch}: {reason} ...; pass their --arch") from None
+        raise DataError(
+            f"--weights: these are not the weights of a {arch}: {reason} ...; pass their --arch"
+        ) from None
     if not all(value.isfinite().all() for value in state.values()):
-        raise DataError("--weights: not finite, from a training that failed; pass others")
+        raise DataError("--weights: these are not finite numbers; pass other weights")
     return model
 
 
@@ -1910,9 +1954,10 @@ def fetch_weights(arch: str, name: str) -> State:
     try:
         return models.get_model(arch, weights=weights, progress=sys.stderr.isatty()).state_dict()
     except Exception as error:  # a damaged file raises nearly anything
-        text = f"{weights.url} could not be fetched or read ({error}); put it into "
-        text += f"{torch.hub.get_dir()}/checkpoints, or pass a file, or --weights none"
-        raise DataError(f"--weights {name}: {text}") from None
+        raise DataError(
+            f"--weights {name}: {weights.url} could not be downloaded or read ({error}); put that "
+            f"file into {torch.hub.get_dir()}/checkpoints, or pass --weights FILE"
+        ) from None
 
 
 def read_weights(path: str, name: str = "--weights") -> dict[str, Any]:
@@ -1928,7 +1973,9 @@ def read_weights(path: str, name: str = "--weights") -> dict[str, Any]:
     state = state.get("state_dict", state.get("model", state))
     items = state.items() if isinstance(state, dict) else ()
     if not (items and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in items)):
-        raise DataError(f"{name} {file}: no weights in it; torch.save a state_dict there")
+        raise DataError(
+            f"{name} {file}: this file holds no weights; pass one with the state_dict of a network"
+        )
     return {"networks": [{key.removeprefix("module."): value for key, value in items}]}
 
 
@@ -1936,16 +1983,19 @@ def read_run(path: Path) -> dict[str, Any]:
     """Read the networks of a run, by its folder or file, and all that it takes to use them."""
     content = read_weights(str(path), "--predict")
     if "classes" not in content:
-        raise DataError(f"--predict {path}: no network of a run there; name the folder of one")
+        raise DataError(
+            f"--predict {path}: there is no network of a run; name the folder of a finished run"
+        )
     return content
 
 
 def check_format(path: Path, content: Stored, name: str) -> None:
     """Raise `DataError` if a file is of a version that writes it otherwise."""
     if content.get("format") != FORMAT:
-        text = f"written by version {content.get('version', 'before 1.0')} of this script"
-        text += f", which is {__version__}; use that version, or train anew"
-        raise DataError(f"{name} {path}: {text}")
+        raise DataError(
+            f"{name} {path}: this was written by version {content.get('version', 'before 1.0')} of "
+            f"the script, and this is version {__version__}; use that one, or train again"
+        )
 
 
 def check_weights(path: str, content: Stored, arch: str) -> str:
@@ -1955,13 +2005,14 @@ def check_weights(path: str, content: Stored, arch: str) -> str:
         choice = content.get("arch") or ", ".join(supported)
         raise DataError(f"--arch {arch}: unknown, or not that of --weights; choose {choice}")
     if len(content.get("networks", ())) > 1:
-        raise DataError(f"--weights {path}: an ensemble; name a run of one network")
+        raise DataError(f"--weights {path}: this run has several networks; name a run of one")
     if content:
         return os.path.abspath(path)
     names = models.get_model_weights(arch).__members__
     if path not in ("none", *names):
-        choice = ", ".join(names)
-        raise DataError(f"--weights {path}: no such file; name one, or {choice}, or none")
+        raise DataError(
+            f"--weights {path}: this file does not exist; name one, or {', '.join(names)}, or none"
+        )
     return "none" if path == "none" else names[path].name  # what DEFAULT means may change
 
 
@@ -2009,8 +2060,10 @@ def check_images(paths: list[str]) -> tuple[dict[str, int], int]:
             peaks.append(peak)
             several += [path] if pages > 1 else []
     if several:
-        text = f"of {len(several)} files with several pages the first page is read"
-        print_warning(f"{text}, the first file is {several[0]}")
+        print_warning(
+            f"{len(several)} files have several pages, of which only the first is read; the first "
+            f"of these files is {several[0]}"
+        )
     return digests, max(peaks)
 
 
@@ -2067,7 +2120,7 @@ def read_image(path: str, white: int, least: int) -> Tensor:
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises nearly anything on a broken file
-        raise DataError(f"{path}: cannot be read ({error}); mend it") from None
+        raise DataError(f"{path}: the image cannot be read ({error}); repair it") from None
 
 
 def to_pixels(picture: Image.Image, white: int) -> Tensor:
@@ -2183,7 +2236,7 @@ class Reader:
             try:
                 get_temp_dir()  # in which workers make their sockets: here once, not in each
             except OSError as error:
-                print_warning(f"no worker processes: {error}")
+                print_warning(f"images are read without worker processes: {error}")
                 workers = 0
         self.batches: list[Any] = []  # of a pass; the loader walks through them anew in each
         self.loader = DataLoader(
@@ -2460,7 +2513,9 @@ def pick_compute(options: Options) -> Compute:
         probe = torch.ones(1, device=device)
         probe.item()  # waits for a kernel: torch may have none for an old GPU
     except (RuntimeError, AssertionError, ImportError):  # from builds without that device
-        raise DataError(f"--device {name}: not on this machine, or too old; try cpu") from None
+        raise DataError(
+            f"--device {name}: this machine has none, or one that is too old; try --device cpu"
+        ) from None
     if device.type == "cuda":
         torch.cuda.set_device(probe.device)  # later questions are about the current device
     return Compute(probe.device, pick_precision(probe.device, options.amp))
@@ -2524,7 +2579,7 @@ def on_first_process(compute: Compute, make: Callable[..., Any], *arguments: Any
 def check_numbers(value: float, name: str) -> None:
     """Raise `DataError` if a number is not finite."""
     if not math.isfinite(value):
-        raise DataError(f"{name} became {value}; try --no-amp, or other weights")
+        raise DataError(f"{name} became {value}; try --no-amp or other weights")
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -2546,8 +2601,9 @@ def lock_folder(folder: Path, name: str) -> None:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(lock)
-        text = "another process is at work there; wait for its end"
-        raise DataError(f"{name} {folder}: {text}") from None
+        raise DataError(
+            f"{name} {folder}: another process is training in this folder; wait until it ends"
+        ) from None
 
 
 def list_folders(root: Path) -> list[str]:
@@ -2569,7 +2625,9 @@ def load_tensors(path: Path, name: str) -> Any:
     except OSError:
         raise
     except Exception:  # a damaged file raises nearly anything
-        raise DataError(f"{name} {path}: damaged, or not of tensors alone; take another") from None
+        raise DataError(
+            f"{name} {path}: this file is damaged, or was not written by torch.save; pass another"
+        ) from None
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -2702,11 +2760,11 @@ def parse_args(argv: list[str] | None) -> tuple[Settings, Options]:
     if not typed.keys() & {"data", "resume"}:
         parser.error("the following arguments are required: DATA")
     if "natural" in typed and "predict" not in typed:
-        parser.error("--natural is only for --predict; drop it")
+        parser.error("--natural works only with --predict; drop it")
     try:
         re.compile(typed.get("group", ""))
     except (re.error, OverflowError) as error:
-        parser.error(f"--group: no regular expression: {error}")
+        parser.error(f"--group: this is no regular expression ({error}); correct it")
     if "data" in typed:  # argparse would apply a type to `SUPPRESS`, too
         typed["data"] = Path(typed["data"])
     if not typed.keys() & {"output", "predict", "resume"}:

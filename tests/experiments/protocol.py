@@ -59,6 +59,7 @@ PLAIN = training.Calibration()
 KEY = ("set", "rotation", "seed", "rare", "most", "epochs", "image_size", "weights", "flags", "way")
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 2 to 11 sets
 SHOWN = ("trained", "calibrated", "calibrated_rarest", "calibrated_frequent")
+COMPARED = ("trained", "calibrated", "calibrated_rarest")
 DONE = "{set}, {rotation}, {seed}, {way}: {trained:.1f}, {calibrated:.1f}, {seconds:.0f} s"
 Key = tuple[str, ...]  # the values of `KEY`
 Row = dict[str, Any]
@@ -311,7 +312,7 @@ def mean_of_sets(pairs: Iterable[tuple[Row, float]]) -> str:
 
 def make_table(results: dict[Key, Row]) -> str:
     """The Markdown table of these results, a line for each way."""
-    head = ["way", "results", *SHOWN, "trained minus default", "calibrated minus default"]
+    head = ["way", "results", *SHOWN, *(f"default minus it, {name}" for name in COMPARED)]
     lines = [head, ["---"] * len(head)]
     for way in dict.fromkeys(key[-1] for key in results):
         its = {key: row for key, row in results.items() if key[-1] == way}
@@ -320,8 +321,8 @@ def make_table(results: dict[Key, Row]) -> str:
             middle = mean_of_sets((row, float(row[name])) for row in its.values())
             cells.append(middle.split()[0].lstrip("+"))
         pairs = [(row, results.get((*key[:-1], "default"), row)) for key, row in its.items()]
-        for name in ("trained", "calibrated"):
-            changes = [(a, float(a[name]) - float(b[name])) for a, b in pairs if a is not b]
+        for name in COMPARED:
+            changes = [(a, float(b[name]) - float(a[name])) for a, b in pairs if a is not b]
             cells.append(mean_of_sets(changes))
         lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
