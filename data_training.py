@@ -18,8 +18,8 @@ in three steps, the same for every data set:
    lowest validation loss is kept.
 
 Two numbers, fitted on the validation images, then reduce the remaining bias towards frequent
-classes (calibration). With `--folds K` each network is evaluated on the fold that it has not
-learnt; together they answer, as an ensemble.
+classes (calibration). With `--folds K` each network is evaluated on the fold that it was not
+trained on; together they answer, as an ensemble.
 
 The records come first, each says what it holds. Then the story, from the top down; each section
 uses only records and the sections below it: run, sampling, training, predicting, evaluation and
@@ -82,6 +82,7 @@ from data_creation import (
     DataError,
     OneLineParser,
     __version__,
+    find_parts,
     format_table,
     printable,
     walk_files,
@@ -97,7 +98,7 @@ NETWORK = "network.pt"  # in a run folder
 STATE = "resume.pt"  # of a stopped run, beside it
 LOCK = ".lock"  # of a run at work, beside it
 COPIES = ".copies"  # of large images, shrunk: a folder beside it
-FORMAT = 7  # of these files, to be raised where those of before cannot be read
+FORMAT = 7  # version of these files; increase it when older ones can no longer be read
 EVALUATED = -1  # instead of the seed of an image: it is evaluated, not augmented
 # The part that is right, the mean recall, and that of classes of many, medium, few training images.
 MEASURES = ("accuracy", "balanced_accuracy", "many", "medium", "few")
@@ -105,6 +106,8 @@ ENSEMBLE_SCALE = 1.2  # by about this the mean of several networks' logits is to
 Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
 BATCH = 64  # images a step
 SMALL = 2000  # training images; with fewer, batches are half as large, for enough steps
+# Pillow warns of images of 89 to 179 megapixels; larger ones it refuses to read.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 Table = list[dict[str, Any]]  # rows with the same columns
 State = dict[str, Tensor]  # of a network
 Stored = Mapping[str, Any]  # what a file of a stopped run, or of weights, holds; may be empty
@@ -190,7 +193,7 @@ class Opened(NamedTuple):
 
 
 class Data(NamedTuple):
-    """N images, which of them the network of each of K folds learns, and which it is evaluated on.
+    """All N images of a run, and for each of K folds those to train on and those to evaluate on.
 
     A family is a set of images that stay together: copies of one image, or a group of `--group`.
     """
@@ -206,7 +209,7 @@ class Data(NamedTuple):
     leaks: int  # number of validation images left out that leak from training
     unreadable: list[str]  # paths left out
 
-    def learnt(self, fold: int) -> Tensor:
+    def train_indices(self, fold: int) -> Tensor:
         """Return the images that the network of a fold learns: indices, int64."""
         return self.train_mask[fold].nonzero().flatten()
 
@@ -216,7 +219,8 @@ class Data(NamedTuple):
 
     def fold_counts(self) -> Tensor:
         """Count the training images of each class in each fold: (K, C) int64."""
-        return torch.stack([self.counts(self.learnt(fold)) for fold in range(len(self.train_mask))])
+        folds = range(len(self.train_mask))
+        return torch.stack([self.counts(self.train_indices(fold)) for fold in folds])
 
 
 class EvalSet(NamedTuple):
@@ -270,11 +274,11 @@ class Evaluation(NamedTuple):
 
 
 class FoldResult(NamedTuple):
-    """A fold that is trained to the end: both ends of its line, and its answers along the line."""
+    """A finished fold: linear probe, fine-tuned network, and validation logits between both."""
 
     head: State  # the last layer of the linear probe; its other layers are as loaded
     end: State  # the network after fine-tuning
-    logits: Tensor  # of its validation images at each of the P points of `LINE`: (P, M, C)
+    logits: Tensor  # of its validation images, at each of the P `POINTS`: (P, M, C)
 
 
 class Kept(NamedTuple):
@@ -296,7 +300,7 @@ class Progress:
     head: State = field(default_factory=dict)  # the last layer of the fold's linear probe
     trainer: dict[str, Any] = field(default_factory=dict)  # its state after the last epoch
     finished: list[FoldResult] = field(default_factory=list)
-    stored_at: float = 0.0  # seconds, by a clock of this process
+    stored_at: float = -math.inf  # seconds, by a clock of this process
 
     def has_done(self, fold: int, epoch: int) -> bool:
         """Return whether this epoch of this fold, or a later one, is done."""
@@ -325,7 +329,7 @@ class Outcome(NamedTuple):
     baseline: Tensor  # what the run `--baseline` predicted, of the same M images or of none
     changes: Table  # since that run
     classes: Table  # of `list_classes`
-    tested: Evaluation | None  # of images that no network has learnt or is validated on
+    tested: Evaluation | None  # of images that no network is trained or validated on
 
 
 # -------------------------------------------------------------------------------------------- run
@@ -336,13 +340,9 @@ WRITE_EVERY = 30.0  # seconds; on a fast GPU the files of an epoch take longer t
 def run(settings: Settings, options: Options) -> None:
     """Train a network, or one for each fold, evaluate it, and fill the run folder."""
     compute = join_processes(options)
-    opened = on_first_process(compute, open_run, settings, options, compute)
-    settings = opened.settings
+    prepared = on_first_process(compute, prepare_run, settings, options, compute)
+    settings, data, baseline, progress = prepared
     compute = compute._replace(precision=settings.precision)
-    data = on_first_process(compute, load_data, settings, opened.listing, opened.weights)
-    on_first_process(compute, check_batches, settings, data, compute.world_size)
-    baseline = on_first_process(compute, load_baseline, settings.baseline, data)
-    progress = on_first_process(compute, load_progress, opened, data)
     model = compute.to_device(build_model(settings.arch, data.classes, progress.start))
     setup = Setup(
         settings=settings,
@@ -357,6 +357,18 @@ def run(settings: Settings, options: Options) -> None:
     for fold in range(len(progress.finished), settings.folds):
         train_fold(setup, progress, model, fold)
     finish(setup, progress)
+
+
+def prepare_run(
+    settings: Settings, options: Options, compute: Compute
+) -> tuple[Settings, Data, Tensor, Progress]:
+    """Read and check all that a run needs before its first epoch."""
+    opened = open_run(settings, options, compute)
+    settings = opened.settings
+    data = load_data(settings, opened.listing, opened.weights)
+    check_batches(settings, data, compute.world_size)
+    baseline = load_baseline(settings.baseline, data)
+    return settings, data, baseline, load_progress(opened, data)
 
 
 def train_fold(setup: Setup, progress: Progress, model: Any, fold: int) -> None:
@@ -374,7 +386,7 @@ def train_fold(setup: Setup, progress: Progress, model: Any, fold: int) -> None:
         if not progress.has_done(fold, epoch):
             row = fine_tune(setup, progress, trainer, fold, epoch)
             end_epoch(setup, progress, model, row)
-    result = follow_line(setup, progress, model, fold)
+    result = evaluate_line(setup, progress, model, fold)
     progress.finished.append(result)
     if setup.compute.rank == 0:
         save_tensors(settings.output / f"fold-{fold + 1}.pt", result._asdict())
@@ -386,38 +398,29 @@ def train_fold(setup: Setup, progress: Progress, model: Any, fold: int) -> None:
 def make_probe(setup: Setup, progress: Progress, model: Any, fold: int) -> dict[str, Any]:
     """Give the network its linear probe; return the row of the history, but for the evaluation."""
     data = setup.data
-    learnt = data.learnt(fold)
+    indices = data.train_indices(fold)
     started = time.perf_counter()
-    features = compute_logits(without_head(model), setup.reader, learnt)
-    labels = data.labels[learnt]
+    features = compute_logits(without_head(model), setup.reader, indices)
+    labels = data.labels[indices]
     weights = sample_weights(labels, setup.settings.power)
     progress.head, loss = on_first_process(setup.compute, fit_probe, features, labels, weights)
     model.load_state_dict(progress.start | progress.head)
-    counts = torch.bincount(labels)
-    return {
-        "fold": fold + 1,
-        "epoch": 0,
-        "step": "linear probe",
-        "train_loss": loss,
-        "fewest_draws": int(counts.min()),
-        "most_draws": int(counts.max()),
-        "distinct_images": 1.0,
-        "learning_rate": math.nan,
-        "images_per_second": len(learnt) / (time.perf_counter() - started),
-        "seconds": time.perf_counter() - started,
-    }
+    row = {"fold": fold + 1, "epoch": 0, "step": "linear probe", "train_loss": loss}
+    row |= {"distinct_images": 1.0, "learning_rate": math.nan}
+    return row | describe_pass(torch.bincount(labels), time.perf_counter() - started)
 
 
 def begin_fine_tuning(setup: Setup, progress: Progress, model: Any, fold: int) -> Trainer:
     """Set up the training of all layers, or go on with a stored one."""
     settings = setup.settings
-    steps = settings.epochs * math.ceil(len(setup.data.learnt(fold)) / settings.batch_size)
+    steps = settings.epochs * math.ceil(len(setup.data.train_indices(fold)) / settings.batch_size)
     is_pretrained = settings.weights != "none"
     trainer = Trainer(model, is_pretrained, steps, setup.compute)
     if progress.has_done(fold, 1):
         trainer.load_state_dict(progress.trainer)
     else:
-        model.load_state_dict(progress.start | first_head(progress.head))
+        first_head = {name: FIRST_HEAD * value for name, value in progress.head.items()}
+        model.load_state_dict(progress.start | first_head)
     return trainer
 
 
@@ -426,25 +429,27 @@ def fine_tune(
 ) -> dict[str, Any]:
     """Train all layers for an epoch; return its row of the history, but for the evaluation."""
     settings, data = setup.settings, setup.data
-    learnt = data.learnt(fold)
+    indices = data.train_indices(fold)
     started = time.perf_counter()
     key = (settings.seed, fold, epoch)
-    drawn = draw_epoch(data.labels, learnt, settings.power, seeded("draw", *key))
+    drawn = draw_epoch(data.labels, indices, settings.power, seeded("draw", *key))
     loss = train_epoch(trainer, setup.reader, drawn, seeded("augment", *key))
     counts = data.counts(drawn)
     progress.draws += counts
     progress.trainer = trainer.state_dict()
+    row = {"fold": fold + 1, "epoch": epoch, "step": "fine-tuning", "train_loss": loss}
+    row |= {"distinct_images": len(drawn.unique()) / len(indices)}
+    row |= {"learning_rate": trainer.learning_rate}
+    return row | describe_pass(counts, time.perf_counter() - started)
+
+
+def describe_pass(counts: Tensor, seconds: float) -> dict[str, Any]:
+    """Return columns of the history: (C,) images of each class that were trained on, and speed."""
     return {
-        "fold": fold + 1,
-        "epoch": epoch,
-        "step": "fine-tuning",
-        "train_loss": loss,
         "fewest_draws": int(counts.min()),
         "most_draws": int(counts.max()),
-        "distinct_images": len(drawn.unique()) / len(learnt),
-        "learning_rate": trainer.scheduler.get_last_lr()[-1],
-        "images_per_second": len(drawn) / (time.perf_counter() - started),
-        "seconds": time.perf_counter() - started,
+        "images_per_second": int(counts.sum()) / seconds,
+        "seconds": seconds,
     }
 
 
@@ -470,12 +475,12 @@ def end_epoch(setup: Setup, progress: Progress, model: Any, row: dict[str, Any])
     print(format_epoch(progress.history[-1], setup.settings), flush=True)
 
 
-def follow_line(setup: Setup, progress: Progress, model: Any, fold: int) -> FoldResult:
-    """Let the networks at the points of the line answer for the fold's validation images."""
+def evaluate_line(setup: Setup, progress: Progress, model: Any, fold: int) -> FoldResult:
+    """Compute the logits of the fold's validation images at each point of the line."""
     end = copy_state(model)
     indices = make_eval_set(setup.data, [fold]).indices
     answers = []
-    for point in LINE:
+    for point in POINTS:
         model.load_state_dict(interpolate(progress.start | progress.head, end, point))
         answers.append(compute_logits(model, setup.reader, indices))
     return FoldResult(progress.head, end, torch.stack(answers))
@@ -487,20 +492,20 @@ def choose_point(setup: Setup, progress: Progress) -> Kept:
     eval_set = make_eval_set(setup.data, folds)
     shares = class_shares(setup.data, eval_set, setup.settings.power)
     evaluations = []
-    for number in range(len(LINE)):
+    for number in range(len(POINTS)):
         logits = torch.cat([result.logits[number] for result in progress.finished])
         evaluations.append(evaluate_cross_fitted(logits, eval_set, shares))
     losses = [evaluation.summary["val_loss"] for evaluation in evaluations]
     best = losses.index(min(losses))
     networks = [
-        interpolate(progress.start | result.head, result.end, LINE[best])
+        interpolate(progress.start | result.head, result.end, POINTS[best])
         for result in progress.finished
     ]
     line = [
         {"point": point, **evaluation.summary, "kept": int(number == best)}
-        for number, (point, evaluation) in enumerate(zip(LINE, evaluations, strict=True))
+        for number, (point, evaluation) in enumerate(zip(POINTS, evaluations, strict=True))
     ]
-    return Kept(networks, evaluations[best], LINE[best], line)
+    return Kept(networks, evaluations[best], POINTS[best], line)
 
 
 def finish(setup: Setup, progress: Progress) -> None:
@@ -554,30 +559,33 @@ def sample_weights(labels: Tensor, power: float) -> Tensor:
     return torch.bincount(labels).double()[labels] ** -power
 
 
-def draw_epoch(labels: Tensor, learnt: Tensor, power: float, stream: Generator) -> Tensor:
-    """Draw as many images as there are in `learnt` for an epoch, by their weights: indices, int64.
+def draw_epoch(labels: Tensor, indices: Tensor, power: float, stream: Generator) -> Tensor:
+    """Draw as many images as there are in `indices` for an epoch, by their weights: indices, int64.
 
     With a power of 0 there is no sampler: each image comes once, in random order.
     """
     if power > 0:
-        weights = sample_weights(labels[learnt], power)
+        weights = sample_weights(labels[indices], power)
         # As a list the draw is the same for any number of workers and processes.
-        sampler = WeightedRandomSampler(weights.tolist(), len(learnt), generator=stream)
-        return learnt[torch.tensor(list(sampler))]
-    return learnt[torch.randperm(len(learnt), generator=stream)]
+        sampler = WeightedRandomSampler(weights.tolist(), len(indices), generator=stream)
+        return indices[torch.tensor(list(sampler))]
+    return indices[torch.randperm(len(indices), generator=stream)]
 
 
 # ---------------------------------------------------------------------------------------- training
 
 # The linear probe is a logistic regression. Its penalty is small: features should be separated.
-PENALTY = 3e-5  # half of it times the squared weights, for features of unit length
-FIRST_HEAD = 0.25  # fine-tuning begins with so much of the linear probe: see `first_head`
+PROBE_L2 = 3e-5  # half of it times the squared weights, for features of unit length
+# Fine-tuning begins with this part of the linear probe as its last layer. All of it fits the
+# training images already and leaves the other layers little to learn; a layer of zeros forgets what
+# they know (arXiv:2202.10054, Kumar et al. 2022; arXiv:2302.05779, Ren et al. 2023).
+FIRST_HEAD = 0.25
 # Points of the line from the linear probe (0) to the end of fine-tuning (1).
-LINE = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
-RATE = 3e-4  # of AdamW, for pretrained weights
-SCRATCH_RATE = 1e-3  # and for random ones
-RATE_BELOW = 0.7  # part of the rate of the layers above (Howard & Ruder 2018, arXiv:1801.06146)
-WARM_UP = 0.1  # part of the steps in which the rate rises
+POINTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
+LEARNING_RATE = 3e-4  # of AdamW, for pretrained weights
+RANDOM_LEARNING_RATE = 1e-3  # and for random ones
+LAYER_DECAY = 0.7  # part of the rate of the layers above (Howard & Ruder 2018, arXiv:1801.06146)
+WARM_UP_PART = 0.1  # part of the steps in which the rate rises
 
 
 def fit_probe(features: Tensor, labels: Tensor, weights: Tensor) -> tuple[State, float]:
@@ -600,7 +608,7 @@ def fit_probe(features: Tensor, labels: Tensor, weights: Tensor) -> tuple[State,
     def loss() -> Tensor:
         optimizer.zero_grad()
         losses = F.cross_entropy(F.linear(features, weight, bias), labels, reduction="none")
-        value = weights @ losses + PENALTY / 2 * weight.square().sum()
+        value = weights @ losses + PROBE_L2 / 2 * weight.square().sum()
         check_numbers(value.item(), "the loss of the linear probe")
         value.backward()
         return value
@@ -609,16 +617,6 @@ def fit_probe(features: Tensor, labels: Tensor, weights: Tensor) -> tuple[State,
         optimizer.step(loss)
         fitted = loss().item()
     return {"fc.weight": (weight / length).detach(), "fc.bias": bias.detach()}, fitted
-
-
-def first_head(probe: State) -> State:
-    """Return the last layer that fine-tuning begins with: the linear probe, scaled down.
-
-    A whole probe fits the training images already and leaves the other layers little to learn; one
-    of zeros forgets what the pretrained layers know. A part of it keeps its direction
-    (arXiv:2202.10054, Kumar et al. 2022; arXiv:2302.05779, Ren et al. 2023).
-    """
-    return {name: FIRST_HEAD * value for name, value in probe.items()}
 
 
 def interpolate(probe: State, end: State, point: float) -> State:
@@ -645,17 +643,17 @@ class Trainer:
             warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)
             self.network = DistributedDataParallel(model, broadcast_buffers=False)
         groups: list[dict[str, Any]] = []
-        for above, layers in zip((3, 2, 1, 0), LAYERS, strict=True):
+        for depth, layers in zip((3, 2, 1, 0), LAYERS, strict=True):  # 0: the topmost layers
             weights = [
                 weight for name, weight in model.named_parameters() if name.startswith(layers)
             ]
-            rate = RATE * RATE_BELOW**above if is_pretrained else SCRATCH_RATE
+            rate = LEARNING_RATE * LAYER_DECAY**depth if is_pretrained else RANDOM_LEARNING_RATE
             groups.append({"params": weights, "lr": rate})
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         rates = [group["lr"] for group in groups]
         # OneCycleLR divides by zero where either part of the cycle has a single step.
         steps = max(4, steps)
-        rising = max(WARM_UP, 2 / steps)
+        rising = max(WARM_UP_PART, 2 / steps)
         self.scheduler = OneCycleLR(
             self.optimizer, rates, steps, pct_start=rising, cycle_momentum=False
         )
@@ -667,6 +665,7 @@ class Trainer:
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.learning_rate = self.scheduler.get_last_lr()[-1]  # of this step, for the last layer
         self.scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
@@ -694,7 +693,8 @@ def train_epoch(trainer: Trainer, reader: Reader, drawn: Tensor, seeds: Generato
     own_parts = [batch[compute.rank :: compute.world_size] for batch in batches]
     total = torch.zeros((), device=compute.device)
     loaded = reader.read(own_parts, "fine-tuning")
-    for [group], batch in zip(loaded, batches, strict=True):
+    for groups, batch in zip(loaded, batches, strict=True):
+        group = groups[0]  # crops for training have one shape
         targets = move_batch(group.labels, compute)
         with compute.autocast():
             logits = trainer.network(move_batch(group.images, compute))
@@ -753,7 +753,7 @@ def predict(settings: Settings, options: Options) -> None:
         print_warning(f"the run {folder} is not finished; finish it by --resume for better results")
     # In float32, as in a program: on all machines nearly the same answers.
     compute = pick_compute(replace(options, amp=bool(options.amp)))
-    files, digests, brightest = read_photos(settings.data, classes)
+    files, digests, brightest = list_photos(settings.data, classes)
     if prepare.white and brightest > prepare.white:
         print_warning(
             f"{settings.data}: grey values reach {brightest}; those above {prepare.white} are "
@@ -789,12 +789,12 @@ def predict(settings: Settings, options: Options) -> None:
 
 
 def print_recalls(content: Stored, files: list[ImageFile], digests: Tensor, logits: Tensor) -> None:
-    """Print on stderr how right the calibrated (N, C) logits of images that were not learnt are."""
+    """Print on stderr how right the calibrated (N, C) logits of new images are."""
     families = find_families(files, digests.tolist(), content["group"])
-    is_learnt = find_learnt(files, digests, content)
-    is_learnt = torch.isin(families, families[is_learnt])
-    print(f"{is_learnt.sum()} of them, or their families, were learnt: left out", file=sys.stderr)
-    new = (~is_learnt).nonzero().flatten()
+    is_trained = find_trained(files, digests, content)
+    is_trained = torch.isin(families, families[is_trained])
+    print(f"left out, since trained on: {is_trained.sum()} of them", file=sys.stderr)
+    new = (~is_trained).nonzero().flatten()
     if not len(new):
         return
     targets = torch.tensor([file.label for file in files])[new]
@@ -809,7 +809,7 @@ def print_recalls(content: Stored, files: list[ImageFile], digests: Tensor, logi
             print(printable(format_recall(row)), file=sys.stderr)
 
 
-def read_photos(path: Path, classes: list[str]) -> tuple[list[ImageFile], Tensor, int]:
+def list_photos(path: Path, classes: list[str]) -> tuple[list[ImageFile], Tensor, int]:
     """Return the images at or below `path`, their digests (N,), and the largest grey value.
 
     They are labelled by the folders that they are in, if all of these are classes, else by -1.
@@ -1033,7 +1033,7 @@ def fit_calibration(
 
 def describe_run(settings: Settings, data: Data, compute: Compute) -> dict[str, str]:
     """Return what a run is made of; config.json and the page hold it."""
-    counts = data.counts(data.learnt(0))
+    counts = data.counts(data.train_indices(0))
     versions = [f"{each.__name__} {each.__version__}" for each in (torch, torchvision, np, PIL)]
     evaluated, tested = data.eval_mask[:-1].sum(), data.eval_mask[-1].sum()
     networks = f"{settings.folds} networks" if settings.folds > 1 else "the network"
@@ -1042,7 +1042,7 @@ def describe_run(settings: Settings, data: Data, compute: Compute) -> dict[str, 
         "device": f"{compute.device}, {settings.precision}, processes: {compute.world_size}",
         "training images": f"{counts.sum()} in {len(counts)} classes of {counts.max()} to "
         f"{counts.min()}, imbalance ratio {counts.max() / counts.min():.1f}",
-        "validation images": f"{evaluated}, each for a network that has not learnt it",
+        "validation images": f"{evaluated}, each for a network that was not trained on it",
         "test images": f"{tested}, for the ensemble" if settings.folds > 1 else "none",
         "left out": f"{len(data.unreadable)} unreadable images, {data.leaks} leaks from training",
         "kept": f"{networks} at the point of lowest validation loss on the line from linear probe "
@@ -1374,8 +1374,8 @@ def show_mistakes(data: Data, evaluation: Evaluation) -> str:
     for row in wrong[order][:MISTAKES].tolist():
         index = int(evaluation.eval_set.indices[row])
         predicted = int(evaluation.predicted[row])
-        learnt = data.learnt(int(evaluation.eval_set.folds[row]))
-        examples = learnt[data.labels[learnt] == predicted]
+        trained = data.train_indices(int(evaluation.eval_set.folds[row]))
+        examples = trained[data.labels[trained] == predicted]
         example = int(examples[len(examples) // 2])
         relation = f"predicted ({show(confidence[row].item())})"
         text += f"<figure>{show_image(data, index, 'is', int(data.labels[index]))}"
@@ -1454,8 +1454,12 @@ def reopen_run(folder: Path, precision: str | None) -> Opened:
 
 def check_paths(settings: Settings) -> None:
     """Raise `DataError` where the paths of a command line cannot be used."""
-    output = settings.output
+    output, baseline = settings.output, settings.baseline
     check_output(output)
+    if baseline and ((baseline / STATE).exists() or not (baseline / NETWORK).exists()):
+        raise DataError(
+            f"--baseline {baseline}: there is no finished run in it; name another folder"
+        )
     sources = {"DATA": settings.data, "--source": settings.source, "--val": settings.val}
     for name, folder in sources.items():
         if folder and not folder.is_dir():
@@ -1475,7 +1479,7 @@ def check_output(output: Path) -> None:
     It may where another one ended before its first state: a lock is there, but nothing to go on.
     """
     names = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    is_begun = LOCK in names and not names & {STATE, NETWORK}
+    is_begun = LOCK in names and names <= {LOCK, COPIES, START, "split.csv"}
     is_empty = not any(name[0] != "." for name in names)
     if output.is_file() or not (is_empty or is_begun):
         raise DataError(
@@ -1530,10 +1534,10 @@ def remove_state(output: Path) -> None:
 def describe_networks(settings: Settings, data: Data, kept: Kept) -> dict[str, Any]:
     """Return all that it takes to use the networks of a run: the content of `NETWORK`.
 
-    Images and families that they have learnt are there as digests alone: names may be patients'.
+    The images and groups that they were trained on are stored as digests: names may be patients'.
     """
-    learnt = data.train_mask.any(0).nonzero().flatten()
-    names = {group_name(data.files[index].name, settings.group) for index in learnt.tolist()}
+    trained = data.train_mask.any(0).nonzero().flatten()
+    names = {group_name(data.files[index].name, settings.group) for index in trained.tolist()}
     digests = [digest_of(name.encode(errors="surrogateescape")) for name in names if name]
     calibration = kept.evaluation.calibration.of_networks(len(kept.networks))
     counts = data.fold_counts()[: len(kept.networks)].double()
@@ -1547,7 +1551,7 @@ def describe_networks(settings: Settings, data: Data, kept: Kept) -> dict[str, A
         "image_size": settings.image_size,
         "white": data.white,
         "group": settings.group,
-        "learnt": torch.cat([data.digests[learnt], torch.tensor(digests).long()]).unique(),
+        "trained_on": torch.cat([data.digests[trained], torch.tensor(digests).long()]).unique(),
         "scale": calibration.scale,
         "shift": calibration.shift,
         "networks": kept.networks,  # as trained, before calibration
@@ -1575,8 +1579,6 @@ def load_baseline(folder: Path | None, data: Data) -> Tensor:
     """Return what an earlier run predicted for the same validation images: (M,) int64."""
     if not folder:
         return torch.empty(0)
-    if (folder / STATE).exists():
-        raise DataError(f"--baseline {folder}: this run is not finished; finish it by --resume")
     tables = [list_split(data), read_table(folder / "split.csv")]
     evaluated = [[row for row in rows if row["part"] not in ("train", "test")] for rows in tables]
     if different := find_difference(*evaluated):
@@ -1647,10 +1649,10 @@ def load_data(settings: Settings, listing: Listing, weights: Stored) -> Data:
             f"{' and '.join(pairs[0])}; all are used"
         )
     check_parts(settings, data)
-    is_learnt = find_learnt(data.files, data.digests, weights) & data.eval_mask.any(0)
-    if is_learnt.any():
+    is_trained = find_trained(data.files, data.digests, weights) & data.eval_mask.any(0)
+    if is_trained.any():
         print_warning(
-            f"--weights {settings.weights}: this network was trained on {is_learnt.sum()} of the "
+            f"--weights {settings.weights}: this network was trained on {is_trained.sum()} of the "
             f"{data.eval_mask.any(0).sum()} validation images, so that results are too good"
         )
     return data
@@ -1659,7 +1661,7 @@ def load_data(settings: Settings, listing: Listing, weights: Stored) -> Data:
 def check_parts(settings: Settings, data: Data) -> None:
     """Raise `DataError` if there is nothing to train on, or to validate on."""
     for fold in range(settings.folds):
-        absent = (data.counts(data.learnt(fold)) == 0).nonzero().flatten().tolist()
+        absent = (data.counts(data.train_indices(fold)) == 0).nonzero().flatten().tolist()
         if absent:
             raise DataError(
                 f"{settings.data}: {data.classes[absent[0]]}: this class has no readable image "
@@ -1693,21 +1695,24 @@ def check_batches(settings: Settings, data: Data, world_size: int) -> None:
     smallest = min(n // math.ceil(n / settings.batch_size) for n in images) // world_size
     if smallest < (2 if settings.image_size <= STRIDE else 1):
         raise DataError(
-            f"--batch-size {settings.batch_size}: a step has too few images for batch "
-            "normalisation; choose a larger number"
+            f"--batch-size {settings.batch_size}: a step has too few images a process for batch "
+            "normalisation; choose a larger number, or fewer processes"
         )
 
 
 def list_data(data: Path, val: Path | None, source: Path | None) -> Listing:
     """List the classes, and the images of DATA, `--val` and `--source`, each with its part."""
     classes = list_folders(data)
-    parts = sorted({"val", "valid", "validation", "test"}.intersection(classes), reverse=True)
-    if "train" in classes and parts:
-        raise DataError(
-            f"{data}: train and {parts[0]} look like parts of a data set, not like classes; run "
-            f"data_training.py {data / 'train'} --val {data / parts[0]}"
-        )
     files = list_class_images(data, classes, "train")
+    tree: dict[str, set[str]] = {name: set() for name in classes}
+    for file in files:
+        name, _, below = file.name.partition("/")
+        tree[name].add(below.rpartition("/")[0].partition("/")[0])
+    if parts := find_parts(tree):
+        raise DataError(
+            f"{data}: {' and '.join(parts[:2])} look like parts of a data set, not like classes; "
+            f"run data_training.py {data / parts[0]} --val {data / parts[1]}"
+        )
     empty = sorted(set(classes).difference(classes[file.label] for file in files))
     if empty or len(classes) < 2:
         advice = f"fill or remove {empty[0]}" if empty else "pass the folder that holds them"
@@ -1762,12 +1767,12 @@ def group_name(name: str, pattern: str | None) -> str:
     return (match[min(1, match.re.groups)] or "") if match else ""
 
 
-def find_learnt(files: list[ImageFile], digests: Tensor, weights: Stored) -> Tensor:
-    """Return which images the network of a run has learnt, or others of their group: (N,) bool."""
-    learnt = weights.get("learnt", digests[:0])
+def find_trained(files: list[ImageFile], digests: Tensor, weights: Stored) -> Tensor:
+    """Return which images, or others of their group, a run's network was trained on: (N,) bool."""
+    trained = weights.get("trained_on", digests[:0])
     names = [group_name(file.name, weights.get("group")) for file in files]
     groups = [digest_of(name.encode(errors="surrogateescape")) if name else 0 for name in names]
-    return torch.isin(digests, learnt) | torch.isin(torch.tensor(groups), learnt)
+    return torch.isin(digests, trained) | torch.isin(torch.tensor(groups), trained)
 
 
 def find_families(files: list[ImageFile], digests: Sequence[int], pattern: str | None) -> Tensor:
@@ -1928,10 +1933,10 @@ def build_model(arch: str, classes: list[str], state: State | None = None) -> An
     except RuntimeError as error:
         reason = " ".join(str(error).split("\n\t")[1].split())[:200]
         raise DataError(
-            f"--weights: these are not the weights of a {arch}: {reason} ...; pass their --arch"
+            f"the weights are not those of a {arch}: {reason} ...; pass others, or their --arch"
         ) from None
     if not all(value.isfinite().all() for value in state.values()):
-        raise DataError("--weights: these are not finite numbers; pass other weights")
+        raise DataError("the weights are not finite numbers; pass other weights")
     return model
 
 
@@ -1952,7 +1957,9 @@ def fetch_weights(arch: str, name: str) -> State:
     """Return torchvision's weights of this name, downloaded if they are not on this machine."""
     weights = models.get_model_weights(arch)[name]
     try:
-        return models.get_model(arch, weights=weights, progress=sys.stderr.isatty()).state_dict()
+        return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged file raises nearly anything
         raise DataError(
             f"--weights {name}: {weights.url} could not be downloaded or read ({error}); put that "
@@ -2001,9 +2008,10 @@ def check_format(path: Path, content: Stored, name: str) -> None:
 def check_weights(path: str, content: Stored, arch: str) -> str:
     """Return the full name of the weights; raises `DataError` where they do not fit."""
     supported = [name for name in models.list_models(models) if name.startswith(SUPPORTED)]
-    if arch not in supported or content.get("arch", arch) != arch:
-        choice = content.get("arch") or ", ".join(supported)
-        raise DataError(f"--arch {arch}: unknown, or not that of --weights; choose {choice}")
+    if arch not in supported:
+        raise DataError(f"--arch {arch}: not supported; choose one of {', '.join(supported)}")
+    if content.get("arch", arch) != arch:
+        raise DataError(f"--arch {arch}: --weights is a {content['arch']}; leave --arch out")
     if len(content.get("networks", ())) > 1:
         raise DataError(f"--weights {path}: this run has several networks; name a run of one")
     if content:
@@ -2040,7 +2048,7 @@ def rescale(model: Any) -> None:
 CROP_SCALE = 0.5  # smallest part of an image that a training crop shows
 EVAL_SCALE = 8 / 7  # of larger images, as crops enlarge (Touvron et al. 2019, arXiv:1906.06423)
 LONGEST = 3  # times the shorter side: what is longer is cut off
-WHITES = (255, 1023, 4095, 16383, 65535)  # in grey images: the first that no value exceeds
+WHITE_LEVELS = (255, 1023, 4095, 16383, 65535)  # in grey images: the first that no value exceeds
 STRIDE = 32  # pixels of a cell of the last feature map, in all networks of torchvision
 
 
@@ -2092,7 +2100,7 @@ def digest_of(content: bytes) -> int:
 
 def find_white(peak: int) -> int:
     """Return what is white in grey images of over 8 bits with this largest value; 0 for none."""
-    return next((white for white in WHITES if 0 < peak <= white), peak)
+    return next((white for white in WHITE_LEVELS if 0 < peak <= white), peak)
 
 
 def read_bytes(path: str) -> bytes:
@@ -2512,6 +2520,8 @@ def pick_compute(options: Options) -> Compute:
             device = torch.device(device.type, index)
         probe = torch.ones(1, device=device)
         probe.item()  # waits for a kernel: torch may have none for an old GPU
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, AssertionError, ImportError):  # from builds without that device
         raise DataError(
             f"--device {name}: this machine has none, or one that is too old; try --device cpu"
@@ -2558,22 +2568,21 @@ def normalise(images: Tensor) -> Tensor:
 
 def move_batch(batch: Tensor, compute: Compute) -> Tensor:
     """Return labels on the device; images (B, H, W, 3) uint8 as normalised input."""
-    is_pinned = compute.device.type == PINNED
-    batch = batch.pin_memory() if is_pinned else batch
-    batch = batch.to(compute.device, non_blocking=is_pinned)
+    batch = batch.to(compute.device, non_blocking=compute.device.type == PINNED)
     return compute.to_device(normalise(batch)) if batch.dtype == torch.uint8 else batch
 
 
 def on_first_process(compute: Compute, make: Callable[..., Any], *arguments: Any) -> Any:
     """Call `make` in process 0 and return its result in all; where it fails, all end."""
-    made: list[tuple[Any, ...]] = [()]
+    made = [False, None]
     try:
         if compute.rank == 0:
-            made = [(make(*arguments),)]
+            made = [True, make(*arguments)]
     finally:  # else the others would say that they have lost process 0
         if compute.world_size > 1:
             dist.broadcast_object_list(made, 0)
-    return made[0][0] if made[0] else sys.exit(2)
+    is_made, result = made
+    return result if is_made else sys.exit(2)
 
 
 def check_numbers(value: float, name: str) -> None:
@@ -2622,7 +2631,7 @@ def load_tensors(path: Path, name: str) -> Any:
     """Read tensors and plain values; `DataError` if the file is damaged or would run code."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception:  # a damaged file raises nearly anything
         raise DataError(
@@ -2648,88 +2657,81 @@ def to_rows(columns: Mapping[str, Sequence[Any] | Tensor]) -> Table:
 NO_MEMORY = r"(?i)can't allocate memory|not enough memory|out of memory|killed by signal"
 WITH_RESUME = {"resume", "device", "workers", "amp"}  # where a run goes on, not what comes out
 WITH_PREDICT = {"predict", "data", "output", "natural", "batch_size", "device", "workers", "amp"}
-DEFAULTS = {
-    "folds": 1,
-    "flip": "sides",
-    "weights": "DEFAULT",
-    "epochs": 10,
-    "power": 1.0,
-    "seed": 0,
-    "natural": False,
-    "device": "auto",
-}
 
 
 def make_parser() -> OneLineParser:
-    """Return the parser of the command line. It returns what is typed; see `DEFAULTS`."""
+    """Return the parser of the command line."""
     parser = OneLineParser(
         prog="data_training.py",
         description=str(__doc__).partition("\n\nDATA")[0],  # with the commands
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument("data", metavar="DATA", nargs="?", help="folder with one folder per class,"
-        " which is only read; or, with --predict, an image or a folder of images")  # fmt: skip
-
     # fmt: off
+    parser.add_argument("data", nargs="?", type=Path, metavar="DATA",
+        help="folder with one folder per class, which is only read; or, with --predict, an image "
+        "or a folder of images")
+
     add = parser.add_argument_group("data").add_argument
-    add("--folds", type=number(int, 3, 10), metavar="K", help="train K networks, 3 to 10, each "
-        "evaluated on the part of the images that it has not learnt; images of --val or --source "
-        "test the ensemble")
-    add("--val", type=Path, metavar="DIR", help="class folders to validate on, in place of a fifth "
-        "of DATA")
-    add("--source", type=Path, metavar="SRC", help="folder that DATA was made from: its other "
-        "images validate, too")
-    add("--group", metavar="PATTERN", help="regular expression for paths below the class folder: "
-        "images with the same first group, or match, stay on one side, also across classes "
-        "(patient, film)")
-    add("--image-size", type=number(int, 1), metavar="PX", help="side of a training crop (default: "
-        "that of --weights, or 224)")
-    add("--flip", choices=("sides", "none", "all"), help="mirror half of the training images "
-        "(sides, the default), none (text, signs), or also turn them (all, from above)")
+    add("--folds", type=number(int, 3, 10), default=1, metavar="K",
+        help="train K networks, 3 to 10, each evaluated on a part of the images that it is not "
+        "trained on; images of --val or --source test the ensemble")
+    add("--val", type=Path, metavar="DIR",
+        help="class folders to validate on, in place of a fifth of DATA")
+    add("--source", type=Path, metavar="SRC",
+        help="folder that DATA was made from: its other images validate, too")
+    add("--group", metavar="PATTERN",
+        help="regular expression for paths below the class folder: images with the same first "
+        "group, or match, stay on one side, also across classes (patient, film)")
+    add("--image-size", type=number(int, 1), metavar="PX",
+        help="side of a training crop (default: that of --weights, or 224)")
+    add("--flip", choices=("sides", "none", "all"), default="sides",
+        help="mirror half of the training images (sides, the default), none (text, signs), or "
+        "also turn them (all, from above)")
 
     add = parser.add_argument_group("model").add_argument
-    add("--arch", metavar="NAME", help="a ResNet of torchvision (default: that of --weights, or "
-        "resnet50, resnet18 on a CPU)")
-    add("--weights", metavar="NAME|PATH", help="name in torchvision, a file, a run, or none "
-        "(default: DEFAULT, torchvision's best)")
+    add("--arch", metavar="NAME",
+        help="a ResNet of torchvision (default: that of --weights, or resnet50, resnet18 on a CPU)")
+    add("--weights", default="DEFAULT", metavar="NAME|PATH",
+        help="name in torchvision, a file, a run, or none (default: DEFAULT, torchvision's best)")
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=number(int, 1), metavar="N", help="of fine-tuning, each draws as many "
-        "images as there are to train on (default: 10)")
-    add("--power", type=number(float, 0, 10), metavar="P", help="draw by (images of class) ** -P; "
-        "0: no sampler (default: 1)")
-    add("--batch-size", type=number(int, 2), metavar="N", help="images per step, rounded up to a "
-        f"multiple of the processes (default: {BATCH}, half for under {SMALL:,} training images)")
+    add("--epochs", type=number(int, 1), default=10, metavar="N",
+        help="of fine-tuning, each draws as many images as there are to train on (default: 10)")
+    add("--power", type=number(float, 0, 10), default=1.0, metavar="P",
+        help="draw by (images of class) ** -P; 0: no sampler (default: 1)")
+    add("--batch-size", type=number(int, 2), metavar="N",
+        help="images per step, rounded up to a multiple of the processes (default: "
+        f"{BATCH}, half for under {SMALL:,} training images)")
 
     add = parser.add_argument_group("run").add_argument
-    add("--output", type=Path, metavar="DIR", help="new folder for the results (default: "
-        "runs/DATE-TIME)")
-    add("--baseline", type=Path, metavar="RUN", help="earlier run evaluated on the same images, to "
-        "compare with")
-    add("--seed", type=number(int, 0), metavar="N", help="of split, draws, augmentation, random "
-        "weights (default: 0)")
+    add("--output", type=Path, metavar="DIR",
+        help="new folder for the results (default: runs/DATE-TIME)")
+    add("--baseline", type=Path, metavar="RUN",
+        help="earlier run evaluated on the same images, to compare with")
+    add("--seed", type=number(int, 0), default=0, metavar="N",
+        help="of split, draws, augmentation, random weights (default: 0)")
     add("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
 
     add = parser.add_argument_group("prediction").add_argument
-    add("--predict", type=Path, metavar="RUN", help="predict the class of each image in DATA by a "
-        "run (its folder, or network.pt); writes CSV (class: the answer, true: the folder) to "
-        "stdout, or to --output FILE")
-    add("--natural", action="store_true", help="predict for classes as frequent as in training, "
-        "not for equally frequent ones")
+    add("--predict", type=Path, metavar="RUN",
+        help="predict the class of each image in DATA by a run (its folder, or network.pt); writes "
+        "CSV (class: the answer, true: the folder) to stdout, or to --output FILE")
+    add("--natural", action="store_true",
+        help="predict for classes as frequent as in training, not for equally frequent ones")
 
     add = parser.add_argument_group("machine").add_argument
-    add("--workers", type=number(int, 0), metavar="N", help="processes that read images (default: "
-        "by the cores)")
-    add("--device", metavar="NAME", help="cpu, cuda, ... (default: auto, an accelerator, else cpu)")
-    add("--amp", action=argparse.BooleanOptionalAction, help="mixed precision (default: in "
-        "training, where the hardware gains from it)")
+    add("--workers", type=number(int, 0), metavar="N",
+        help="processes that read images (default: by the cores)")
+    add("--device", default="auto", metavar="NAME",
+        help="cpu, cuda, ... (default: auto, an accelerator, else cpu)")
+    add("--amp", action=argparse.BooleanOptionalAction,
+        help="mixed precision (default: in training, where the hardware gains from it)")
     # fmt: on
     return parser
 
 
-def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], Any]:
+def number(kind: type, least: float, most: float = 2**62) -> Callable[[str], Any]:
     """Return a function that reads a number from `least` to `most`."""
 
     def read(text: str) -> Any:
@@ -2738,8 +2740,8 @@ def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], 
         except ValueError:
             kind_name = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"{text!r} is not a {kind_name}") from None
-        if not least <= value <= min(most, 2**62):
-            limits = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+        if not least <= value <= most:
+            limits = f"at least {least:g}" if most > 2**60 else f"from {least:g} to {most:g}"
             raise argparse.ArgumentTypeError(f"{text} is not {limits}")
         return value
 
@@ -2749,32 +2751,30 @@ def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], 
 def parse_args(argv: list[str] | None) -> tuple[Settings, Options]:
     """Return what a command line says; exit with status 2 if that is wrong."""
     parser = make_parser()
-    typed = vars(parser.parse_args(argv))
-    clashes = {"resume": typed.keys() - WITH_RESUME, "predict": typed.keys() - WITH_PREDICT}
-    clashes["val"] = typed.keys() & {"source"}  # whose names may be those of other images
+    chosen = parser.parse_args(argv)
+    typed = {name for name, value in vars(chosen).items() if value != parser.get_default(name)}
+    clashes = {"resume": typed - WITH_RESUME, "predict": typed - WITH_PREDICT}
+    clashes["val"] = typed & {"source"}  # whose names may be those of other images
     for name, others in clashes.items():
         if name in typed and others:
             other = min(others)
             flag = "DATA" if other == "data" else f"--{other.replace('_', '-')}"
             parser.error(f"{flag} and --{name} cannot be used together; drop one of them")
-    if not typed.keys() & {"data", "resume"}:
+    if not (chosen.data or chosen.resume):
         parser.error("the following arguments are required: DATA")
-    if "natural" in typed and "predict" not in typed:
+    if chosen.natural and not chosen.predict:
         parser.error("--natural works only with --predict; drop it")
     try:
-        re.compile(typed.get("group", ""))
+        re.compile(chosen.group or "")
     except (re.error, OverflowError) as error:
         parser.error(f"--group: this is no regular expression ({error}); correct it")
-    if "data" in typed:  # argparse would apply a type to `SUPPRESS`, too
-        typed["data"] = Path(typed["data"])
-    if not typed.keys() & {"output", "predict", "resume"}:
-        typed["output"] = Path(time.strftime(f"runs/%Y-%m-%d_%H-%M-%S_{secrets.token_hex(2)}"))
+    if not (chosen.output or chosen.predict or chosen.resume):
+        chosen.output = Path(time.strftime(f"runs/%Y-%m-%d_%H-%M-%S_{secrets.token_hex(2)}"))
     words = sys.argv if argv is None else ["data_training.py", *argv]
-    chosen: dict[str, Any] = DEFAULTS | typed
-    chosen["command"] = shlex.join(["python", *words])
-    values: dict[str, Any] = defaultdict(lambda: None, chosen)
-    settings = Settings(**{each.name: values[each.name] for each in fields(Settings)})
-    options = Options(**{each.name: values[each.name] for each in fields(Options)})
+    chosen.command = shlex.join(["python", *words])
+    chosen.precision = None  # `open_run` knows the device
+    settings = Settings(**{each.name: getattr(chosen, each.name) for each in fields(Settings)})
+    options = Options(**{each.name: getattr(chosen, each.name) for each in fields(Options)})
     return settings, options
 
 

@@ -134,7 +134,7 @@ def test_nothing_waits_for_the_gpu_between_the_batches_of_a_pass(
     monkeypatch.setattr(training.Reader, "read", read_watched)
     assert training.main([*command, str(tmp_path / "second")]) == 0
     # Evaluated: features, the linear probe, two epochs, and the points of the line.
-    evaluated = 4 + len(training.LINE)
+    evaluated = 4 + len(training.POINTS)
     assert Counter(passes) == {"fine-tuning": 2, "evaluating": evaluated}
 
 

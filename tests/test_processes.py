@@ -64,7 +64,7 @@ def two(animals: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactor
     output = tmp_path_factory.mktemp("two") / "run"
     command = [animals, "--weights", pretrained, "--epochs", 1, *TINY, "--output", output]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "LINE", (1.0,))
+        patch.setattr(training, "POINTS", (1.0,))
         Process(*command, processes=2).end()
     return output
 
@@ -79,7 +79,7 @@ def test_two_processes_train_all_layers_as_a_loop_that_is_written_by_hand(
     trainer, data = training.begin_fine_tuning(setup, progress, model, 0), setup.data
     start = training.copy_state(model)
     stream = training.seeded("draw", 0, 0, 1)
-    drawn = training.draw_epoch(data.labels, data.learnt(0), 1.0, stream)
+    drawn = training.draw_epoch(data.labels, data.train_indices(0), 1.0, stream)
     batches = training.cut_batches(drawn, 12, training.seeded("augment", 0, 0, 1))
     assert [len(batch) for batch in batches] == [11, 10, 10]  # 6 and 5 images, 5 and 5, 5 and 5
     for batch in batches:
@@ -101,7 +101,7 @@ def test_unlike_devices_compute_in_the_precision_of_the_first(
     two, animals, pretrained, tmp_path, monkeypatch
 ):
     picked = {"0": "float32", "1": "bfloat16"}
-    monkeypatch.setattr(training, "LINE", (1.0,))
+    monkeypatch.setattr(training, "POINTS", (1.0,))
     monkeypatch.setattr(training, "pick_precision", lambda *_: picked[os.environ["RANK"]])
     command = [animals, "--weights", pretrained, "--epochs", 1, *TINY]
     printed, _ = Process(*command, "--output", tmp_path / "run", processes=2).end()
@@ -168,7 +168,7 @@ def locked(tmp_path: Path) -> Iterator[Path]:
 def test_bad_input_is_told_by_one_process(
     flags, told, animals, pretrained, locked, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(training, "SCRATCH_RATE", math.nan)
+    monkeypatch.setattr(training, "RANDOM_LEARNING_RATE", math.nan)
     words = [*TINY, "--output", tmp_path / "run", *flags.replace("LOCKED", str(locked)).split()]
     _, error = Process(animals, *words, processes=2).end(2)
     assert error.count(told) == error.count("error: ") == 1 and "Traceback" not in error

@@ -85,7 +85,7 @@ def test_tables_agree_with_each_other(any_run):
     ]
     assert result["val_loss"] == pytest.approx(sum(losses) / 3, rel=1e-3)
     lines = rows_of(path / "line.csv")
-    assert [float(row["point"]) for row in lines] == [*training.LINE]
+    assert [float(row["point"]) for row in lines] == [*training.POINTS]
     [kept] = [row for row in lines if row["kept"] == "1"]  # describes the network
     assert all(float(kept[name]) == near(x) for name, x in result.items())
     assert result["val_loss"] == near(min(float(row["val_loss"]) for row in lines))
@@ -203,7 +203,7 @@ def invented(animals: Path, tmp_path_factory: pytest.TempPathFactory) -> trainin
     chance = torch.randn(2, *truth.shape, generator=torch.Generator().manual_seed(0))
     before = (1.5 * truth + chance[0]).argmax(1)
     evaluation = training.evaluate_cross_fitted(3.0 * truth + chance[1], eval_set, shares)
-    line = [{"point": x, **evaluation.summary, "kept": int(x == 0.35)} for x in training.LINE]
+    line = [{"point": x, **evaluation.summary, "kept": int(x == 0.35)} for x in training.POINTS]
     kept = training.Kept([], evaluation, 0.35, line)
     listed = training.list_classes(NAMES, torch.full((classes,), 100), evaluation)
     return training.Outcome(
@@ -273,7 +273,7 @@ def test_page_and_console_say_the_same_of_every_class_and_fact(invented, capsys)
     result = training.format_range(evaluation.summary)
     trained = f"{evaluation.summary['as_trained_balanced_accuracy']:.1%}"
     assert all(shown in said for shown in (*result.split(" ", 1), trained))
-    points = [f"{x:5.2f}  {evaluation.summary['val_loss']:8.3f}  {result}" for x in training.LINE]
+    points = [f"{x:5.2f}  {evaluation.summary['val_loss']:8.3f}  {result}" for x in training.POINTS]
     points[3] += "  kept"
     assert lines[2:9] == points
     assert lines[10:12] == [f"balanced accuracy {result}", f"as trained        {trained}"]

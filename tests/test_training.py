@@ -167,7 +167,7 @@ def test_an_epoch_draws_what_its_fold_learns_and_without_power_each_image_once()
     data = images([0] * 900 + [1] * 100 + [0] * 9, held, 4)
     drawn = {}
     for fold, power, seed in itertools.product(range(4), (0.0, 1.0), (0, 1)):
-        learnt = data.learnt(fold)
+        learnt = data.train_indices(fold)
         draw = training.draw_epoch(data.labels, learnt, power, training.seeded("draw", seed))
         assert len(draw) == 750
         assert {held[at] for at in draw.tolist()} == {0, 1, 2, 3} - {fold}
@@ -175,7 +175,7 @@ def test_an_epoch_draws_what_its_fold_learns_and_without_power_each_image_once()
     assert not torch.equal(drawn[0, 1.0, 0], drawn[0, 1.0, 1])
     assert abs(data.labels[drawn[0, 1.0, 0]].sum() - 375) < 4 * 187.5**0.5  # standard deviations
     first, second = drawn[0, 0.0, 0], drawn[0, 0.0, 1]
-    assert sorted(first.tolist()) == sorted(second.tolist()) == data.learnt(0).tolist()
+    assert sorted(first.tolist()) == sorted(second.tolist()) == data.train_indices(0).tolist()
     assert not torch.equal(first, second)
 
 
@@ -310,7 +310,7 @@ def test_a_run_begins_with_the_linear_probe_of_its_features(power, animals, pret
     command = [animals, "--weights", pretrained, "--power", power, *TINY]
     setup, progress, model = prepare(*command, "--output", tmp_path / "run")
     row = training.make_probe(setup, progress, model, 0)
-    learnt = setup.data.learnt(0)
+    learnt = setup.data.train_indices(0)
     inputs = [setup.reader.loader.dataset[index, training.EVALUATED][0] for index in learnt]
     twin = models.resnet18(num_classes=3).eval()
     twin.load_state_dict(progress.start)
@@ -363,7 +363,7 @@ def test_a_point_of_the_line_is_so_much_of_the_way_in_weights_and_statistics():
 
 def test_the_point_of_the_lowest_loss_over_all_folds_together_is_kept(monkeypatch):
     """Where the first fold alone would keep another one: it has few images."""
-    monkeypatch.setattr(training, "LINE", (0.0, 0.5, 1.0))
+    monkeypatch.setattr(training, "POINTS", (0.0, 0.5, 1.0))
     labels = [0, 1] * 5 + [0, 1] * 50
     data = images(labels, [0] * 10 + [1] * 100, 2)
     # How many of ten images, and of a hundred, are answered wrongly at each point.
@@ -415,7 +415,7 @@ def test_the_network_file_holds_the_weights_of_the_kept_point(
 ):
     networks = []
     for point in (0.0, 0.25, 1.0):
-        monkeypatch.setattr(training, "LINE", (point,))
+        monkeypatch.setattr(training, "POINTS", (point,))
         output = tmp_path / str(point)
         run(animals, "--weights", pretrained, "--epochs", 1, *TINY, "--output", output)
         assert json.loads((output / "config.json").read_text())["kept_point"] == point
@@ -511,7 +511,7 @@ def test_fine_tuning_ends_as_a_loop_that_is_written_by_hand(
     default_run, animals, pretrained, tmp_path, monkeypatch
 ):
     """It starts from the pretrained layers, and a quarter of the linear probe as the last one."""
-    monkeypatch.setattr(training, "LINE", (1.0,))
+    monkeypatch.setattr(training, "POINTS", (1.0,))
     command = [animals, "--weights", pretrained, "--epochs", 2, *TINY]
     done = run(*command, "--output", tmp_path / "run")
     setup, progress, model = prepare(*command, "--output", tmp_path / "other")
@@ -521,7 +521,7 @@ def test_fine_tuning_ends_as_a_loop_that_is_written_by_hand(
     batches = []
     for epoch in (1, 2):
         stream = training.seeded("draw", 0, 0, epoch)
-        drawn = training.draw_epoch(data.labels, data.learnt(0), 1.0, stream)
+        drawn = training.draw_epoch(data.labels, data.train_indices(0), 1.0, stream)
         batches += training.cut_batches(drawn, 12, training.seeded("augment", 0, 0, epoch))
     model, losses = models.resnet18(num_classes=3), []
     quarter = {name: value / 4 for name, value in progress.head.items()}

@@ -180,7 +180,7 @@ def load_plain(settings: training.Settings, classes: list[str]) -> models.ResNet
 def train_loop(prepared: Prepared, rate: float) -> models.ResNet:
     """The network that the loop trains on the images that learn."""
     settings, data, reader = prepared
-    compute, learnt = reader.compute, data.learnt(0)
+    compute, learnt = reader.compute, data.train_indices(0)
     model = compute.to_device(load_plain(settings, data.classes)).train()
     optimizer = torch.optim.AdamW(model.parameters(), rate, fused=True)
     steps = settings.epochs * math.ceil(len(learnt) / settings.batch_size)
@@ -212,7 +212,7 @@ def train_fastai(prepared: Prepared, paths: list[str]) -> tuple[Tensor, Tensor]:
 
     settings, data, reader = prepared
     compute, validating = reader.compute, training.make_eval_set(data, [0]).indices
-    indices = torch.cat([data.learnt(0), validating]).tolist()
+    indices = torch.cat([data.train_indices(0), validating]).tolist()
     set_seed(settings.seed)
 
     def load_arch(weights: object) -> models.ResNet:
@@ -220,7 +220,7 @@ def train_fastai(prepared: Prepared, paths: list[str]) -> tuple[Tensor, Tensor]:
 
     arch = models.resnet18 if settings.arch == "resnet18" else models.resnet50
     model_meta[load_arch] = model_meta[arch]
-    split = len(data.learnt(0))
+    split = len(data.train_indices(0))
     loaders = ImageDataLoaders.from_lists(
         "/",
         [data.files[index].path for index in indices],
