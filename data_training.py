@@ -798,7 +798,9 @@ def print_recalls(content: Stored, files: list[ImageFile], digests: Tensor, logi
     if not len(new):
         return
     targets = torch.tensor([file.label for file in files])[new]
-    eval_set = EvalSet(new, targets, families[new], folds=torch.zeros_like(new))
+    eval_set = EvalSet(
+        indices=new, targets=targets, families=families[new], folds=torch.zeros_like(new)
+    )
     train_counts = torch.tensor(content["train_images"], dtype=torch.float64)
     log_share = content["natural"].expand(len(new), -1)
     shares = ClassShares(train_counts, log_share, expected_shift=0.0)
@@ -904,15 +906,18 @@ def compute_logits(model: nn.Module, reader: Reader, indices: Tensor) -> Tensor:
         dist.all_gather_object(parts, part)
     # The images come by shape and by process; they go back to the order of `indices`.
     found = torch.cat([each[0] for each in parts if each])
-    logits = torch.cat([each[1] for each in parts if each])
-    logits = logits[found.argsort()[indices.argsort().argsort()]]
+    answers = torch.cat([each[1] for each in parts if each])
+    rows = torch.empty(int(indices.max()) + 1, dtype=torch.int64)
+    rows[indices] = torch.arange(len(indices))
+    logits = torch.empty_like(answers)
+    logits[rows[found]] = answers
     logits = logits.clamp(-1e4, 1e4)  # float16 overflows
     on_first_process(compute, check_numbers, logits.max().item(), "the network's outputs")
     return logits
 
 
 def evaluate_cross_fitted(logits: Tensor, eval_set: EvalSet, shares: ClassShares) -> Evaluation:
-    """Evaluate (M, C) logits, calibrated by other images than the one that each is of."""
+    """Evaluate (M, C) logits, each calibrated by a fit to the other parts (cross-fitting)."""
     targets, log_share, expected = eval_set.targets, shares.log_share, shares.expected_shift
     parts = eval_set.folds  # each is calibrated by the images of the others
     if len(parts.unique()) < 2:
@@ -993,7 +998,7 @@ def class_weights(targets: Tensor) -> Tensor:
 def fit_calibration(
     logits: Tensor, targets: Tensor, log_share: Tensor, expected_shift: float
 ) -> Calibration:
-    """Fit the numbers with the lowest cross entropy of (M, C) logits; each class counts the same.
+    """Fit scale and shift by the lowest cross entropy of (M, C) logits, classes counting the same.
 
     A prior worth `PRIOR` images holds them near a scale of 1, and the expected shift times that.
     """
@@ -1004,10 +1009,10 @@ def fit_calibration(
     # Of a class without images it would be best never to predict it: it counts as half an image.
     counts = torch.bincount(targets, minlength=logits.shape[1]).clamp(min=0.5)
     prior = PRIOR * (1 / counts).mean() / len(counts)  # by the effective sample size (Kish 1965)
-    spread = max(log_share.double().std(correction=0).item(), 0.05)  # smaller ones shift little
-    shares = log_share.double() / spread
+    share_std = max(log_share.double().std(correction=0).item(), 0.05)  # smaller ones shift little
+    shares = log_share.double() / share_std
     parameters = torch.tensor(
-        [1.0, expected_shift * spread], dtype=torch.float64, requires_grad=True
+        [1.0, expected_shift * share_std], dtype=torch.float64, requires_grad=True
     )
     optimizer = torch.optim.LBFGS([parameters], max_iter=50, line_search_fn="strong_wolfe")
 
@@ -1015,7 +1020,7 @@ def fit_calibration(
         optimizer.zero_grad()
         scale, shift = parameters
         losses = F.cross_entropy(scale * logits - shift * shares, targets, reduction="none")
-        distance = (scale - 1) ** 2 + (shift - expected_shift * spread * scale) ** 2
+        distance = (scale - 1) ** 2 + (shift - expected_shift * share_std * scale) ** 2
         value = weights @ losses + prior * distance
         value.backward()
         return value
@@ -1025,7 +1030,7 @@ def fit_calibration(
     scale, shift = parameters.tolist()
     if scale < LEAST_SCALE:  # worse than chance: it is not turned round, but knows nothing
         return Calibration(LEAST_SCALE, expected_shift * LEAST_SCALE)
-    return Calibration(scale, shift / spread)
+    return Calibration(scale, shift / share_std)
 
 
 # ----------------------------------------------------------------------------------------- results
@@ -1059,13 +1064,17 @@ def list_remarks(folds: int, finished: int, kept: Kept, classes: Table) -> list[
         remarks.append(f"Unfinished: {finished} of {folds} networks are trained to the end")
     if kept.point is not None:
         images = len(kept.evaluation.eval_set.targets)
-        text = f"Kept point: {kept.point:g} of the way from linear probe (0) to fine-tuning (1)"
-        remarks.append(f"{text}, by the lowest validation loss on {images} images")
+        remarks.append(
+            f"Kept point: {kept.point:g} of the way from linear probe (0) to fine-tuning (1), by "
+            f"the lowest validation loss on {images} images"
+        )
     if folds > 1:
         remarks.append("These are results of single networks; the ensemble is usually better")
     if missing := [row["class"] for row in classes if not row["val_images"]]:
-        text = f"Classes without a validation image: {len(missing)}, the first is {missing[0]}"
-        remarks.append(f"{text}; nothing here says how well they are recognised")
+        remarks.append(
+            f"Classes without a validation image: {len(missing)}, the first is {missing[0]}; "
+            "nothing here says how well they are recognised"
+        )
     return remarks
 
 
@@ -1133,7 +1142,8 @@ def list_classes(names: list[str], draws: Any, evaluation: Evaluation) -> Table:
         "val_images": confusion.sum(1),
         "draws": draws,
         "recall": recall,
-        "low": low.where(effective > 1, 0.0 * recall),  # of one image all is possible
+        # With one image all is possible, 0 to 1; without any the factor keeps NaN.
+        "low": low.where(effective > 1, 0.0 * recall),
         "high": high.where(effective > 1, 0.0 * recall + 1),
         "precision": recall_by_class(confusion.T),  # NaN for a class never predicted
         "auc": auc_by_class(evaluation.probabilities, eval_set.targets),
@@ -1215,14 +1225,19 @@ def format_change(row: dict[str, Any], baseline: Path | None) -> str:
 
 MISTAKES = 24  # how many are shown
 THUMBNAIL = 160  # pixels a side
-TERMS = (
-    "Balanced accuracy: the mean recall of the classes; many, medium, few: of those of over 100, "
-    "20 to 100, under 20 training images. Intervals (bars): 95 %, over images; another training "
-    "can change a figure by more. Calibration: logits times a scale, less a shift times the log of "
-    "the class's share, fitted on other images; for --predict on all, so that its probabilities "
-    "differ a little. Precision in use: where classes are as frequent as in training. AUC: how "
-    "often an image of the class has a higher probability of it than others."
-)
+TERMS = {
+    "balanced accuracy": "The mean recall of the classes.",
+    "many, medium, few": "The mean recall of the classes of over 100, of 20 to 100, and of under "
+    "20 training images.",
+    "intervals, bars": "95 %, over images. Another training can change a figure by more.",
+    "kept point": "It is chosen on the validation images, so that their figures are a little too "
+    "good.",
+    "calibration": "Logits times a scale, minus a shift times the log of the class's share. Here "
+    "both are fitted on other images than those that they are applied to. For --predict they are "
+    "fitted on all, so that its probabilities differ a little.",
+    "precision in use": "The precision where classes are as frequent as in training.",
+    "AUC": "How often an image of the class has a higher probability of it than another image.",
+}
 STYLE = """:root{color-scheme:light dark;background:Canvas;color:CanvasText;font:16px/1.5 system-ui,
 sans-serif}body{max-width:1150px;margin:auto;padding:8px 14px 64px;overflow-wrap:anywhere}h2{
 margin-top:44px;border-top:1px solid #8884;padding-top:18px}p,dd{max-width:78ch}dt{font-weight:600}
@@ -1243,7 +1258,8 @@ stroke-width:2;vector-effect:non-scaling-stroke}.old{color:#e08214}.new{color:#3
 def make_page(outcome: Outcome) -> bytes:
     """Return the page of a run, which is one file without scripts."""
     evaluation = outcome.kept.evaluation
-    facts = "".join(f"<dt>{show(k)}</dt><dd>{show(v)}</dd>" for k, v in outcome.facts.items())
+    notes = TERMS | outcome.facts
+    facts = "".join(f"<dt>{show(name)}</dt><dd>{show(fact)}</dd>" for name, fact in notes.items())
     sections = {
         "Compared with the baseline": show_changes(outcome.changes),
         "Classes": show_rows(sorted(outcome.classes, key=lambda row: -row["train_images"])),
@@ -1251,7 +1267,7 @@ def make_page(outcome: Outcome) -> bytes:
         "Confusions": show_confusions(outcome.data.classes, evaluation.confusion),
         "Training": show_training(outcome.history),
         "From linear probe (0) to fine-tuning (1)": show_line(outcome.kept.line),
-        "How this was measured": f"<p>{TERMS}</p><dl>{facts}</dl>",
+        "How this was measured": f"<dl>{facts}</dl>",
     }
     title = show(outcome.settings.data.name)
     page = '<!DOCTYPE html><html lang="en"><meta charset="utf-8">'
