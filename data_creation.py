@@ -51,7 +51,7 @@ EXAMPLES = """examples:
 
 
 class DataError(Exception):
-    """Bad input, told in one line: where, what, what to do."""
+    """Bad input: `main` prints where, what is wrong and what to do, in one line."""
 
 
 class RankedClass(NamedTuple):
@@ -121,7 +121,7 @@ class Scan(NamedTuple):
 def scan_classes(src: Path) -> Scan:
     """List the classes and images of SRC; `DataError` for links that lead nowhere or back."""
     if not src.is_dir():
-        raise DataError(f"{src}: not a folder; pass the folder that holds the class folders")
+        raise DataError(f"{src}: this is no folder; pass the one that holds the class folders")
     visible = (entry for entry in src.iterdir() if not entry.name.startswith("."))
     scan = Scan({entry.name: [] for entry in visible if entry.is_dir()}, [], set())
     for path, is_image in walk_files(str(src), (), scan.folders):
@@ -155,13 +155,15 @@ def walk_files(
             if entry.name.startswith("."):
                 yield entry.path, False
             elif entry.is_symlink() and not os.path.exists(entry.path):
-                raise DataError(f"{entry.path}: this link leads nowhere; mend or remove it")
+                raise DataError(f"{entry.path}: this link leads nowhere; repair or remove it")
             elif entry.is_dir():
                 yield from walk_files(entry.path, (*above, here), folders)
             else:
                 is_image = entry.name.lower().endswith(IMAGE_EXTENSIONS)
                 if is_image and not entry.is_file():
-                    raise DataError(f"{entry.path}: named like an image, but no file; remove it")
+                    raise DataError(
+                        f"{entry.path}: it has an image's name, but is no file; remove it"
+                    )
                 yield entry.path, is_image
 
 
@@ -191,12 +193,12 @@ def check_classes(src: Path, classes: Classes) -> None:
     """Raise `DataError` unless every folder in SRC is a class with images, at the right depth."""
     filled = [name for name, images in classes.items() if images]
     if not filled:
-        raise DataError(f"{src}: no images in class folders; pass the folder that holds those")
+        raise DataError(f"{src}: no folder in it has images; pass the one that holds the classes")
     folders = {os.path.dirname(path) for path in classes[filled[0]]}
     if len(filled) == 1 and "" not in folders:
         # The folders with the images are the classes; what their paths share is above them.
         shared = os.path.commonpath([os.path.commonpath(folders), *map(os.path.dirname, folders)])
-        raise DataError(f"{src}: one level too deep; pass {src / filled[0] / shared} instead")
+        raise DataError(f"{src}: the classes lie deeper; pass {src / filled[0] / shared} instead")
     places = {name: map(os.path.dirname, classes[name]) for name in filled}
     tree = {name: {place.partition("/")[0] for place in places[name]} for name in filled}
     if parts := find_parts(tree):
@@ -205,7 +207,7 @@ def check_classes(src: Path, classes: Classes) -> None:
             f"{src / parts[0]} OUT, or, if they are classes, take their images out of sub-folders"
         )
     for name in sorted(classes.keys() - set(filled)):
-        raise DataError(f"{src / name}: a class without images; remove the folder or fill it")
+        raise DataError(f"{src / name}: this class has no images; remove the folder or fill it")
 
 
 def check_places(src: Path, scan: Scan, out: Path, files: list[Path]) -> None:
@@ -215,16 +217,18 @@ def check_places(src: Path, scan: Scan, out: Path, files: list[Path]) -> None:
         if any(identity(place) in scan.folders for place in places):
             raise DataError(f"{path}: this is SRC or inside it, which is only read; name another")
     if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
-        raise DataError(f"{out}: exists and is not an empty folder; name another OUT")
+        raise DataError(f"{out}: it exists and is not an empty folder; name another OUT")
     if out.exists() and os.path.exists(".") and os.path.samefile(out, "."):
-        raise DataError(f"{out}: the current folder, which is replaced by a new one; name another")
+        raise DataError(f"{out}: this is the current folder, which is in use; name another OUT")
     if os.path.ismount(out):  # `Path.is_mount` is not there on Windows, before Python 3.12
-        raise DataError(f"{out}: a mount point, which cannot be replaced; name a folder inside it")
+        raise DataError(f"{out}: this is a mount point and cannot be replaced; name a folder in it")
     for path in files:
         usable = path.parent.is_dir() and (path.is_file() or not path.exists())
         apart = not path.is_relative_to(out) and not out.is_relative_to(path)
         if not (usable and apart) or files.count(path) > 1:
-            raise DataError(f"{path}: not a file of its own in a folder outside OUT; name another")
+            raise DataError(
+                f"{path}: it must be a file in a folder that exists, outside OUT; name another"
+            )
 
 
 def staircase(largest: int, classes: int, step: int) -> list[int]:

@@ -98,7 +98,7 @@ NETWORK = "network.pt"  # in a run folder
 STATE = "resume.pt"  # of a stopped run, beside it
 LOCK = ".lock"  # of a run at work, beside it
 COPIES = ".copies"  # of large images, shrunk: a folder beside it
-FORMAT = 7  # version of these files; increase it when older ones can no longer be read
+FORMAT = 8  # version of these files; increase it when older ones can no longer be read
 EVALUATED = -1  # instead of the seed of an image: it is evaluated, not augmented
 # The part that is right, the mean recall, and that of classes of many, medium, few training images.
 MEASURES = ("accuracy", "balanced_accuracy", "many", "medium", "few")
@@ -729,7 +729,9 @@ def load_network(path: str | Path) -> tuple[Ensemble, Preparation, list[str]]:
 def build_ensemble(content: Stored) -> tuple[Ensemble, Preparation, list[str]]:
     """Return what `load_network` does, from the content of `NETWORK`."""
     classes = content["classes"]
-    networks = [build_model(content["arch"], classes, state) for state in content["networks"]]
+    networks = [
+        build_model(content["arch"], classes, state, "--predict") for state in content["networks"]
+    ]
     calibration = Calibration(content["scale"], content["shift"])
     ensemble = Ensemble(networks, calibration, content["natural"]).eval().requires_grad_(False)
     return ensemble, Preparation(content["image_size"], content["white"]), classes
@@ -1499,8 +1501,8 @@ def check_output(output: Path) -> None:
     is_empty = not any(name[0] != "." for name in names)
     if output.is_file() or not (is_empty or is_begun):
         raise DataError(
-            f"--output {output}: this folder is not empty; name a new one, or go on with the run "
-            "in it by --resume"
+            f"--output {output}: this is not an empty folder; name a new one, or go on with the "
+            "run in it by --resume"
         )
 
 
@@ -1720,13 +1722,13 @@ def list_data(data: Path, val: Path | None, source: Path | None) -> Listing:
     """List the classes, and the images of DATA, `--val` and `--source`, each with its part."""
     classes = list_folders(data)
     files = list_class_images(data, classes, "train")
-    tree: dict[str, set[str]] = {name: set() for name in classes}
+    subfolders = defaultdict(set)  # of each class, those that hold images; "" is the class itself
     for file in files:
-        name, _, below = file.name.partition("/")
-        tree[name].add(below.rpartition("/")[0].partition("/")[0])
-    if parts := find_parts(tree):
+        name, *below, _ = file.name.split("/")
+        subfolders[name].add(below[0] if below else "")
+    if len(parts := find_parts(subfolders)) > 1:
         raise DataError(
-            f"{data}: {' and '.join(parts[:2])} look like parts of a data set, not like classes; "
+            f"{data}: {parts[0]} and {parts[1]} look like parts of a data set, not like classes; "
             f"run data_training.py {data / parts[0]} --val {data / parts[1]}"
         )
     empty = sorted(set(classes).difference(classes[file.label] for file in files))
@@ -1938,7 +1940,9 @@ def copy_state(module: nn.Module) -> State:
     return {key: value.to("cpu", copy=True) for key, value in module.state_dict().items()}
 
 
-def build_model(arch: str, classes: list[str], state: State | None = None) -> Any:
+def build_model(
+    arch: str, classes: list[str], state: State | None = None, flag: str = "--weights"
+) -> Any:
     """Build a network for `classes`, at random or from a state; `DataError` where it misfits."""
     model: Any = models.get_model(arch, weights=None, num_classes=len(classes))
     model.fc = Head(model.fc.in_features, len(classes))
@@ -1949,10 +1953,11 @@ def build_model(arch: str, classes: list[str], state: State | None = None) -> An
     except RuntimeError as error:
         reason = " ".join(str(error).split("\n\t")[1].split())[:200]
         raise DataError(
-            f"the weights are not those of a {arch}: {reason} ...; pass others, or their --arch"
+            f"{flag}: these are not the weights of a {arch}: {reason} ...; pass others, or change "
+            "--arch"
         ) from None
     if not all(value.isfinite().all() for value in state.values()):
-        raise DataError("the weights are not finite numbers; pass other weights")
+        raise DataError(f"{flag}: the weights are not finite numbers; pass others")
     return model
 
 
@@ -2006,9 +2011,7 @@ def read_run(path: Path) -> dict[str, Any]:
     """Read the networks of a run, by its folder or file, and all that it takes to use them."""
     content = read_weights(str(path), "--predict")
     if "classes" not in content:
-        raise DataError(
-            f"--predict {path}: there is no network of a run; name the folder of a finished run"
-        )
+        raise DataError(f"--predict {path}: this is not the folder of a finished run; name one")
     return content
 
 
@@ -2508,6 +2511,9 @@ def format_range(summary: Mapping[str, float]) -> str:
 
 PINNED = "cuda"  # the device to which pinned memory is copied while the host goes on
 
+# What torch says where there is no memory on a CPU, or where the system killed a process for it.
+NO_MEMORY = r"(?i)can't allocate memory|not enough memory|out of memory|killed by signal"
+
 
 def is_launched() -> bool:
     """Return whether torchrun has started this process; some builds of torch lack that part."""
@@ -2536,9 +2542,9 @@ def pick_compute(options: Options) -> Compute:
             device = torch.device(device.type, index)
         probe = torch.ones(1, device=device)
         probe.item()  # waits for a kernel: torch may have none for an old GPU
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, AssertionError, ImportError):  # from builds without that device
+    except (RuntimeError, AssertionError, ImportError) as error:  # from builds without that device
+        if re.search(NO_MEMORY, str(error)):
+            raise
         raise DataError(
             f"--device {name}: this machine has none, or one that is too old; try --device cpu"
         ) from None
@@ -2669,8 +2675,6 @@ def to_rows(columns: Mapping[str, Sequence[Any] | Tensor]) -> Table:
 
 # ------------------------------------------------------------------------------------ command line
 
-# What torch says where there is no memory on a CPU, or where the system killed a process for it.
-NO_MEMORY = r"(?i)can't allocate memory|not enough memory|out of memory|killed by signal"
 WITH_RESUME = {"resume", "device", "workers", "amp"}  # where a run goes on, not what comes out
 WITH_PREDICT = {"predict", "data", "output", "natural", "batch_size", "device", "workers", "amp"}
 
@@ -2756,9 +2760,10 @@ def number(kind: type, least: float, most: float = 2**62) -> Callable[[str], Any
         except ValueError:
             kind_name = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"{text!r} is not a {kind_name}") from None
-        if not least <= value <= most:
-            limits = f"at least {least:g}" if most > 2**60 else f"from {least:g} to {most:g}"
-            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"{text} is not at least {least:g}")
+        if not value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not at most {most:g}")
         return value
 
     return read

@@ -105,8 +105,10 @@ def test_what_is_hidden_or_no_image_is_left_out_and_links_are_followed(make_fold
     linked = {f"bee/far/sub/sub_00{n}.jpg" for n in range(3)}
     assert {file.name for file in load(root).files} == names | linked
     [said] = capsys.readouterr().err.splitlines()
-    assert said.startswith(f"warning: {root}: 4 files left out, which are no images or in no class")
-    assert said.endswith(", the first is ape/x.GIF")
+    assert said.startswith(
+        f"warning: {root}: 4 files are no images or in no class folder, and are "
+    )
+    assert said.endswith(" left out; the first is ape/x.GIF")
 
 
 def test_every_file_is_found_once_and_folders_that_were_looked_into_are_told(make_folder):
@@ -150,8 +152,8 @@ def test_an_image_that_two_classes_have_is_told(make_folder, capsys):
         shutil.copy(root / f"ape/ape_00{at}.jpg", root / f"bee/a{at}.jpg")
     pairs = training.list_contradictions(load(root))
     assert pairs == [(f"ape/ape_00{x}.jpg", f"bee/a{x}.jpg") for x in "01"]
-    text = "2 images are in two classes, the first is ape/ape_000.jpg and bee/a0.jpg; both stay"
-    assert capsys.readouterr().err == f"warning: {text}\n"
+    text = "2 images are copies of an image in another class, the first are ape/ape_000.jpg and "
+    assert capsys.readouterr().err == f"warning: {text}bee/a0.jpg; all are used\n"
 
 
 @pytest.mark.parametrize(
@@ -191,7 +193,8 @@ def test_no_family_is_on_both_sides_and_images_of_other_folders_are_left_out_for
         assert not torch.isin(data.families[evaluated], data.families[learnt]).any()
         assert data.counts(evaluated).min() >= 4
     assert data.leaks == 2 if flags != "--source" else data.leaks <= 2
-    said = f"{data.leaks} validation images are, or belong to, training images: left out"
+    said = f"warning: {data.leaks} validation images are copies of training images, or of their "
+    said += f"group, and are left out; the first is {other}/"
     assert (said in capsys.readouterr().err) is (data.leaks > 0)
 
 
@@ -241,7 +244,7 @@ def test_the_network_file_holds_what_was_learnt_as_digests_alone(patients, patie
     assert (len(learnt), len(names)) == (12, 3)
     digests = [digest((patients / path).read_bytes()) for path in learnt]
     digests += [digest(name.encode()) for name in names]
-    assert network_of(patients_run.path)["learnt"].tolist() == sorted(digests)
+    assert network_of(patients_run.path)["trained_on"].tolist() == sorted(digests)
     content = (patients_run.path / "network.pt").read_bytes()
     assert b"ill" in content and b"^([A-Z][a-z]+[0-9])_" in content  # as it is not compressed
     for name in ("Ada1", "Bob2", "Cyd3", "Dan4", "visit", ".jpg", str(patients)):
@@ -266,10 +269,11 @@ def test_validation_images_that_the_weights_have_learnt_are_counted(default_run,
     [(_, held)] = sides_of(load(animals, "--seed", 1))
     count = len(learnt.intersection(held))
     assert 0 < count < 7
-    said = f"warning: --weights {weights}: its network has learnt"
+    said = f"warning: --weights {weights}: this network was trained on"
     for flags, counts in ((["--seed", 1], f"{count} of 7"), (["--folds", 3], "31 of 38")):
         lines = warnings_of_weights(capsys, animals, "--weights", weights, *flags)
-        assert lines == [f"{said} {counts} validation images: results are too good"]
+        told = f"{counts.replace('of', 'of the')} validation images, so that results are too good"
+        assert lines == [f"{said} {told}"]
 
 
 def test_new_images_of_patients_that_the_weights_have_learnt_are_counted_too(
@@ -286,7 +290,8 @@ def test_new_images_of_patients_that_the_weights_have_learnt_are_counted_too(
         path.rename(path.with_name(f"{name}_later{at // 5}.jpg"))
     command = [patients, "--weights", patients_run.path, "--val", new]
     [line] = warnings_of_weights(capsys, *command)
-    assert line.endswith(" has learnt 18 of 30 validation images: results are too good")
+    told = " was trained on 18 of the 30 validation images, so that results are too good"
+    assert line.endswith(told)
 
 
 QUARTERS = np.zeros((40, 60, 3), np.uint8)
@@ -398,8 +403,8 @@ def test_of_a_tiff_with_several_pages_the_first_is_read_and_said_so(make_folder,
     pages = [Image.new("L", (32, 32), shade) for shade in (50, 100)]
     pages[0].save(root / "ape/a.tif", save_all=True, append_images=pages[1:])
     load(root)
-    said = "warning: of 1 files with several pages the first page is read, the first file is"
-    assert capsys.readouterr().err == f"{said} {root}/ape/a.tif\n"
+    said = "warning: 1 files have several pages, of which only the first is read; the first of"
+    assert capsys.readouterr().err == f"{said} these files is {root}/ape/a.tif\n"
     assert (read(root / "ape/a.tif") == 50).all()
 
 

@@ -63,8 +63,8 @@ FILES: dict[str, Callable[[Path], object]] = {
 }
 
 NOT_FILES: dict[str, Callable[[Path], object]] = {
-    "named like an image, but no file; remove it": lambda path: os.mkfifo(path),
-    "this link leads nowhere; mend or remove it": lambda path: path.symlink_to("none"),
+    "it has an image's name, but is no file; remove it": lambda path: os.mkfifo(path),
+    "this link leads nowhere; repair or remove it": lambda path: path.symlink_to("none"),
 }
 
 
@@ -77,7 +77,7 @@ def test_what_is_no_image_is_left_out_and_named(kind, src, capsys):
     assert len(data.files) == 11 and data.unreadable == [str(path)]
     [warning] = capsys.readouterr().err.splitlines()
     assert warning.startswith(f"warning: {path}: ") and warning.endswith("; left out")
-    with pytest.raises(training.DataError, match="ape_005.jpg: cannot be read"):
+    with pytest.raises(training.DataError, match="ape_005.jpg: the image cannot be read "):
         training.read_image(str(path), 255, 32)
 
 
@@ -89,7 +89,9 @@ def test_pipes_and_links_that_lead_nowhere_end_a_run_before_it_begins(text, src,
     NOT_FILES[text](path)
     [line] = refused([src, *TINY, "--output", tmp_path / "run"], capsys, tmp_path)
     assert line.endswith(f"error: {path}: {text}")
-    with pytest.raises(training.DataError, match="cannot be read .gone, or no regular file"):
+    with pytest.raises(
+        training.DataError, match="the image cannot be read .gone, or no regular file"
+    ):
         training.read_image(str(path), 255, 32)  # which opens no pipe, to wait for ever
 
 
@@ -105,8 +107,8 @@ def test_a_file_that_breaks_after_the_check_ends_the_run_in_one_line(
     monkeypatch.setattr(training, "check_images", check_and_break)
     output = tmp_path / "run"
     *_, error = refused([src, *TINY, "--output", output, "--workers", workers], capsys)
-    assert f"error: {src / 'ape/ape_003.jpg'}: cannot be read (" in error
-    assert error.endswith(f"; mend it; go on with --resume {output}")
+    assert f"error: {src / 'ape/ape_003.jpg'}: the image cannot be read (" in error
+    assert error.endswith(f"; repair it; go on with --resume {output}")
 
 
 def fail_with(problem: BaseException) -> Callable[..., NoReturn]:

@@ -65,7 +65,7 @@ def test_images_in_folders_of_the_classes_give_recalls_but_for_those_that_were_l
     for label, number in (("ape", 4), ("bee", 2), ("cat", 1)):
         recalls[label] = sum(row["class"] == row["true"] == label for row in rows) / number
     count, learnt, balanced, *classes = said[-6:]
-    assert count.endswith("38 images") and learnt.startswith("31 of them, or their families,")
+    assert count.endswith("38 images") and learnt == "left out, since trained on: 31 of them"
     assert balanced.startswith(f"balanced accuracy {sum(recalls.values()) / 3:.1%} [")
     for line, (label, recall), number in zip(classes, recalls.items(), "421", strict=True):
         assert line.split()[0] == f"{recall:.1%}"
@@ -78,7 +78,9 @@ def test_a_photo_outside_of_the_class_folders_is_told(others, default_run, tmp_p
     rows = predict(photos, default_run.path, tmp_path / "x.csv")
     assert "true" not in rows[0]
     said = run(photos, "--predict", default_run.path, *CPU).err
-    text = f"1 images are in no class folder, the first is {stray}; so no recalls are computed"
+    text = (
+        f"1 images are in no class folder, the first is {stray}; therefore no recalls are computed"
+    )
     assert f"warning: {text}\n" in said
     assert "accuracy" not in said
 
@@ -106,7 +108,7 @@ def test_copies_count_as_the_one_image_that_they_are_and_learnt_ones_do_not(
     for line, label in zip((ape, bee, cat), CLASSES, strict=True):
         assert line.split()[1:] == ["[0%,", "100%]", "of", "12", label]
     said = run(tmp_path / "old", *command, *CPU).err
-    assert said.endswith("6 of them, or their families, were learnt: left out\n")
+    assert said.endswith("6 images\nleft out, since trained on: 6 of them\n")
 
 
 def test_new_images_of_families_that_were_learnt_are_left_out_and_a_new_family_counts_as_one_image(
@@ -125,7 +127,7 @@ def test_new_images_of_families_that_were_learnt_are_left_out_and_a_new_family_c
     for number, path in enumerate(sorted(new.rglob("*.jpg"))):
         path.rename(path.with_name(f"{names[path.parent.name][number % 3]}_{number}.jpg"))
     *_, left_out, balanced, ape, bee = run(new, "--predict", learnt, *CPU).err.splitlines()
-    assert left_out == "12 of them, or their families, were learnt: left out"
+    assert left_out == "left out, since trained on: 12 of them"
     assert balanced.startswith("balanced accuracy ")
     for line, label in ((ape, "ape"), (bee, "bee")):
         assert line.split()[1:] == ["[0%,", "100%]", "of", "3", label]
@@ -172,7 +174,7 @@ def test_a_photo_of_more_bits_is_as_bright_as_the_same_of_8(white, default_run, 
         assert float(other[name]) == pytest.approx(float(plain[name]), abs=1e-6)
     Image.fromarray(np.uint16([[7000]])).save(tmp_path / "new/bright.png")
     said = run(tmp_path / "new", "--predict", tmp_path / "run.pt", *CPU).err
-    text = "grey values up to 7000; all above 4095 are white, as in training"
+    text = "grey values reach 7000; those above 4095 are shown as white, as in training"
     assert (f"warning: {tmp_path / 'new'}: {text}\n" in said) is (white > 0)
 
 

@@ -159,9 +159,15 @@ def locked(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ("--weights nothing", "--weights nothing: no such file"),
-        ("--weights none --output LOCKED", "/locked: another process is at work there; wait for"),
-        ("--weights none --batch-size 2", "--batch-size 2: too few images for BatchNorm"),
+        ("--weights nothing", "--weights nothing: this file does not exist; name one, or "),
+        (
+            "--weights none --output LOCKED",
+            "/locked: another process is training in this folder; wait until it ends",
+        ),
+        (
+            "--weights none --batch-size 2",
+            "--batch-size 2: a step has too few images a process for batch normalisation; choose",
+        ),
         ("--weights none", " became nan; try --no-amp"),
     ],
 )
@@ -201,9 +207,12 @@ def test_nobody_touches_a_run_that_is_alive(animals, pretrained, default_run, tm
     process.kill(signal.SIGSTOP)
     try:
         [error] = refused(["--resume", tmp_path / "run"], capsys)
-        assert f"{tmp_path / 'run'}: another process is at work there" in error
-        assert error.endswith("; wait for its end")  # not: go on with --resume
-        assert "not empty" in refused(command, capsys, tmp_path)[-1]
+        assert f"{tmp_path / 'run'}: another process is training in this folder" in error
+        assert error.endswith("; wait until it ends")  # not: go on with --resume
+        assert (
+            "run: this is not an empty folder; name a new one"
+            in refused(command, capsys, tmp_path)[-1]
+        )
     finally:
         process.kill(signal.SIGCONT)
     process.end()
@@ -215,8 +224,28 @@ def test_a_device_that_cannot_be_used_is_told_with_one_that_can(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("hpu"))
     for name in ("auto", "gpu", "meta"):
-        with pytest.raises(training.DataError, match=f"^--device {name}: .*; try cpu"):
+        with pytest.raises(training.DataError, match=f"^--device {name}: .*; try --device cpu$"):
             training.pick_compute(SimpleNamespace(device=name, amp=None))
+
+
+def test_a_device_whose_memory_is_full_is_not_told_as_a_missing_one(
+    animals, tmp_path, monkeypatch, capsys
+):
+    """What finds out whether a device works takes a little memory, which others may have taken."""
+    asked = []
+
+    def full(*_: object, device: torch.device) -> None:
+        asked.append(str(device))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    command = [animals, "--weights", "none", "--device", "cpu"]
+    with monkeypatch.context() as patch:
+        for name in ("zeros", "ones", "empty"):  # by one of them
+            patch.setattr(torch, name, full)
+        [line] = refused([*command, "--output", tmp_path / "run"], capsys, tmp_path)
+    advice = "try a smaller --batch-size or --image-size, fewer --workers, or --device cpu"
+    assert line == f"data_training.py: error: out of memory; {advice}"
+    assert asked == ["cpu"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
@@ -147,9 +148,9 @@ def test_a_baseline_on_other_images_or_of_other_classes_is_refused(
     shutil.copytree(default_run.path, tmp_path / "odd")
     table = tmp_path / "odd/predictions.csv"
     table.write_text(table.read_text().replace(",ape,", ",dog,").replace(",bee,", ",dog,"))
-    odd = "it predicted dog, which DATA lacks; give both runs the same DATA"
+    odd = "this run predicts the class dog, which DATA lacks; give both runs the same DATA"
     for seed, baseline, told in (
-        (1, default_run.path, "it was evaluated on other images, the first is "),
+        (1, default_run.path, "this run was evaluated on other images, the first is "),
         (0, tmp_path / "odd", odd),
     ):
         command = [animals, "--weights", "none", *TINY, "--seed", seed, "--baseline", baseline]
@@ -166,7 +167,9 @@ def test_an_unfinished_run_shows_figures_of_its_own_networks(animals, pretrained
     evaluated = {parts[row["path"]] for row in rows_of(output / "predictions.csv")}
     assert evaluated == {"fold 1"} and len(training.read_weights(str(output))["networks"]) == 1
     predict = [animals, "--device", "cpu", "--predict"]
-    warning = f"warning: {output} is unfinished; --resume it first for its best network\n"
+    warning = (
+        f"warning: the run {output} is not finished; finish it by --resume for better results\n"
+    )
     for path in (output, output / "network.pt"):
         assert run(*predict, path).err.startswith(warning)
     run("--resume", output)
@@ -190,8 +193,8 @@ def invented(animals: Path, tmp_path_factory: pytest.TempPathFactory) -> trainin
     """Five folds of ten epochs, and invented answers; none for the last class but one."""
     noise = tmp_path_factory.mktemp("invented") / "noise.jpg"
     Image.effect_noise((200, 150), 90).convert("RGB").save(noise)
-    flags = ["--folds", 5, "--output", "new", "--baseline", "runs/plain"]
-    settings = open_run(animals, *flags).settings
+    settings = open_run(animals, "--folds", 5, "--output", "new").settings
+    settings = replace(settings, baseline=Path("runs/plain").resolve())
     classes = len(NAMES)
     labels = torch.arange(classes).repeat_interleave(torch.logspace(2.4, 1.15, classes).long())
     held = [None if label == classes - 2 else at % 5 for at, label in enumerate(labels)]

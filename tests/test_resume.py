@@ -126,7 +126,7 @@ def test_a_linear_probe_that_fails_costs_nothing_that_is_stored(
         patch.setattr(training, "fit_probe", fit_or_fail)
         command = [animals, "--weights", pretrained, *flags, "--output", tmp_path / "run"]
         error = refused(command, capsys)[-1]
-    text = "the loss of the linear probe became nan; try --no-amp, or other weights; go on with"
+    text = "the loss of the linear probe became nan; try --no-amp or other weights; go on with"
     assert error.endswith(f"error: {text} --resume {tmp_path / 'run'}")
     assert len(torch.load(tmp_path / "run/network.pt")["networks"]) == 1
     run("--resume", tmp_path / "run")
@@ -153,7 +153,10 @@ def test_an_image_that_is_gone_changed_or_new_is_named(change, begun, capsys):
         name = f"{name.partition('/')[0]}/a.jpg"
         Image.new("RGB", (32, 32)).save(image.with_name("a.jpg"))
     [error] = refused(["--resume", begun], capsys, begun)
-    assert f"animals: {name}: gone, new or changed since the run began" in error
+    assert (
+        f"animals: {name} is gone, new or changed since the run began; restore it as it was"
+        in error
+    )
 
 
 @pytest.mark.parametrize("name", [training.STATE, training.START])
@@ -161,11 +164,13 @@ def test_a_damaged_state_and_one_of_another_version_are_named(name, begun, capsy
     content = (begun / name).read_bytes()
     (begun / name).write_bytes(content[: len(content) // 2])
     [error] = refused(["--resume", begun], capsys, begun)
-    assert f"{name}: damaged, or not of tensors alone" in error
+    damaged = "this file is damaged, or was not written by torch.save; pass another"
+    assert f"--resume {begun / name}: {damaged}" in error
     torch.save({"format": training.FORMAT + 1, "version": "9.1"}, begun / training.STATE)
     [error] = refused(["--resume", begun], capsys, begun)
-    versions = f"written by version 9.1 of this script, which is {training.__version__}"
-    assert f"{begun / training.STATE}: {versions}; use that version, or train anew" in error
+    versions = "this was written by version 9.1 of the script, and this is version "
+    versions += f"{training.__version__}; use that one, or train again"
+    assert f"--resume {begun / training.STATE}: {versions}" in error
 
 
 def test_a_run_that_another_process_has_finished_is_not_gone_on_with(begun, monkeypatch, capsys):
@@ -174,7 +179,8 @@ def test_a_run_that_another_process_has_finished_is_not_gone_on_with(begun, monk
         training, "lock_folder", lambda x, flag: lock(x, flag) or (x / training.STATE).unlink()
     )
     [error] = refused(["--resume", begun], capsys)
-    assert error.endswith(f"--resume {begun}: no stopped run there, or a complete one")
+    told = "there is no stopped run in it, or the run is complete; name the folder of a run that"
+    assert error.endswith(f"error: --resume {begun}: {told} was stopped")
 
 
 def test_a_folder_that_another_run_has_filled_meanwhile_stays_as_it_is(
@@ -188,7 +194,8 @@ def test_a_folder_that_another_run_has_filled_meanwhile_stays_as_it_is(
 
     monkeypatch.setattr(training, "load_model", load_and_fill)
     [error] = refused([animals, "--weights", "none", *TINY, "--output", output], capsys)
-    assert f"error: --output {output}: not empty; name a new folder, or --resume a run" in error
+    told = "this is not an empty folder; name a new one, or go on with the run in it by --resume"
+    assert error.endswith(f"error: --output {output}: {told}")
     (output / training.LOCK).unlink()
     assert_same_run(default_run.path, output)
 

@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import os
+import re
+import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,51 +38,76 @@ import data_training as training
 ERRORS = {
     "": "arguments are required: DATA",
     "DATA --epochs 0": "--epochs: 0 is not at least 1",
-    "DATA --power nan": "--power: nan is not from 0 to 10",
-    "DATA --group (": "--group: no regular expression",
-    "--resume RUN --epochs 10": "--epochs and --resume cannot be used together; drop",  # though 10
-    "DATA --natural": "--natural is only for --predict; drop it",
+    "DATA --power nan": "--power: nan is not at least 0",
+    "DATA --group (": "--group: this is no regular expression (missing ), unterminated subpattern",
+    "--resume RUN --epochs 9": "--epochs and --resume cannot be used together; drop one of them",
+    "--resume RUN --epochs 10": "--resume RUN: there is no stopped run in it",  # 10: as if not said
+    "DATA --natural": "--natural works only with --predict; drop it",
     "DATA --source DATA --val OTHERS": "--source and --val cannot be used together",
-    "NOWHERE": "DATA NOWHERE: no such folder",
-    "DATA --output FILE": "--output FILE: not empty",
-    "DATA --output DATA/new/run": "--output DATA/new/run: would be a class of",
-    "DATA --weights none --group ZZZ": "--group ZZZ: 38 families; unmatched images: 38; match",
-    "DATA --weights none --val EMPTY": "/EMPTY: nothing to validate on",
-    "HOLLOW": "HOLLOW: at least two class folders are needed, with images in each; bee has none",
-    "BROKEN": "/BROKEN: bee: no image that can be read is left to train on; add some or remove",
-    "SINGLE": "/SINGLE: nothing to validate on",
-    "PARTS": "parts of a data set, not classes; run data_training.py PARTS/train --val PARTS/valid",
-    "DATA --source MORE": "--source MORE: not classes of DATA: cow, dog; rename or remove",
-    "TWO --folds 3 --val HOLLOW": "--folds 3: too few images for so many; take fewer",
-    "MORE --folds 5": "/MORE: dog: no image that can be read is left to train on",
-    "DATA --weights none --baseline NOWHERE": "NOWHERE/split.csv: No such file",
-    "DATA --weights none --image-size 32 --batch-size 2": "2: too few images for BatchNorm",
-    "--resume RUN": "--resume RUN: no stopped run there, or a complete one",
-    "DATA --device tpu": "--device tpu: not on this machine",
-    "DATA --arch resnt18": "--arch resnt18: unknown, or not that of --weights; choose resnet101",
-    "DATA --weights NOWHERE": "--weights NOWHERE: no such file; name one, or IMAGENET1K_V1",
-    "DATA --weights FILE": "--weights FILE: damaged",
-    "DATA --weights TRAP": "--weights TRAP: damaged, or not of tensors alone",
-    "DATA --weights NUMBERS": "--weights NUMBERS: no weights in it",
-    "DATA --weights NAME": "--weights NAME: no weights in it",
-    "DATA --weights PLACES": "--weights PLACES: no weights in it",
-    "DATA --weights NAN": "--weights: not finite, from a training that failed; pass others",
-    "DATA --weights PRETRAINED --arch resnet50": "--weights: not of a resnet50",
-    "DATA --weights RUN/network.pt --arch resnet50": "not that of --weights; choose resnet18",
-    "DATA --weights VOTE": "--weights VOTE: an ensemble",
-    "DATA --weights OLD": "OLD: written by version before 1.0 of this script, which is ",
-    "DATA --predict EMPTY": "EMPTY: no network of a run there; name the folder of one",
-    "NOWHERE --predict RUN": "DATA NOWHERE: no image there; pass a folder with files of .jpg",
-    "BROKEN/bee --predict RUN": "DATA BROKEN/bee: no image that can be read",
-    "DATA --predict RUN --output FILE": "FILE: exists, or its folder does not; name a",
-    "DATA --predict RUN --device tpu": "--device tpu: not on this machine",
+    "NOWHERE": "DATA NOWHERE: this folder does not exist; pass one that holds class folders",
+    "DATA --output FILE": "--output FILE: this is not an empty folder; name a new one, or go on with",
+    "DATA --output DATA/new/run": "--output DATA/new/run: this is inside DATA, where it would be "
+    "taken for a class; name a folder outside it",
+    "DATA --weights none --group ZZZ": "--group ZZZ: 38 families; images that do not match: 38; "
+    "match what differs",
+    "DATA --weights none --val EMPTY": "/EMPTY: it has no image to validate on; pass another "
+    "folder",
+    "HOLLOW": "HOLLOW: at least two class folders are needed, with images in each; fill or remove "
+    "bee",
+    "BROKEN": "/BROKEN: bee: this class has no readable image left to train on; add images, or "
+    "remove the class",
+    "SINGLE": "/SINGLE: no image is left to validate on; pass some by --val",
+    "PARTS": "PARTS: train and valid look like parts of a data set, not like classes; run "
+    "data_training.py PARTS/train --val PARTS/valid",
+    "DATA --source MORE": "--source MORE: these folders are no classes of DATA: cow, dog; rename "
+    "or remove them",
+    "TWO --folds 3 --val HOLLOW": "--folds 3: there are too few images; take fewer folds",
+    "MORE --folds 5": "/MORE: dog: this class has no readable image left to train on",
+    "DATA --weights none --baseline NOWHERE": "--baseline NOWHERE: there is no finished run in "
+    "it; name another folder",
+    "DATA --weights none --image-size 32 --batch-size 2": "--batch-size 2: a step has too few "
+    "images a process for batch normalisation; choose a larger number",
+    "--resume RUN": "--resume RUN: there is no stopped run in it, or the run is complete; name "
+    "the folder of a run that was stopped",
+    "DATA --device tpu": "--device tpu: this machine has none, or one that is too old; try "
+    "--device cpu",
+    "DATA --arch resnt18": "--arch resnt18: not supported; choose one of resnet101, resnet152, ",
+    "DATA --weights NOWHERE": "--weights NOWHERE: this file does not exist; name one, or "
+    "IMAGENET1K_V1, DEFAULT, or none",
+    "DATA --weights FILE": "--weights FILE: this file is damaged, or was not written by "
+    "torch.save; ",
+    "DATA --weights TRAP": "--weights TRAP: this file is damaged, or was not written by "
+    "torch.save; pass another",
+    "DATA --weights NUMBERS": "--weights NUMBERS: this file holds no weights; pass one with the "
+    "state_dict of a network",
+    "DATA --weights NAME": "--weights NAME: this file holds no weights; pass one with",
+    "DATA --weights PLACES": "--weights PLACES: this file holds no weights; pass one with",
+    "DATA --weights NAN": "error: --weights: the weights are not finite numbers; pass others",
+    "DATA --weights PRETRAINED --arch resnet50": "error: --weights: these are not the weights of a resnet50: "
+    "Missing key(s) in state_dict: ",
+    "DATA --weights PRETRAINED --arch resnet34": " ...; pass others, or change --arch",
+    "DATA --weights RUN/network.pt --arch resnet50": "--arch resnet50: --weights is a resnet18; "
+    "leave --arch out",
+    "DATA --weights VOTE": "--weights VOTE: this run has several networks; name a run of one",
+    "DATA --weights OLD": "--weights OLD: this was written by version before 1.0 of the script, "
+    "and this is version ",
+    "DATA --predict EMPTY": "--predict EMPTY: this is not the folder of a finished run; name one",
+    "NOWHERE --predict RUN": "DATA NOWHERE: there is no image; pass an image, or a folder that "
+    "holds files of the types .jpg, ",
+    "BROKEN/bee --predict RUN": "DATA BROKEN/bee: none of the images can be read; pass other "
+    "images",
+    "DATA --predict RUN --output FILE": "--output FILE: the file exists already, or its folder "
+    "does not exist; name a new file in a folder that exists",
+    "DATA --predict RUN --device tpu": "--device tpu: this machine has none, or one that is too "
+    "old",
     "DATA --predict RUN --image-size 32": "--image-size and --predict cannot be used together",
 }
 FOLDERS = {  # with so many images in each of their class folders
     "HOLLOW": {"ape": 3, "bee": 0},
     "BROKEN": {"ape": 3, "bee": 1},
     "SINGLE": {"ape": 1, "bee": 1},
-    "PARTS": {"train": 2, "valid": 2},
+    "PARTS/train": {"ape": 2, "bee": 2},
+    "PARTS/valid": {"ape": 2, "bee": 2},
     "TWO": {"ape": 2, "bee": 2},
     "MORE": {"ape": 3, "bee": 3, "cow": 3, "dog": 1},
 }
@@ -116,7 +143,7 @@ def test_no_fold_trains_on_a_single_image():
     settings: Any = SimpleNamespace(image_size=32, batch_size=2)
     mask = torch.arange(8) < torch.tensor([[6], [7]])  # steps of 2, 2, 2 and of 2, 2, 2, 1 images
     data: Any = SimpleNamespace(train_mask=mask)
-    with pytest.raises(training.DataError, match="--batch-size 2: too few images for BatchNorm"):
+    with pytest.raises(training.DataError, match="^--batch-size 2: a step has too few images"):
         training.check_batches(settings, data, 1)
     data.train_mask = mask[:1]
     training.check_batches(settings, data, 1)
@@ -134,6 +161,64 @@ def test_bad_input_gets_one_line_and_status_2_and_nothing_is_written(
         command += ["--output", "some/new/run"]
     unchanged = (tmp_path, places["FILE"].parent, places["DATA"].parent)
     assert ERRORS[line] in refused(command, capsys, *unchanged)[-1]
+
+
+def test_folders_named_like_parts_are_classes_if_their_images_lie_in_them(tmp_path, capsys):
+    """Else the command to run is told: each part has class folders of its own."""
+    flat = write_folder(tmp_path / "flat", {"train": 8, "test": 6, "car": 6})
+    flags = ["--weights", "none", "--epochs", 1, *TINY, "--output", tmp_path / "run"]
+    assert network_of(run(flat, *flags).path)["classes"] == ["car", "test", "train"]
+    for part, size in (("Training", 32), ("Testing", 40)):  # of other sizes: other images
+        write_folder(tmp_path / "nested" / part, {"ape": 3, "bee": 3}, size)
+    nested = tmp_path / "nested"
+    flags[-1] = tmp_path / "other"
+    [line] = refused([nested, *flags], capsys, tmp_path)
+    told = f"{nested}: Training and Testing look like parts of a data set, not like classes; run "
+    told += f"data_training.py {nested}/Training --val {nested}/Testing"
+    assert line == f"data_training.py: error: {told}"
+    assert load(nested / "Training", "--val", nested / "Testing").eval_mask.sum() == 6
+
+
+def test_a_folder_with_a_lock_and_a_file_of_others_is_refused(animals, tmp_path, capsys):
+    """A lock alone is what a run leaves that was killed before its first state."""
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / training.LOCK).touch()
+    training.check_output(output)
+    (output / "classes.csv").write_text("mine")
+    command = [animals, "--weights", "none", *TINY, "--output", output]
+    [line] = refused(command, capsys, tmp_path)
+    told = "this is not an empty folder; name a new one, or go on with the run in it by --resume"
+    assert line == f"data_training.py: error: --output {output}: {told}"
+    assert (output / "classes.csv").read_text() == "mine"
+
+
+def test_a_baseline_that_is_not_there_is_named_before_any_image_is_read(
+    animals, default_run, tmp_path, monkeypatch, capsys
+):
+    """Nor is one that is unfinished waited for."""
+    unfinished = shutil.copytree(default_run.path, tmp_path / "unfinished")
+    (unfinished / training.STATE).touch()
+
+    def read(*_: object) -> None:
+        raise AssertionError("an image was read")
+
+    for name in ("list_data", "check_images", "read_image"):
+        monkeypatch.setattr(training, name, read)
+    for baseline in (tmp_path / "defualt", unfinished, animals):
+        command = [animals, "--weights", "none", *TINY, "--baseline", baseline]
+        [line] = refused([*command, "--output", tmp_path / "run"], capsys, tmp_path)
+        told = f"--baseline {baseline}: there is no finished run in it; name another folder"
+        assert line == f"data_training.py: error: {told}"
+
+
+def test_a_seed_that_is_too_large_is_told_a_limit_that_it_exceeds(capsys):
+    """Of 2 ** 62, which is accepted itself."""
+    assert training.parse_args(["x", "--seed", str(2**62)])[0].seed == 2**62
+    for seed in (9 * 10**18, 2**62 + 1):
+        [line] = refused(["x", "--seed", seed], capsys)
+        said = re.fullmatch(rf".* --seed: {seed} is not at most (\S+); see --help", line)
+        assert said and float(said[1]) < 9e18
 
 
 @pytest.mark.parametrize("script", [training, data_creation])
@@ -345,7 +430,7 @@ def test_weights_whose_features_are_no_numbers_get_one_line(animals, pretrained,
     torch.save(state, tmp_path / "x.pth")
     command = [animals, "--weights", tmp_path / "x.pth", *TINY, "--output", tmp_path / "run"]
     [error] = refused(command, capsys)
-    assert "the network's outputs became nan; try --no-amp, or other weights; go on with" in error
+    assert "the network's outputs became nan; try --no-amp or other weights; go on with" in error
     assert not (tmp_path / "run/network.pt").exists()
 
 
@@ -546,13 +631,32 @@ def test_fine_tuning_ends_as_a_loop_that_is_written_by_hand(
     assert probe["learning_rate"] == "nan"
     found = [float(row["train_loss"]) for row in history]  # of 31 images in three steps
     assert found == pytest.approx([sum(losses[:3]) / 31, sum(losses[3:]) / 31], rel=1e-3)
-    rate = 3e-4 * rate_by_hand(3, 6, 1)  # of the next step
-    assert float(history[0]["learning_rate"]) == pytest.approx(rate, rel=1e-4)
+    rates = [3e-4 * rate_by_hand(step, 6, 1) for step in (2, 5)]  # of the last step of each epoch
+    assert [float(row["learning_rate"]) for row in history] == pytest.approx(rates, rel=1e-4)
     losses = [
         [row["train_loss"] for row in rows_of(each.path / "history.csv")]
         for each in (done, default_run)
     ]
     assert losses[0] == losses[1]
+
+
+def test_the_history_has_the_rate_of_the_last_step_of_each_epoch(default_run):
+    """As of a scheduler of its own: six steps of which two rise; the last is all but zero."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 3e-4, total_steps=6, pct_start=2 / 6, cycle_momentum=False
+    )
+    rates = []
+    for _ in range(6):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if len(rates) < 6:
+            scheduler.step()
+    assert rates[5] == pytest.approx(1.2e-9)  # 3e-4 / 25 / 10,000
+    probe, *history = rows_of(default_run.path / "history.csv")
+    assert probe["learning_rate"] == "nan"
+    found = [float(row["learning_rate"]) for row in history]
+    assert found == pytest.approx([rates[2], rates[5]], rel=1e-5)
 
 
 TABLES = {"classes.csv", "predictions.csv", "confusion.csv"}
@@ -569,7 +673,7 @@ def test_a_run_folder_has_its_networks_and_what_is_said_of_them(default_run, ani
     assert config["version"] == training.__version__ == data_creation.__version__
     assert content["train_images"] == [16, 10, 5]
     assert (content["image_size"], content["white"]) == (32, 0)  # no grey of over 8 bits
-    assert (len(content["networks"]), len(content["learnt"])) == (1, 31)
+    assert (len(content["networks"]), len(content["trained_on"])) == (1, 31)
     history = rows_of(default_run.path / "history.csv")
     told = [(row["fold"], row["epoch"], row["step"]) for row in history]
     tuned = [("1", "1", "fine-tuning"), ("1", "2", "fine-tuning")]

@@ -60,6 +60,8 @@ KEY = ("set", "rotation", "seed", "rare", "most", "epochs", "image_size", "weigh
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 2 to 11 sets
 SHOWN = ("trained", "calibrated", "calibrated_rarest", "calibrated_frequent")
 COMPARED = ("trained", "calibrated", "calibrated_rarest")
+HEAD = ["way", "results", "as trained", "calibrated", "its rarest class", "its most frequent class"]
+HEAD += ["`default` minus it, as trained", "calibrated", "its rarest class"]
 DONE = "{set}, {rotation}, {seed}, {way}: {trained:.1f}, {calibrated:.1f}, {seconds:.0f} s"
 Key = tuple[str, ...]  # the values of `KEY`
 Row = dict[str, Any]
@@ -312,8 +314,7 @@ def mean_of_sets(pairs: Iterable[tuple[Row, float]]) -> str:
 
 def make_table(results: dict[Key, Row]) -> str:
     """The Markdown table of these results, a line for each way."""
-    head = ["way", "results", *SHOWN, *(f"default minus it, {name}" for name in COMPARED)]
-    lines = [head, ["---"] * len(head)]
+    lines = [HEAD, ["---"] * len(HEAD)]
     for way in dict.fromkeys(key[-1] for key in results):
         its = {key: row for key, row in results.items() if key[-1] == way}
         cells = [way, str(len(its))]
