@@ -45,7 +45,7 @@ ERRORS = {
     "DATA --natural": "--natural works only with --predict; drop it",
     "DATA --source DATA --val OTHERS": "--source and --val cannot be used together",
     "NOWHERE": "DATA NOWHERE: this folder does not exist; pass one that holds class folders",
-    "DATA --output FILE": "--output FILE: this is not an empty folder; name a new one, or go on with",
+    "DATA --output FILE": "--output FILE: this is not an empty folder; name a new one, or go on",
     "DATA --output DATA/new/run": "--output DATA/new/run: this is inside DATA, where it would be "
     "taken for a class; name a folder outside it",
     "DATA --weights none --group ZZZ": "--group ZZZ: 38 families; images that do not match: 38; "
@@ -83,8 +83,7 @@ ERRORS = {
     "DATA --weights NAME": "--weights NAME: this file holds no weights; pass one with",
     "DATA --weights PLACES": "--weights PLACES: this file holds no weights; pass one with",
     "DATA --weights NAN": "error: --weights: the weights are not finite numbers; pass others",
-    "DATA --weights PRETRAINED --arch resnet50": "error: --weights: these are not the weights of a resnet50: "
-    "Missing key(s) in state_dict: ",
+    "DATA --weights PRETRAINED --arch resnet50": "--weights: these are not the weights of a resnet50",
     "DATA --weights PRETRAINED --arch resnet34": " ...; pass others, or change --arch",
     "DATA --weights RUN/network.pt --arch resnet50": "--arch resnet50: --weights is a resnet18; "
     "leave --arch out",
