@@ -83,7 +83,8 @@ ERRORS = {
     "DATA --weights NAME": "--weights NAME: this file holds no weights; pass one with",
     "DATA --weights PLACES": "--weights PLACES: this file holds no weights; pass one with",
     "DATA --weights NAN": "error: --weights: the weights are not finite numbers; pass others",
-    "DATA --weights PRETRAINED --arch resnet50": "--weights: these are not the weights of a resnet50",
+    "DATA --weights PRETRAINED --arch resnet50": "--weights: these are not the weights of a "
+    "resnet50: Missing key(s) in state_dict: ",
     "DATA --weights PRETRAINED --arch resnet34": " ...; pass others, or change --arch",
     "DATA --weights RUN/network.pt --arch resnet50": "--arch resnet50: --weights is a resnet18; "
     "leave --arch out",
