@@ -207,6 +207,7 @@ class Data(NamedTuple):
     digests: Tensor  # (N,) int64, see `digest_of`
     white: int  # the value that is white in grey images of over 8 bits; 0: there are none
     leaks: int  # number of validation images left out that leak from training
+    seen: int  # number of validation images that the network of `--weights` was trained on
     unreadable: list[str]  # paths left out
 
     def train_indices(self, fold: int) -> Tensor:
@@ -537,7 +538,7 @@ def write_results(
         settings=settings,
         data=data,
         facts=describe_run(settings, data, setup.compute),
-        remarks=list_remarks(settings.folds, len(progress.finished), kept, classes),
+        remarks=list_remarks(data, len(progress.finished), kept, classes),
         history=progress.history,
         kept=kept,
         baseline=setup.baseline,
@@ -615,7 +616,8 @@ def fit_probe(features: Tensor, labels: Tensor, weights: Tensor) -> tuple[State,
 
     with torch.enable_grad():
         optimizer.step(loss)
-        fitted = loss().item()
+        penalty = PROBE_L2 / 2 * weight.square().sum()
+        fitted = (loss() - penalty).item()  # the loss alone, as it is shown beside others
     return {"fc.weight": (weight / length).detach(), "fc.bias": bias.detach()}, fitted
 
 
@@ -951,7 +953,7 @@ def evaluate(
     confusion = confusion_matrix(targets, predicted, len(train_counts))
     before = logits.float().log_softmax(1).argmax(1)
     as_trained = confusion_matrix(targets, before, len(train_counts))
-    factor = spanning_factor(predicted == targets, eval_set, len(train_counts))
+    factor = spanning_factor(predicted == targets, eval_set, torch.ones(len(train_counts)))
     effective = 1 + (effective_counts(eval_set, len(train_counts))[0] - 1) / factor
     summary = summarise(confusion, train_counts, effective)
     plain = summarise(as_trained, train_counts, as_trained.sum(1))
@@ -1048,7 +1050,8 @@ def describe_run(settings: Settings, data: Data, compute: Compute) -> dict[str, 
         "network": f"{settings.folds} x {settings.arch}, from {settings.weights}",
         "device": f"{compute.device}, {settings.precision}, processes: {compute.world_size}",
         "training images": f"{counts.sum()} in {len(counts)} classes of {counts.max()} to "
-        f"{counts.min()}, imbalance ratio {counts.max() / counts.min():.1f}",
+        f"{counts.min()}, imbalance ratio {counts.max() / counts.min():.1f}"
+        + ("; those of the first fold" if settings.folds > 1 else ""),
         "validation images": f"{evaluated}, each for a network that was not trained on it",
         "test images": f"{tested}, for the ensemble" if settings.folds > 1 else "none",
         "left out": f"{len(data.unreadable)} unreadable images, {data.leaks} leaks from training",
@@ -1059,9 +1062,15 @@ def describe_run(settings: Settings, data: Data, compute: Compute) -> dict[str, 
     }
 
 
-def list_remarks(folds: int, finished: int, kept: Kept, classes: Table) -> list[str]:
+def list_remarks(data: Data, finished: int, kept: Kept, classes: Table) -> list[str]:
     """Return sentences that must be read with the result: what is kept, and what is missing."""
+    folds = len(data.train_mask)
     remarks = []
+    if data.seen:
+        remarks.append(
+            f"The result is too good: the network of --weights was trained on {data.seen} of the "
+            "validation images"
+        )
     if finished < folds:
         remarks.append(f"Unfinished: {finished} of {folds} networks are trained to the end")
     if kept.point is not None:
@@ -1147,7 +1156,7 @@ def list_classes(names: list[str], draws: Any, evaluation: Evaluation) -> Table:
         # With one image all is possible, 0 to 1; without any the factor keeps NaN.
         "low": low.where(effective > 1, 0.0 * recall),
         "high": high.where(effective > 1, 0.0 * recall + 1),
-        "precision": recall_by_class(confusion.T),  # NaN for a class never predicted
+        "precision": recall_by_class(confusion.T) + 0.0 * recall,  # NaN if never predicted, too
         "auc": auc_by_class(evaluation.probabilities, eval_set.targets),
         "precision_in_use": precision_in_use(confusion, train_counts),
         "false_answers": confusion.sum(0) - confusion.diag(),
@@ -1467,7 +1476,7 @@ def reopen_run(folder: Path, precision: str | None) -> Opened:
     chosen |= {name: Path(path).resolve() for name in PATHS if (path := chosen[name])}
     settings = Settings(**chosen)
     listing = list_data(settings.data, settings.val, settings.source)
-    return Opened(settings, listing, weights={}, state=state)
+    return Opened(settings, listing, weights=read_weights(settings.weights), state=state)
 
 
 def check_paths(settings: Settings) -> None:
@@ -1518,7 +1527,8 @@ def load_progress(opened: Opened, data: Data) -> Progress:
         write_file(output / "split.csv", format_table(list_split(data)))
         save_tensors(output / START, start)
         return Progress(start, draws=torch.zeros(len(data.classes), dtype=torch.int64))
-    if changed := find_difference(list_split(data), read_table(output / "split.csv")):
+    # An image that went from one folder to another has its old name and digest.
+    if changed := find_difference(list_split(data), read_table(output / "split.csv"), "part"):
         raise DataError(
             f"{settings.data}: {changed} is gone, new or changed since the run began; restore it "
             "as it was, or start a new run"
@@ -1527,6 +1537,8 @@ def load_progress(opened: Opened, data: Data) -> Progress:
     progress = Progress(start, **{name: state[name] for name in IN_STATE})
     for fold in range(settings.folds):
         file = output / f"fold-{fold + 1}.pt"
+        if progress.has_done(fold + 1, 0) and not file.exists():
+            raise DataError(f"--resume {file}: this file is gone; restore it, or start a new run")
         if progress.has_done(fold, settings.epochs) and file.exists():
             progress.finished.append(FoldResult(**load_tensors(file, "--resume")))
     return progress
@@ -1598,8 +1610,8 @@ def load_baseline(folder: Path | None, data: Data) -> Tensor:
     if not folder:
         return torch.empty(0)
     tables = [list_split(data), read_table(folder / "split.csv")]
-    evaluated = [[row for row in rows if row["part"] not in ("train", "test")] for rows in tables]
-    if different := find_difference(*evaluated):
+    own, other = ([row for row in rows if row["part"] not in ("train", "test")] for rows in tables)
+    if different := find_difference(own, other):
         raise DataError(
             f"--baseline {folder}: this run was evaluated on other images, the first is "
             f"{different}; give both runs the same DATA and flags"
@@ -1616,9 +1628,13 @@ def load_baseline(folder: Path | None, data: Data) -> Tensor:
     return torch.tensor([predicted[data.files[index].name] for index in fold_by_fold])
 
 
-def find_difference(one: Table, other: Table) -> str:
-    """Return the path of the first image that only one of two splits has, "" if there is none."""
-    sides = [{(row["path"], row["digest"]) for row in rows} for rows in (one, other)]
+def find_difference(one: Table, other: Table, *columns: str) -> str:
+    """Return the path of the first image that only one of two splits has, "" if there is none.
+
+    Images are the same if path and digest are, and what is in these further columns.
+    """
+    names = ("path", "digest", *columns)
+    sides = [{tuple(row[name] for name in names) for row in rows} for rows in (one, other)]
     return min(sides[0] ^ sides[1], default=("",))[0]
 
 
@@ -1637,7 +1653,7 @@ def load_data(settings: Settings, listing: Listing, weights: Stored) -> Data:
         raise DataError(f"{settings.data}: none of the images can be read; pass other images")
     digests = torch.tensor([checked[file.path] for file in files])
     families = find_families(files, digests.tolist(), settings.group)
-    if settings.group:
+    if settings.group is not None:
         check_group(settings.group, files, families)
     train_mask, eval_mask = assign_images(settings, files, families)
     is_own = torch.tensor([file.part == "train" for file in files])
@@ -1647,6 +1663,13 @@ def load_data(settings: Settings, listing: Listing, weights: Stored) -> Data:
         print_warning(
             f"{leaks.sum()} validation images are copies of training images, or of their group, "
             f"and are left out; the first is {first}"
+        )
+    evaluated = eval_mask.any(0) & ~leaks
+    seen = evaluated & find_trained(files, digests, weights)
+    if seen.any():
+        print_warning(
+            f"--weights {settings.weights}: this network was trained on {seen.sum()} of the "
+            f"{evaluated.sum()} validation images, so that results are too good"
         )
     remaining = (~leaks).nonzero().flatten()
     data = Data(
@@ -1659,6 +1682,7 @@ def load_data(settings: Settings, listing: Listing, weights: Stored) -> Data:
         digests=digests[remaining],
         white=find_white(brightest),
         leaks=int(leaks.sum()),
+        seen=int(seen.sum()),
         unreadable=unreadable,
     )
     if pairs := list_contradictions(data):
@@ -1667,12 +1691,6 @@ def load_data(settings: Settings, listing: Listing, weights: Stored) -> Data:
             f"{' and '.join(pairs[0])}; all are used"
         )
     check_parts(settings, data)
-    is_trained = find_trained(data.files, data.digests, weights) & data.eval_mask.any(0)
-    if is_trained.any():
-        print_warning(
-            f"--weights {settings.weights}: this network was trained on {is_trained.sum()} of the "
-            f"{data.eval_mask.any(0).sum()} validation images, so that results are too good"
-        )
     return data
 
 
@@ -2074,7 +2092,7 @@ STRIDE = 32  # pixels of a cell of the last feature map, in all networks of torc
 def check_images(paths: list[str]) -> tuple[dict[str, int], int]:
     """Decode every file: the digests of those that can be, by path, and the largest grey value."""
     digests: dict[str, int] = {}
-    peaks = [0]
+    brightest = [0]
     several = []
     with ThreadPool() as pool:  # Pillow and hashlib let other threads run meanwhile
         found = pool.imap(check_image, paths, chunksize=16)
@@ -2083,15 +2101,15 @@ def check_images(paths: list[str]) -> tuple[dict[str, int], int]:
             if isinstance(result, str):
                 tqdm.write(f"warning: {printable(f'{path}: {result}')}; left out", sys.stderr)
                 continue
-            digests[path], peak, pages = result
-            peaks.append(peak)
+            digests[path], value, pages = result
+            brightest.append(value)
             several += [path] if pages > 1 else []
     if several:
         print_warning(
             f"{len(several)} files have several pages, of which only the first is read; the first "
             f"of these files is {several[0]}"
         )
-    return digests, max(peaks)
+    return digests, max(brightest)
 
 
 def check_image(path: str) -> tuple[int, int, int] | str:
@@ -2104,12 +2122,15 @@ def check_image(path: str) -> tuple[int, int, int] | str:
             image.load()
             if image.mode == "F":  # which Pillow would cut to 0 and 255
                 return "pixels are fractions; save whole numbers"
-            peak = int(np.asarray(image).max()) if image.mode.startswith("I") else 0
+            is_grey = image.mode.startswith("I")  # of whole numbers of more than 8 bits
+            if is_grey and np.asarray(image).min() < 0:  # all of them would become black
+                return "pixels are below 0; add a number that makes all of them positive"
+            brightest = int(np.asarray(image).max()) if is_grey else 0
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises nearly anything on a broken file
         return str(error).partition(" <_io")[0] or type(error).__name__
-    return digest_of(content), peak, pages
+    return digest_of(content), brightest, pages
 
 
 def digest_of(content: bytes) -> int:
@@ -2117,9 +2138,9 @@ def digest_of(content: bytes) -> int:
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
 
 
-def find_white(peak: int) -> int:
+def find_white(brightest: int) -> int:
     """Return what is white in grey images of over 8 bits with this largest value; 0 for none."""
-    return next((white for white in WHITE_LEVELS if 0 < peak <= white), peak)
+    return next((white for white in WHITE_LEVELS if 0 < brightest <= white), brightest)
 
 
 def read_bytes(path: str) -> bytes:
@@ -2397,15 +2418,19 @@ def effective_counts(eval_set: EvalSet, classes: int) -> tuple[Tensor, Tensor]:
     return (images**2 / squares).nan_to_num(), torch.bincount(label, minlength=classes)
 
 
-def spanning_factor(values: Tensor, eval_set: EvalSet, classes: int) -> float:
-    """Return how much families that span classes enlarge the variance of the mean of classes."""
+def spanning_factor(values: Tensor, eval_set: EvalSet, weights: Tensor) -> float:
+    """Return how much families that span classes enlarge the variance of a mean of C classes.
+
+    The mean is that of (M,) `values`, by (C,) `weights` of the classes.
+    """
+    classes = len(weights)
     counts = eval_set.targets.bincount(minlength=classes).double()
     values = values.double()
     means = torch.bincount(eval_set.targets, values, classes) / counts
     errors = values - means[eval_set.targets]
-    if not errors.any():  # how similar a family's images are is not known: as similar as can be
-        errors = torch.ones_like(errors)
-    errors = errors / counts[eval_set.targets]
+    if not errors[weights[eval_set.targets] > 0].any():
+        errors = torch.ones_like(errors)  # a family's images are taken to be as alike as can be
+    errors = errors * (weights / counts)[eval_set.targets]
     together = torch.bincount(eval_set.families, errors).square().sum()
     _, pairs = (eval_set.families * classes + eval_set.targets).unique(return_inverse=True)
     apart = torch.bincount(pairs, errors).square().sum()
@@ -2476,12 +2501,14 @@ def compare(before: Tensor, evaluation: Evaluation) -> Table:
     old = confusion_matrix(targets, before, classes)
     weights = measure_weights(new.sum(1), evaluation.shares.train_counts)
     change = (evaluation.predicted == targets).long() - (before == targets).long()
-    lost = torch.bincount(targets[change < 0], minlength=classes) + 0.25
-    won = torch.bincount(targets[change > 0], minlength=classes) + 0.25
-    n = new.sum(1).double() + 0.5
     effective = effective_counts(eval_set, classes)[0]
+    share = (effective / new.sum(1)).nan_to_num()  # of an image in them: 1 without families
+    lost = share * torch.bincount(targets[change < 0], minlength=classes) + 0.25
+    won = share * torch.bincount(targets[change > 0], minlength=classes) + 0.25
+    n = effective + 0.5
     variance = ((won + lost) / n - ((won - lost) / n) ** 2) / (effective - 0.5)
-    half = Z * (weights**2 @ variance * spanning_factor(change, eval_set, classes)).sqrt()
+    factors = torch.tensor([spanning_factor(change, eval_set, row) for row in weights])
+    half = Z * (weights**2 @ variance * factors).sqrt()
     means = [(weights @ recall_by_class(each).nan_to_num()).tolist() for each in (old, new)]
     rows = []
     for name, one, two, margin in zip(MEASURES, *means, half.tolist(), strict=True):

@@ -103,7 +103,14 @@ def images(labels: list[int], held: list[Any], folds: int = 1, **others: Any) ->
     files = [training.ImageFile(x, x, labels[at], "train") for at, x in enumerate(names)]
     eval_mask = torch.tensor([[fold == at for fold in held] for at in range(folds + 1)])
     numbers = torch.arange(len(labels))
-    fields = {"classes": ["no", "yes"], "files": files, "white": 255, "leaks": 0, "unreadable": []}
+    fields = {
+        "classes": ["no", "yes"],
+        "files": files,
+        "white": 255,
+        "leaks": 0,
+        "seen": 0,
+        "unreadable": [],
+    }
     fields |= {"labels": torch.tensor(labels), "families": numbers, "digests": numbers}
     fields |= {"train_mask": ~eval_mask[:-1] & ~eval_mask[-1], "eval_mask": eval_mask}
     return training.Data(**fields | others)

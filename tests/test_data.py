@@ -12,7 +12,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, TINY, Run, images, load, network_of, open_run, rows_of, run, write_folder
+from conftest import (
+    CPU,
+    TINY,
+    Run,
+    images,
+    load,
+    network_of,
+    open_run,
+    refused,
+    rows_of,
+    run,
+    write_folder,
+)
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
@@ -499,3 +511,15 @@ def test_the_same_index_and_seed_give_the_same_pixels_in_any_process(folder):
         for other in others:
             assert all(map(torch.equal, group, other))
     assert not torch.equal(images[3, 77][0], images[3, 78][0])
+
+
+def test_pixels_below_zero_are_left_out_for_all_would_be_black(tmp_path):
+    Image.fromarray(np.int32([[-1000, 400]])).save(tmp_path / "x.tif")
+    assert "pixels are below 0" in str(training.check_image(str(tmp_path / "x.tif")))
+
+
+def test_an_empty_pattern_is_refused(animals, capsys, tmp_path):
+    """Of an unset variable of the shell, say."""
+    command = [animals, "--weights", "none", *TINY, "--group", "", "--output", tmp_path / "run"]
+    error = refused(command, capsys, tmp_path)[-1]
+    assert "images that do not match: 38; match what differs" in error

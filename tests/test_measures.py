@@ -84,13 +84,41 @@ def test_a_comparison_adds_a_quarter_of_an_image_to_both_who_won_and_who_lost():
     assert {row["more_than_chance"] for row in rows} == {"no"}
     clear = training.compare(1 - torch.tensor(targets), evaluated(targets, targets, [101, 5]))
     assert {row["more_than_chance"] for row in clear} == {"yes"}
-    # Twice each image, in one family, tells as much as once: 8 images and not 16.
-    twice = [each for each in targets for _ in "12"], [each for each in after for _ in "12"]
-    families = [at // 2 for at in range(20)]
-    again = evaluated(*twice, [101, 5], families=families)
-    many = training.compare(before.repeat_interleave(2), again)[2]
-    variance = ((6.25 + 2.25) / 16.5 - ((6.25 - 2.25) / 16.5) ** 2) / 7.5
-    assert many["high"] - many["low"] == pytest.approx(2 * 1.959964 * variance**0.5)
+
+
+def test_a_comparison_of_copies_in_families_says_what_one_of_each_does():
+    targets, before = [0] * 8 + [1] * 2, [1, 1, 1, 0, 0, 0, 0, 1, 1, 0]
+    after = [0, 0, 0, 1, 0, 0, 0, 1, 1, 0]
+    once = training.compare(torch.tensor(before), evaluated(targets, after, [101, 5]))
+    targets, before, after = (
+        [x for x in each for _ in "0123456789"] for each in (targets, before, after)
+    )
+    families = [at // 10 for at in range(100)]
+    tenfold = evaluated(targets, after, [101, 5], families)
+    again = training.compare(torch.tensor(before), tenfold)
+    for one, other in zip(once, again, strict=True):
+        assert [*other.values()][1:6] == pytest.approx([*one.values()][1:6])
+
+
+def test_the_interval_of_a_group_of_classes_depends_on_its_own_classes_alone():
+    """Families span the two frequent classes, and two images of a rare one are by themselves."""
+    targets, families = [0] * 8 + [1] * 8, [*range(8)] * 2
+    before = [1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1]
+    after = [0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 1]
+    pair = evaluated(targets, after, [500, 500, 5], families)
+    alone = training.compare(torch.tensor(before), pair)[2]
+    more = evaluated([*targets, 2, 2], [*after, 0, 2], [500, 500, 5], [*families, 8, 9])
+    together = training.compare(torch.tensor([*before, 2, 0]), more)[2]
+    assert alone["measure"] == together["measure"] == "many"
+    assert [*together.values()][1:6] == pytest.approx([*alone.values()][1:6])
+
+
+def test_the_precision_of_a_class_without_images_is_not_known():
+    evaluation = evaluated([0, 0, 1], [0, 2, 1], [9, 9, 9])
+    precision = [
+        row["precision"] for row in training.list_classes(["a", "b", "c"], [1, 1, 1], evaluation)
+    ]
+    assert precision[:2] == [1, 1] and math.isnan(precision[2])
 
 
 @pytest.mark.parametrize(("first", "last"), [(0.95, 0.6), (0.9, 0.9), (0.75, 0.75), (0.9, 0.4)])
@@ -155,10 +183,12 @@ def test_families_that_span_classes_widen_intervals_of_means_and_of_differences(
     spanning = evaluated(targets, wrong, [9, 9], families=[0, 1, 2, 3] * 2)
     apart = evaluated(targets, wrong, [9, 9])
     right = spanning.predicted == spanning.eval_set.targets
-    assert training.spanning_factor(right, spanning.eval_set, 2) == pytest.approx(2)
-    assert training.spanning_factor(right, apart.eval_set, 2) == 1
+    assert training.spanning_factor(right, spanning.eval_set, torch.ones(2)) == pytest.approx(2)
+    assert training.spanning_factor(right, apart.eval_set, torch.ones(2)) == 1
     # Where all are right it is not known how alike families are: as if wholly so.
-    assert training.spanning_factor(torch.ones(8), spanning.eval_set, 2) == pytest.approx(2)
+    assert training.spanning_factor(
+        torch.ones(8), spanning.eval_set, torch.ones(2)
+    ) == pytest.approx(2)
     half = torch.full((1, 2), 0.5).double()
     ends = training.mean_interval(half[0], torch.tensor([1 + 3 / 2] * 2), half)[1:]
     found = [spanning.summary[end] for end in ("low", "high")]

@@ -213,7 +213,7 @@ def invented(animals: Path, tmp_path_factory: pytest.TempPathFactory) -> trainin
         settings=settings,
         data=data,
         facts=training.describe_run(settings, data, CPU),
-        remarks=training.list_remarks(5, 4, kept, listed),
+        remarks=training.list_remarks(data, 4, kept, listed),
         history=[row(epoch, **evaluation.summary) for epoch in range(11)],
         kept=kept,
         baseline=before,

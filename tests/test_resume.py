@@ -259,3 +259,44 @@ def test_copies_change_no_pixel_are_read_again_and_go_at_the_end(
     small = {f"{name}_00{at}.jpg" for name in ("ape", "bee") for at in (3, 4)}
     assert {Path(path).name for path in opened} == {"ape_000.jpg", "ape_001.jpg", *small}
     assert_same_run(usual, output)
+
+
+def test_an_image_that_went_from_one_folder_to_another_is_named(
+    animals, others, pretrained, tmp_path, capsys
+):
+    """From DATA to `--val`, under its name: it was trained on and would be validated on."""
+    data, val = (Path(shutil.copytree(each, tmp_path / each.name)) for each in (animals, others))
+    command = [str(data), "--weights", str(pretrained), "--val", str(val), "--epochs", "2", *TINY]
+    output = interrupt_after(1, command, tmp_path / "run")
+    (data / "ape/ape_000.jpg").rename(val / "ape/ape_000.jpg")
+    error = refused(["--resume", output], capsys, output)[-1]
+    assert "ape/ape_000.jpg is gone, new or changed since the run began" in error
+
+
+def test_a_fold_that_is_gone_is_named(animals, pretrained, tmp_path, capsys):
+    """Else the network of the second fold, in training, would stand for the first."""
+    command = [str(animals), "--weights", str(pretrained), "--folds", "3", "--epochs", "2", *TINY]
+    output = interrupt_after(1, command, tmp_path / "run", fold=2)
+    (output / "fold-1.pt").unlink()
+    [error] = refused(["--resume", output], capsys, output)
+    assert f"{output / 'fold-1.pt'}: this file is gone" in error
+
+
+def test_a_resumed_run_still_says_that_its_weights_know_the_validation_images(
+    animals, default_run, tmp_path
+):
+    command = [
+        str(animals),
+        "--weights",
+        str(default_run.path),
+        "--seed",
+        "1",
+        "--epochs",
+        "2",
+        *TINY,
+    ]
+    output = interrupt_after(1, command, tmp_path / "run")
+    run("--resume", output)
+    assert "The result is too good: the network of --weights was trained on" in (
+        output / "report.html"
+    ).read_text(encoding="utf-8")
