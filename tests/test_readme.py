@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import make_sample
+import protocol
 import pytest
 from conftest import Process, rows_of
 
@@ -14,6 +15,7 @@ import data_training as training
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "tests/experiments/RESULTS.md").read_text(encoding="utf-8")
 
 
 def block(name: str) -> str:
@@ -66,3 +68,19 @@ def test_every_option_the_readme_names_exists(capsys):
     text = re.sub(r"torchrun .* data_training.py|-m pytest .*", "", README)  # have their own
     named = set(re.findall(r"--[a-z][a-z-]+", text)) - {"--help"}
     assert len(named) > 5 and named <= set(re.findall(r"--[a-z][a-z-]+", shown))
+
+
+def test_every_figure_of_the_readme_is_among_the_results():
+    """All numbers with a decimal point, but versions; also the tables and the intervals."""
+    text = re.sub(r"```.*?```|\]\([^)]*\)|`[^`]*`", "", README, flags=re.DOTALL)
+    figures = set(re.findall(r"\d+\.\d+", text)) - {"3.10", "1.0"}
+    assert len(figures) > 20 and figures <= set(re.findall(r"\d+\.\d+", RESULTS))
+
+
+def test_the_table_of_the_results_is_that_of_their_rows():
+    table = RESULTS.partition("<!-- ten sets -->\n")[2].partition("\n\n")[0]
+    by_set = RESULTS.partition("By set;")[2].partition("\n\n    python")[0]
+    sets = re.findall(r"^\| (\w+).*\]\(https", by_set, re.MULTILINE)
+    rows = rows_of(ROOT / "tests/experiments/results.csv")
+    ten = {tuple(row[name] for name in protocol.KEY): row for row in rows if row["set"] in sets}
+    assert len(sets) == 10 and table == protocol.make_table(ten)
