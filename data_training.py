@@ -94,23 +94,23 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-NETWORK = "network.pt"  # in a run folder
-STATE = "resume.pt"  # of a stopped run, beside it
-LOCK = ".lock"  # of a run at work, beside it
-COPIES = ".copies"  # of large images, shrunk: a folder beside it
+NETWORK = "network.pt"  # the networks of a run, in its folder
+STATE = "resume.pt"  # what a stopped run goes on with; a finished run has none
+LOCK = ".lock"  # is locked while a run works in the folder
+COPIES = ".copies"  # a folder of shrunk copies of large images
 FORMAT = 8  # version of these files; increase it when older ones can no longer be read
-EVALUATED = -1  # instead of the seed of an image: it is evaluated, not augmented
-# The part that is right, the mean recall, and that of classes of many, medium, few training images.
+EVALUATED = -1  # given as the seed of an image that is evaluated, not augmented
+# Accuracy, mean recall of all classes, and of those with many, medium or few training images.
 MEASURES = ("accuracy", "balanced_accuracy", "many", "medium", "few")
-ENSEMBLE_SCALE = 1.2  # by about this the mean of several networks' logits is too cautious
-Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
-BATCH = 64  # images a step
-SMALL = 2000  # training images; with fewer, batches are half as large, for enough steps
+ENSEMBLE_SCALE = 1.2  # the mean logits of several networks are too cautious by this factor
+Z = 1.959964  # 95 % of a normal distribution lie within this many standard deviations
+BATCH = 64  # images in a training step, by default
+SMALL = 2000  # with fewer training images batches are half as large, for enough steps
 # Pillow warns of images of 89 to 179 megapixels; larger ones it refuses to read.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 Table = list[dict[str, Any]]  # rows with the same columns
-State = dict[str, Tensor]  # of a network
-Stored = Mapping[str, Any]  # what a file of a stopped run, or of weights, holds; may be empty
+State = dict[str, Tensor]  # the state_dict of a network
+Stored = Mapping[str, Any]  # the content of a file of a stopped run, or of weights; may be empty
 
 
 # ---------------------------------------------------------------------------------------- records
@@ -118,7 +118,7 @@ Stored = Mapping[str, Any]  # what a file of a stopped run, or of weights, holds
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides the result of a run. What the command line leaves out, `open_run` fills."""
+    """All that decides the result of a run; `open_run` fills in what was not typed."""
 
     data: Path
     folds: int
@@ -135,13 +135,13 @@ class Settings:
     output: Path
     baseline: Path | None
     seed: int
-    precision: str  # "float32", or that of mixed precision
-    command: str  # that started the run
+    precision: str  # "float32", or the lower one of mixed precision
+    command: str  # the command line that started the run
 
 
 @dataclass(frozen=True)
 class Options:
-    """What concerns this call alone, and is not stored."""
+    """The options of this call alone, which are not stored with the run."""
 
     predict: Path | None
     natural: bool
@@ -155,7 +155,7 @@ class Compute(NamedTuple):
     """The device of this process, its precision, and its place among the processes of a run."""
 
     device: torch.device
-    precision: str  # "float32", or that of mixed precision
+    precision: str  # "float32", or the lower one of mixed precision
     rank: int = 0
     world_size: int = 1
 
@@ -177,7 +177,7 @@ class ImageFile(NamedTuple):
     path: str
     name: str  # class/file: its path below DATA, SRC or `--val`, with `/` on every system
     label: int  # -1: not known
-    part: str  # "train", "val" or "source": of DATA, `--val` or SRC
+    part: str  # "train", "val" or "source": it was found in DATA, `--val` or SRC
 
 
 Listing = tuple[list[str], list[ImageFile]]  # the classes of DATA, and all images
@@ -188,8 +188,8 @@ class Opened(NamedTuple):
 
     settings: Settings
     listing: Listing
-    weights: Stored  # the content of the file of `--weights`; empty for a name, or a stopped run
-    state: Stored  # of a stopped run; empty for a new one
+    weights: Stored  # the content of the file that `--weights` names, if it names a file
+    state: Stored  # the state of a stopped run; empty for a new run
 
 
 class Data(NamedTuple):
@@ -201,17 +201,17 @@ class Data(NamedTuple):
     classes: list[str]  # C names
     files: list[ImageFile]
     labels: Tensor  # (N,) int64
-    train_mask: Tensor  # (K, N) bool, the images that the network of each fold learns
-    eval_mask: Tensor  # (K + 1, N) bool, those it is evaluated on; the last row tests the ensemble
+    train_mask: Tensor  # (K, N) bool, the images that each network is trained on
+    eval_mask: Tensor  # (K + 1, N) bool, those it is evaluated on; last, those of the ensemble
     families: Tensor  # (N,) int64, the same number for the images of a family
     digests: Tensor  # (N,) int64, see `digest_of`
-    white: int  # the value that is white in grey images of over 8 bits; 0: there are none
-    leaks: int  # number of validation images left out that leak from training
+    white: int  # the value of white in grey images of over 8 bits; 0 if there are none
+    leaks: int  # number of validation images left out, since they are also training images
     seen: int  # number of validation images that the network of `--weights` was trained on
-    unreadable: list[str]  # paths left out
+    unreadable: list[str]  # paths of files left out, since they cannot be read
 
     def train_indices(self, fold: int) -> Tensor:
-        """Return the images that the network of a fold learns: indices, int64."""
+        """Return the indices of the images that the network of a fold is trained on: int64."""
         return self.train_mask[fold].nonzero().flatten()
 
     def counts(self, indices: Tensor) -> Tensor:
@@ -230,15 +230,15 @@ class EvalSet(NamedTuple):
     indices: Tensor  # (M,) int64, of the images in `Data`
     targets: Tensor  # (M,) int64
     families: Tensor  # (M,) int64
-    folds: Tensor  # (M,) int64, whose network answers; K: all K of them together
+    folds: Tensor  # (M,) int64, the fold whose network answers; K stands for the ensemble of all
 
 
 class ClassShares(NamedTuple):
-    """How frequent each class was in training, for the networks that answer for M images."""
+    """How frequent each class was in the training of the networks that answer for M images."""
 
-    train_counts: Tensor  # (C,) float64, training images of each class, the mean over networks
+    train_counts: Tensor  # (C,) float64, training images of each class, mean over networks
     log_share: Tensor  # (M, C) float32, the log of each class's share for the network that answers
-    expected_shift: float  # the part of that which training is expected to leave in the logits
+    expected_shift: float  # how much of `log_share` training is expected to leave in the logits
 
 
 class Calibration(NamedTuple):
@@ -252,7 +252,7 @@ class Calibration(NamedTuple):
     shift: float = 0.0
 
     def of_networks(self, number: int) -> Calibration:
-        """Return what corrects the mean of so many networks, if this is fitted to single ones."""
+        """Return the calibration for the mean of several networks, from that of single ones."""
         factor = ENSEMBLE_SCALE if number > 1 else 1.0
         return Calibration(self.scale * factor, self.shift * factor)
 
@@ -266,7 +266,7 @@ class Evaluation(NamedTuple):
 
     eval_set: EvalSet
     shares: ClassShares
-    calibration: Calibration  # fitted on all images, for those to come
+    calibration: Calibration  # fitted on all M images, for new images
     probabilities: Tensor  # (M, C) float32, calibrated
     predicted: Tensor  # (M,) int64
     losses: Tensor  # (M,) float32, minus the log of the probability of the true class
@@ -279,7 +279,7 @@ class FoldResult(NamedTuple):
 
     head: State  # the last layer of the linear probe; its other layers are as loaded
     end: State  # the network after fine-tuning
-    logits: Tensor  # of its validation images, at each of the P `POINTS`: (P, M, C)
+    logits: Tensor  # (P, M, C), of its validation images at each of the P `POINTS`
 
 
 class Kept(NamedTuple):
@@ -287,8 +287,8 @@ class Kept(NamedTuple):
 
     networks: list[State]
     evaluation: Evaluation
-    point: float | None = None  # of the line, the same in all folds; None: still in training
-    line: Table = []  # the result at each point
+    point: float | None = None  # the kept point, the same in all folds; None during training
+    line: Table = []  # the results at all points
 
 
 @dataclass
@@ -299,9 +299,9 @@ class Progress:
     draws: Tensor  # how often fine-tuning has drawn images of each class so far: (C,) int64
     history: Table = field(default_factory=list)  # a row for each epoch, 0 is the linear probe
     head: State = field(default_factory=dict)  # the last layer of the fold's linear probe
-    trainer: dict[str, Any] = field(default_factory=dict)  # its state after the last epoch
+    trainer: dict[str, Any] = field(default_factory=dict)  # state of `Trainer` after the last epoch
     finished: list[FoldResult] = field(default_factory=list)
-    stored_at: float = -math.inf  # seconds, by a clock of this process
+    stored_at: float = -math.inf  # when it was last stored, by the clock of this process
 
     def has_done(self, fold: int, epoch: int) -> bool:
         """Return whether this epoch of this fold, or a later one, is done."""
@@ -313,8 +313,8 @@ class Setup(NamedTuple):
 
     settings: Settings
     data: Data
-    compute: Compute  # of this process
-    baseline: Tensor  # what the run `--baseline` predicted for the validation images: (M,), or none
+    compute: Compute
+    baseline: Tensor  # (M,), classes that the run `--baseline` predicted; empty without one
     reader: Reader
 
 
@@ -323,19 +323,19 @@ class Outcome(NamedTuple):
 
     settings: Settings
     data: Data
-    facts: dict[str, str]  # of `describe_run`
+    facts: dict[str, str]  # made by `describe_run`
     remarks: list[str]  # sentences that must be read with the result
     history: Table
     kept: Kept
-    baseline: Tensor  # what the run `--baseline` predicted, of the same M images or of none
-    changes: Table  # since that run
-    classes: Table  # of `list_classes`
-    tested: Evaluation | None  # of images that no network is trained or validated on
+    baseline: Tensor  # (M,), classes that the run `--baseline` predicted; empty without one
+    changes: Table  # differences to that run
+    classes: Table  # made by `list_classes`
+    tested: Evaluation | None  # on images that no network is trained or validated on
 
 
 # -------------------------------------------------------------------------------------------- run
 
-WRITE_EVERY = 30.0  # seconds; on a fast GPU the files of an epoch take longer than the epoch
+WRITE_EVERY = 30.0  # seconds; on a fast GPU writing files can take longer than an epoch
 
 
 def run(settings: Settings, options: Options) -> None:
@@ -468,11 +468,11 @@ def end_epoch(setup: Setup, progress: Progress, model: Any, row: dict[str, Any])
     progress.history.append(row | evaluation.summary | {"seconds": seconds})
     if time.perf_counter() - progress.stored_at >= WRITE_EVERY:
         save_tensors(setup.settings.output / STATE, state_of(setup.settings, progress))
-        if not progress.finished:  # else the files are about the folds that are finished
+        if not progress.finished:  # otherwise the files show the folds that are finished
             write_results(setup, progress, Kept([copy_state(model)], evaluation))
         progress.stored_at = time.perf_counter()
-    # A logger of your own takes `progress.history[-1]` here: in one process, but epochs that were
-    # not stored when a run was killed come once more after `--resume`.
+    # A logger of your own can take `progress.history[-1]` here, in one process alone. Epochs that
+    # were not yet stored when a run was killed come once more after `--resume`.
     print(format_epoch(progress.history[-1], setup.settings), flush=True)
 
 
@@ -576,17 +576,17 @@ def draw_epoch(labels: Tensor, indices: Tensor, power: float, stream: Generator)
 # ---------------------------------------------------------------------------------------- training
 
 # The linear probe is a logistic regression. Its penalty is small: features should be separated.
-PROBE_L2 = 3e-5  # half of it times the squared weights, for features of unit length
+PROBE_L2 = 3e-5  # times half the sum of squared weights, for features of unit length
 # Fine-tuning begins with this part of the linear probe as its last layer. All of it fits the
 # training images already and leaves the other layers little to learn; a layer of zeros forgets what
 # they know (arXiv:2202.10054, Kumar et al. 2022; arXiv:2302.05779, Ren et al. 2023).
 FIRST_HEAD = 0.25
 # Points of the line from the linear probe (0) to the end of fine-tuning (1).
 POINTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
-LEARNING_RATE = 3e-4  # of AdamW, for pretrained weights
-RANDOM_LEARNING_RATE = 1e-3  # and for random ones
-LAYER_DECAY = 0.7  # part of the rate of the layers above (Howard & Ruder 2018, arXiv:1801.06146)
-WARM_UP_PART = 0.1  # part of the steps in which the rate rises
+LEARNING_RATE = 3e-4  # the highest one of AdamW, for pretrained weights
+RANDOM_LEARNING_RATE = 1e-3  # the highest one for random weights
+LAYER_DECAY = 0.7  # factor from a group of layers to the one below (arXiv:1801.06146, Howard 2018)
+WARM_UP_PART = 0.1  # the part of the steps in which the learning rate rises
 
 
 def fit_probe(features: Tensor, labels: Tensor, weights: Tensor) -> tuple[State, float]:
@@ -622,7 +622,7 @@ def fit_probe(features: Tensor, labels: Tensor, weights: Tensor) -> tuple[State,
 
 
 def interpolate(probe: State, end: State, point: float) -> State:
-    """Return the network at a point of the straight line between two, statistics included.
+    """Return the weights, and BatchNorm statistics, at a point of the line between two networks.
 
     On that line generalisation is often better than at both ends (arXiv:2109.01903, Wortsman et al.
     2022).
@@ -641,7 +641,7 @@ class Trainer:
         self.model = model
         self.compute = compute
         self.network: nn.Module = model.train()
-        if compute.world_size > 1:  # evaluation sends the statistics of BatchNorm round
+        if compute.world_size > 1:  # `compute_logits` broadcasts the statistics of BatchNorm
             warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)
             self.network = DistributedDataParallel(model, broadcast_buffers=False)
         groups: list[dict[str, Any]] = []
@@ -662,7 +662,7 @@ class Trainer:
         self.scaler = GradScaler(compute.device.type, enabled=compute.precision == "float16")
 
     def step(self, loss: Tensor) -> None:
-        """Take a step against the gradient of `loss`."""
+        """Take one step of the optimizer and of the schedule."""
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -671,12 +671,12 @@ class Trainer:
         self.scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` needs to go on as if nothing had happened."""
+        """Return all that `load_state_dict` needs to continue exactly."""
         names = ("model", "optimizer", "scheduler", "scaler")
         return {name: getattr(self, name).state_dict() for name in names}
 
     def load_state_dict(self, state: Stored) -> None:
-        """Go on with what was stored."""
+        """Continue from what `state_dict` returned."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -715,7 +715,7 @@ def train_epoch(trainer: Trainer, reader: Reader, drawn: Tensor, seeds: Generato
 
 
 def load_network(path: str | Path) -> tuple[Ensemble, Preparation, list[str]]:
-    """Return a run's networks as one, what makes its input of an image file, and its classes.
+    """Return the networks of a run as one, a function that reads its input, and its classes.
 
         network, prepare, classes = load_network("runs/first")
         probabilities = network(prepare("photo.jpg")[None]).softmax(1)[0]  # one for each class
@@ -740,9 +740,9 @@ def build_ensemble(content: Stored) -> tuple[Ensemble, Preparation, list[str]]:
 
 
 def predict(settings: Settings, options: Options) -> None:
-    """Write what a run says of each image below DATA, as CSV; and how right, if that is known."""
+    """Write the class that a run predicts for each image in DATA, as CSV."""
     if is_launched() and int(os.environ["RANK"]) > 0:
-        return  # one process predicts
+        return  # under torchrun one process predicts
     output = settings.output
     path = Path(str(options.predict))
     if output and (output.exists() or not output.parent.is_dir()):
@@ -755,7 +755,7 @@ def predict(settings: Settings, options: Options) -> None:
     folder = path if path.is_dir() else path.parent
     if (folder / STATE).exists():
         print_warning(f"the run {folder} is not finished; finish it by --resume for better results")
-    # In float32, as in a program: on all machines nearly the same answers.
+    # In float32, as in a program: the answers are nearly the same on all machines.
     compute = pick_compute(replace(options, amp=bool(options.amp)))
     files, digests, brightest = list_photos(settings.data, classes)
     if prepare.white and brightest > prepare.white:
@@ -793,7 +793,7 @@ def predict(settings: Settings, options: Options) -> None:
 
 
 def print_recalls(content: Stored, files: list[ImageFile], digests: Tensor, logits: Tensor) -> None:
-    """Print on stderr how right the calibrated (N, C) logits of new images are."""
+    """Print balanced accuracy and recalls on stderr, for images that were not trained on."""
     families = find_families(files, digests.tolist(), content["group"])
     is_trained = find_trained(files, digests, content)
     is_trained = torch.isin(families, families[is_trained])
@@ -847,14 +847,14 @@ def list_photos(path: Path, classes: list[str]) -> tuple[list[ImageFile], Tensor
 
 # ---------------------------------------------------------------------- evaluation and calibration
 #
-# `compute_logits` asks a network; `evaluate` says how right (calibrated) logits are;
-# `evaluate_cross_fitted` does so for images that also fit the calibration; `summarise`, among the
-# measures, puts a confusion matrix into a few numbers.
+# `compute_logits` runs a network on images. `evaluate` measures calibrated logits, and
+# `evaluate_cross_fitted` those of images that the calibration is fitted on, too. `summarise`, in
+# the section of measures, turns a confusion matrix into a few numbers.
 
-PRIOR = 2.0  # images: the weight of what is expected
-EXPECTED_SHIFT = 1.0  # in log class shares: what balanced training leaves in the logits
+PRIOR = 2.0  # the weight of the expected calibration, in images
+EXPECTED_SHIFT = 1.0  # balanced training leaves about this times the log share in the logits
 LEAST_SCALE = 0.01
-PARTS = 5  # of the images that fit the calibration of each other; two would leave each too few
+PARTS = 5  # each part is calibrated by the others; with two parts these would be too few images
 
 
 def make_eval_set(data: Data, folds: Iterable[int]) -> EvalSet:
@@ -873,7 +873,7 @@ def class_shares(data: Data, eval_set: EvalSet, power: float) -> ClassShares:
     """Return how frequent the classes were in training for the networks that answer."""
     counts = data.fold_counts().double()
     log_share = centred_log(counts)
-    # All networks together, in the last row, have seen the mean of what each has seen.
+    # The last row is that of all networks together: the mean of theirs.
     counts = torch.cat([counts, counts.mean(0, keepdim=True)])
     log_share = torch.cat([log_share, log_share.mean(0, keepdim=True)])
     return ClassShares(
@@ -895,7 +895,7 @@ def compute_logits(model: nn.Module, reader: Reader, indices: Tensor) -> Tensor:
             dist.broadcast(buffer, 0)
     was_training = model.training
     model.eval()
-    order = []  # the images in the order of the outputs
+    order = []  # indices of the images, in the order of the outputs
     outputs = []
     batches = cut_batches(indices[compute.rank :: compute.world_size], reader.per_process)
     for groups in reader.read(batches, "evaluating"):
@@ -923,7 +923,7 @@ def compute_logits(model: nn.Module, reader: Reader, indices: Tensor) -> Tensor:
 def evaluate_cross_fitted(logits: Tensor, eval_set: EvalSet, shares: ClassShares) -> Evaluation:
     """Evaluate (M, C) logits, each calibrated by a fit to the other parts (cross-fitting)."""
     targets, log_share, expected = eval_set.targets, shares.log_share, shares.expected_shift
-    parts = eval_set.folds  # each is calibrated by the images of the others
+    parts = eval_set.folds  # each fold is calibrated by the images of the others
     if len(parts.unique()) < 2:
         parts = cut_parts(targets, eval_set.families)
     calibrated = torch.empty(logits.shape)
@@ -994,7 +994,7 @@ def cut_parts(targets: Tensor, families: Tensor) -> Tensor:
 
 
 def class_weights(targets: Tensor) -> Tensor:
-    """Return weights of M images with which each class counts the same: (M,) float64, sum 1."""
+    """Return weights of M images by which each class counts the same: (M,) float64, sum 1."""
     weights = 1 / torch.bincount(targets)[targets].double()
     return weights / weights.sum()
 
@@ -1010,7 +1010,7 @@ def fit_calibration(
         return Calibration(1.0, expected_shift)
     logits = logits.double()
     weights = class_weights(targets)
-    # Of a class without images it would be best never to predict it: it counts as half an image.
+    # A class without images would best never be predicted: it counts as if it had half an image.
     counts = torch.bincount(targets, minlength=logits.shape[1]).clamp(min=0.5)
     prior = PRIOR * (1 / counts).mean() / len(counts)  # by the effective sample size (Kish 1965)
     share_std = max(log_share.double().std(correction=0).item(), 0.05)  # smaller ones shift little
@@ -1032,7 +1032,7 @@ def fit_calibration(
     with torch.enable_grad():
         optimizer.step(loss)
     scale, shift = parameters.tolist()
-    if scale < LEAST_SCALE:  # worse than chance: it is not turned round, but knows nothing
+    if scale < LEAST_SCALE:  # a network worse than chance is not inverted: it knows nothing
         return Calibration(LEAST_SCALE, expected_shift * LEAST_SCALE)
     return Calibration(scale, shift / share_std)
 
@@ -1041,7 +1041,7 @@ def fit_calibration(
 
 
 def describe_run(settings: Settings, data: Data, compute: Compute) -> dict[str, str]:
-    """Return what a run is made of; config.json and the page hold it."""
+    """Return a description of a run, for config.json and the page."""
     counts = data.counts(data.train_indices(0))
     versions = [f"{each.__name__} {each.__version__}" for each in (torch, torchvision, np, PIL)]
     evaluated, tested = data.eval_mask[:-1].sum(), data.eval_mask[-1].sum()
@@ -1063,7 +1063,7 @@ def describe_run(settings: Settings, data: Data, compute: Compute) -> dict[str, 
 
 
 def list_remarks(data: Data, finished: int, kept: Kept, classes: Table) -> list[str]:
-    """Return sentences that must be read with the result: what is kept, and what is missing."""
+    """Return sentences that must be read with the result: which point is kept, what is missing."""
     folds = len(data.train_mask)
     remarks = []
     if data.seen:
@@ -1090,7 +1090,7 @@ def list_remarks(data: Data, finished: int, kept: Kept, classes: Table) -> list[
 
 
 def make_tables(outcome: Outcome) -> dict[str, bytes]:
-    """Return, by their files' names, config.json and the tables of a run."""
+    """Return config.json and the tables of a run, by the names of their files."""
     data, kept = outcome.data, outcome.kept
     config: dict[str, Any] = {"settings": vars(outcome.settings), "classes": data.classes}
     config |= {"kept_point": kept.point, "facts": outcome.facts}
@@ -1117,7 +1117,7 @@ def make_tables(outcome: Outcome) -> dict[str, bytes]:
 
 
 def list_predictions(data: Data, evaluation: Evaluation) -> Table:
-    """Return a row for each image, the least probable first: their labels may be wrong."""
+    """Return a row for each image, those first whose labels may be wrong: the least probable."""
     columns = {
         "path": [data.files[index].name for index in evaluation.eval_set.indices.tolist()],
         "class": [data.classes[label] for label in evaluation.eval_set.targets.tolist()],
@@ -1141,7 +1141,7 @@ def add_classes(columns: Mapping[str, Any], classes: list[str], values: Tensor) 
 
 
 def list_classes(names: list[str], draws: Any, evaluation: Evaluation) -> Table:
-    """Return a row for each class; NaN where nothing is known."""
+    """Return a row for each class, with NaN for what is not known."""
     eval_set, confusion = evaluation.eval_set, evaluation.confusion
     train_counts = evaluation.shares.train_counts
     effective, families = effective_counts(eval_set, len(names))
@@ -1172,7 +1172,7 @@ HEADER = (
 
 
 def print_start(settings: Settings, facts: dict[str, str], history: Table) -> None:
-    """Print what a run is made of, and the epochs that are done."""
+    """Print the description of a run, and the epochs that are done."""
     print(printable(f"{facts['network']}; {facts['device']}; {facts['training images']}"))
     names = ("validation images", "test images", "left out")
     print(printable("; ".join(f"{name}: {facts[name]}" for name in names)))
@@ -1185,7 +1185,7 @@ def format_epoch(row: dict[str, Any], settings: Settings) -> str:
     cells = {key: "-" if math.isnan(x) else f"{x:.1%}" for key, x in numbers.items()}
     epochs = settings.epochs * (settings.folds - row["fold"] + 1) - row["epoch"]
     hours, minutes = divmod(round(row["seconds"] * epochs / 60), 60)
-    left = f"{hours}h{minutes:02}" if row["epoch"] else "-"  # the linear probe takes less
+    left = f"{hours}h{minutes:02}" if row["epoch"] else "-"  # the linear probe is no measure of it
     return (
         f"{row['fold']:2}/{settings.folds:<2} {row['epoch']:3}/{settings.epochs:<3} "
         f"{row['step']:12}  {row['train_loss']:10.3f}  {row['val_loss']:8.3f}  "
@@ -1202,7 +1202,7 @@ def format_recall(row: dict[str, Any]) -> str:
 
 
 def print_end(outcome: Outcome) -> None:
-    """Print, in one screen, the result, what is recognised least, and where the rest is."""
+    """Print the result, the classes of lowest recall, and where everything else is."""
     summary = outcome.kept.evaluation.summary
     lines = ["", "point  val loss  balanced [95 %]   from linear probe (0) to fine-tuning (1)"]
     for row in outcome.kept.line:
@@ -1234,7 +1234,7 @@ def format_change(row: dict[str, Any], baseline: Path | None) -> str:
 
 # -------------------------------------------------------------------------------------------- page
 
-MISTAKES = 24  # how many are shown
+MISTAKES = 24  # images that are shown, at most
 THUMBNAIL = 160  # pixels a side
 TERMS = {
     "balanced accuracy": "The mean recall of the classes.",
@@ -1312,7 +1312,7 @@ def show_result(outcome: Outcome) -> str:
 
 
 def show(value: Any) -> str:
-    """Return a fraction in per cent, NaN as a dash, all else as text that HTML does not obey."""
+    """Return a fraction in per cent, NaN as a dash, and all else as escaped text."""
     if isinstance(value, float):
         return "–" if math.isnan(value) else f"{100 * value:.1f}\u00a0%"
     return html.escape(printable(str(value)))
@@ -1414,7 +1414,7 @@ def show_mistakes(data: Data, evaluation: Evaluation) -> str:
 def show_image(data: Data, index: int, relation: str, label: int) -> str:
     """Return the image at an index of `data`, its relation to a class, and the class."""
     picture = ""
-    with contextlib.suppress(DataError):  # a picture that is gone does not cost the page
+    with contextlib.suppress(DataError):  # the page is made without a picture that is gone
         image = read_image(data.files[index].path, data.white, THUMBNAIL)
         pixels = whole_image(image, THUMBNAIL)
         content = io.BytesIO()
@@ -1426,9 +1426,9 @@ def show_image(data: Data, index: int, relation: str, label: int) -> str:
 
 # -------------------------------------------------------------------------------------- run folder
 
-START = "start.pt"  # the network before its first step
-IN_STATE = ("draws", "history", "head", "trainer")  # what of `Progress` is stored there
-PATHS = ("data", "val", "source", "output", "baseline")  # settings that are paths
+START = "start.pt"  # the network that all folds begin with
+IN_STATE = ("draws", "history", "head", "trainer")  # fields of `Progress` in the file `STATE`
+PATHS = ("data", "val", "source", "output", "baseline")  # fields of `Settings` that are paths
 
 
 def open_run(settings: Settings, options: Options, compute: Compute) -> Opened:
@@ -1463,7 +1463,7 @@ def reopen_run(folder: Path, precision: str | None) -> Opened:
     """Return the same of a stopped run, which goes on in another `precision` if one is named."""
     if (folder / STATE).exists():
         lock_folder(folder, "--resume")
-    if not (folder / STATE).exists():  # any more
+    if not (folder / STATE).exists():  # or no more: another process has finished the run
         raise DataError(
             f"--resume {folder}: there is no stopped run in it, or the run is complete; name the "
             "folder of a run that was stopped"
@@ -1522,8 +1522,8 @@ def load_progress(opened: Opened, data: Data) -> Progress:
     if not state:
         start = load_model(settings, data.classes, opened.weights).state_dict()
         lock_folder(output, "--output")
-        check_output(output)  # another run may have been there meanwhile
-        shutil.rmtree(output / COPIES, ignore_errors=True)  # of other images, from a killed run
+        check_output(output)  # again, since another run may have begun there meanwhile
+        shutil.rmtree(output / COPIES, ignore_errors=True)  # a killed run may have left others
         write_file(output / "split.csv", format_table(list_split(data)))
         save_tensors(output / START, start)
         return Progress(start, draws=torch.zeros(len(data.classes), dtype=torch.int64))
@@ -1545,7 +1545,7 @@ def load_progress(opened: Opened, data: Data) -> Progress:
 
 
 def state_of(settings: Settings, progress: Progress) -> dict[str, Any]:
-    """Return what is stored to go on with a run; `START` and the files of folds hold the rest."""
+    """Return the content of `STATE`; `START` and the files of folds hold the rest of a run."""
     stored: dict[str, Any] = {name: getattr(progress, name) for name in IN_STATE}
     chosen = vars(settings).items()
     stored["settings"] = {k: str(v) if isinstance(v, Path) else v for k, v in chosen}
@@ -1553,10 +1553,10 @@ def state_of(settings: Settings, progress: Progress) -> dict[str, Any]:
 
 
 def remove_state(output: Path) -> None:
-    """Remove from the folder of a run that is complete what only one that goes on needs."""
+    """Remove from the folder of a finished run what it took to go on."""
     for name in (STATE, START, LOCK, "fold-*.pt"):
         for file in output.glob(name):
-            with contextlib.suppress(PermissionError):  # Windows keeps what is open
+            with contextlib.suppress(PermissionError):  # Windows does not remove open files
                 file.unlink()
     shutil.rmtree(output / COPIES, ignore_errors=True)
 
@@ -1577,7 +1577,7 @@ def describe_networks(settings: Settings, data: Data, kept: Kept) -> dict[str, A
         "arch": settings.arch,
         "classes": data.classes,
         "train_images": counts.mean(0).round().long().tolist(),
-        "natural": centred_log(counts).mean(0),  # added to logits: for classes as in training
+        "natural": centred_log(counts).mean(0),  # log shares, which `--natural` adds to logits
         "image_size": settings.image_size,
         "white": data.white,
         "group": settings.group,
@@ -1644,7 +1644,7 @@ VAL_FRACTION = 0.2  # part of each class that is kept for validation
 
 
 def load_data(settings: Settings, listing: Listing, weights: Stored) -> Data:
-    """Read the listed images and decide who learns and who is evaluated; leaks are left out."""
+    """Read the listed images, split them into training and validation, and leave out leaks."""
     classes, files = listing
     checked, brightest = check_images([file.path for file in files])
     unreadable = [file.path for file in files if file.path not in checked]
@@ -1715,7 +1715,7 @@ def check_parts(settings: Settings, data: Data) -> None:
 
 
 def list_contradictions(data: Data) -> list[tuple[str, str]]:
-    """Return the names of images that are, byte by byte, in another class as well, in pairs."""
+    """Return pairs of names of images that are the same, byte by byte, but in different classes."""
     first: dict[int, ImageFile] = {}
     pairs = []
     for file, digest in zip(data.files, data.digests.tolist(), strict=True):
@@ -1798,7 +1798,7 @@ def list_images(root: Path, classes: list[str], part: str) -> tuple[list[ImageFi
 
 
 def group_name(name: str, pattern: str | None) -> str:
-    """Return what a pattern matches in the path of an image below its class; "" for nothing."""
+    """Return what a pattern matches in the path of an image below its class, or ""."""
     match = re.search(pattern, name.partition("/")[2]) if pattern else None
     return (match[min(1, match.re.groups)] or "") if match else ""
 
@@ -1812,8 +1812,8 @@ def find_trained(files: list[ImageFile], digests: Tensor, weights: Stored) -> Te
 
 
 def find_families(files: list[ImageFile], digests: Sequence[int], pattern: str | None) -> Tensor:
-    """Return a number for each image, the same in a family: copies, and what a pattern matches."""
-    parent: dict[Any, Any] = {}  # a forest (union-find), in which each tree is a family
+    """Return the number of each image's family: copies, and images of the same group."""
+    parent: dict[Any, Any] = {}  # union-find: a forest in which each tree is a family
 
     def root(key: Any) -> Any:
         while parent.setdefault(key, key) != key:
@@ -1840,10 +1840,10 @@ def check_group(pattern: str, files: list[ImageFile], families: Tensor) -> None:
 def assign_images(
     settings: Settings, files: list[ImageFile], families: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return who learns, (K, N) bool, and who is evaluated, (K + 1, N); families stay together.
+    """Return the images to train on, (K, N) bool, and to evaluate on, (K + 1, N).
 
-    Images of `--val` and SRC are evaluated, with folds by the ensemble alone. Of DATA each fold has
-    its share, or the only one a fifth.
+    Images of `--val` and SRC are evaluated, with folds by the ensemble alone. Each fold evaluates
+    its share of DATA; without folds that is a fifth. Families stay together.
     """
     folds = settings.folds
     is_own = torch.tensor([file.part == "train" for file in files])
@@ -1860,7 +1860,7 @@ def assign_images(
     if folds == 1:  # whole numbers: one image at least to validate, and to train on
         fifth = np.minimum((VAL_FRACTION * counts).round().clip(1), counts - 1)
         wanted = np.stack([counts - fifth, fifth])
-    # Their order depends on their names and the seed alone, whatever else is there.
+    # The order of images depends on their names and the seed alone, not on other images.
     names = [f"{settings.seed}/{file.name}".encode(errors="surrogateescape") for file in candidates]
     order = [hashlib.sha256(name).digest() for name in names]
     parts = assign_parts(labels, families[own].tolist(), order, wanted)
@@ -1912,11 +1912,16 @@ def assign_parts(
 
 # ------------------------------------------------------------------------------------------- model
 
-SUPPORTED = ("resnet", "resnext", "wide_resnet")  # how names of networks begin; others: unmeasured
-# How the names of a ResNet's layers begin, in four groups, from below; "fc" is the last layer.
+SUPPORTED = (
+    "resnet",
+    "resnext",
+    "wide_resnet",
+)  # names of networks begin so; others are unmeasured
+# Beginnings of the names of a ResNet's layers, in four groups, the first layers first.
 LAYERS = (("conv1.", "bn1.", "layer1."), ("layer2.",), ("layer3.",), ("layer4.", "fc."))
-# AdamW changes a weight by about the rate, whatever its size, and files differ a hundredfold.
-CONV_SCALE = 0.5  # root mean square of weights, times sqrt(fan-in), that the rates are for
+# AdamW changes a weight by about the learning rate, whatever its size, and the weights of different
+# files differ a hundredfold. The learning rates are meant for these sizes:
+CONV_SCALE = 0.5  # root mean square of the weights of a convolution, times sqrt(fan-in)
 FEATURE_SCALE = 2.0  # and of the BatchNorms that add up to the features
 
 
@@ -1930,10 +1935,10 @@ class Head(nn.Linear):
 
 
 class Ensemble(nn.Module):
-    """The networks of a run: they answer by the mean of their logits, calibrated."""
+    """The networks of a run as one: its logits are the mean of theirs, calibrated."""
 
     def __init__(self, networks: list[Any], calibration: Calibration, log_share: Tensor):
-        """Put networks of the same classes together."""
+        """Combine networks of the same classes."""
         super().__init__()
         self.networks = nn.ModuleList(networks)
         self.calibration = calibration
@@ -2058,12 +2063,12 @@ def check_weights(path: str, content: Stored, arch: str) -> str:
         raise DataError(
             f"--weights {path}: this file does not exist; name one, or {', '.join(names)}, or none"
         )
-    return "none" if path == "none" else names[path].name  # what DEFAULT means may change
+    return "none" if path == "none" else names[path].name  # the meaning of DEFAULT may change
 
 
 @torch.no_grad()
 def rescale(model: Any) -> None:
-    """Bring weights to the scale that the learning rates are for; the outputs do not change."""
+    """Bring weights to the sizes that the learning rates are meant for; the outputs stay."""
     blocks = list(model.layer4)
     added = [getattr(block, "bn3", block.bn2) for block in blocks] + [blocks[0].downsample[1]]
     size = sum((norm.weight**2 + norm.bias**2).mean() for norm in added).sqrt()
@@ -2082,15 +2087,15 @@ def rescale(model: Any) -> None:
 
 # ----------------------------------------------------------------------------------------- reading
 
-CROP_SCALE = 0.5  # smallest part of an image that a training crop shows
-EVAL_SCALE = 8 / 7  # of larger images, as crops enlarge (Touvron et al. 2019, arXiv:1906.06423)
-LONGEST = 3  # times the shorter side: what is longer is cut off
-WHITE_LEVELS = (255, 1023, 4095, 16383, 65535)  # in grey images: the first that no value exceeds
-STRIDE = 32  # pixels of a cell of the last feature map, in all networks of torchvision
+CROP_SCALE = 0.5  # a training crop shows at least this part of an image
+EVAL_SCALE = 8 / 7  # evaluation enlarges images, as crops do (arXiv:1906.06423, Touvron 2019)
+LONGEST = 3  # times the shorter side: longer images are cut
+WHITE_LEVELS = (255, 1023, 4095, 16383, 65535)  # 8 to 16 bits; see `find_white`
+STRIDE = 32  # pixels that a cell of the last feature map stands for, in all these networks
 
 
 def check_images(paths: list[str]) -> tuple[dict[str, int], int]:
-    """Decode every file: the digests of those that can be, by path, and the largest grey value."""
+    """Return the digests of all files that can be decoded, by path, and the largest grey value."""
     digests: dict[str, int] = {}
     brightest = [0]
     several = []
@@ -2113,7 +2118,7 @@ def check_images(paths: list[str]) -> tuple[dict[str, int], int]:
 
 
 def check_image(path: str) -> tuple[int, int, int] | str:
-    """Return a file's digest, largest grey value and pages; or what is wrong with it."""
+    """Return a file's digest, largest grey value and number of pages, or what is wrong with it."""
     try:
         content = read_bytes(path)
         with Image.open(io.BytesIO(content)) as image:
@@ -2139,12 +2144,12 @@ def digest_of(content: bytes) -> int:
 
 
 def find_white(brightest: int) -> int:
-    """Return what is white in grey images of over 8 bits with this largest value; 0 for none."""
+    """Return the value of white in grey images of over 8 bits: the first level not exceeded."""
     return next((white for white in WHITE_LEVELS if 0 < brightest <= white), brightest)
 
 
 def read_bytes(path: str) -> bytes:
-    """Return the content of a regular file; to open a pipe would wait for ever."""
+    """Return the content of a regular file. Opening a pipe would wait forever."""
     if not os.path.isfile(path):
         raise OSError("gone, or no regular file")
     return Path(path).read_bytes()
@@ -2158,7 +2163,7 @@ def read_image(path: str, white: int, least: int) -> Tensor:
         if is_large:  # a JPEG is decoded to a half, quarter or eighth, no side shorter than `least`
             picture.draft(None, (least, least))
         picture.load()
-        with contextlib.suppress(Exception):  # of tags that are broken
+        with contextlib.suppress(Exception):  # its tags may be broken
             ImageOps.exif_transpose(picture, in_place=True)
         image = to_pixels(picture, white)
         if is_large:  # each pixel is the mean of what it covers; a grey channel is shrunk once
@@ -2187,10 +2192,10 @@ def to_pixels(picture: Image.Image, white: int) -> Tensor:
 
 
 class Preparation(NamedTuple):
-    """What makes the input of a network of an image file: `prepare(path)`, (3, H, W) float32."""
+    """A function from an image file to the input of a network: `prepare(path)`, (3, H, W)."""
 
     image_size: int  # pixels a side of a training crop
-    white: int  # of grey images of over 8 bits; 0: the brightest pixel of each decides
+    white: int  # see `Data`; with 0 the brightest pixel of each image decides
 
     def __call__(self, path: str | Path) -> Tensor:
         """Return the whole image, upright and normalised; raises `DataError` if it is broken."""
@@ -2203,7 +2208,7 @@ class Preparation(NamedTuple):
 
 
 class Images(Dataset[tuple[Tensor, int, int]]):
-    """Images by (index, seed): the same pair gives the same pixels in any process."""
+    """The images of a run by (index, seed): the same pair gives the same pixels in any process."""
 
     def __init__(self, paths: list[str], labels: Tensor, prepare: Preparation, flip: str = "none"):
         """Read images, and for training cut and flip them, as `--flip` says."""
@@ -2253,7 +2258,7 @@ class Images(Dataset[tuple[Tensor, int, int]]):
 
 
 class Group(NamedTuple):
-    """Images of a batch that have the same shape, for a network to take at once."""
+    """The images of a batch that have the same shape, which a network can take at once."""
 
     images: Tensor  # (G, H, W, 3) uint8
     labels: Tensor  # (G,) int64
@@ -2273,7 +2278,7 @@ def group_by_shape(samples: list[tuple[Tensor, int, int]]) -> list[Group]:
 
 
 class Reader:
-    """Reads images by workers that live as long as it does: to start one takes seconds."""
+    """A reader of images. Its worker processes live as long as it does, since they start slowly."""
 
     def __init__(self, images: Images, compute: Compute, workers: int, batch_size: int):
         """Read the images in batches of so many, over all processes."""
@@ -2282,11 +2287,11 @@ class Reader:
         self.per_process = math.ceil(batch_size / compute.world_size)
         if workers:
             try:
-                get_temp_dir()  # in which workers make their sockets: here once, not in each
+                get_temp_dir()  # workers make their sockets there; without it they would all fail
             except OSError as error:
                 print_warning(f"images are read without worker processes: {error}")
                 workers = 0
-        self.batches: list[Any] = []  # of a pass; the loader walks through them anew in each
+        self.batches: list[Any] = []  # `read` fills it for each pass of the loader
         self.loader = DataLoader(
             images,
             batch_sampler=self.batches,
@@ -2302,7 +2307,7 @@ class Reader:
     def read(self, batches: Sequence[Tensor], title: str) -> Any:
         """Return the images of each batch: an iterable of lists of `Group`."""
         self.batches[:] = [batch.numpy() for batch in batches]
-        hidden = self.compute.rank > 0 or None  # None: unless it is a terminal
+        hidden = self.compute.rank > 0 or None  # with None tqdm shows a bar in a terminal alone
         return tqdm(self.loader, title, len(batches), unit=" batches", leave=False, disable=hidden)
 
 
@@ -2312,7 +2317,7 @@ def cut_batches(indices: Tensor, batch_size: int, seeds: Generator | None = None
     if seeds:
         drawn = torch.randint(2**62, (len(indices),), generator=seeds)
     pairs = torch.stack([indices, drawn], 1)
-    # Of sizes that differ by one at most: a last batch of a single image would break BatchNorm.
+    # Their sizes differ by one at most: a last batch of a single image would break BatchNorm.
     return list(pairs.tensor_split(max(1, math.ceil(len(indices) / batch_size))))
 
 
@@ -2429,7 +2434,7 @@ def spanning_factor(values: Tensor, eval_set: EvalSet, weights: Tensor) -> float
     means = torch.bincount(eval_set.targets, values, classes) / counts
     errors = values - means[eval_set.targets]
     if not errors[weights[eval_set.targets] > 0].any():
-        errors = torch.ones_like(errors)  # a family's images are taken to be as alike as can be
+        errors = torch.ones_like(errors)  # without errors a family counts as a single image
     errors = errors * (weights / counts)[eval_set.targets]
     together = torch.bincount(eval_set.families, errors).square().sum()
     _, pairs = (eval_set.families * classes + eval_set.targets).unique(return_inverse=True)
@@ -2440,8 +2445,8 @@ def spanning_factor(values: Tensor, eval_set: EvalSet, weights: Tensor) -> float
 def mean_interval(recall: Tensor, counts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return means of C recalls by `weights` (K, C), and their 95 % score intervals: (K,) each."""
     recall = recall.nan_to_num()
-    n = (counts - 1).clamp(min=0.3)  # as the variance of a sample has it; or of one image
-    # Martin Andres et al. 2011, Statistical Methods in Medical Research 20.
+    n = (counts - 1).clamp(min=0.3)  # n - 1 as in a sample's variance; 0.3 for a single image
+    # Martin Andres et al. 2011, Statistical Methods in Medical Research 20
     below, above = (lowest_mean(part, n, weights) for part in (recall, 1 - recall))
     mean = (weights * recall).sum(1)
     return mean, mean - below, mean + above
@@ -2494,7 +2499,7 @@ def compare(before: Tensor, evaluation: Evaluation) -> Table:
     """
     eval_set = evaluation.eval_set
     targets = eval_set.targets
-    if len(before) != len(targets):  # no other run, or this one is unfinished
+    if len(before) != len(targets):  # there is no other run, or this one is unfinished
         return []
     new = evaluation.confusion
     classes = len(new)
@@ -2512,7 +2517,7 @@ def compare(before: Tensor, evaluation: Evaluation) -> Table:
     means = [(weights @ recall_by_class(each).nan_to_num()).tolist() for each in (old, new)]
     rows = []
     for name, one, two, margin in zip(MEASURES, *means, half.tolist(), strict=True):
-        if math.isnan(one):  # an empty group
+        if math.isnan(one):  # no class is in this group
             continue
         low = max(two - one - margin, -1.0)
         high = min(two - one + margin, 1.0)
@@ -2536,9 +2541,9 @@ def format_range(summary: Mapping[str, float]) -> str:
 
 # ----------------------------------------------------------------------------------------- devices
 
-PINNED = "cuda"  # the device to which pinned memory is copied while the host goes on
+PINNED = "cuda"  # pinned memory is copied to this device without waiting
 
-# What torch says where there is no memory on a CPU, or where the system killed a process for it.
+# Parts of what torch says if memory runs out, or if the system has killed a process for that.
 NO_MEMORY = r"(?i)can't allocate memory|not enough memory|out of memory|killed by signal"
 
 
@@ -2568,15 +2573,15 @@ def pick_compute(options: Options) -> Compute:
             index = int(os.environ["LOCAL_RANK"]) % max(1, torch.accelerator.device_count())
             device = torch.device(device.type, index)
         probe = torch.ones(1, device=device)
-        probe.item()  # waits for a kernel: torch may have none for an old GPU
-    except (RuntimeError, AssertionError, ImportError) as error:  # from builds without that device
+        probe.item()  # waits for a kernel, which torch may not have for an old GPU
+    except (RuntimeError, AssertionError, ImportError) as error:  # a build lacks that device
         if re.search(NO_MEMORY, str(error)):
             raise
         raise DataError(
             f"--device {name}: this machine has none, or one that is too old; try --device cpu"
         ) from None
     if device.type == "cuda":
-        torch.cuda.set_device(probe.device)  # later questions are about the current device
+        torch.cuda.set_device(probe.device)  # what is asked of CUDA below is of this device
     return Compute(probe.device, pick_precision(probe.device, options.amp))
 
 
@@ -2602,7 +2607,7 @@ def count_workers(asked: int | None, device: str) -> int:
     return best if asked is None else asked
 
 
-@cache  # made once, since that waits for all the work of the device
+@cache  # made once, since copying it waits for all the work of the device
 def normalisation(device: torch.device) -> Tensor:
     """Return mean and deviation of ImageNet's pixels, 0 to 255, on `device`: (2, 3, 1, 1)."""
     parts = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -2627,7 +2632,7 @@ def on_first_process(compute: Compute, make: Callable[..., Any], *arguments: Any
     try:
         if compute.rank == 0:
             made = [True, make(*arguments)]
-    finally:  # else the others would say that they have lost process 0
+    finally:  # also if it fails: the others wait for this
         if compute.world_size > 1:
             dist.broadcast_object_list(made, 0)
     is_made, result = made
@@ -2655,7 +2660,7 @@ def lock_folder(folder: Path, name: str) -> None:
     try:
         if sys.platform == "win32":
             msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
-        else:  # not `flock`: forked workers would hold that until they notice that we are gone
+        else:  # not `flock`, which forked workers would hold after the end of this process
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(lock)
@@ -2670,7 +2675,7 @@ def list_folders(root: Path) -> list[str]:
 
 
 def save_tensors(path: Path, value: Any) -> None:
-    """Write a value for `torch.load`; `torch.save` itself would not say that a disk is full."""
+    """Write a value for `torch.load`. (`torch.save` alone does not report a full disk clearly.)"""
     content = io.BytesIO()
     torch.save(value, content)
     write_file(path, content.getbuffer())
@@ -2695,14 +2700,14 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 
 def to_rows(columns: Mapping[str, Sequence[Any] | Tensor]) -> Table:
-    """Return a row for each place of the columns."""
+    """Turn columns into rows."""
     lists = [x.tolist() if isinstance(x, Tensor) else x for x in columns.values()]
     return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
 
 
 # ------------------------------------------------------------------------------------ command line
 
-WITH_RESUME = {"resume", "device", "workers", "amp"}  # where a run goes on, not what comes out
+WITH_RESUME = {"resume", "device", "workers", "amp"}  # flags that can be used with --resume
 WITH_PREDICT = {"predict", "data", "output", "natural", "batch_size", "device", "workers", "amp"}
 
 
@@ -2802,7 +2807,7 @@ def parse_args(argv: list[str] | None) -> tuple[Settings, Options]:
     chosen = parser.parse_args(argv)
     typed = {name for name, value in vars(chosen).items() if value != parser.get_default(name)}
     clashes = {"resume": typed - WITH_RESUME, "predict": typed - WITH_PREDICT}
-    clashes["val"] = typed & {"source"}  # whose names may be those of other images
+    clashes["val"] = typed & {"source"}  # their images may have the same names
     for name, others in clashes.items():
         if name in typed and others:
             other = min(others)
