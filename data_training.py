@@ -207,7 +207,6 @@ class Data(NamedTuple):
     digests: Tensor  # (N,) int64, see `digest_of`
     white: int  # the value of white in grey images of over 8 bits; 0 if there are none
     leaks: int  # number of validation images left out, since they are also training images
-    seen: int  # number of validation images that the network of `--weights` was trained on
     unreadable: list[str]  # paths of files left out, since they cannot be read
 
     def train_indices(self, fold: int) -> Tensor:
@@ -296,6 +295,7 @@ class Progress:
     """How far a run has come: all that it needs to go on from there."""
 
     start: State  # the network of each fold before the linear probe
+    seen: int  # number of validation images that the network of `--weights` was trained on
     draws: Tensor  # how often fine-tuning has drawn images of each class so far: (C,) int64
     history: Table = field(default_factory=list)  # a row for each epoch, 0 is the linear probe
     head: State = field(default_factory=dict)  # the last layer of the fold's linear probe
@@ -366,7 +366,7 @@ def prepare_run(
     """Read and check all that a run needs before its first epoch."""
     opened = open_run(settings, options, compute)
     settings = opened.settings
-    data = load_data(settings, opened.listing, opened.weights)
+    data = load_data(settings, opened.listing)
     check_batches(settings, data, compute.world_size)
     baseline = load_baseline(settings.baseline, data)
     return settings, data, baseline, load_progress(opened, data)
@@ -538,7 +538,7 @@ def write_results(
         settings=settings,
         data=data,
         facts=describe_run(settings, data, setup.compute),
-        remarks=list_remarks(data, len(progress.finished), kept, classes),
+        remarks=list_remarks(settings.folds, progress, kept, classes),
         history=progress.history,
         kept=kept,
         baseline=setup.baseline,
@@ -1062,14 +1062,14 @@ def describe_run(settings: Settings, data: Data, compute: Compute) -> dict[str, 
     }
 
 
-def list_remarks(data: Data, finished: int, kept: Kept, classes: Table) -> list[str]:
+def list_remarks(folds: int, progress: Progress, kept: Kept, classes: Table) -> list[str]:
     """Return sentences that must be read with the result: which point is kept, what is missing."""
-    folds = len(data.train_mask)
+    finished = len(progress.finished)
     remarks = []
-    if data.seen:
+    if progress.seen:
         remarks.append(
-            f"The result is too good: the network of --weights was trained on {data.seen} of the "
-            "validation images"
+            f"The result is too good: the network of --weights was trained on {progress.seen} of "
+            "the validation images"
         )
     if finished < folds:
         remarks.append(f"Unfinished: {finished} of {folds} networks are trained to the end")
@@ -1427,7 +1427,13 @@ def show_image(data: Data, index: int, relation: str, label: int) -> str:
 # -------------------------------------------------------------------------------------- run folder
 
 START = "start.pt"  # the network that all folds begin with
-IN_STATE = ("draws", "history", "head", "trainer")  # fields of `Progress` in the file `STATE`
+IN_STATE = (
+    "seen",
+    "draws",
+    "history",
+    "head",
+    "trainer",
+)  # fields of `Progress` in the file `STATE`
 PATHS = ("data", "val", "source", "output", "baseline")  # fields of `Settings` that are paths
 
 
@@ -1476,7 +1482,7 @@ def reopen_run(folder: Path, precision: str | None) -> Opened:
     chosen |= {name: Path(path).resolve() for name in PATHS if (path := chosen[name])}
     settings = Settings(**chosen)
     listing = list_data(settings.data, settings.val, settings.source)
-    return Opened(settings, listing, weights=read_weights(settings.weights), state=state)
+    return Opened(settings, listing, weights={}, state=state)
 
 
 def check_paths(settings: Settings) -> None:
@@ -1526,7 +1532,8 @@ def load_progress(opened: Opened, data: Data) -> Progress:
         shutil.rmtree(output / COPIES, ignore_errors=True)  # a killed run may have left others
         write_file(output / "split.csv", format_table(list_split(data)))
         save_tensors(output / START, start)
-        return Progress(start, draws=torch.zeros(len(data.classes), dtype=torch.int64))
+        draws = torch.zeros(len(data.classes), dtype=torch.int64)
+        return Progress(start, count_seen(settings, data, opened.weights), draws)
     # An image that went from one folder to another has its old name and digest.
     if changed := find_difference(list_split(data), read_table(output / "split.csv"), "part"):
         raise DataError(
@@ -1542,6 +1549,18 @@ def load_progress(opened: Opened, data: Data) -> Progress:
         if progress.has_done(fold, settings.epochs) and file.exists():
             progress.finished.append(FoldResult(**load_tensors(file, "--resume")))
     return progress
+
+
+def count_seen(settings: Settings, data: Data, weights: Stored) -> int:
+    """Count the validation images that the network of `--weights` was trained on, and warn."""
+    evaluated = data.eval_mask.any(0)
+    seen = evaluated & find_trained(data.files, data.digests, weights)
+    if seen.any():
+        print_warning(
+            f"--weights {settings.weights}: this network was trained on {seen.sum()} of the "
+            f"{evaluated.sum()} validation images, so that results are too good"
+        )
+    return int(seen.sum())
 
 
 def state_of(settings: Settings, progress: Progress) -> dict[str, Any]:
@@ -1643,7 +1662,7 @@ def find_difference(one: Table, other: Table, *columns: str) -> str:
 VAL_FRACTION = 0.2  # part of each class that is kept for validation
 
 
-def load_data(settings: Settings, listing: Listing, weights: Stored) -> Data:
+def load_data(settings: Settings, listing: Listing) -> Data:
     """Read the listed images, split them into training and validation, and leave out leaks."""
     classes, files = listing
     checked, brightest = check_images([file.path for file in files])
@@ -1664,13 +1683,6 @@ def load_data(settings: Settings, listing: Listing, weights: Stored) -> Data:
             f"{leaks.sum()} validation images are copies of training images, or of their group, "
             f"and are left out; the first is {first}"
         )
-    evaluated = eval_mask.any(0) & ~leaks
-    seen = evaluated & find_trained(files, digests, weights)
-    if seen.any():
-        print_warning(
-            f"--weights {settings.weights}: this network was trained on {seen.sum()} of the "
-            f"{evaluated.sum()} validation images, so that results are too good"
-        )
     remaining = (~leaks).nonzero().flatten()
     data = Data(
         classes=classes,
@@ -1682,7 +1694,6 @@ def load_data(settings: Settings, listing: Listing, weights: Stored) -> Data:
         digests=digests[remaining],
         white=find_white(brightest),
         leaks=int(leaks.sum()),
-        seen=int(seen.sum()),
         unreadable=unreadable,
     )
     if pairs := list_contradictions(data):

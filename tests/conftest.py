@@ -94,7 +94,7 @@ def open_run(*command: object) -> training.Opened:
 def load(*command: object) -> training.Data:
     """The images of a run with this command; its network knows none of them."""
     opened = open_run(*command)
-    return training.load_data(opened.settings, opened.listing, {})
+    return training.load_data(opened.settings, opened.listing)
 
 
 def images(labels: list[int], held: list[Any], folds: int = 1, **others: Any) -> training.Data:
@@ -108,7 +108,6 @@ def images(labels: list[int], held: list[Any], folds: int = 1, **others: Any) ->
         "files": files,
         "white": 255,
         "leaks": 0,
-        "seen": 0,
         "unreadable": [],
     }
     fields |= {"labels": torch.tensor(labels), "families": numbers, "digests": numbers}
@@ -137,7 +136,7 @@ def shares_of(train_counts: list[int], images: int) -> training.ClassShares:
 def prepare(*command: object) -> tuple[training.Setup, training.Progress, Any]:
     """A run with this command, as it is before its first epoch, and its model."""
     opened = open_run(*command)
-    data = training.load_data(opened.settings, opened.listing, opened.weights)
+    data = training.load_data(opened.settings, opened.listing)
     progress = training.load_progress(opened, data)
     options = training.parse_args([*map(str, command), "--workers", "0"])[1]
     setup = training.Setup(

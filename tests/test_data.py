@@ -267,7 +267,8 @@ def warnings_of_weights(capsys: pytest.CaptureFixture[str], *command: object) ->
     """What is said of `--weights` when the images of a run are read."""
     opened = open_run(*command)
     capsys.readouterr()
-    training.load_data(opened.settings, opened.listing, opened.weights)
+    data = training.load_data(opened.settings, opened.listing)
+    training.count_seen(opened.settings, data, opened.weights)
     return [line for line in capsys.readouterr().err.splitlines() if "--weights" in line]
 
 

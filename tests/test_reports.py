@@ -209,11 +209,12 @@ def invented(animals: Path, tmp_path_factory: pytest.TempPathFactory) -> trainin
     line = [{"point": x, **evaluation.summary, "kept": int(x == 0.35)} for x in training.POINTS]
     kept = training.Kept([], evaluation, 0.35, line)
     listed = training.list_classes(NAMES, torch.full((classes,), 100), evaluation)
+    progress = training.Progress({}, seen=0, draws=labels, finished=[None] * 4)
     return training.Outcome(
         settings=settings,
         data=data,
         facts=training.describe_run(settings, data, CPU),
-        remarks=training.list_remarks(data, 4, kept, listed),
+        remarks=training.list_remarks(5, progress, kept, listed),
         history=[row(epoch, **evaluation.summary) for epoch in range(11)],
         kept=kept,
         baseline=before,

@@ -138,7 +138,7 @@ def prepare(chosen: argparse.Namespace, work: Path, flags: list[str]) -> Prepare
     chosen_settings, options = training.parse_args(command_of(chosen, work, flags))
     compute = training.pick_compute(options)
     opened = training.open_run(chosen_settings, options, compute)
-    data = training.load_data(opened.settings, opened.listing, opened.weights)
+    data = training.load_data(opened.settings, opened.listing)
     settings = opened.settings
     # Copies are named by indices of `Data`, which is the same for all seeds.
     settings = replace(settings, output=work / ("copies with test" if settings.val else "copies"))
